@@ -1,0 +1,148 @@
+package goxstreams
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+const (
+	// maxAck bounds one XACK: 1,000 IDs take the server 0.6 ms.
+	maxAck = 1000
+	// While this many acks have not arrived, nothing new is read: they are all
+	// handled again if the process ends now.
+	maxUnconfirmed = 10_000
+)
+
+// acker is the goroutine that acks. A batch is what has gathered while the last
+// XACK was under way: a single ack goes at once, and under load one command
+// carries many.
+type acker struct {
+	s *subscription
+
+	mu      sync.Mutex
+	waiting []*held
+
+	wake chan struct{}
+	stop chan struct{} // no more acks come
+	done chan struct{}
+}
+
+func newAcker(s *subscription) *acker {
+	return &acker{s: s, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
+}
+
+func (a *acker) add(h *held) {
+	a.mu.Lock()
+	a.waiting = append(a.waiting, h)
+	a.mu.Unlock()
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// backlog returns how many acks have not arrived.
+func (a *acker) backlog() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.waiting)
+}
+
+// batch returns what is to be acked next. It stays in waiting until confirmed.
+func (a *acker) batch() []*held {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.waiting[:min(len(a.waiting), maxAck)]
+}
+
+func (a *acker) confirmed(n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	rest := copy(a.waiting, a.waiting[n:])
+	clear(a.waiting[rest:])
+	a.waiting = a.waiting[:rest]
+}
+
+// run acks until stop is closed and all has arrived, or the subscription's
+// CloseTimeout is over.
+func (a *acker) run() {
+	defer close(a.done)
+	s := a.s
+	pause := backoff{}
+	ids := make([]string, 0, maxAck)
+	for {
+		hs := a.batch()
+		if len(hs) == 0 {
+			select {
+			case <-a.wake:
+				continue
+			case <-a.stop:
+			}
+			if a.backlog() == 0 {
+				return
+			}
+			continue
+		}
+		ids = ids[:0]
+		for _, h := range hs {
+			ids = append(ids, h.id)
+		}
+		if err := s.ack(context.Background(), ids); err != nil {
+			s.failing(roomAck, err)
+			if !pause.wait(s.abandon) {
+				return
+			}
+			continue
+		}
+		pause.reset()
+		s.works(roomAck)
+		s.leases.remove(hs...)
+		a.confirmed(len(hs))
+		s.settled()
+	}
+}
+
+// ack acks in the way that the config asks for.
+func (s *subscription) ack(ctx context.Context, ids []string) error {
+	switch {
+	case !s.cfg.DeleteAcked:
+		return s.stream.ack(ctx, ids)
+	case s.ackDelByScript:
+		err := s.stream.ackAndDeleteByScript(ctx, ids)
+		if replyHas(err, "SEVERALGROUPS") {
+			// A group was added since Subscribe looked. Its messages matter more
+			// than the memory.
+			s.once.severalGroups.Do(func() {
+				s.log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay", errDeleteAcked, s.logFields)
+			})
+			return s.stream.ack(ctx, ids)
+		}
+		return err
+	}
+	return s.stream.ackAndDelete(ctx, ids)
+}
+
+// backoff is the pause after a failure: it doubles up to a second, with jitter,
+// so that consumers that failed together do not come back together.
+type backoff struct{ d time.Duration }
+
+const (
+	minBackoff = 20 * time.Millisecond
+	maxBackoff = time.Second
+)
+
+func (b *backoff) reset() { b.d = 0 }
+
+// wait returns false if stop was closed before the pause was over.
+func (b *backoff) wait(stop <-chan struct{}) bool {
+	b.d = min(max(minBackoff, 2*b.d), maxBackoff)
+	t := time.NewTimer(jitter(b.d))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-stop:
+		return false
+	}
+}

@@ -1,0 +1,153 @@
+// Package testserver gives tests a Redis server: one that the whole test binary shares (Addr, Client), and servers of a
+// test's own that it may freeze, restart and kill (Private).
+//
+// The shared server is picked at first use. What fails falls to the next, and the reason goes to stderr, as does the choice:
+//
+//  1. the server at REDIS_ADDR, if that is set;
+//  2. a container, by testcontainers-go, of the image GOXSTREAMS_TEST_IMAGE (default: the official redis image);
+//  3. redis-server or valkey-server from the PATH, on a free port;
+//  4. the embedded server, miniredis: good enough for much, but it is not Redis. Tests of what Redis does call RequireReal.
+//
+// GOXSTREAMS_TEST_REAL=1 (set in CI) makes the absence of a real server a failure. Then nothing stands in for what the
+// environment names either: a run meant for one image does not pass on another server.
+//
+// Servers end with the tests, even if those panic or are killed. The package needs a Unix.
+package testserver
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/redis/go-redis/v9"
+	"go.uber.org/goleak"
+)
+
+const (
+	envAddr  = "REDIS_ADDR"
+	envImage = "GOXSTREAMS_TEST_IMAGE"
+	envReal  = "GOXSTREAMS_TEST_REAL"
+
+	// defaultImage is the newest official one that .ci/run tests on too.
+	defaultImage = "redis:8.6"
+)
+
+// Main is a package's TestMain. It runs the tests, ends the shared server, checks that no goroutine is left (opts are further
+// exceptions) and exits. A test binary that starts itself again as a child must branch off before Main, or be given an address.
+func Main(m *testing.M, opts ...goleak.Option) {
+	goleak.VerifyTestMain(closing{m}, append(opts, ryukConnection())...)
+}
+
+// closing is m, with the shared server closed before goleak looks.
+type closing struct{ m *testing.M }
+
+func (c closing) Run() int {
+	code := c.m.Run()
+	if err := shared.close(); err != nil {
+		stderr("testserver: closing the shared server: %v", err)
+		code = max(code, 1)
+	}
+	if names := skipped.list(); len(names) > 0 {
+		stderr("testserver: NOT TESTED for want of a real server: %s", strings.Join(names, ", "))
+	}
+	return code
+}
+
+// Addr returns the address of the shared server.
+func Addr(t testing.TB) string {
+	t.Helper()
+	srv, err := shared.get()
+	if err != nil {
+		t.Fatalf("testserver: no server: %v", err)
+	}
+	return srv.Addr()
+}
+
+// Client returns a client of the shared server, which t's cleanup closes.
+func Client(t testing.TB) *redis.Client {
+	t.Helper()
+	return newClient(t, Addr(t))
+}
+
+// RequireReal skips t if the shared server is the embedded one.
+func RequireReal(t testing.TB) {
+	t.Helper()
+	Addr(t)
+	requireReal(t, shared.srv)
+}
+
+func requireReal(t testing.TB, srv *Server) {
+	t.Helper()
+	if srv.embedded {
+		notTested(t, "it needs a real server, and this is the embedded one")
+	}
+}
+
+// notTested skips t loudly; where a real server must be, its absence is a failure.
+func notTested(t testing.TB, why string) {
+	t.Helper()
+	if realOnly() {
+		t.Fatalf("testserver: %s is set: %s", envReal, why)
+	}
+	skipped.add(t.Name())
+	t.Skipf("NOT TESTED: %s: %s (set %s, or have Docker or redis-server)", t.Name(), why, envAddr)
+}
+
+func newClient(t testing.TB, addr string) *redis.Client {
+	client := redis.NewClient(&redis.Options{Addr: addr})
+	t.Cleanup(func() {
+		if err := client.Close(); err != nil && !errors.Is(err, redis.ErrClosed) {
+			t.Errorf("testserver: closing the client: %v", err)
+		}
+	})
+	return client
+}
+
+func realOnly() bool { return os.Getenv(envReal) == "1" }
+
+func stderr(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+// shared is lazy: listing tests, fuzz workers and tests without Redis start no server.
+var shared sharedServer
+
+type sharedServer struct {
+	once sync.Once
+	srv  *Server
+	err  error
+}
+
+func (s *sharedServer) get() (*Server, error) {
+	s.once.Do(func() { s.srv, s.err = choose(stderr, sharedOptions(realStarters)) })
+	return s.srv, s.err
+}
+
+func (s *sharedServer) close() error {
+	s.once.Do(func() { s.err = errors.New("closed") })
+	if s.srv == nil {
+		return nil
+	}
+	return s.srv.close()
+}
+
+// skipped collects the names of the tests that found no real server.
+var skipped nameList
+
+type nameList struct {
+	mu    sync.Mutex
+	names []string
+}
+
+func (l *nameList) add(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.names = append(l.names, name)
+}
+
+func (l *nameList) list() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.names
+}

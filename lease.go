@@ -1,0 +1,284 @@
+package goxstreams
+
+import (
+	"container/heap"
+	"context"
+	"slices"
+	"sync"
+	"time"
+)
+
+// state is where an entry is on its way through this process.
+type state uint8
+
+const (
+	found   state = iota // seen pending elsewhere; ours once the claim succeeds
+	queued               // prefetched
+	out                  // offered or handed out
+	waiting              // nacked; comes again
+	acked                // settled; its XACK is not confirmed yet
+)
+
+// held is an entry that this subscription holds, or is about to claim.
+//
+// What bounds its lease is time on one clock, ours: since is a moment after
+// which the server has surely not seen the entry touched by us, so that now -
+// since is the least idle time it must show if nobody else touched it either.
+// That is the min-idle of every renewal, claim and release: an entry that
+// somebody took in the meantime is younger, and the server refuses.
+type held struct {
+	id     string
+	fields []string // nil once unmarshaled, or before the claim
+
+	// The deliveries that the server counts, this one included. Changed only by
+	// the goroutine that has the entry in hand, and under leases.mu.
+	count int64
+	// What the claim makes of count: one more, but for an orphan, whose
+	// delivery did not reach anybody.
+	next int64
+
+	doom *doom     // decided to be dead, not yet moved
+	due  time.Time // when waiting: not before
+
+	// Guarded by leases.mu.
+	state  state
+	since  time.Time
+	lost   bool // somebody else may have it
+	gone   bool // deleted from the stream while pending
+	cancel context.CancelCauseFunc
+}
+
+// leases is the register of what a subscription holds.
+type leases struct {
+	mu sync.Mutex
+	m  map[string]*held
+}
+
+// add registers entries and returns those that were not held yet. An entry can
+// come twice: after a failover, or after the group was made anew, the server may
+// repeat what it delivered before. What is held already is ours afresh.
+func (l *leases) add(hs []*held) []*held {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	added := hs[:0]
+	for _, h := range hs {
+		if old, ok := l.m[h.id]; ok {
+			if h.state != found && old.state != found {
+				old.since = h.since
+			}
+			continue
+		}
+		l.m[h.id] = h
+		added = append(added, h)
+	}
+	return added
+}
+
+func (l *leases) remove(hs ...*held) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range hs {
+		if l.m[h.id] == h {
+			delete(l.m, h.id)
+		}
+	}
+}
+
+func (l *leases) has(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, ok := l.m[id]
+	return ok
+}
+
+// move sets the entry's state, and cancel for as long as it is handed out. It
+// returns false if the lease is lost.
+func (l *leases) move(h *held, to state, cancel context.CancelCauseFunc) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.state, h.cancel = to, cancel
+	return !h.lost
+}
+
+// idle returns the least idle time that the server must show for the entry now.
+func (l *leases) idle(h *held) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Since(h.since)
+}
+
+// lapsed reports whether the lease is lost, or its entry deleted.
+func (l *leases) lapsed(h *held) (lost, gone bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return h.lost, h.gone
+}
+
+// claimed notes that the entry is ours with a new delivery count.
+func (l *leases) claimed(h *held, at time.Time, count int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.state, h.since, h.count, h.next = out, at, count, count+1
+}
+
+// counted reports whether the delivery count is one that we gave the entry, or
+// are about to give it.
+func (l *leases) counted(h *held, count int64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return count == h.count || count == h.next
+}
+
+// byCount returns the IDs of the entries for each delivery count.
+func (l *leases) byCount(hs []*held) map[int64][]string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ids := make(map[int64][]string)
+	for _, h := range hs {
+		ids[h.count] = append(ids[h.count], h.id)
+	}
+	return ids
+}
+
+// confirm notes that the entries were ours at the moment given.
+func (l *leases) confirm(at time.Time, hs ...*held) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range hs {
+		h.since = at
+	}
+}
+
+// lose ends the lease: the message's context ends with ErrLeaseLost.
+func (l *leases) lose(h *held) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.lost = true
+	if h.cancel != nil {
+		h.cancel(ErrLeaseLost)
+	}
+}
+
+// bereave notes that the entry is not in the stream any more: nobody can claim
+// it, so whoever handles it may finish.
+func (l *leases) bereave(h *held) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.gone = true
+}
+
+// cancelAll ends the contexts of all messages that are handed out.
+func (l *leases) cancelAll(cause error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range l.m {
+		if h.cancel != nil {
+			h.cancel(cause)
+		}
+	}
+}
+
+// ours returns what is pending in our name: not what is lost, deleted, or not
+// claimed yet.
+func (l *leases) ours() []*held {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	hs := make([]*held, 0, len(l.m))
+	for _, h := range l.m {
+		if h.state != found && !h.lost && !h.gone {
+			hs = append(hs, h)
+		}
+	}
+	return hs
+}
+
+// stillOurs reports whether a renewal may expect the entry: it was not settled,
+// lost or found deleted since the caller looked.
+func (l *leases) stillOurs(h *held) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.m[h.id] == h && h.state != acked && !h.lost && !h.gone
+}
+
+// counts returns how many entries are ours, and how many of these wait.
+func (l *leases) counts() (inFlight, wait int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range l.m {
+		if h.state != found && !h.lost && !h.gone {
+			inFlight++
+			if h.state == waiting {
+				wait++
+			}
+		}
+	}
+	return inFlight, wait
+}
+
+// active returns how many entries a crash of this process would count against
+// others: all but those that wait, whose next delivery counts anyway.
+func (l *leases) active() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := 0
+	for _, h := range l.m {
+		if h.state == queued || h.state == out || h.state == acked {
+			n++
+		}
+	}
+	return n
+}
+
+// renewal is a set of entries renewed by one command. Its min-idle is the time
+// since the youngest was confirmed.
+type renewal struct {
+	held     []*held
+	youngest time.Time
+}
+
+// maxRenewal keeps one renewal below a millisecond of the server's time.
+const maxRenewal = 1000
+
+// renewals returns what was not confirmed for age, oldest first.
+func (l *leases) renewals(age time.Duration) []renewal {
+	hs := l.ours()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	hs = slices.DeleteFunc(hs, func(h *held) bool { return time.Since(h.since) < age })
+	slices.SortFunc(hs, func(a, b *held) int { return a.since.Compare(b.since) })
+	var rs []renewal
+	for chunk := range slices.Chunk(hs, maxRenewal) {
+		rs = append(rs, renewal{chunk, chunk[len(chunk)-1].since})
+	}
+	return rs
+}
+
+// waitHeap orders entries by when they are due.
+type waitHeap []*held
+
+func (w waitHeap) Len() int           { return len(w) }
+func (w waitHeap) Less(i, j int) bool { return w[i].due.Before(w[j].due) }
+func (w waitHeap) Swap(i, j int)      { w[i], w[j] = w[j], w[i] }
+func (w *waitHeap) Push(x any)        { *w = append(*w, x.(*held)) }
+func (w *waitHeap) Pop() any {
+	old := *w
+	h := old[len(old)-1]
+	old[len(old)-1] = nil
+	*w = old[:len(old)-1]
+	return h
+}
+
+func (w *waitHeap) push(h *held) { heap.Push(w, h) }
+func (w *waitHeap) pop() *held   { return heap.Pop(w).(*held) }
+
+// dropLatest takes out the entry that is due last. It walks the heap's leaves,
+// which only a subscription at its bound pays for.
+func (w *waitHeap) dropLatest() *held {
+	latest := 0
+	for i, h := range *w {
+		if h.due.After((*w)[latest].due) {
+			latest = i
+		}
+	}
+	return heap.Remove(w, latest).(*held)
+}

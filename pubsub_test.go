@@ -1,0 +1,160 @@
+package goxstreams_test
+
+import (
+	"context"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/ThreeDotsLabs/watermill/pubsub/tests"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// childEnv names what a test binary that was started by another one is to do.
+const childEnv = "GOXSTREAMS_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if role := os.Getenv(childEnv); role != "" {
+		children[role]()
+		return
+	}
+	testserver.Main(m)
+}
+
+// The universal suite runs with one group name for all that it opens: with a
+// name of its own for each subscriber, sharing and takeover are never exercised.
+const fixedGroup = "suite"
+
+// suiteConfig is within the suite's patience: nacks come back quickly (it nacks
+// one message 300 times), what a closed subscriber left does too.
+func suiteConfig(client redis.UniversalClient, group string, concurrency int) goxstreams.SubscriberConfig {
+	config := goxstreams.SubscriberConfig{
+		Client:         client,
+		ConsumerGroup:  group,
+		MaxConcurrency: concurrency,
+		// The suite closes up to 50 subscribers one after the other, many of which
+		// have a message in hand that it never settles.
+		CloseTimeout: 200 * time.Millisecond,
+	}
+	if group == "" {
+		config.StartID = "0"
+		return config
+	}
+	config.ClaimMinIdle = 3 * time.Second
+	config.ClaimInterval = 200 * time.Millisecond
+	config.Retry = &goxstreams.Retry{InitialInterval: time.Millisecond, MaxInterval: 10 * time.Millisecond}
+	return config
+}
+
+func constructors(addr string, grouped bool, concurrency int) (tests.PubSubConstructor, tests.ConsumerGroupPubSubConstructor) {
+	open := func(t *testing.T, group string) (message.Publisher, message.Subscriber) {
+		client := redis.NewClient(&redis.Options{Addr: addr})
+		t.Cleanup(func() { _ = client.Close() })
+		logger := watermill.NewStdLogger(false, false)
+		pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, logger)
+		require.NoError(t, err)
+		sub, err := goxstreams.NewSubscriber(suiteConfig(client, group, concurrency), logger)
+		require.NoError(t, err)
+		return pub, sub
+	}
+	single := func(t *testing.T) (message.Publisher, message.Subscriber) {
+		if !grouped {
+			return open(t, "")
+		}
+		return open(t, fixedGroup)
+	}
+	return single, open
+}
+
+// modes are the ways to subscribe, with the features that each can honestly
+// claim.
+var modes = []struct {
+	name        string
+	grouped     bool
+	concurrency int
+	features    tests.Features
+}{
+	{"GroupOrdered", true, 1, tests.Features{
+		ConsumerGroups: true, Persistent: true,
+		// The second is inert without the first.
+		GuaranteedOrder: true, GuaranteedOrderWithSingleSubscriber: true,
+	}},
+	{"GroupConcurrent", true, 32, tests.Features{ConsumerGroups: true, Persistent: true}},
+	{"FanOut", false, 1, tests.Features{NewSubscriberReceivesOldMessages: true}},
+}
+
+func TestPubSub(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			features := mode.features
+			single, grouped := constructors(testserver.Addr(t), mode.grouped, mode.concurrency)
+			tests.TestPubSub(t, features, single, grouped)
+		})
+	}
+}
+
+// TestPubSubOldMessages is the one test of the suite that cannot run with a
+// fixed group: it wants each of several subscribers to get every old message.
+func TestPubSubOldMessages(t *testing.T) {
+	for _, mode := range modes[:2] {
+		t.Run(mode.name, func(t *testing.T) {
+			_, grouped := constructors(testserver.Addr(t), true, mode.concurrency)
+			features := mode.features
+			features.NewSubscriberReceivesOldMessages = true
+			tests.TestNewSubscriberReceivesOldMessages(t, tests.TestContext{TestID: tests.NewTestID(), Features: features},
+				func(t *testing.T) (message.Publisher, message.Subscriber) {
+					return grouped(t, watermill.NewShortUUID())
+				})
+		})
+	}
+}
+
+// TestPubSubReconnect restarts a real server in mid-work, which the suite does
+// only if it is told how.
+func TestPubSubReconnect(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			server := testserver.Private(t, "--appendonly", "yes", "--appendfsync", "always")
+			features := mode.features
+			features.RestartServiceCommand = server.RestartCommand()
+			single, _ := constructors(server.Addr(), mode.grouped, mode.concurrency)
+			tests.TestReconnect(t, tests.TestContext{TestID: tests.NewTestID(), Features: features}, single)
+		})
+	}
+}
+
+// TestPubSubStress is the suite ten times at once. It takes minutes, so it is
+// behind a flag: GOXSTREAMS_TEST_STRESS=1.
+func TestPubSubStress(t *testing.T) {
+	if os.Getenv("GOXSTREAMS_TEST_STRESS") == "" {
+		t.Skip("the stress variant runs with GOXSTREAMS_TEST_STRESS=1")
+	}
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			single, grouped := constructors(testserver.Addr(t), mode.grouped, mode.concurrency)
+			tests.TestPubSubStressTest(t, mode.features, single, grouped)
+		})
+	}
+}
+
+func BenchmarkSubscriber(b *testing.B) {
+	client := testserver.Client(b)
+	logger := watermill.NopLogger{}
+	tests.BenchSubscriber(b, func(n int) (message.Publisher, message.Subscriber) {
+		pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, logger)
+		require.NoError(b, err)
+		sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, ConsumerGroup: watermill.NewShortUUID()}, logger)
+		require.NoError(b, err)
+		return pub, sub
+	})
+}
+
+var children = map[string]func(){}
+
+var _ = context.Background

@@ -1,0 +1,173 @@
+package goxstreams
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// The prefetch doubles while the half of it that makes the reader read again
+	// is consumed within prefetchFast, and halves when that takes longer than
+	// prefetchSlow: what is prefetched is then 50 to 200 ms of work. More would
+	// keep it from consumers that have nothing to do; less would make a fast
+	// handler wait for the server.
+	prefetchFast = 25 * time.Millisecond
+	prefetchSlow = 100 * time.Millisecond
+
+	// A read that was interrupted before it arrived at the server blocks all the
+	// same, so that the interruption is repeated until the reader confirms it.
+	wakeInterval = 10 * time.Millisecond
+
+	// orphanPage is how many orphans one look finds; a failed read leaves no
+	// more behind than BatchSize.
+	orphanPage = 1000
+)
+
+// reader is the goroutine that reads what is new in the stream, and the only
+// one to use its link.
+type reader struct {
+	s      *subscription
+	after  string // fan-out: the last ID read
+	last   time.Time
+	asked  int
+	got    int
+	failed bool
+
+	link atomic.Pointer[link] // set while a read may block
+	done chan struct{}
+}
+
+// run reads until the subscription stops.
+func (r *reader) run() {
+	defer close(r.done)
+	s := r.s
+	var l *link
+	defer func() {
+		if l != nil {
+			l.close()
+		}
+	}()
+	pause := backoff{}
+	for {
+		count := s.awaitRoom(r)
+		if count == 0 {
+			return
+		}
+		var err error
+		if l == nil {
+			l, err = newLink(context.Background(), s.client, s.topic, s.cfg.BlockTime)
+			if err == nil && !l.wakable() {
+				s.once.unwakable.Do(func() {
+					s.log.Info("No right to CLIENT ID and CLIENT UNBLOCK: Close waits for the read under way, 1s at most", s.logFields)
+				})
+			}
+		}
+		if err == nil && r.failed {
+			err = r.recover()
+		}
+		var entries []entry
+		if err == nil {
+			entries, err = r.read(l, count)
+		}
+		if err != nil {
+			r.failed = true
+			if l != nil && !isReply(err) {
+				l.close()
+				l = nil
+			}
+			s.failing(roomRead, err)
+			if groupLost(err) {
+				err = s.regroup()
+			}
+			if err != nil && !pause.wait(s.closing) {
+				return
+			}
+			continue
+		}
+		pause.reset()
+		s.works(roomRead)
+		r.asked, r.got, r.last = count, len(entries), time.Now()
+		s.enqueue(entries, r.last)
+	}
+}
+
+func (r *reader) read(l *link, count int) ([]entry, error) {
+	s := r.s
+	block := s.cfg.BlockTime
+	if l.wakable() {
+		r.link.Store(l)
+		defer r.link.Store(nil)
+	} else {
+		block = min(block, unwakableBlock)
+	}
+	if s.fanOut() {
+		entries, err := s.stream.readAfter(context.Background(), l.conn, r.after, count, block)
+		if len(entries) > 0 {
+			r.after = entries[len(entries)-1].id
+		}
+		return entries, err
+	}
+	return s.stream.read(context.Background(), l.conn, count, block, s.cfg.NoAck)
+}
+
+// recover looks, after a failed read, for what the server may have delivered to
+// it: the answer was lost, so that nobody knows of these entries. Only a
+// generated name says that they are ours; with a given one the claimer finds
+// them when their time is up.
+func (r *reader) recover() error {
+	s := r.s
+	if s.fanOut() || s.cfg.NoAck || !s.uniqueName {
+		r.failed = false
+		return nil
+	}
+	rows, err := s.stream.pending(context.Background(), 0, "-", "+", orphanPage, s.stream.consumer)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	var orphans []*held
+	for _, p := range rows {
+		orphans = append(orphans, &held{id: p.id, count: p.count, next: p.count, since: now.Add(-p.idle)})
+	}
+	s.offerClaims(orphans)
+	r.failed = false
+	return nil
+}
+
+// adapt returns the prefetch for the next read, given the one so far. It is
+// asked when there is room for a read again.
+func (r *reader) adapt(prefetch, batchSize int) int {
+	if r.last.IsZero() {
+		return prefetch
+	}
+	took := time.Since(r.last)
+	switch {
+	case took > prefetchSlow:
+		prefetch /= 2
+	case took < prefetchFast && r.got == r.asked:
+		prefetch = min(max(1, 2*prefetch), batchSize)
+	}
+	r.last = time.Time{}
+	return prefetch
+}
+
+// interrupt ends a blocked read, again and again until stopped reports that
+// the reader has noticed.
+func (r *reader) interrupt(stopped func() bool) {
+	tick := time.NewTicker(wakeInterval)
+	defer tick.Stop()
+	for !stopped() {
+		if l := r.link.Load(); l != nil {
+			err := l.wake(context.Background())
+			if denied(err) {
+				r.link.CompareAndSwap(l, nil)
+			}
+		}
+		select {
+		case <-r.done:
+			return
+		case <-tick.C:
+		}
+	}
+}
