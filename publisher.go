@@ -39,6 +39,11 @@ func (c PublisherConfig) validate() error {
 	if c.DefaultMaxLen < 0 {
 		errs.add("DefaultMaxLen", "is negative: %d", c.DefaultMaxLen)
 	}
+	if m, ok := c.Marshaler.(BodyMarshaler); ok {
+		if err := m.validate(); err != nil {
+			errs.add("Marshaler", "%v", err)
+		}
+	}
 	for topic, n := range c.MaxLens {
 		if n < 0 {
 			errs.add(fmt.Sprintf("MaxLens[%q]", topic), "is negative: %d", n)

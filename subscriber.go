@@ -215,6 +215,11 @@ func (c SubscriberConfig) validate() error {
 	if c.Retry != nil {
 		c.Retry.validate(&errs)
 	}
+	if m, ok := c.Unmarshaler.(BodyMarshaler); ok {
+		if err := m.validate(); err != nil {
+			errs.add("Unmarshaler", "%v", err)
+		}
+	}
 	if c.ConsumerGroup == "" {
 		for name, set := range map[string]bool{
 			"Consumer": c.Consumer != "", "NoAck": c.NoAck, "DeleteAcked": c.DeleteAcked,

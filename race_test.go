@@ -1,0 +1,5 @@
+//go:build race
+
+package goxstreams_test
+
+const raceEnabled = true
