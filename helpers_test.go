@@ -1,0 +1,374 @@
+package goxstreams_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// patience is how long a test waits for what must happen: far longer than it
+// takes on a machine that has nothing else to do. What is waited for ends the
+// wait, so that it costs nothing.
+const patience = 30 * time.Second
+
+// testGroup is the consumer group of tests that need one only; topics are unique.
+const testGroup = "group"
+
+// topic returns a stream's name that no other test uses.
+func topic(t testing.TB) string {
+	t.Helper()
+	return t.Name() + "-" + watermill.NewShortUUID()
+}
+
+// newClient returns a client of the shared server with the hooks given. t's
+// cleanup closes it.
+func newClient(t testing.TB, hooks ...redis.Hook) *redis.Client {
+	t.Helper()
+	client := testserver.Client(t)
+	for _, h := range hooks {
+		client.AddHook(h)
+	}
+	return client
+}
+
+func newPublisher(t testing.TB, client redis.UniversalClient) *goxstreams.Publisher {
+	t.Helper()
+	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	require.NoError(t, err)
+	return pub
+}
+
+// newSubscriber returns a Subscriber that t's cleanup closes. The config's empty
+// fields that say how long things take are filled in with short times.
+func newSubscriber(t testing.TB, config goxstreams.SubscriberConfig) *goxstreams.Subscriber {
+	t.Helper()
+	return newSubscriberLog(t, config, nil)
+}
+
+func newSubscriberLog(t testing.TB, config goxstreams.SubscriberConfig, logger watermill.LoggerAdapter) *goxstreams.Subscriber {
+	t.Helper()
+	if config.Client == nil {
+		config.Client = newClient(t)
+	}
+	if config.ClaimInterval == 0 {
+		config.ClaimInterval = 50 * time.Millisecond
+	}
+	if config.CloseTimeout == 0 {
+		config.CloseTimeout = time.Second // for messages that a test leaves unsettled
+	}
+	sub, err := goxstreams.NewSubscriber(config, logger)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, sub.Close()) })
+	return sub
+}
+
+// grouped is the config of a consumer of testGroup, the rest of it by default.
+func grouped(client redis.UniversalClient) goxstreams.SubscriberConfig {
+	return goxstreams.SubscriberConfig{Client: client, ConsumerGroup: testGroup}
+}
+
+// quickRetry is for tests that nack: no limit, next to no delay.
+func quickRetry() *goxstreams.Retry {
+	return &goxstreams.Retry{InitialInterval: time.Millisecond, MaxInterval: 10 * time.Millisecond}
+}
+
+func subscribe(t testing.TB, sub message.Subscriber, topic string) <-chan *message.Message {
+	t.Helper()
+	messages, err := sub.Subscribe(context.Background(), topic)
+	require.NoError(t, err)
+	return messages
+}
+
+// publish publishes messages with the payloads given and returns their UUIDs.
+func publish(t testing.TB, client redis.UniversalClient, topic string, payloads ...string) []string {
+	t.Helper()
+	msgs := make([]*message.Message, len(payloads))
+	for i, p := range payloads {
+		msgs[i] = message.NewMessage(watermill.NewUUID(), message.Payload(p))
+	}
+	require.NoError(t, newPublisher(t, client).Publish(topic, msgs...))
+	return uuids(msgs)
+}
+
+// publishN publishes n messages with the payloads "0", "1", ...
+func publishN(t testing.TB, client redis.UniversalClient, topic string, n int) []string {
+	t.Helper()
+	var ids []string
+	for from := 0; from < n; from += 1000 {
+		var payloads []string
+		for i := from; i < min(n, from+1000); i++ {
+			payloads = append(payloads, fmt.Sprint(i))
+		}
+		ids = append(ids, publish(t, client, topic, payloads...)...)
+	}
+	return ids
+}
+
+func uuids(msgs []*message.Message) []string {
+	ids := make([]string, len(msgs))
+	for i, m := range msgs {
+		ids[i] = m.UUID
+	}
+	return ids
+}
+
+func payloads(msgs []*message.Message) []string {
+	ps := make([]string, len(msgs))
+	for i, m := range msgs {
+		ps[i] = string(m.Payload)
+	}
+	return ps
+}
+
+// next returns the next message, unsettled. It fails the test if none comes.
+func next(t testing.TB, messages <-chan *message.Message) *message.Message {
+	t.Helper()
+	select {
+	case msg, open := <-messages:
+		require.True(t, open, "the channel is closed")
+		return msg
+	case <-time.After(patience):
+		require.FailNow(t, "no message came")
+		return nil
+	}
+}
+
+// collect acks and returns what arrives: n messages, or fewer if the timeout is
+// over before or the channel closes.
+func collect(messages <-chan *message.Message, n int, timeout time.Duration) []*message.Message {
+	var got []*message.Message
+	deadline := time.After(timeout)
+	for len(got) < n {
+		select {
+		case msg, open := <-messages:
+			if !open {
+				return got
+			}
+			msg.Ack()
+			got = append(got, msg)
+		case <-deadline:
+			return got
+		}
+	}
+	return got
+}
+
+// eventually waits until the condition holds, and fails the test if it does not
+// within patience.
+func eventually(t testing.TB, condition func() bool, msgAndArgs ...any) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			require.FailNow(t, "it never happened", msgAndArgs...)
+		}
+	}
+}
+
+// stats returns the state of the Subscriber's only subscription.
+func stats(t testing.TB, sub *goxstreams.Subscriber) goxstreams.SubscriptionStats {
+	t.Helper()
+	all := sub.Stats()
+	require.Len(t, all, 1)
+	return all[0]
+}
+
+// delivery returns what a message's context says of it.
+func delivery(t testing.TB, msg *message.Message) goxstreams.Delivery {
+	t.Helper()
+	d, ok := goxstreams.DeliveryFromContext(msg.Context())
+	require.True(t, ok, "the message has no delivery")
+	return d
+}
+
+// pendingOf returns the group's pending entries, in the order of their IDs.
+func pendingOf(t testing.TB, client redis.UniversalClient, topic, group string) []redis.XPendingExt {
+	t.Helper()
+	rows, err := client.XPendingExt(context.Background(), &redis.XPendingExtArgs{
+		Stream: topic, Group: group, Start: "-", End: "+", Count: 1_000_000,
+	}).Result()
+	require.NoError(t, err)
+	return rows
+}
+
+// eventuallySettled waits until nothing of the group is pending any more.
+func eventuallySettled(t testing.TB, client redis.UniversalClient, topic, group string) {
+	t.Helper()
+	eventually(t, func() bool { return len(pendingOf(t, client, topic, group)) == 0 }, "entries stay pending")
+}
+
+// readAs reads n new entries in the consumer's name and leaves them pending: what
+// a process does that dies then. It returns their IDs.
+func readAs(t testing.TB, client redis.UniversalClient, topic, group, consumer string, n int) []string {
+	t.Helper()
+	streams, err := client.XReadGroup(context.Background(), &redis.XReadGroupArgs{
+		Group: group, Consumer: consumer, Streams: []string{topic, ">"}, Count: int64(n), Block: -1,
+	}).Result()
+	require.NoError(t, err)
+	require.Len(t, streams[0].Messages, n)
+	var ids []string
+	for _, m := range streams[0].Messages {
+		ids = append(ids, m.ID)
+	}
+	return ids
+}
+
+// createGroup makes the group, to begin with the whole stream.
+func createGroup(t testing.TB, client redis.UniversalClient, topic, group string) {
+	t.Helper()
+	require.NoError(t, client.XGroupCreateMkStream(context.Background(), topic, group, "0").Err())
+}
+
+// closed reports whether the channel closes within the timeout; messages that
+// come before are left unsettled.
+func closed(messages <-chan *message.Message, timeout time.Duration) bool {
+	deadline := time.After(timeout)
+	for {
+		select {
+		case _, open := <-messages:
+			if !open {
+				return true
+			}
+		case <-deadline:
+			return false
+		}
+	}
+}
+
+// hook lets a test look at the commands of a client, and put faults into them.
+// It serves single commands and pipelines alike.
+type hook struct {
+	// process runs the command by calling next, or does not. What it returns is
+	// the command's error.
+	process func(ctx context.Context, cmd redis.Cmder, next func() error) error
+	// pipeline likewise; nil: untouched.
+	pipeline func(ctx context.Context, cmds []redis.Cmder, next func() error) error
+}
+
+func (h *hook) DialHook(next redis.DialHook) redis.DialHook {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) { return next(ctx, network, addr) }
+}
+
+func (h *hook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if h.process == nil {
+			return next(ctx, cmd)
+		}
+		err := h.process(ctx, cmd, func() error { return next(ctx, cmd) })
+		cmd.SetErr(err)
+		return err
+	}
+}
+
+func (h *hook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		if h.pipeline == nil {
+			return next(ctx, cmds)
+		}
+		return h.pipeline(ctx, cmds, func() error { return next(ctx, cmds) })
+	}
+}
+
+// loseReplies returns a hook that runs the commands for which lose is true, and
+// then says that the connection broke.
+func loseReplies(lose func(cmd redis.Cmder) bool) *hook {
+	return &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		lost := lose(cmd)
+		if err := next(); !lost {
+			return err
+		}
+		return io.EOF
+	}}
+}
+
+// countCommands returns a hook that counts commands by their lower-case names.
+func countCommands() (*hook, *commandCounts) {
+	counts := &commandCounts{n: make(map[string]int)}
+	return &hook{
+		process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+			counts.add(cmd)
+			return next()
+		},
+		pipeline: func(_ context.Context, cmds []redis.Cmder, next func() error) error {
+			counts.add(cmds...)
+			return next()
+		},
+	}, counts
+}
+
+type commandCounts struct {
+	mu sync.Mutex
+	n  map[string]int
+}
+
+func (c *commandCounts) add(cmds ...redis.Cmder) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, cmd := range cmds {
+		c.n[cmd.Name()]++
+	}
+}
+
+func (c *commandCounts) of(name string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n[name]
+}
+
+// logRecorder is a logger that remembers what it was told at Error and Info.
+type logRecorder struct {
+	fields watermill.LogFields
+	*logLines
+}
+
+type logLines struct {
+	mu     sync.Mutex
+	errors []string
+	infos  []string
+}
+
+func newLogRecorder() logRecorder { return logRecorder{nil, &logLines{}} }
+
+func (l logRecorder) Error(msg string, err error, fields watermill.LogFields) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.logLines.errors = append(l.logLines.errors, fmt.Sprintf("%s: %v %v", msg, err, l.fields.Add(fields)))
+}
+
+func (l logRecorder) Info(msg string, fields watermill.LogFields) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.logLines.infos = append(l.logLines.infos, fmt.Sprintf("%s %v", msg, l.fields.Add(fields)))
+}
+
+func (logRecorder) Debug(string, watermill.LogFields) {}
+func (logRecorder) Trace(string, watermill.LogFields) {}
+
+func (l logRecorder) With(fields watermill.LogFields) watermill.LoggerAdapter {
+	return logRecorder{l.fields.Add(fields), l.logLines}
+}
+
+// Errors returns what was logged at Error so far.
+func (l logRecorder) Errors() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]string(nil), l.logLines.errors...)
+}
+
+// Infos returns what was logged at Info so far.
+func (l logRecorder) Infos() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]string(nil), l.logLines.infos...)
+}
