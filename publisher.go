@@ -181,7 +181,9 @@ func (p *Publisher) probeMulti(ctx context.Context) error {
 type publishing struct {
 	ctx  context.Context
 	adds []onceCmd
-	exec onceCmd
+	// What is around several adds.
+	multi, exec onceCmd
+
 	err  error
 	done chan struct{} // the error is known
 	lead chan struct{} // the call is to send the next pipeline
@@ -254,28 +256,33 @@ func (p *Publisher) send(batch []*publishing) {
 	}
 	pipe := p.single.Pipeline()
 	for _, call := range batch {
-		multi := len(call.adds) > 1
-		if multi {
-			_ = pipe.Process(ctx, newOnce(ctx, "multi"))
+		several := len(call.adds) > 1
+		if several {
+			call.multi, call.exec = newOnce(ctx, "multi"), newOnce(ctx, "exec")
+			_ = pipe.Process(ctx, call.multi)
 		}
 		for _, add := range call.adds {
 			_ = pipe.Process(ctx, add)
 		}
-		if multi {
-			call.exec = newOnce(ctx, "exec")
+		if several {
 			_ = pipe.Process(ctx, call.exec)
 		}
 	}
 	_, _ = pipe.Exec(ctx) // each command has its own error
 	for _, call := range batch {
 		call.err = call.result()
+		if len(call.adds) > 1 && (denied(call.multi.Err()) || denied(call.exec.Err())) {
+			p.probe.Lock()
+			p.multi = false
+			p.probe.Unlock()
+		}
 	}
 }
 
 // result reads the answers to the call's commands.
 func (c *publishing) result() error {
-	if len(c.adds) == 1 {
-		return outcome(c.adds[0].Err())
+	if len(c.adds) == 1 || c.multi.Err() != nil {
+		return c.bareResult()
 	}
 	if err := c.exec.Err(); err != nil {
 		// EXECABORT says that a command was refused, but not why.
@@ -293,6 +300,37 @@ func (c *publishing) result() error {
 		}
 	}
 	return nil
+}
+
+// errQueued says that a command was queued in a transaction that nobody can
+// execute: EXEC was denied to whoever began it on this connection. It is then
+// never executed, so that nothing is stored.
+var errQueued = redisReply("ERR queued on a connection whose EXEC was denied")
+
+// bareResult reads the answers to messages that ran by themselves: a single
+// one, or several whose MULTI was refused (the right to it was taken away since
+// probeMulti asked).
+func (c *publishing) bareResult() error {
+	stored := 0
+	var first error
+	for _, add := range c.adds {
+		err := add.Err()
+		if err == nil && add.Val() == "QUEUED" {
+			err = errQueued
+		}
+		if err == nil {
+			stored++
+		} else if first == nil {
+			first = err
+		}
+	}
+	switch stored {
+	case len(c.adds):
+		return nil
+	case 0:
+		return outcome(first)
+	}
+	return fmt.Errorf("%w: MULTI was refused, and %d of %d messages are stored: %w", ErrOutcomeUnknown, stored, len(c.adds), first)
 }
 
 // publishTx publishes a call by itself, where a pipeline is not one connection:
