@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -44,8 +45,8 @@ func (c PublisherConfig) validate() error {
 			errs.add("Marshaler", "%v", err)
 		}
 	}
-	for topic, n := range c.MaxLens {
-		if n < 0 {
+	for _, topic := range slices.Sorted(maps.Keys(c.MaxLens)) {
+		if n := c.MaxLens[topic]; n < 0 {
 			errs.add(fmt.Sprintf("MaxLens[%q]", topic), "is negative: %d", n)
 		}
 	}

@@ -5,7 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"regexp"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -166,7 +167,19 @@ func (c SubscriberConfig) withDefaults() SubscriberConfig {
 	return c
 }
 
-var startIDFormat = regexp.MustCompile(`^(\$|\d{1,20}(-\d{1,20})?)$`)
+// isStartID reports whether Redis takes the ID to start at: "$", or one or two
+// numbers of 64 bits.
+func isStartID(id string) bool {
+	if id == "$" {
+		return true
+	}
+	ms, seq, whole := strings.Cut(id, "-")
+	_, err := strconv.ParseUint(ms, 10, 64)
+	if whole && err == nil {
+		_, err = strconv.ParseUint(seq, 10, 64)
+	}
+	return err == nil
+}
 
 // minLease keeps renewals apart from each other.
 const minLease = 10 * time.Millisecond
@@ -177,7 +190,7 @@ func (c SubscriberConfig) validate() error {
 	if isNilClient(c.Client) {
 		errs.add("Client", "is required")
 	}
-	if c.StartID != "" && !startIDFormat.MatchString(c.StartID) {
+	if c.StartID != "" && !isStartID(c.StartID) {
 		errs.add("StartID", `is %q; it must be "$", "0" or an entry ID such as "1700000000000-0"`, c.StartID)
 	}
 	for _, f := range []struct {
@@ -221,12 +234,15 @@ func (c SubscriberConfig) validate() error {
 		}
 	}
 	if c.ConsumerGroup == "" {
-		for name, set := range map[string]bool{
-			"Consumer": c.Consumer != "", "NoAck": c.NoAck, "DeleteAcked": c.DeleteAcked,
-			"ClaimMinIdle": c.ClaimMinIdle != 0, "Retry": c.Retry != nil,
+		for _, f := range []struct {
+			name string
+			set  bool
+		}{
+			{"Consumer", c.Consumer != ""}, {"NoAck", c.NoAck}, {"DeleteAcked", c.DeleteAcked},
+			{"ClaimMinIdle", c.ClaimMinIdle != 0}, {"Retry", c.Retry != nil},
 		} {
-			if set {
-				errs.add(name, "needs a ConsumerGroup")
+			if f.set {
+				errs.add(f.name, "needs a ConsumerGroup")
 			}
 		}
 	}
