@@ -384,7 +384,8 @@ func (s *stream) buryByTx(ctx context.Context, deadLetters, id string, count int
 	return deadID, nil
 }
 
-// readReply parses the answer of XREAD and XREADGROUP for a single stream.
+// readReply takes the entries out of the answer of XREAD and XREADGROUP for a
+// single stream.
 func readReply(v any, err error) ([]entry, error) {
 	if err == redis.Nil {
 		return nil, nil
@@ -407,21 +408,13 @@ func readReply(v any, err error) ([]entry, error) {
 	return nil, nil
 }
 
+// parseEntries reads the entries of an answer that go-redis has parsed.
 func parseEntries(v any) ([]entry, error) {
 	rows, ok := v.([]any)
 	if !ok && v != nil {
 		return nil, fmt.Errorf("goxstreams: entries expected, got %T", v)
 	}
 	entries := make([]entry, 0, len(rows))
-	total := 0
-	for _, row := range rows {
-		if pair, ok := row.([]any); ok && len(pair) == 2 {
-			if fields, ok := pair[1].([]any); ok {
-				total += len(fields)
-			}
-		}
-	}
-	all := make([]string, 0, total) // one allocation for the whole batch
 	for _, row := range rows {
 		pair, ok := row.([]any)
 		if !ok || len(pair) != 2 {
@@ -431,13 +424,12 @@ func parseEntries(v any) ([]entry, error) {
 		if !ok {
 			return nil, fmt.Errorf("goxstreams: an entry's ID expected, got %T", pair[0])
 		}
-		from := len(all)
-		fields, _ := pair[1].([]any)
-		for _, f := range fields {
-			s, _ := f.(string)
-			all = append(all, s)
+		values, _ := pair[1].([]any)
+		fields := make([]string, len(values))
+		for i, v := range values {
+			fields[i], _ = v.(string)
 		}
-		entries = append(entries, entry{id, all[from:len(all):len(all)]})
+		entries = append(entries, entry{id, fields})
 	}
 	return entries, nil
 }

@@ -45,6 +45,19 @@ func (d Delivery) Time() time.Time {
 
 type deliveryKey struct{}
 
+// deliveryContext is a context.WithValue of a Delivery, in one piece.
+type deliveryContext struct {
+	context.Context
+	delivery Delivery
+}
+
+func (c *deliveryContext) Value(key any) any {
+	if _, ok := key.(deliveryKey); ok {
+		return &c.delivery
+	}
+	return c.Context.Value(key)
+}
+
 // DeliveryFromContext returns the delivery that a message's context belongs to.
 // It is false for a message that does not come from this library, and for one
 // that lost its context in a Copy.
@@ -189,11 +202,10 @@ func (s *subscription) unmarshal(h *held) (*message.Message, error) {
 // if the entry is to be delivered again in this very slot: with MaxConcurrency 1
 // a nacked message keeps its place.
 func (s *subscription) deliver(h *held, msg *message.Message) (again bool) {
-	ctx := context.WithValue(s.base, deliveryKey{}, &Delivery{
+	ctx, cancel := context.WithCancelCause(&deliveryContext{s.base, Delivery{
 		Topic: s.topic, Group: s.stream.group, Consumer: s.stream.consumer,
 		ID: h.id, Count: h.count, MaxRetries: s.retry.MaxRetries,
-	})
-	ctx, cancel := context.WithCancelCause(ctx)
+	}})
 	defer cancel(nil)
 	msg.SetContext(ctx)
 	if !s.leases.move(h, out, cancel) {
@@ -203,16 +215,10 @@ func (s *subscription) deliver(h *held, msg *message.Message) (again bool) {
 
 	select {
 	case s.output <- msg:
-	case <-s.withdraw:
-		if s.cfg.NoAck {
-			s.stats.lost.Add(1)
-			s.log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), s.entryFields(h))
+	default:
+		if !s.offer(ctx, h, msg) {
+			return false
 		}
-		s.giveBack(h, h.count-1)
-		return false
-	case <-ctx.Done():
-		s.leases.remove(h)
-		return false
 	}
 	s.stats.delivered.Add(1)
 	if !s.fanOut() && !s.cfg.NoAck {
@@ -230,6 +236,24 @@ func (s *subscription) deliver(h *held, msg *message.Message) (again bool) {
 		}
 	}
 	s.acked(h)
+	return false
+}
+
+// offer waits for somebody to take the message. It returns false if the
+// subscription closes or the lease is lost before.
+func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message) bool {
+	select {
+	case s.output <- msg:
+		return true
+	case <-s.withdraw:
+		if s.cfg.NoAck {
+			s.stats.lost.Add(1)
+			s.log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), s.entryFields(h))
+		}
+		s.giveBack(h, h.count-1)
+	case <-ctx.Done():
+		s.leases.remove(h)
+	}
 	return false
 }
 

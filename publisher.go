@@ -61,6 +61,7 @@ type Publisher struct {
 	client redis.UniversalClient
 	single *redis.Client // nil: no raw MULTI in a pipeline (Cluster, Ring)
 	logger watermill.LoggerAdapter
+	quiet  bool // the logger discards everything
 
 	probe sync.Mutex
 	multi bool // MULTI is known to be allowed; guarded by probe
@@ -88,7 +89,8 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 		logger = watermill.NopLogger{}
 	}
 	single, _ := config.Client.(*redis.Client)
-	return &Publisher{config: config, client: config.Client, single: single, logger: logger}, nil
+	_, quiet := logger.(watermill.NopLogger)
+	return &Publisher{config: config, client: config.Client, single: single, logger: logger, quiet: quiet}, nil
 }
 
 // String names the Publisher in Watermill's logs and metadata.
@@ -110,6 +112,9 @@ func (p *Publisher) Publish(topic string, messages ...*message.Message) error {
 	}
 	if err := p.publish(topic, messages); err != nil {
 		return fmt.Errorf("goxstreams: publish to %q: %w", topic, err)
+	}
+	if p.quiet {
+		return nil
 	}
 	for _, msg := range messages {
 		p.logger.Trace("Published to Redis stream", watermill.LogFields{"provider": "redis", "topic": topic, "message_uuid": msg.UUID})

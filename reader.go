@@ -72,7 +72,8 @@ func (r *reader) run() {
 		}
 		if err != nil {
 			r.failed = true
-			if l != nil && !isReply(err) {
+			if l != nil && !groupLost(err) {
+				// Also after an answer: the node may be the wrong one by now.
 				l.close()
 				l = nil
 			}

@@ -278,7 +278,7 @@ func (s *subscription) next() *held {
 	for {
 		if h := s.takeLocked(); h != nil {
 			s.busy++
-			s.signalRoom()
+			s.signalRoomLocked()
 			return h
 		}
 		if s.stopping && (s.drained || !s.cfg.NoAck) {
@@ -338,7 +338,7 @@ func (s *subscription) free() {
 		s.alone = false
 		s.rouseLocked(s.cfg.MaxConcurrency)
 	}
-	s.signalRoom()
+	s.signalRoomLocked()
 }
 
 // settled lets a suspect's turn come when acks have arrived.
@@ -348,7 +348,7 @@ func (s *subscription) settled() {
 	if len(s.suspects) > 0 {
 		s.rouseLocked(1)
 	}
-	s.signalRoom()
+	s.signalRoomLocked()
 }
 
 // rouseLocked sees to it that n slots look for work.
@@ -365,8 +365,11 @@ func (s *subscription) rouseLocked(n int) {
 	}
 }
 
-// signalRoom makes the reader look whether there is room.
-func (s *subscription) signalRoom() {
+// signalRoomLocked makes the reader look again, if there is room now.
+func (s *subscription) signalRoomLocked() {
+	if !s.parked || s.roomLocked() == 0 {
+		return
+	}
 	select {
 	case s.room <- struct{}{}:
 	default:
@@ -379,9 +382,9 @@ func (s *subscription) awaitRoom(r *reader) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !s.stopping {
-		if room, enough := s.roomLocked(); room >= enough {
+		if s.roomLocked() > 0 {
 			s.prefetch = r.adapt(s.prefetch, s.cfg.BatchSize)
-			if room, _ = s.roomLocked(); room > 0 {
+			if room := s.roomLocked(); room > 0 {
 				s.parked = false
 				return min(room, s.cfg.BatchSize)
 			}
@@ -400,14 +403,18 @@ func (s *subscription) awaitRoom(r *reader) int {
 	return 0
 }
 
-// roomLocked returns how many entries may be read now, and from how many on it
-// is worth a command: half the prefetch.
-func (s *subscription) roomLocked() (room, enough int) {
-	if s.alone || len(s.suspects) > 0 || s.leased() && s.acker.backlog() >= maxUnconfirmed {
-		return 0, 1
+// roomLocked returns how many entries may be read now: one for each free slot,
+// and the prefetch once half of the last one is consumed, so that the handlers
+// have the other half meanwhile. One and a half times BatchSize, and the slots,
+// bound what is held.
+func (s *subscription) roomLocked() int {
+	if s.alone || len(s.suspects) > 0 || len(s.queue) > s.prefetch/2 {
+		return 0
 	}
-	free := max(0, s.cfg.MaxConcurrency-s.busy-len(s.claims))
-	return free + s.prefetch - len(s.queue), max(1, s.prefetch/2)
+	if s.leased() && s.acker.backlog() >= maxUnconfirmed {
+		return 0
+	}
+	return max(0, s.cfg.MaxConcurrency-s.busy-len(s.claims)) + s.prefetch
 }
 
 // wait schedules the entry's next delivery.
