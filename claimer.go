@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -59,6 +60,8 @@ type claimer struct {
 	lastReply time.Time     // zero: the last command failed
 
 	nextJanitor time.Time
+
+	orphaned atomic.Bool // a claim failed, and may have happened
 
 	stop       chan struct{}
 	done, kept chan struct{}
@@ -130,6 +133,12 @@ func (c *claimer) tick(ctx context.Context) error {
 		return nil
 	}
 
+	if c.orphaned.Swap(false) {
+		if err := s.findOrphans(ctx); err != nil {
+			c.orphaned.Store(true)
+			return err
+		}
+	}
 	inFlight, _ := s.leases.counts()
 	if info.pending > int64(inFlight) { // else all that is pending is ours
 		if err := c.findReleased(ctx); err != nil {

@@ -495,10 +495,10 @@ func newLink(ctx context.Context, client redis.UniversalClient, key string, bloc
 		opt.PoolSize, opt.MinIdleConns, opt.MaxIdleConns, opt.MaxActiveConns = 1, 0, 0, 0
 		opt.ReadTimeout = block + readGrace
 		c := redis.NewClient(&opt)
-		l.conn, l.close = c, func() { _ = c.Close() }
+		l.conn, l.close = hooked(node, c), func() { _ = c.Close() }
 	} else {
 		c := node.WithTimeout(block + readGrace).EphemeralConn()
-		l.conn = c
+		l.conn = hooked(node, c)
 		l.close = func() {
 			// Not back into the pool: a CLIENT UNBLOCK still under way would wake
 			// a stranger's command there.
@@ -525,6 +525,27 @@ func newLink(ctx context.Context, client redis.UniversalClient, key string, bloc
 		return nil, err
 	}
 	return l, nil
+}
+
+// hooked returns a processor that runs commands on p, through the client's
+// hooks: whoever traces or meters the client sees the reads too. p has none of
+// them, because WithTimeout drops them. The Conn in between is there for its
+// hooks and never takes a connection.
+func hooked(client *redis.Client, p processor) processor {
+	conn := client.EphemeralConn()
+	conn.AddHook(divert{p})
+	return conn
+}
+
+// divert is the innermost hook: it sends commands another way.
+type divert struct{ to processor }
+
+func (divert) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (d divert) ProcessHook(redis.ProcessHook) redis.ProcessHook { return d.to.Process }
+
+func (divert) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
 }
 
 // wakable reports whether wake can end a read.

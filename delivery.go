@@ -131,7 +131,7 @@ func (s *subscription) acquire(h *held) bool {
 			return false
 		}
 	}
-	e, err := s.stream.claim(ctx, h.id, s.leases.idle(h), h.next)
+	e, err := s.stream.claim(ctx, h.id, s.leases.asking(h), h.next)
 	if err != nil {
 		return s.acquireFailed(h, err)
 	}
@@ -157,6 +157,7 @@ func (s *subscription) acquireFailed(h *held, err error) bool {
 	if h.state == found {
 		// Nobody's yet, or an orphan of ours: the claimer finds it either way.
 		s.leases.remove(h)
+		s.claimer.orphaned.Store(true)
 		return false
 	}
 	s.wait(h, s.retry.InitialInterval)
@@ -459,8 +460,10 @@ func (s *subscription) bury(h *held) {
 		return
 	}
 	dead := s.deadMessage(h, e.fields)
+	s.leases.burying(h, true)
 	id, err := s.moveToDeadLetters(ctx, h, dead.letter())
 	if err != nil {
+		s.leases.burying(h, !isReply(err))
 		s.buryFailed(h, err)
 		return
 	}
@@ -529,7 +532,7 @@ func (s *subscription) verify(h *held) (ours bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if p == nil && e != nil {
+	if p == nil && e != nil && !s.leases.maybeMoved(h) {
 		// Not pending, not deleted: acked elsewhere, or the group was made anew.
 		again, err := s.restoreIfRemade(h)
 		if again || err != nil {

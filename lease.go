@@ -42,6 +42,8 @@ type held struct {
 
 	// Guarded by leases.mu.
 	state  state
+	asked  bool // a claim to next was sent, and may have happened
+	moving bool // a move to the dead-letter stream was sent, and may have happened
 	since  time.Time
 	lost   bool // somebody else may have it
 	gone   bool // deleted from the stream while pending
@@ -118,24 +120,50 @@ func (l *leases) lapsed(h *held) (lost, gone bool) {
 func (l *leases) claimed(h *held, at time.Time, count int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h.state, h.since, h.count, h.next = out, at, count, count+1
+	h.state, h.since, h.count, h.next, h.asked = out, at, count, count+1, false
 }
 
-// counted reports whether the delivery count is one that we gave the entry, or
-// are about to give it.
+// asking notes that a claim of the entry is being sent, and returns its min-idle.
+func (l *leases) asking(h *held) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.asked = true
+	return time.Since(h.since)
+}
+
+// counted reports whether the delivery count is one that we gave the entry: the
+// next one only after a claim of ours whose answer is not known, because a
+// consumer of the same name would give it that too.
 func (l *leases) counted(h *held, count int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return count == h.count || count == h.next
+	return count == h.count || h.asked && count == h.next
 }
 
-// byCount returns the IDs of the entries for each delivery count.
+// burying notes whether a move of the entry to the dead-letter stream may have
+// happened: then that it is not pending any more says nothing about the group.
+func (l *leases) burying(h *held, moving bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.moving = moving
+}
+
+func (l *leases) maybeMoved(h *held) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return h.moving
+}
+
+// byCount returns the IDs of the entries for each delivery count, but for those
+// that are settled: put back into a group, they might come after their XACK.
 func (l *leases) byCount(hs []*held) map[int64][]string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	ids := make(map[int64][]string)
 	for _, h := range hs {
-		ids[h.count] = append(ids[h.count], h.id)
+		if h.state != acked {
+			ids[h.count] = append(ids[h.count], h.id)
+		}
 	}
 	return ids
 }

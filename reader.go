@@ -64,7 +64,8 @@ func (r *reader) run() {
 			}
 		}
 		if err == nil && r.failed {
-			err = r.recover()
+			// The answer to the failed read may be lost, but not what it took.
+			err = s.findOrphans(context.Background())
 		}
 		var entries []entry
 		if err == nil {
@@ -87,6 +88,7 @@ func (r *reader) run() {
 			continue
 		}
 		pause.reset()
+		r.failed = false
 		s.works(roomRead)
 		r.asked, r.got, r.last = count, len(entries), time.Now()
 		s.enqueue(entries, r.last)
@@ -96,6 +98,9 @@ func (r *reader) run() {
 func (r *reader) read(l *link, count int) ([]entry, error) {
 	s := r.s
 	block := s.cfg.BlockTime
+	if r.failed {
+		block = time.Millisecond // whether it works again is to be known at once
+	}
 	if l.wakable() {
 		r.link.Store(l)
 		defer r.link.Store(nil)
@@ -112,17 +117,15 @@ func (r *reader) read(l *link, count int) ([]entry, error) {
 	return s.stream.read(context.Background(), l.conn, count, block, s.cfg.NoAck)
 }
 
-// recover looks, after a failed read, for what the server may have delivered to
-// it: the answer was lost, so that nobody knows of these entries. Only a
-// generated name says that they are ours; with a given one the claimer finds
-// them when their time is up.
-func (r *reader) recover() error {
-	s := r.s
-	if s.fanOut() || s.cfg.NoAck || !s.uniqueName {
-		r.failed = false
+// findOrphans offers what is pending in this consumer's name and not held: the
+// answer to a read or claim was lost, so that nobody knows of these entries.
+// Only a generated name says that they are ours; with a given one the claimer
+// finds them when their time is up.
+func (s *subscription) findOrphans(ctx context.Context) error {
+	if !s.leased() || !s.uniqueName {
 		return nil
 	}
-	rows, err := s.stream.pending(context.Background(), 0, "-", "+", orphanPage, s.stream.consumer)
+	rows, err := s.stream.pending(ctx, 0, "-", "+", orphanPage, s.stream.consumer)
 	if err != nil {
 		return err
 	}
@@ -132,7 +135,6 @@ func (r *reader) recover() error {
 		orphans = append(orphans, &held{id: p.id, count: p.count, next: p.count, since: now.Add(-p.idle)})
 	}
 	s.offerClaims(orphans)
-	r.failed = false
 	return nil
 }
 
