@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -668,5 +667,866 @@ func TestLostReplies(t *testing.T) {
 	}
 }
 
-var _ = math.MaxInt64
-var _ = middleware.RetryParams{}
+// TestGroupLost: the group disappears, in one of the ways in which that happens.
+func TestGroupLost(t *testing.T) {
+	type server struct{ client *redis.Client }
+	losses := []struct {
+		name     string
+		entries  bool // the stream stays
+		disaster func(t *testing.T, client *redis.Client, topic string)
+	}{
+		{"Destroy", true, func(t *testing.T, client *redis.Client, topic string) {
+			require.NoError(t, client.XGroupDestroy(t.Context(), topic, testGroup).Err())
+		}},
+		{"DestroyAndCreateAtTheEnd", true, func(t *testing.T, client *redis.Client, topic string) {
+			_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+				p.XGroupDestroy(t.Context(), topic, testGroup)
+				p.XGroupCreate(t.Context(), topic, testGroup, "$")
+				return nil
+			})
+			require.NoError(t, err)
+		}},
+		{"Delete", false, func(t *testing.T, client *redis.Client, topic string) {
+			require.NoError(t, client.Del(t.Context(), topic).Err())
+		}},
+		{"Flush", false, func(t *testing.T, client *redis.Client, _ string) {
+			require.NoError(t, client.FlushAll(t.Context()).Err())
+		}},
+	}
+	for _, loss := range losses {
+		open := func(t *testing.T) server {
+			if loss.name == "Flush" {
+				return server{testserver.Private(t).Client()}
+			}
+			testserver.RequireReal(t)
+			return server{newClient(t)}
+		}
+		t.Run(loss.name+"/Idle", func(t *testing.T) {
+			t.Parallel()
+			client, topic := open(t).client, topic(t)
+			messages := subscribe(t, newSubscriber(t, claiming(client)), topic)
+			publish(t, client, topic, "before")
+			next(t, messages).Ack()
+			eventuallySettled(t, client, topic, testGroup)
+
+			loss.disaster(t, client, topic)
+			publish(t, client, topic, "after")
+			msg := next(t, messages)
+			assert.Equal(t, "after", string(msg.Payload))
+			assert.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Ack()
+			eventuallySettled(t, client, topic, testGroup)
+		})
+		t.Run(loss.name+"/InFlight", func(t *testing.T) {
+			t.Parallel()
+			client, topic := open(t).client, topic(t)
+			log := newLogRecorder()
+			config := claiming(client)
+			config.MaxConcurrency = 4
+			config.Retry = &goxstreams.Retry{InitialInterval: 500 * time.Millisecond}
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			in := make(map[string]*message.Message)
+			publish(t, client, topic, "acked", "nacked", "finishes", "waits")
+			for range 4 {
+				msg := next(t, messages)
+				in[string(msg.Payload)] = msg
+			}
+			in["acked"].Ack()
+			in["waits"].Nack()
+			eventually(t, func() bool { s := stats(t, sub); return s.Waiting == 1 && s.InFlight == 3 })
+
+			loss.disaster(t, client, topic)
+			publish(t, client, topic, "after")
+			in["after"] = next(t, messages)
+			assert.EqualValues(t, 1, delivery(t, in["after"]).Count)
+			in["after"].Ack()
+			assert.NoError(t, in["nacked"].Context().Err())
+			assert.NoError(t, in["finishes"].Context().Err())
+			in["nacked"].Nack()
+			in["finishes"].Ack()
+
+			if loss.entries {
+				again := make(map[string]int64)
+				for range 2 {
+					msg := next(t, messages)
+					again[string(msg.Payload)] = delivery(t, msg).Count
+					msg.Ack()
+				}
+				assert.Equal(t, map[string]int64{"nacked": 2, "waits": 2}, again)
+			}
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "something is kept for ever")
+			eventuallySettled(t, client, topic, testGroup)
+			// Whatever is to come once more would come before this one, or instead.
+			publish(t, client, topic, "last")
+			msg := next(t, messages)
+			assert.Equal(t, "last", string(msg.Payload))
+			msg.Ack()
+			if !loss.entries {
+				eventually(t, func() bool { return stats(t, sub).Lost >= 2 }, "that messages are lost is not said")
+			}
+			eventually(t, func() bool { return stats(t, sub).Err == nil })
+			assert.True(t, slices.ContainsFunc(log.Errors(), func(l string) bool { return strings.Contains(l, "group") }), "it is not logged: %v", log.Errors())
+		})
+	}
+}
+
+// TestClose is about how long Close takes and what it leaves.
+func TestClose(t *testing.T) {
+	// An idle subscription is blocked in a read. What wakes it may be slow.
+	for name, when := range map[string]string{"SlowRequest": "before", "SlowAnswer": "after", "Undisturbed": ""} {
+		t.Run("Idle/"+name, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			var slow atomic.Bool
+			wait := func(now string) {
+				if slow.Load() && when == now {
+					time.Sleep(time.Second) // the fault
+				}
+			}
+			config := grouped(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if !isCommand("client", "unblock")(cmd) {
+					return next()
+				}
+				wait("before")
+				err := next()
+				wait("after")
+				return err
+			}}))
+			config.BlockTime = time.Minute
+			config.CloseTimeout = patience
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "first")
+			next(t, messages).Ack()
+			eventuallySettled(t, client, topic, testGroup)
+			slow.Store(true)
+			began := time.Now()
+			closing := make(chan error)
+			go func() { closing <- sub.Close() }()
+			publish(t, client, topic, "while it closes")
+			require.NoError(t, <-closing)
+			took := time.Since(began)
+			if when == "" {
+				assert.Less(t, took, slack)
+			} else {
+				assert.Less(t, took, time.Second+slack)
+			}
+			publish(t, client, topic, "after")
+			takesNothing(t, client, topic, "while it closes", "after")
+		})
+	}
+	for _, right := range []string{"-client|unblock", "-client|id", "-client"} {
+		t.Run("Idle/Without"+right, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			config := grouped(aclUser(t, client, right))
+			config.BlockTime = time.Minute
+			config.CloseTimeout = patience
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "first")
+			next(t, messages).Ack()
+			eventuallySettled(t, client, topic, testGroup)
+			began := time.Now()
+			require.NoError(t, sub.Close())
+			assert.Less(t, time.Since(began), time.Second+slack)
+			publish(t, client, topic, "after")
+			takesNothing(t, client, topic, "after")
+		})
+	}
+
+	const timeout, grace = 2 * time.Second, time.Second
+	open := func(t *testing.T) (*redis.Client, string, *goxstreams.Subscriber, func() chan struct{}, *message.Message) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := claiming(client)
+		config.CloseTimeout = timeout
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "")
+		msg := next(t, messages)
+		closing := func() chan struct{} {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				assert.NoError(t, sub.Close())
+				_, open := <-messages
+				assert.False(t, open, "the channel is not closed")
+			}()
+			return done
+		}
+		return client, topic, sub, closing, msg
+	}
+	t.Run("Drain", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		done := closing()
+		during(t, grace/2, func() bool { return msg.Context().Err() == nil }, "the context ends before the grace")
+		msg.Ack()
+		<-done
+		assert.Empty(t, pendingOf(t, client, topic, testGroup), "the ack is lost")
+	})
+	t.Run("Grace", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		began := time.Now()
+		done := closing()
+		<-msg.Context().Done()
+		took := time.Since(began)
+		assert.ErrorIs(t, context.Cause(msg.Context()), goxstreams.ErrSubscriberClosed)
+		assert.GreaterOrEqual(t, took, timeout-grace-50*time.Millisecond)
+		assert.Less(t, took, timeout-grace+slack)
+		msg.Nack() // because of the shutdown, which is no failure
+		<-done
+		rows := pendingOf(t, client, topic, testGroup)
+		require.Len(t, rows, 1)
+		assert.Equal(t, "released", rows[0].Consumer)
+		config := grouped(client)
+		config.ClaimMinIdle = 5 * time.Minute
+		msg = next(t, subscribe(t, newSubscriber(t, config), topic))
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		msg.Ack()
+	})
+	t.Run("AckInTheGrace", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		done := closing()
+		<-msg.Context().Done()
+		msg.Ack()
+		<-done
+		assert.Empty(t, pendingOf(t, client, topic, testGroup), "the ack is lost")
+	})
+	t.Run("Abandon", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		consumer := delivery(t, msg).Consumer
+		began := time.Now()
+		done := closing()
+		<-done // the handler ignores it all
+		took := time.Since(began)
+		assert.GreaterOrEqual(t, took, timeout-50*time.Millisecond)
+		assert.Less(t, took, timeout+slack)
+		select {
+		case <-msg.Nacked():
+		default:
+			assert.Fail(t, "whoever waits for the outcome waits for ever")
+		}
+		assert.False(t, msg.Ack())
+		rows := pendingOf(t, client, topic, testGroup)
+		require.Len(t, rows, 1)
+		assert.Equal(t, consumer, rows[0].Consumer, "the handler may still be at work")
+		assert.Zero(t, rows[0].RetryCount, "this delivery does not count")
+		msg = next(t, subscribe(t, newSubscriber(t, claiming(client)), topic))
+		assert.GreaterOrEqual(t, time.Since(began), minIdle)
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		msg.Ack()
+	})
+}
+
+// takesNothing shows that a closed consumer has not kept these messages: another
+// one gets them at once, as if they had never been delivered.
+func takesNothing(t testing.TB, client *redis.Client, topic string, want ...string) {
+	t.Helper()
+	config := grouped(client)
+	config.ClaimMinIdle = 5 * time.Minute
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	var got []string
+	for range want {
+		msg := next(t, messages)
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		got = append(got, string(msg.Payload))
+		msg.Ack()
+	}
+	assert.ElementsMatch(t, want, got)
+	eventuallySettled(t, client, topic, testGroup)
+}
+
+// aclUser returns a client with all rights but for the rules given.
+func aclUser(t testing.TB, admin *redis.Client, rules ...string) *redis.Client {
+	t.Helper()
+	name := watermill.NewShortUUID()
+	setUser(t, admin, name, append([]string{"on", ">" + name, "~*", "&*", "+@all"}, rules...)...)
+	t.Cleanup(func() { admin.Do(context.Background(), "acl", "deluser", name) })
+	client := redis.NewClient(&redis.Options{Addr: admin.Options().Addr, Username: name, Password: name})
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+func setUser(t testing.TB, admin *redis.Client, name string, rules ...string) {
+	t.Helper()
+	args := []any{"acl", "setuser", name}
+	for _, rule := range rules {
+		args = append(args, rule)
+	}
+	require.NoError(t, admin.Do(context.Background(), args...).Err())
+}
+
+// TestRetryLimit: a message whose handler fails is handled MaxRetries+1 times,
+// counted by Redis, and is then dead.
+func TestRetryLimit(t *testing.T) {
+	for _, maxRetries := range []int{-1, 1, 3} {
+		for _, concurrency := range []int{1, 4} {
+			t.Run(fmt.Sprintf("MaxRetries=%d/MaxConcurrency=%d", maxRetries, concurrency), func(t *testing.T) {
+				t.Parallel()
+				topic, client := topic(t), newClient(t)
+				var hooks []int
+				var dead []goxstreams.DeadMessage
+				config := grouped(client)
+				config.MaxConcurrency = concurrency
+				config.Retry = &goxstreams.Retry{
+					MaxRetries: maxRetries, InitialInterval: time.Millisecond,
+					OnRetryHook: func(n int, delay time.Duration) {
+						hooks = append(hooks, n)
+						assert.Equal(t, time.Millisecond<<(n-1), delay)
+					},
+				}
+				config.OnDead = func(_ context.Context, d goxstreams.DeadMessage) { dead = append(dead, d) }
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				msg := message.NewMessage("uuid", []byte("payload"))
+				msg.Metadata.Set("key", "value")
+				require.NoError(t, newPublisher(t, client).Publish(topic, msg))
+
+				var last goxstreams.Delivery
+				for count := range int64(max(maxRetries, 0) + 1) {
+					msg := next(t, messages)
+					last = delivery(t, msg)
+					assert.Equal(t, count+1, last.Count)
+					assert.Equal(t, count, last.RetryCount())
+					assert.Equal(t, maxRetries, last.MaxRetries)
+					assert.Equal(t, count+1, pendingOf(t, client, topic, testGroup)[0].RetryCount)
+					msg.Metadata.Set("key", "changed by the handler")
+					msg.Nack()
+				}
+				eventually(t, func() bool { return stats(t, sub).Dead == 1 }, "it does not die")
+				publish(t, client, topic, "sentinel")
+				sentinel := next(t, messages)
+				assert.Equal(t, "sentinel", string(sentinel.Payload), "the dead one came again")
+				sentinel.Ack()
+				require.NoError(t, sub.Close())
+
+				var wantHooks []int
+				for n := 1; n <= maxRetries; n++ {
+					wantHooks = append(wantHooks, n)
+				}
+				assert.Equal(t, wantHooks, hooks)
+				letters := deadLetters(t, client, topic)
+				require.Len(t, letters, 1)
+				letter := letters[0]
+				assert.Equal(t, "uuid", letter.UUID)
+				assert.Equal(t, "payload", string(letter.Payload))
+				diedAt, err := time.Parse(time.RFC3339, letter.Metadata.Get(goxstreams.DeadDiedAtKey))
+				assert.NoError(t, err)
+				assert.WithinDuration(t, time.Now(), diedAt, time.Minute)
+				delete(letter.Metadata, goxstreams.DeadDiedAtKey)
+				assert.Equal(t, message.Metadata{
+					"key":                            "value",
+					middleware.ReasonForPoisonedKey:  goxstreams.ErrRetriesExhausted.Error(),
+					middleware.PoisonedTopicKey:      topic,
+					middleware.PoisonedHandlerKey:    "",
+					middleware.PoisonedSubscriberKey: "goxstreams.Subscriber",
+					goxstreams.DeadEntryIDKey:        last.ID,
+					goxstreams.DeadGroupKey:          testGroup,
+					goxstreams.DeadConsumerKey:       last.Consumer,
+					goxstreams.DeadKindKey:           "exhausted",
+					goxstreams.DeadDeliveriesKey:     fmt.Sprint(last.Count),
+				}, letter.Metadata)
+				require.Len(t, dead, 1)
+				assert.Equal(t, last.ID, dead[0].EntryID)
+				assert.Equal(t, last.Count, dead[0].Deliveries)
+				assert.Equal(t, goxstreams.Exhausted, dead[0].Kind)
+				assert.Equal(t, "value", dead[0].Message.Metadata.Get("key"))
+				assert.Empty(t, pendingOf(t, client, topic, testGroup))
+			})
+		}
+	}
+	t.Run("ShouldRetry", func(t *testing.T) {
+		t.Parallel()
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.Retry = &goxstreams.Retry{ShouldRetry: func(p middleware.RetryParams) bool {
+			assert.ErrorIs(t, p.Err, goxstreams.ErrNacked)
+			return p.RetryNum < 2
+		}, InitialInterval: time.Millisecond}
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "")
+		next(t, messages).Nack()
+		next(t, messages).Nack()
+		eventually(t, func() bool { return stats(t, sub).Dead == 1 })
+		require.NoError(t, sub.Close())
+		letters := deadLetters(t, client, topic)
+		require.Len(t, letters, 1)
+		assert.Equal(t, "permanent", letters[0].Metadata.Get(goxstreams.DeadKindKey))
+	})
+}
+
+// picky rejects entries with the field "broken".
+type picky struct{ goxstreams.BodyMarshaler }
+
+func (p picky) Unmarshal(values map[string]any) (*message.Message, error) {
+	if _, ok := values["broken"]; ok {
+		return nil, errors.New("this is broken")
+	}
+	return p.BodyMarshaler.Unmarshal(values)
+}
+
+func addRaw(t testing.TB, client *redis.Client, topic string, fields ...string) string {
+	t.Helper()
+	id, err := client.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, Values: fields}).Result()
+	require.NoError(t, err)
+	return id
+}
+
+// TestBroken: an entry that cannot be unmarshaled stops nothing.
+func TestBroken(t *testing.T) {
+	fields := []string{"z", "1", "broken", "\x00\xff\r\n", "a", "", "z", "2", "", "empty name", "z", "1"}
+	body := func(s string) []string { return []string{"body", `"` + s + `"`} }
+	open := func(t *testing.T, onBroken func(context.Context, goxstreams.BrokenMessage) error) (*redis.Client, string, *goxstreams.Subscriber, <-chan *message.Message) {
+		t.Parallel()
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.Unmarshaler = picky{}
+		config.Retry = quickRetry()
+		config.OnBroken = onBroken
+		sub := newSubscriber(t, config)
+		return client, topic, sub, subscribe(t, sub, topic)
+	}
+	follows := func(t *testing.T, client *redis.Client, topic string, messages <-chan *message.Message) {
+		t.Helper()
+		addRaw(t, client, topic, body("next")...)
+		msg := next(t, messages)
+		assert.Equal(t, `"next"`, string(msg.Payload))
+		msg.Ack()
+	}
+
+	t.Run("Moved", func(t *testing.T) {
+		client, topic, sub, messages := open(t, nil)
+		id := addRaw(t, client, topic, fields...)
+		follows(t, client, topic, messages)
+		eventuallySettled(t, client, topic, testGroup)
+		letters := deadLetters(t, client, topic)
+		require.Len(t, letters, 1)
+
+		// A Subscriber reads it whatever format it is set to.
+		config := grouped(client)
+		config.Unmarshaler = goxstreams.BodyMarshaler{}
+		letter := next(t, subscribe(t, newSubscriber(t, config), goxstreams.DeadLetterTopic(topic)))
+		letter.Ack()
+		assert.True(t, letters[0].Equals(letter))
+		restored, err := goxstreams.UnpackFields(letter.Payload)
+		require.NoError(t, err)
+		assert.Equal(t, fields, restored)
+		assert.Equal(t, id, letter.UUID)
+		assert.Contains(t, letter.Metadata.Get(middleware.ReasonForPoisonedKey), "this is broken")
+		assert.Equal(t, topic, letter.Metadata.Get(middleware.PoisonedTopicKey))
+		assert.Equal(t, id, letter.Metadata.Get(goxstreams.DeadEntryIDKey))
+		assert.Equal(t, testGroup, letter.Metadata.Get(goxstreams.DeadGroupKey))
+		assert.Equal(t, "broken", letter.Metadata.Get(goxstreams.DeadKindKey))
+		assert.Equal(t, "1", letter.Metadata.Get(goxstreams.DeadDeliveriesKey))
+		assert.EqualValues(t, 1, stats(t, sub).Broken)
+		assert.EqualValues(t, 1, stats(t, sub).Dead)
+	})
+	t.Run("Handled", func(t *testing.T) {
+		calls := make(chan goxstreams.BrokenMessage, 10)
+		client, topic, sub, messages := open(t, func(ctx context.Context, b goxstreams.BrokenMessage) error {
+			calls <- b
+			return ctx.Err()
+		})
+		id := addRaw(t, client, topic, fields...)
+		follows(t, client, topic, messages)
+		eventuallySettled(t, client, topic, testGroup)
+		require.NoError(t, sub.Close())
+		require.Len(t, calls, 1)
+		b := <-calls
+		assert.ErrorIs(t, b.Err, goxstreams.ErrBroken)
+		assert.ErrorContains(t, b.Err, "this is broken")
+		b.Err = nil
+		assert.Equal(t, goxstreams.BrokenMessage{Topic: topic, ID: id, Fields: fields}, b)
+		assert.Empty(t, deadLetters(t, client, topic))
+	})
+	for _, how := range []string{"Error", "Panic"} {
+		t.Run(how, func(t *testing.T) {
+			calls := make(chan int64, 10)
+			client, topic, _, messages := open(t, func(_ context.Context, b goxstreams.BrokenMessage) error {
+				calls <- b.RetryCount
+				switch {
+				case b.RetryCount == 3:
+					return nil
+				case how == "Panic":
+					panic("test")
+				}
+				return errors.New("test")
+			})
+			addRaw(t, client, topic, fields...)
+			follows(t, client, topic, messages)
+			for n := range int64(4) {
+				select {
+				case got := <-calls:
+					assert.Equal(t, n, got)
+				case <-time.After(patience):
+					require.FailNow(t, "it does not come again")
+				}
+			}
+			follows(t, client, topic, messages)
+			eventuallySettled(t, client, topic, testGroup)
+			assert.Empty(t, deadLetters(t, client, topic))
+		})
+	}
+	t.Run("Hangs", func(t *testing.T) {
+		hangs, goOn := make(chan struct{}), make(chan struct{})
+		client, topic, _, messages := open(t, func(context.Context, goxstreams.BrokenMessage) error {
+			close(hangs)
+			<-goOn
+			return nil
+		})
+		addRaw(t, client, topic, fields...)
+		select {
+		case <-hangs:
+		case <-time.After(patience):
+			require.FailNow(t, "OnBroken is not called")
+		}
+		follows(t, client, topic, messages)
+		follows(t, client, topic, messages)
+		eventually(t, func() bool { return len(pendingOf(t, client, topic, testGroup)) == 1 }, "only the broken one is pending")
+		close(goOn)
+		eventuallySettled(t, client, topic, testGroup)
+	})
+}
+
+// TestTrimmed: an entry is deleted from the stream while it is pending. Nothing
+// can be done about it, but to say so.
+func TestTrimmed(t *testing.T) {
+	isLost := func(log logRecorder, id string) func() bool {
+		return func() bool {
+			return slices.ContainsFunc(log.Errors(), func(l string) bool {
+				return strings.Contains(l, "Message lost") && strings.Contains(l, id)
+			})
+		}
+	}
+	for _, at := range []string{"Acked", "Nacked", "Waiting", "Dead", "OfADeadConsumer"} {
+		t.Run(at, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client, log := topic(t), newClient(t), newLogRecorder()
+			config := claiming(client)
+			config.Retry = &goxstreams.Retry{InitialInterval: 50 * time.Millisecond}
+			if at == "Waiting" {
+				config.Retry.InitialInterval = 2 * minIdle
+			}
+			if at == "Dead" {
+				config.Retry.MaxRetries = -1
+			}
+			publish(t, client, topic, "")
+			createGroup(t, client, topic, testGroup)
+			del := func(id string) { require.NoError(t, client.XDel(t.Context(), topic, id).Err()) }
+			var id string
+			if at == "OfADeadConsumer" {
+				id = readAs(t, client, topic, testGroup, "dead", 1)[0]
+				del(id)
+			}
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			if id == "" {
+				msg := next(t, messages)
+				id = delivery(t, msg).ID
+				switch at {
+				case "Acked":
+					del(id)
+					eventually(t, isLost(log, id))
+					assert.NoError(t, msg.Context().Err(), "nobody else can have it")
+					msg.Ack()
+				case "Nacked", "Dead":
+					del(id)
+					msg.Nack()
+				case "Waiting":
+					msg.Nack()
+					eventually(t, func() bool { return stats(t, sub).Waiting == 1 })
+					del(id)
+				}
+			}
+			eventually(t, isLost(log, id), "that it is lost is not logged")
+			eventually(t, func() bool { return stats(t, sub).Lost == 1 })
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+			eventuallySettled(t, client, topic, testGroup)
+			publish(t, client, topic, "last")
+			msg := next(t, messages)
+			assert.Equal(t, "last", string(msg.Payload))
+			msg.Ack()
+			require.NoError(t, sub.Close())
+			assert.Empty(t, deadLetters(t, client, topic))
+		})
+	}
+}
+
+// hasCommand reports whether the server knows the command.
+func hasCommand(t testing.TB, client *redis.Client, name string) bool {
+	t.Helper()
+	v, err := client.Do(context.Background(), "command", "info", name).Slice()
+	require.NoError(t, err)
+	return len(v) > 0 && v[0] != nil
+}
+
+// TestDeleteAcked: acked entries leave the stream, when nobody needs them.
+func TestDeleteAcked(t *testing.T) {
+	consume := func(t *testing.T, client *redis.Client, topic, group string, n int) *goxstreams.Subscriber {
+		t.Helper()
+		config := grouped(client)
+		config.ConsumerGroup = group
+		config.DeleteAcked = true
+		config.Retry = quickRetry()
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		next(t, messages).Nack() // it stays
+		require.Len(t, collect(messages, n, patience), n)
+		eventuallySettled(t, client, topic, group)
+		return sub
+	}
+	t.Run("OneGroup", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publishN(t, client, topic, 50)
+		sub := consume(t, client, topic, "a", 50)
+		require.NoError(t, sub.Close())
+		assert.Zero(t, client.XLen(t.Context(), topic).Val())
+	})
+	t.Run("SeveralGroups", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publishN(t, client, topic, 50)
+		createGroup(t, client, topic, "a")
+		createGroup(t, client, topic, "b")
+		if !hasCommand(t, client, "xackdel") {
+			config := grouped(client)
+			config.ConsumerGroup = "a"
+			config.DeleteAcked = true
+			_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
+			require.ErrorIs(t, err, goxstreams.ErrUnsupported)
+			return
+		}
+		require.NoError(t, consume(t, client, topic, "a", 50).Close())
+		assert.EqualValues(t, 50, client.XLen(t.Context(), topic).Val(), "the other group needs them")
+		require.NoError(t, consume(t, client, topic, "b", 50).Close())
+		assert.Zero(t, client.XLen(t.Context(), topic).Val())
+	})
+	t.Run("AnotherGroupLater", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.ConsumerGroup = "a"
+		config.DeleteAcked = true
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		createGroup(t, client, topic, "b")
+		publishN(t, client, topic, 10)
+		require.Len(t, collect(messages, 10, patience), 10)
+		eventuallySettled(t, client, topic, "a")
+		config = grouped(client)
+		config.ConsumerGroup = "b"
+		assert.Len(t, collect(subscribe(t, newSubscriber(t, config), topic), 10, patience), 10, "the later group's messages are deleted")
+	})
+}
+
+// TestNoAck: at most once.
+func TestNoAck(t *testing.T) {
+	t.Parallel()
+	topic, client := topic(t), newClient(t)
+	config := grouped(client)
+	config.NoAck = true
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, client, topic, "nacked", "acked")
+	msg := next(t, messages)
+	assert.Equal(t, "nacked", string(msg.Payload))
+	assert.Empty(t, pendingOf(t, client, topic, testGroup))
+	msg.Nack()
+	msg = next(t, messages)
+	assert.Equal(t, "acked", string(msg.Payload), "it came again")
+	msg.Ack()
+	require.NoError(t, sub.Close())
+	assert.False(t, closed(subscribe(t, newSubscriber(t, config), topic), 50*time.Millisecond))
+	assert.Empty(t, pendingOf(t, client, topic, testGroup))
+}
+
+func consumersOf(t testing.TB, client *redis.Client, topic string) []string {
+	t.Helper()
+	infos, err := client.XInfoConsumers(context.Background(), topic, testGroup).Result()
+	require.NoError(t, err)
+	var names []string
+	for _, info := range infos {
+		names = append(names, info.Name)
+	}
+	return names
+}
+
+// TestConsumerNames: names that nobody uses leave the group, with nothing lost.
+func TestConsumerNames(t *testing.T) {
+	t.Run("Close", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		sub := newSubscriber(t, grouped(client))
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "")
+		next(t, messages).Ack()
+		assert.Len(t, consumersOf(t, client, topic), 1)
+		require.NoError(t, sub.Close())
+		assert.Empty(t, consumersOf(t, client, topic))
+	})
+	t.Run("CloseWithSomethingPending", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.CloseTimeout = 10 * time.Millisecond
+		sub := newSubscriber(t, config)
+		publish(t, client, topic, "")
+		msg := next(t, subscribe(t, sub, topic))
+		require.NoError(t, sub.Close()) // abandons it
+		assert.Equal(t, []string{delivery(t, msg).Consumer}, consumersOf(t, client, topic))
+		assert.Len(t, pendingOf(t, client, topic, testGroup), 1)
+	})
+	t.Run("Janitor", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publishN(t, client, topic, 2)
+		createGroup(t, client, topic, testGroup)
+		require.NoError(t, client.XGroupCreateConsumer(t.Context(), topic, testGroup, "idle").Err())
+		busy := readAs(t, client, topic, testGroup, "busy", 1)
+		config := grouped(client)
+		config.ClaimMinIdle = 5 * time.Minute
+		config.ConsumerTimeout = 200 * time.Millisecond
+		config.Consumer = "live"
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		held := next(t, messages)
+		eventually(t, func() bool { return !slices.Contains(consumersOf(t, client, topic), "idle") })
+		// Longer than two rounds of the janitor, in which whoever is idle goes.
+		during(t, 3*config.ConsumerTimeout, func() bool {
+			names := consumersOf(t, client, topic)
+			return slices.Contains(names, "busy") && slices.Contains(names, "live")
+		}, "a consumer with something pending is removed")
+		held.Ack()
+		eventually(t, func() bool {
+			rows := pendingOf(t, client, topic, testGroup)
+			return len(rows) == 1 && rows[0].ID == busy[0]
+		})
+		// Blocked in a read, the live one looks idle to Redis 7.0, and is removed:
+		// that must not cost it a message. Newer servers know better.
+		if hasCommand(t, client, "xackdel") {
+			during(t, 3*config.ConsumerTimeout, func() bool { return slices.Contains(consumersOf(t, client, topic), "live") })
+		} else {
+			eventually(t, func() bool { return !slices.Contains(consumersOf(t, client, topic), "live") })
+		}
+		publish(t, client, topic, "last")
+		msg := next(t, messages)
+		assert.Equal(t, "last", string(msg.Payload))
+		msg.Ack()
+	})
+}
+
+// outageLogged counts what a log says of outages' beginnings and ends.
+func outageLogged(log logRecorder) (began, ended int) {
+	for _, l := range log.Errors() {
+		if strings.Contains(l, "does not serve") {
+			began++
+		}
+	}
+	for _, l := range log.Infos() {
+		if strings.Contains(l, "serves the subscription again") {
+			ended++
+		}
+	}
+	return began, ended
+}
+
+// TestRecovery: Redis refuses a command for a while.
+func TestRecovery(t *testing.T) {
+	for _, command := range []string{"xreadgroup", "xack", "xclaim"} {
+		t.Run("NOPERM/"+command, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, admin, log := topic(t), newClient(t), newLogRecorder()
+			client := aclUser(t, admin)
+			counter, counts := countCommands()
+			client.AddHook(counter)
+			config := claiming(client)
+			config.MaxConcurrency = 2
+			config.BlockTime = 50 * time.Millisecond // 7.0 still serves a read that waits
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			publish(t, admin, topic, "held")
+			held := next(t, messages)
+
+			setUser(t, admin, client.Options().Username, "-"+command)
+			if command == "xack" {
+				held.Ack()
+			}
+			eventually(t, func() bool { return stats(t, sub).Err != nil })
+			assert.ErrorContains(t, stats(t, sub).Err, "NOPERM")
+			assert.WithinDuration(t, time.Now(), stats(t, sub).Since, patience)
+			before := counts.of(command)
+			eventually(t, func() bool { return counts.of(command) >= before+3 }, "it does not try again")
+			publish(t, admin, topic, "meanwhile")
+			began, ended := outageLogged(log)
+			assert.Equal(t, 1, began, "logged: %v", log.Errors())
+			assert.Zero(t, ended)
+
+			setUser(t, admin, client.Options().Username, "+"+command)
+			msg := next(t, messages)
+			assert.Equal(t, "meanwhile", string(msg.Payload))
+			assert.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Ack()
+			if command != "xack" {
+				assert.NoError(t, held.Context().Err(), "the lease is lost")
+				held.Ack()
+			}
+			eventuallySettled(t, admin, topic, testGroup)
+			eventually(t, func() bool { return stats(t, sub).Err == nil })
+			assert.EqualValues(t, 2, stats(t, sub).Delivered)
+			began, ended = outageLogged(log)
+			assert.Equal(t, 1, began, "logged: %v", log.Errors())
+			assert.Equal(t, 1, ended)
+		})
+	}
+	t.Run("OOM", func(t *testing.T) {
+		t.Parallel()
+		server := testserver.Private(t)
+		topic, admin, log := topic(t), server.Client(), newLogRecorder()
+		client := server.Client()
+		counter, counts := countCommands()
+		client.AddHook(counter)
+		config := claiming(client)
+		config.Retry = &goxstreams.Retry{MaxRetries: -1, InitialInterval: 20 * time.Millisecond}
+		sub := newSubscriberLog(t, config, log)
+		messages := subscribe(t, sub, topic)
+		publish(t, admin, topic, "dies", "lives")
+		msg := next(t, messages)
+		require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "1").Err())
+		msg.Nack()
+		msg = next(t, messages)
+		assert.Equal(t, "lives", string(msg.Payload), "the dead one is handled again, or holds up the others")
+		msg.Ack()
+		eventually(t, func() bool { return counts.of("eval") >= 3 }, "it does not try again")
+		require.Error(t, stats(t, sub).Err)
+		assert.ErrorContains(t, stats(t, sub).Err, "OOM")
+		began, _ := outageLogged(log)
+		assert.Equal(t, 1, began, "logged: %v", log.Errors())
+		assert.Len(t, pendingOf(t, admin, topic, testGroup), 1)
+
+		require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "0").Err())
+		eventuallySettled(t, admin, topic, testGroup)
+		eventually(t, func() bool { return stats(t, sub).Err == nil })
+		began, ended := outageLogged(log)
+		assert.Equal(t, 1, began, "logged: %v", log.Errors())
+		assert.Equal(t, 1, ended)
+		require.NoError(t, sub.Close())
+		letters := deadLetters(t, admin, topic)
+		require.Len(t, letters, 1)
+		assert.Equal(t, "dies", string(letters[0].Payload))
+	})
+}

@@ -40,6 +40,7 @@ const (
 // childArgs is what a consumerChild is to do.
 type childArgs struct {
 	Addr, Topic    string
+	Consumer       string
 	MaxConcurrency int
 	ClaimMinIdle   time.Duration
 	ClaimInterval  time.Duration
@@ -68,6 +69,7 @@ func consumerChild() {
 	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
 		Client:         client,
 		ConsumerGroup:  testGroup,
+		Consumer:       args.Consumer,
 		MaxConcurrency: args.MaxConcurrency,
 		ClaimMinIdle:   args.ClaimMinIdle,
 		ClaimInterval:  args.ClaimInterval,
@@ -269,11 +271,19 @@ func (c *child) handlings(stopped, continued, killed time.Time) map[string][]han
 // TestTwoProcesses: one process of a group is stopped for longer than
 // ClaimMinIdle and continued, the other is killed in mid-work.
 func TestTwoProcesses(t *testing.T) {
-	t.Parallel()
-	testserver.RequireReal(t)
+	for _, name := range []string{"", "namesake"} {
+		t.Run("Consumer="+name, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			twoProcesses(t, name)
+		})
+	}
+}
+
+func twoProcesses(t *testing.T, consumer string) {
 	client, topic := newClient(t), topic(t)
 	args := childArgs{
-		Addr: client.Options().Addr, Topic: topic, MaxConcurrency: 4,
+		Addr: client.Options().Addr, Topic: topic, Consumer: consumer, MaxConcurrency: 4,
 		ClaimMinIdle: 2 * time.Second, ClaimInterval: 200 * time.Millisecond,
 		Handle: 20 * time.Millisecond, Hold: true,
 	}
