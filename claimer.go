@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
 )
 
 const (
@@ -60,6 +62,9 @@ type claimer struct {
 	lastReply time.Time     // zero: the last command failed
 
 	nextJanitor time.Time
+
+	waitedSince  time.Time // a suspect waits for its turn since then
+	nextSuspects time.Time // no suspect is offered before
 
 	orphaned atomic.Bool // a claim failed, and may have happened
 
@@ -139,8 +144,7 @@ func (c *claimer) tick(ctx context.Context) error {
 			return err
 		}
 	}
-	inFlight, _ := s.leases.counts()
-	if info.pending > int64(inFlight) { // else all that is pending is ours
+	if info.pending > s.leases.pendingSince(start) { // else all that is pending is ours
 		if err := c.findReleased(ctx); err != nil {
 			return err
 		}
@@ -153,7 +157,34 @@ func (c *claimer) tick(ctx context.Context) error {
 	if s.offerClaims(c.ripe()) {
 		s.reader.interrupt(s.quiet)
 	}
+	c.patience()
 	return nil
+}
+
+// suspectPatience is the part of ClaimMinIdle that a subscription stands still
+// for a suspect's turn. If its handlers take longer, it goes on for a whole
+// ClaimMinIdle before it tries again: other consumers may have better luck, and
+// one slow handler must not stop the topic.
+const suspectPatience = 6
+
+// patience ends the wait for a suspect's turn when it has lasted too long.
+func (c *claimer) patience() {
+	s := c.s
+	now := time.Now()
+	if !s.suspectsWait() {
+		c.waitedSince = time.Time{}
+		return
+	}
+	if c.waitedSince.IsZero() {
+		c.waitedSince = now
+	}
+	if now.Sub(c.waitedSince) < s.cfg.ClaimMinIdle/suspectPatience {
+		return
+	}
+	n := s.dropSuspects()
+	c.waitedSince = time.Time{}
+	c.nextSuspects = now.Add(s.cfg.ClaimMinIdle)
+	s.log.Info("Messages suspected of crashing their process wait until nothing else is in flight", s.logFields.Add(watermill.LogFields{"entries": n}))
 }
 
 // answer counts the time since the last reply as time in which Redis answered.
@@ -238,8 +269,12 @@ func (c *claimer) sweep(ctx context.Context, consumers int64) error {
 // ripe takes from the sightings those that are old enough.
 func (c *claimer) ripe() []*held {
 	s := c.s
+	now := time.Now()
 	var hs []*held
 	for id, first := range c.seen {
+		if first.count+1 >= s.retry.suspectFrom() && now.Before(c.nextSuspects) {
+			continue
+		}
 		if c.answered-first.answered >= s.cfg.ClaimMinIdle/renewalsPerLease {
 			delete(c.seen, id)
 			hs = append(hs, &held{

@@ -82,7 +82,14 @@ func (s *subscription) slot() {
 // handle brings an entry to its outcome: acked, waiting for its retry, moved to
 // the dead-letter stream, released, or not ours any more.
 func (s *subscription) handle(h *held) {
-	for s.acquire(h) {
+	for {
+		ready, again := s.acquire(h)
+		if again {
+			continue
+		}
+		if !ready {
+			return
+		}
 		if h.doom == nil && s.retry.exhaustedBefore(h.count) {
 			h.doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
 		}
@@ -102,18 +109,18 @@ func (s *subscription) handle(h *held) {
 }
 
 // acquire makes sure that the entry is ours, with its fields: it claims what
-// was not read just now. It returns false if the entry is somebody else's
-// business, or comes later.
-func (s *subscription) acquire(h *held) bool {
+// was not read just now. It returns ready if it is, again to be asked once more,
+// and neither if the entry is somebody else's business, or comes later.
+func (s *subscription) acquire(h *held) (ready, again bool) {
 	if h.fields != nil {
-		return true
+		return true, false
 	}
 	if h.doom != nil {
 		if s.leases.move(h, out, nil) {
-			return true
+			return true, false
 		}
 		s.leases.remove(h)
-		return false
+		return false, false
 	}
 	ctx := context.Background()
 	if h.state == found {
@@ -121,22 +128,22 @@ func (s *subscription) acquire(h *held) bool {
 		// trace of it.
 		e, p, err := s.stream.look(ctx, h.id)
 		if err != nil {
-			return s.acquireFailed(h, err)
+			return false, s.acquireFailed(h, err)
 		}
 		if p == nil || e == nil {
 			if p != nil {
 				s.ackTrimmed(h)
 			}
 			s.leases.remove(h)
-			return false
+			return false, false
 		}
 	}
 	e, err := s.stream.claim(ctx, h.id, s.leases.asking(h), h.next)
 	if err != nil {
-		return s.acquireFailed(h, err)
+		return false, s.acquireFailed(h, err)
 	}
 	if e == nil {
-		return s.acquireRefused(h)
+		return false, s.acquireRefused(h)
 	}
 	if h.state == found {
 		s.stats.claimed.Add(1)
@@ -144,12 +151,12 @@ func (s *subscription) acquire(h *held) bool {
 	s.leases.claimed(h, time.Now(), h.next)
 	s.works(roomClaim)
 	h.fields = e.fields
-	return true
+	return true, false
 }
 
 // acquireFailed handles a claim without an answer. It may have happened, which
 // the next try finds out.
-func (s *subscription) acquireFailed(h *held, err error) bool {
+func (s *subscription) acquireFailed(h *held, err error) (again bool) {
 	s.failing(roomClaim, err)
 	if groupLost(err) {
 		_ = s.regroup() // if that fails, the claimer tries again
@@ -160,25 +167,24 @@ func (s *subscription) acquireFailed(h *held, err error) bool {
 		s.claimer.orphaned.Store(true)
 		return false
 	}
-	s.wait(h, s.retry.InitialInterval)
-	return false
+	return s.again(h, max(s.retry.InitialInterval, minBackoff))
 }
 
 // acquireRefused handles a claim that the server did not grant: the entry is
 // younger than it would be in our hands, or gone.
-func (s *subscription) acquireRefused(h *held) bool {
+func (s *subscription) acquireRefused(h *held) (again bool) {
 	if h.state == found {
 		s.leases.remove(h) // renewed, acked, or claimed by another consumer
 		return false
 	}
-	switch ours, err := s.verify(h); {
+	ours, err := s.verify(h)
+	switch {
 	case err != nil:
 		return s.acquireFailed(h, err)
-	case !ours:
-		s.leases.remove(h)
-	default:
-		s.wait(h, 0)
+	case ours:
+		return s.again(h, minBackoff)
 	}
+	s.leases.remove(h)
 	return false
 }
 
@@ -265,7 +271,7 @@ func (s *subscription) acked(h *held) {
 		return
 	}
 	// Even if the lease is lost: the work is done.
-	s.leases.move(h, acked, nil)
+	s.leases.move(h, settled, nil)
 	s.acker.add(h)
 }
 
@@ -313,11 +319,7 @@ func (s *subscription) nacked(h *held, msg *message.Message) (again bool) {
 			s.log.Error("Retry.OnRetryHook panicked", err, s.entryFields(h))
 		}
 	}
-	if s.cfg.MaxConcurrency == 1 || s.fanOut() && s.manyWait() {
-		return s.waitInPlace(h, delay)
-	}
-	s.wait(h, delay)
-	return false
+	return s.again(h, delay)
 }
 
 // abandoned gives up on a handler that did not heed the end of its context. It
@@ -394,7 +396,7 @@ func (s *subscription) callOnBroken(h *held, b BrokenMessage) {
 	switch {
 	case err == nil:
 		if !s.fanOut() && !s.cfg.NoAck {
-			s.leases.move(h, acked, nil)
+			s.leases.move(h, settled, nil)
 			s.acker.add(h)
 			return
 		}
@@ -438,7 +440,7 @@ func (s *subscription) bury(h *held) {
 		s.leases.remove(h)
 		return
 	}
-	s.leases.move(h, out, nil)
+	s.leases.move(h, settled, nil) // a renewal that crosses the move finds nothing
 	h.fields = nil
 	ctx := context.Background()
 	e, p, err := s.stream.look(ctx, h.id)

@@ -16,7 +16,7 @@ const (
 	queued               // prefetched
 	out                  // offered or handed out
 	waiting              // nacked; comes again
-	acked                // settled; its XACK is not confirmed yet
+	settled              // acked or dead; its XACK is not confirmed yet
 )
 
 // held is an entry that this subscription holds, or is about to claim.
@@ -161,7 +161,7 @@ func (l *leases) byCount(hs []*held) map[int64][]string {
 	defer l.mu.Unlock()
 	ids := make(map[int64][]string)
 	for _, h := range hs {
-		if h.state != acked {
+		if h.state != settled {
 			ids[h.count] = append(ids[h.count], h.id)
 		}
 	}
@@ -220,12 +220,26 @@ func (l *leases) ours() []*held {
 	return hs
 }
 
+// pendingSince returns how many entries were surely pending in our name when a
+// command was answered that was sent at the moment given.
+func (l *leases) pendingSince(sent time.Time) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var n int64
+	for _, h := range l.m {
+		if (h.state == queued || h.state == out || h.state == waiting) && !h.lost && !h.gone && h.since.Before(sent) {
+			n++
+		}
+	}
+	return n
+}
+
 // stillOurs reports whether a renewal may expect the entry: it was not settled,
 // lost or found deleted since the caller looked.
 func (l *leases) stillOurs(h *held) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.m[h.id] == h && h.state != acked && !h.lost && !h.gone
+	return l.m[h.id] == h && h.state != settled && !h.lost && !h.gone
 }
 
 // counts returns how many entries are ours, and how many of these wait.
@@ -250,7 +264,7 @@ func (l *leases) active() int {
 	defer l.mu.Unlock()
 	n := 0
 	for _, h := range l.m {
-		if h.state == queued || h.state == out || h.state == acked {
+		if h.state == queued || h.state == out || h.state == settled {
 			n++
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/ThreeDotsLabs/watermill/pubsub/tests"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
@@ -24,7 +25,9 @@ func TestMain(m *testing.M) {
 		children[role]()
 		return
 	}
-	testserver.Main(m)
+	// The suite's multiplier forwards to a channel that its tests stop reading.
+	const multiplier = "github.com/ThreeDotsLabs/watermill/internal/subscriber.(*multiplier).Subscribe."
+	testserver.Main(m, goleak.IgnoreAnyFunction(multiplier+"func2"), goleak.IgnoreAnyFunction(multiplier+"func3"))
 }
 
 // The universal suite runs with one group name for all that it opens: with a
@@ -61,6 +64,7 @@ func constructors(addr string, grouped bool, concurrency int) (tests.PubSubConst
 		require.NoError(t, err)
 		sub, err := goxstreams.NewSubscriber(suiteConfig(client, group, concurrency), logger)
 		require.NoError(t, err)
+		t.Cleanup(func() { _ = sub.Close() }) // not all of the suite's tests do
 		return pub, sub
 	}
 	single := func(t *testing.T) (message.Publisher, message.Subscriber) {

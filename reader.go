@@ -19,8 +19,7 @@ const (
 	// same, so that the interruption is repeated until the reader confirms it.
 	wakeInterval = 10 * time.Millisecond
 
-	// orphanPage is how many orphans one look finds; a failed read leaves no
-	// more behind than BatchSize.
+	// orphanPage is how many pending entries one look for orphans sees.
 	orphanPage = 1000
 )
 
@@ -80,9 +79,9 @@ func (r *reader) run() {
 			}
 			s.failing(roomRead, err)
 			if groupLost(err) {
-				err = s.regroup()
+				_ = s.regroup() // if that fails, the next read says so again
 			}
-			if err != nil && !pause.wait(s.closing) {
+			if !pause.wait(s.closing) {
 				return
 			}
 			continue
@@ -125,16 +124,22 @@ func (s *subscription) findOrphans(ctx context.Context) error {
 	if !s.leased() || !s.uniqueName {
 		return nil
 	}
-	rows, err := s.stream.pending(ctx, 0, "-", "+", orphanPage, s.stream.consumer)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
 	var orphans []*held
-	for _, p := range rows {
-		orphans = append(orphans, &held{id: p.id, count: p.count, next: p.count, since: now.Add(-p.idle)})
+	for start := "-"; ; {
+		rows, err := s.stream.pending(ctx, 0, start, "+", orphanPage, s.stream.consumer)
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		for _, p := range rows {
+			orphans = append(orphans, &held{id: p.id, count: p.count, next: p.count, since: now.Add(-p.idle)})
+		}
+		if len(rows) < orphanPage {
+			break
+		}
+		start = "(" + rows[len(rows)-1].id
 	}
-	s.offerClaims(orphans)
+	s.offerClaims(orphans) // but for those that are in flight here
 	return nil
 }
 

@@ -171,6 +171,15 @@ func (s *subscription) isClosing() bool {
 	}
 }
 
+func (s *subscription) isAbandoned() bool {
+	select {
+	case <-s.abandon:
+		return true
+	default:
+		return false
+	}
+}
+
 // drain is the way from close to the closed channel: stop reading, release what
 // nobody has in hand, let handlers finish, see their acks off.
 func (s *subscription) drain() {
@@ -179,12 +188,13 @@ func (s *subscription) drain() {
 	cancel := time.AfterFunc(s.cfg.CloseTimeout-grace, func() { s.leases.cancelAll(ErrSubscriberClosed) })
 	abandon := time.AfterFunc(s.cfg.CloseTimeout, func() { close(s.abandon) })
 
-	s.reader.interrupt(func() bool { return false }) // until it is done
-	s.releaseHeld()
+	s.reader.interrupt(func() bool { return s.isAbandoned() })
 	s.mu.Lock()
 	s.drained = true
+	s.idle = 0
 	s.ready.Broadcast()
 	s.mu.Unlock()
+	s.releaseHeld()
 	s.slots.Wait()
 	s.waitCalls()
 	s.claimer.halt()
@@ -238,9 +248,13 @@ func (s *subscription) enqueue(entries []entry, at time.Time) {
 	s.regrouping.Unlock()
 	hs = s.leases.add(hs)
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.queue = append(s.queue, hs...)
 	s.rouseLocked(len(hs))
+	late := s.drained
+	s.mu.Unlock()
+	if late { // an answer that Close did not wait for
+		s.releaseHeld()
+	}
 }
 
 // offerClaims takes entries that look like nobody's; a slot with nothing else
@@ -271,6 +285,25 @@ func (s *subscription) quiet() bool {
 	return s.parked || s.stopping || len(s.suspects) == 0
 }
 
+// suspectsWait reports whether a suspect waits for its turn.
+func (s *subscription) suspectsWait() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.suspects) > 0 && !s.alone
+}
+
+// dropSuspects lets the subscription go on without them.
+func (s *subscription) dropSuspects() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	dropped := s.suspects
+	s.suspects = nil
+	s.leases.remove(dropped...)
+	s.rouseLocked(s.cfg.MaxConcurrency)
+	s.signalRoomLocked()
+	return len(dropped)
+}
+
 // next returns the next entry for a slot, or nil when there is no more work.
 func (s *subscription) next() *held {
 	s.mu.Lock()
@@ -286,8 +319,7 @@ func (s *subscription) next() *held {
 			return nil
 		}
 		s.idle++
-		s.ready.Wait()
-		s.idle--
+		s.ready.Wait() // who wakes it has taken it off idle
 	}
 }
 
@@ -353,13 +385,14 @@ func (s *subscription) settled() {
 
 // rouseLocked sees to it that n slots look for work.
 func (s *subscription) rouseLocked(n int) {
-	for range min(n, s.idle) {
+	for ; n > 0 && s.idle > 0; n-- {
+		s.idle--
 		s.ready.Signal()
 	}
 	if s.stopping && (s.drained || !s.cfg.NoAck) {
 		return
 	}
-	for range min(n-s.idle, s.cfg.MaxConcurrency-s.started) {
+	for ; n > 0 && s.started < s.cfg.MaxConcurrency; n-- {
 		s.started++
 		s.slots.Go(s.slot)
 	}
@@ -411,6 +444,9 @@ func (s *subscription) roomLocked() int {
 	if s.alone || len(s.suspects) > 0 || len(s.queue) > s.prefetch/2 {
 		return 0
 	}
+	if len(s.claims) >= s.cfg.MaxConcurrency { // they go first
+		return 0
+	}
 	if s.leased() && s.acker.backlog() >= maxUnconfirmed {
 		return 0
 	}
@@ -460,6 +496,16 @@ func (s *subscription) manyWait() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.retries) >= maxWaiting
+}
+
+// again sees to the entry's next delivery: with MaxConcurrency 1 in this very
+// slot, which it then returns true for, else when a slot is free.
+func (s *subscription) again(h *held, delay time.Duration) bool {
+	if s.cfg.MaxConcurrency == 1 || s.fanOut() && s.manyWait() {
+		return s.waitInPlace(h, delay)
+	}
+	s.wait(h, delay)
+	return false
 }
 
 // waitInPlace waits for the entry's next delivery without freeing the slot. It
@@ -620,6 +666,9 @@ func (s *subscription) regroup() error {
 		start = s.lastRead
 	}
 	last, err := s.stream.lastID(ctx)
+	if denied(err) {
+		last, err = start, nil
+	}
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,84 @@
+// Package goxstreams is a Watermill Pub/Sub over Redis Streams consumer groups.
+//
+// A Publisher adds messages to a stream, all of a call or none. A Subscriber
+// hands them to a Watermill router, or to whoever reads its channel, at least
+// once: a message stays pending in Redis until it is acked or in the topic's
+// dead-letter stream, whatever crashes in between. How often it was delivered is
+// Redis's own count, so that retry limits outlive processes.
+//
+//	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, logger)
+//	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
+//		Client:        client,
+//		ConsumerGroup: "billing",
+//		Retry:         &goxstreams.Retry{MaxRetries: 5},
+//	}, logger)
+//
+// # What holds
+//
+//   - At least once. What is trimmed or deleted while pending is logged and
+//     counted, not dropped silently.
+//   - A handler that fails sees a message at most MaxRetries+1 times, one that
+//     kills its process MaxRetries+2 times. Then the message is dead.
+//   - A slow handler keeps its message for as long as its process lives. When a
+//     process dies, another takes over within 4/3 ClaimMinIdle + 2
+//     ClaimInterval.
+//   - An entry that is no message stops nothing: it goes to OnBroken.
+//   - With MaxConcurrency 1 a subscription delivers in the stream's order, a
+//     nacked message before its successors. What is taken over comes when it is
+//     taken over.
+//   - Close, and the end of Subscribe's context, drain: handlers finish, acks
+//     arrive, the rest is released for others at once. That counts for no
+//     delivery.
+//   - Dead-lettering is one step, and happens once.
+//   - Redis may restart, fail over, be flushed, lose the group or refuse
+//     commands: the subscription goes on by itself, and Stats shows the outage.
+//   - The client stays the caller's, and so does the process.
+//
+// Without a ConsumerGroup a subscription is a fan-out: it gets every message
+// that is published after Subscribe returned, and nothing is stored about it.
+//
+// # The states of an entry
+//
+//	             read                 handed out              ack
+//	  stream ------------> queued --------------> out -------------> acked
+//	     ^                    |                  |  | nack
+//	     |                    | close      close |  +-----> waiting --+
+//	     |                    v                  v     (its delay)    |
+//	     |                 released <------------+<-------- close ----+
+//	     |                    |                             |
+//	     |   claim, by any    |                   due: claimed by itself,
+//	     +--- other consumer -+                   delivery count + 1 -> out
+//	          (or when the holder is dead)
+//
+// From out and waiting an entry also goes to the dead-letter stream: when its
+// retries are used up, or when it could not be unmarshaled. All states but the
+// first and the last are pending in Redis, with a lease that is renewed every
+// third of ClaimMinIdle.
+//
+// # The way of the data
+//
+//	Publish:    Marshaler -> MULTI XADD.. EXEC -> result
+//	Consume:    reader (XREADGROUP) -> unmarshal -> output channel -> Ack | Nack
+//	Acked:      acker: what has gathered while the last XACK was under way
+//	Nacked:     waits, ID and due time only -> XCLAIM to itself
+//	Abandoned:  claimer: XPENDING IDLE -> seen twice -> XCLAIM
+//	Alive:      keeper: guarded XCLAIM .. JUSTID of what is held
+//	Released:   XCLAIM .. JUSTID to the consumer named "released"
+//	Dead:       one script: still ours? then XADD and XACK
+//
+// # The files, in the order of reading
+//
+//	subscriber.go    the configuration, Subscribe, Close, Stats
+//	subscription.go  one subscription: its goroutines and what they share
+//	reader.go        reads what is new, and how far ahead
+//	delivery.go      one entry from the queue to its outcome
+//	acker.go         acks in batches
+//	lease.go         what is held, and since when for sure (knows no Redis)
+//	claimer.go       takes over from the dead, renews for the living
+//	deadletter.go    the dead-letter stream's name and format
+//	retry_middleware.go  when a message comes again, and how often
+//	commands.go      every command to Redis, and its answer
+//	publisher.go     Publish
+//	marshaler.go, msgpack.go  the formats of entries
+//	errors.go        what can be compared with errors.Is
+package goxstreams
