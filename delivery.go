@@ -327,13 +327,27 @@ func (s *subscription) nacked(h *held, msg *message.Message) (again bool) {
 // consumer's name until its time is up. This delivery does not count.
 func (s *subscription) abandoned(h *held) {
 	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.entryFields(h))
-	if !s.fanOut() && !s.cfg.NoAck {
-		_, err := s.stream.assign(context.Background(), s.stream.consumer, s.leases.idle(h), h.count-1, []string{h.id})
+	if s.leased() {
+		s.uncount(h)
+	}
+	s.leases.remove(h)
+}
+
+// uncount takes this delivery off the entry's count, while the entry stays ours.
+func (s *subscription) uncount(h *held) {
+	for range 2 { // a renewal may cross the first: then the entry is younger than we knew
+		got, err := s.stream.assign(context.Background(), s.stream.consumer, s.leases.idle(h), h.count-1, []string{h.id})
+		if err == nil && !got[h.id] {
+			var ours bool
+			if ours, err = s.verify(h); ours {
+				continue
+			}
+		}
 		if err != nil {
 			s.log.Error("The abandoned message keeps its delivery count", err, s.entryFields(h))
 		}
+		return
 	}
-	s.leases.remove(h)
 }
 
 // brokenPatience is how long a slot waits for OnBroken before it goes on
