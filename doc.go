@@ -39,16 +39,16 @@
 //
 // # The states of an entry
 //
-//	             read                 handed out              ack
-//	  stream ------------> queued --------------> out -------------> acked
-//	     ^                    |                  |  | nack
-//	     |                    | close      close |  +-----> waiting --+
-//	     |                    v                  v     (its delay)    |
-//	     |                 released <------------+<-------- close ----+
-//	     |                    |                             |
-//	     |   claim, by any    |                   due: claimed by itself,
-//	     +--- other consumer -+                   delivery count + 1 -> out
-//	          (or when the holder is dead)
+//	           read                 handed out              ack
+//	stream ------------> queued --------------> out -------------> acked
+//	   ^                    |                  |  | nack
+//	   |                    | close      close |  +-----> waiting --+
+//	   |                    v                  v     (its delay)    |
+//	   |                 released <------------+<-------- close ----+
+//	   |                    |                             |
+//	   |   claim, by any    |                   due: claimed by itself,
+//	   +--- other consumer -+                   delivery count + 1 -> out
+//	        (or when the holder is dead)
 //
 // From out and waiting an entry also goes to the dead-letter stream: when its
 // retries are used up, or when it could not be unmarshaled. All states but the
