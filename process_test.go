@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -46,7 +45,7 @@ type childArgs struct {
 	ClaimInterval  time.Duration
 	MaxRetries     int
 	Handle         time.Duration // how long the handler takes
-	Hold           bool          // messages that begin with "hold" are kept, in their first delivery, until their context ends
+	Hold           bool          // "hold" is kept until its context ends when first delivered, and takes a second later on
 }
 
 // A killerPayload kills the process that handles it.
@@ -109,8 +108,11 @@ func handleAsChild(args childArgs, msg *message.Message, tell func(string, *mess
 		select {} // the signal may take a moment
 	}
 	done := time.After(args.Handle)
-	if args.Hold && strings.HasPrefix(payload, "hold") && d.Count == 1 {
-		done = nil
+	if args.Hold && payload == "hold" {
+		done = time.After(time.Second)
+		if d.Count == 1 {
+			done = nil
+		}
 	}
 	select {
 	case <-done:
@@ -305,8 +307,8 @@ func twoProcesses(t *testing.T, consumer string) {
 	sleeper.signal(syscall.SIGSTOP)
 	stopped := time.Now()
 	// Positive proof that it was stopped for longer than ClaimMinIdle: the other
-	// one has got its messages.
-	eventually(t, func() bool { return hasAll(victim.told("ack"), sleepers) }, "the stopped process's messages are not taken over")
+	// one has got its messages, and is at work on them.
+	eventually(t, func() bool { return hasAll(victim.told("start"), sleepers) }, "the stopped process's messages are not taken over")
 	continued := time.Now()
 	require.Greater(t, continued.Sub(stopped), args.ClaimMinIdle)
 	sleeper.signal(syscall.SIGCONT)
