@@ -364,6 +364,24 @@ func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
 			require.Contains(t, strings.Join(log.Errors(), "\n"), "group was lost")
 		})
 	}
+
+	// The stream that follows may begin with IDs that the old one has passed: the
+	// server's clock was set back, or the IDs are given by hand.
+	t.Run("SmallerIDs", func(t *testing.T) {
+		client := newClient(t)
+		topic := topic(t)
+		messages := subscribe(t, newSubscriber(t, grouped(client)), topic)
+		publish(t, client, topic, "old")
+		require.Len(t, collect(messages, 1, patience), 1)
+		eventuallySettled(t, client, topic, testGroup)
+		require.NoError(t, client.Del(t.Context(), topic).Err())
+		for _, id := range []string{"1-1", "1-2"} {
+			require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{
+				goxstreams.UUIDHeaderKey, id, "payload", id,
+			}}).Err())
+		}
+		require.Equal(t, []string{"1-1", "1-2"}, payloads(collect(messages, 2, patience)))
+	})
 }
 
 // eventuallyBlocked waits until a client of the server is blocked in a read.
@@ -428,7 +446,7 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 			// A server of its own, so that no blocked read is somebody else's.
 			client := testserver.Private(t).Client()
 			topic := topic(t)
-			config := goxstreams.SubscriberConfig{Client: client, ConsumerGroup: tt.group, BlockTime: 2 * patience}
+			config := goxstreams.SubscriberConfig{Client: client, ConsumerGroup: tt.group, BlockTime: 2 * patience, CloseTimeout: patience}
 			sub := newSubscriber(t, config)
 			subscribe(t, sub, topic)
 			eventuallyBlocked(t, client)
@@ -473,6 +491,7 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 		}})
 		config := grouped(client)
 		config.BlockTime = 2 * patience
+		config.CloseTimeout = patience
 		sub := newSubscriber(t, config)
 		subscribe(t, sub, topic(t))
 		<-reading
