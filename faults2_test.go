@@ -502,7 +502,12 @@ func TestFault21_CrashedConsumersMessages(t *testing.T) {
 func TestFault22_EndCanBeAwaited(t *testing.T) {
 	for _, byContext := range []bool{false, true} {
 		t.Run(fmt.Sprintf("by context %t", byContext), func(t *testing.T) {
-			client := newClient(t)
+			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if cmd.Name() == "xack" {
+					time.Sleep(50 * time.Millisecond) // slow enough to be overtaken by an end that does not wait
+				}
+				return next()
+			}})
 			topic := topic(t)
 			const n = 4
 			config := grouped(client)
