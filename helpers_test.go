@@ -3,7 +3,6 @@ package goxstreams_test
 import (
 	"context"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"testing"
@@ -278,18 +277,6 @@ func (h *hook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Process
 		}
 		return h.pipeline(ctx, cmds, func() error { return next(ctx, cmds) })
 	}
-}
-
-// loseReplies returns a hook that runs the commands for which lose is true, and
-// then says that the connection broke.
-func loseReplies(lose func(cmd redis.Cmder) bool) *hook {
-	return &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
-		lost := lose(cmd)
-		if err := next(); !lost {
-			return err
-		}
-		return io.EOF
-	}}
 }
 
 // countCommands returns a hook that counts commands by their lower-case names.
