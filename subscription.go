@@ -761,7 +761,7 @@ func (s *subscription) snapshot() SubscriptionStats {
 		Dead: s.stats.dead.Load(), Lost: s.stats.lost.Load(),
 	}
 	st.InFlight, st.Waiting = s.leases.counts()
-	st.Err, st.Since = s.health.outage()
+	st.Since, st.Err = s.health.outage()
 	return st
 }
 
@@ -811,12 +811,12 @@ func (s *subscription) works(room string) {
 	}
 }
 
-// outage returns the errors of the outage under way, and when it began.
-func (h *health) outage() (error, time.Time) {
+// outage returns when the outage under way began, and its errors.
+func (h *health) outage() (time.Time, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if len(h.failing) == 0 {
-		return nil, time.Time{}
+		return time.Time{}, nil
 	}
 	var errs []error
 	for _, room := range []string{roomRead, roomAck, roomRenew, roomClaim, roomBury} {
@@ -824,7 +824,7 @@ func (h *health) outage() (error, time.Time) {
 			errs = append(errs, err)
 		}
 	}
-	return errors.Join(errs...), h.since
+	return h.since, errors.Join(errs...)
 }
 
 // jitter spreads a duration over [d/2, 3d/2).
