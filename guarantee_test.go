@@ -1540,3 +1540,73 @@ func TestRecovery(t *testing.T) {
 		assert.Equal(t, "dies", string(letters[0].Payload))
 	})
 }
+
+// TestFlakyConnection: commands are lost on their way, or their answers, one in
+// ten. Two consumers with failing and succeeding handlers lose nothing, bury
+// nothing twice and count right.
+func TestFlakyConnection(t *testing.T) {
+	for _, concurrency := range []int{1, 16} {
+		t.Run(fmt.Sprintf("MaxConcurrency=%d", concurrency), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			const maxRetries, each = 3, 150
+			topic, client := topic(t), newClient(t)
+			var n atomic.Int64
+			var on atomic.Bool // once all have subscribed
+			flaky := &hook{process: func(_ context.Context, _ redis.Cmder, next func() error) error {
+				if !on.Load() {
+					return next()
+				}
+				switch n.Add(1) % 20 {
+				case 7:
+					return io.EOF
+				case 14:
+					_ = next()
+					return io.EOF
+				}
+				return next()
+			}}
+			handled := newTally()
+			var subs []*goxstreams.Subscriber
+			for range 2 {
+				config := grouped(newClient(t, flaky))
+				config.MaxConcurrency = concurrency
+				config.Retry = &goxstreams.Retry{MaxRetries: maxRetries, InitialInterval: time.Millisecond, MaxInterval: 5 * time.Millisecond}
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				subs = append(subs, sub)
+				go func() {
+					for msg := range messages {
+						handled.add(msg)
+						if string(msg.Payload) == "bad" {
+							msg.Nack()
+						} else {
+							msg.Ack()
+						}
+					}
+				}()
+			}
+			on.Store(true)
+			var good, bad []string
+			for range each {
+				uuids := publish(t, client, topic, "good", "bad")
+				good, bad = append(good, uuids[0]), append(bad, uuids[1])
+			}
+			eventually(t, func() bool {
+				info, err := client.XInfoGroups(t.Context(), topic).Result()
+				return err == nil && info[0].Pending == 0 && info[0].Lag == 0
+			}, "something is stranded")
+			for _, sub := range subs {
+				require.NoError(t, sub.Close())
+			}
+			for _, uuid := range good {
+				assert.Equal(t, 1, handled.uuids[uuid], "good message %s", uuid)
+			}
+			for _, uuid := range bad {
+				assert.Equal(t, maxRetries+1, handled.uuids[uuid], "bad message %s", uuid)
+			}
+			assert.Equal(t, map[int64]int{1: 2 * each, 2: each, 3: each, 4: each}, handled.counts)
+			assert.ElementsMatch(t, bad, uuids(deadLetters(t, client, topic)))
+		})
+	}
+}
