@@ -163,8 +163,8 @@ func (r *reader) adapt(prefetch, batchSize int) int {
 // interrupt ends a blocked read, again and again until stopped reports that
 // the reader has noticed.
 func (r *reader) interrupt(stopped func() bool) {
-	tick := time.NewTicker(wakeInterval)
-	defer tick.Stop()
+	pause := time.NewTimer(wakeInterval)
+	defer pause.Stop()
 	for !stopped() {
 		if l := r.link.Load(); l != nil {
 			err := l.wake(context.Background())
@@ -172,10 +172,11 @@ func (r *reader) interrupt(stopped func() bool) {
 				r.link.CompareAndSwap(l, nil)
 			}
 		}
+		pause.Reset(wakeInterval) // from the answer on, however slow that was
 		select {
 		case <-r.done:
 			return
-		case <-tick.C:
+		case <-pause.C:
 		}
 	}
 }
