@@ -279,6 +279,7 @@ func addPending(t testing.TB, client *redis.Client, topic, consumer, payload str
 // another. Here everything that the API allows happens at once, under the race
 // detector (which has to be on for this test to mean anything).
 func TestFault17_DataRaces(t *testing.T) {
+	testserver.RequireReal(t) // claims by idle time
 	client := newClient(t)
 	topic := topic(t)
 	config := grouped(client)
@@ -686,12 +687,17 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 		t.Run(fmt.Sprint(fault), func(t *testing.T) {
 			t.Parallel()
 			var failing atomic.Bool
-			var failed sync.Map
+			var failed, worked sync.Map
 			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				name := cmd.Name()
+				if name == "xclaim" && !strings.Contains(fmt.Sprint(cmd.Args()), "retrycount") {
+					name = "renewal"
+				}
 				if !failing.Load() {
+					worked.Store(name, true)
 					return next()
 				}
-				failed.Store(cmd.Name(), true)
+				failed.Store(name, true)
 				return fault
 			}})
 			admin := newClient(t)
@@ -709,12 +715,13 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 			want = append(want, publishN(t, admin, topic, 10)...)
 			toAck.Ack()
 			toNack.Nack()
-			for _, name := range []string{"xreadgroup", "xack", "xclaim", "xinfo"} {
+			for _, name := range []string{"xreadgroup", "xack", "xclaim", "xinfo", "renewal"} {
 				eventually(t, func() bool { _, ok := failed.Load(name); return ok }, name)
 			}
 			if fault != redis.Nil { // which is an answer: nothing there
 				require.ErrorIs(t, stats(t, sub).Err, fault)
 			}
+			worked.Clear()
 			failing.Store(false)
 
 			got := map[string]bool{toAck.UUID: true}
@@ -724,6 +731,7 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 				msg.Ack()
 				got[msg.UUID] = true
 			}
+			eventually(t, func() bool { _, ok := worked.Load("renewal"); return ok }, "leases are not renewed any more")
 			require.NoError(t, context.Cause(toKeep.Context()))
 			toKeep.Ack()
 			got[toKeep.UUID] = true

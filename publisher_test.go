@@ -28,6 +28,7 @@ type wire struct {
 	mu    sync.Mutex
 	xadds int // XADD commands sent
 	turns int // round trips with an XADD in them
+	execs int // EXECs at the end of what was sent
 	lose  bool
 	gate  chan struct{}
 	held  chan struct{} // closed when an answer waits at the gate
@@ -58,6 +59,15 @@ func (w *wire) sent() (xadds, turns int) {
 	return w.xadds, w.turns
 }
 
+// executed reports whether an EXEC was sent since it was last asked.
+func (w *wire) executed() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := w.execs
+	w.execs = 0
+	return n > 0
+}
+
 func (w *wire) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
 	if err != nil {
@@ -76,10 +86,18 @@ type wireConn struct {
 	arriv chan struct{}
 }
 
-// xaddWord is the command's name as go-redis sends it.
-var xaddWord = []byte("\r\nxadd\r\n")
+// The commands' names as go-redis sends them.
+var (
+	xaddWord = []byte("\r\nxadd\r\n")
+	execWord = []byte("\r\nexec\r\n")
+)
 
 func (c *wireConn) Write(b []byte) (int, error) {
+	if bytes.HasSuffix(bytes.ToLower(b), execWord) {
+		c.w.mu.Lock()
+		c.w.execs++
+		c.w.mu.Unlock()
+	}
 	if n := bytes.Count(b, xaddWord); n > 0 {
 		c.w.mu.Lock()
 		c.w.xadds += n
@@ -111,6 +129,12 @@ func (c *wireConn) Read(b []byte) (int, error) {
 	}
 	if c.lose {
 		c.lost = true
+		// All of the answer, so that the server has run all of the commands: it
+		// is over when nothing more comes.
+		for err == nil {
+			_ = c.Conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			_, err = c.Conn.Read(b)
+		}
 		return 0, io.ErrUnexpectedEOF
 	}
 	return n, err
@@ -176,11 +200,16 @@ func TestPublish_OneRoundTripInOrder(t *testing.T) {
 		for _, n := range []int{1, 2, 100, 5000} {
 			topic := topic(t)
 			msgs := numbered(n)
+			if n > 1 {
+				require.NoError(t, pub.Publish(topic+"-before", numbered(2)...))
+			}
+			w.executed()
 			adds, turns := w.sent()
 			require.NoError(t, pub.Publish(topic, msgs...))
 			addsNow, turnsNow := w.sent()
 			require.Equal(t, n, addsNow-adds)
 			require.Equal(t, 1, turnsNow-turns, "round trips for %d messages", n)
+			require.Equal(t, n > 1, w.executed(), "a transaction")
 			require.Equal(t, uuids(msgs), stored(t, client, topic))
 		}
 	})
@@ -306,7 +335,9 @@ func TestPublish_Cluster(t *testing.T) {
 	pub := newPublisher(t, client)
 	topic := topic(t)
 	msgs := numbered(100)
+	w.executed()
 	require.NoError(t, pub.Publish(topic, msgs...))
+	require.True(t, w.executed(), "a transaction")
 	xadds, turns := w.sent()
 	require.Equal(t, 100, xadds)
 	require.Equal(t, 1, turns)
