@@ -2,8 +2,8 @@ package goxstreams
 
 import (
 	"context"
-	"errors"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -67,6 +67,10 @@ type claimer struct {
 	nextSuspects time.Time // no suspect is offered before
 
 	orphaned atomic.Bool // a claim failed, and may have happened
+
+	// Held by each round of renewals: what is released after it is in nobody's
+	// renewal any more.
+	renewing sync.Mutex
 
 	stop       chan struct{}
 	done, kept chan struct{}
@@ -343,7 +347,8 @@ func (c *claimer) keep() {
 // renew renews what was not confirmed for age.
 func (c *claimer) renew(age time.Duration) error {
 	s := c.s
-	var errs []error
+	c.renewing.Lock()
+	defer c.renewing.Unlock()
 	for _, r := range s.leases.renewals(age) {
 		ids := make([]string, len(r.held))
 		for i, h := range r.held {
@@ -351,8 +356,7 @@ func (c *claimer) renew(age time.Duration) error {
 		}
 		got, err := s.stream.renew(context.Background(), time.Since(r.youngest), ids)
 		if err != nil {
-			errs = append(errs, err)
-			break // the others would wait for the same answer
+			return err // the others would wait for the same answer
 		}
 		now := time.Now()
 		for _, h := range r.held {
@@ -360,10 +364,10 @@ func (c *claimer) renew(age time.Duration) error {
 				s.leases.confirm(now, h)
 			} else if s.leases.stillOurs(h) {
 				if _, err := s.verify(h); err != nil {
-					errs = append(errs, err)
+					return err
 				}
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return nil
 }

@@ -17,6 +17,7 @@ const (
 	out                  // offered or handed out
 	waiting              // nacked; comes again
 	settled              // acked or dead; its XACK is not confirmed yet
+	parting              // to be released; not renewed any more
 )
 
 // held is an entry that this subscription holds, or is about to claim.
@@ -213,7 +214,7 @@ func (l *leases) ours() []*held {
 	defer l.mu.Unlock()
 	hs := make([]*held, 0, len(l.m))
 	for _, h := range l.m {
-		if h.state != found && !h.lost && !h.gone {
+		if h.state != found && h.state != parting && !h.lost && !h.gone {
 			hs = append(hs, h)
 		}
 	}

@@ -611,6 +611,7 @@ func (s *subscription) releaseHeld() {
 // release parks entries with the consumer named released, where every claimer
 // looks first. What cannot be released is claimed when its lease has run out.
 func (s *subscription) release(byCount map[int64][]*held) {
+	s.part(byCount)
 	for count, hs := range byCount {
 		for chunk := range slices.Chunk(hs, maxRenewal) {
 			refused, err := s.park(count, chunk)
@@ -628,6 +629,20 @@ func (s *subscription) release(byCount map[int64][]*held) {
 				s.log.Error("Release failed; the messages come again when their leases have run out", err,
 					s.logFields.Add(watermill.LogFields{"entries": len(chunk)}))
 			}
+		}
+	}
+}
+
+// part ends the renewals of what is to be released. One that was sent, but
+// arrived late, would take the entries back: to the server they look idle for
+// long enough once they have been released for as long as the renewal was on
+// its way.
+func (s *subscription) part(byCount map[int64][]*held) {
+	s.claimer.renewing.Lock()
+	defer s.claimer.renewing.Unlock()
+	for _, hs := range byCount {
+		for _, h := range hs {
+			s.leases.move(h, parting, nil)
 		}
 	}
 }
