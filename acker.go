@@ -88,15 +88,15 @@ func (a *acker) run() {
 		for _, h := range hs {
 			ids = append(ids, h.id)
 		}
-		if err := s.ack(context.Background(), ids); err != nil {
-			s.failing(roomAck, err)
+		if err := s.ack(s.ctx, ids); err != nil {
+			s.failing(dutyAck, err)
 			if !pause.wait(s.abandon) {
 				return
 			}
 			continue
 		}
 		pause.reset()
-		s.works(roomAck)
+		s.works(dutyAck)
 		s.leases.remove(hs...)
 		a.confirmed(len(hs))
 		s.settled()

@@ -108,14 +108,14 @@ func (c *claimer) run() {
 		case <-s.closing:
 			return
 		}
-		if err := c.tick(context.Background()); err != nil {
+		if err := c.tick(s.ctx); err != nil {
 			c.lastReply = time.Time{}
-			s.failing(roomClaim, err)
+			s.failing(dutyLook, err)
 			if groupLost(err) {
 				_ = s.regroup() // tried again at the next tick
 			}
 		} else {
-			s.works(roomClaim)
+			s.works(dutyLook)
 		}
 		timer.Reset(s.cfg.ClaimInterval - s.cfg.ClaimInterval/10 + jitter(s.cfg.ClaimInterval/10))
 	}
@@ -212,7 +212,7 @@ func (c *claimer) findReleased(ctx context.Context) error {
 	hs := make([]*held, 0, len(rows))
 	for _, p := range rows {
 		delete(c.seen, p.id)
-		hs = append(hs, &held{id: p.id, count: p.count, next: p.count + 1, since: now.Add(-p.idle)})
+		hs = append(hs, &held{id: p.id, count: p.count, next: p.count + 1, since: now.Add(-p.idle), released: true})
 	}
 	s.offerClaims(hs)
 	return nil
@@ -265,8 +265,10 @@ func (c *claimer) sweep(ctx context.Context, consumers int64) error {
 			}
 		}
 	}
-	took := time.Since(start)
-	c.nextSweep = time.Now().Add(sweepRest * took * time.Duration(consumers))
+	// But never so late that the dead are not noticed: one sweep may have met a
+	// server that stood still.
+	rest := min(sweepRest*time.Since(start)*time.Duration(consumers), s.cfg.ClaimMinIdle/renewalsPerLease)
+	c.nextSweep = time.Now().Add(rest)
 	return nil
 }
 
@@ -279,7 +281,7 @@ func (c *claimer) ripe() []*held {
 		if first.count+1 >= s.retry.suspectFrom() && now.Before(c.nextSuspects) {
 			continue
 		}
-		if c.answered-first.answered >= s.cfg.ClaimMinIdle/renewalsPerLease {
+		if min(c.answered-first.answered, now.Sub(first.at)) >= s.cfg.ClaimMinIdle/renewalsPerLease {
 			delete(c.seen, id)
 			hs = append(hs, &held{
 				id: id, count: first.count, next: first.count + 1,
@@ -301,7 +303,7 @@ func (c *claimer) janitor(ctx context.Context) {
 	c.nextJanitor = now.Add(jitter(s.cfg.ConsumerTimeout / 2))
 	n, err := s.stream.removeIdleConsumers(ctx, s.cfg.ConsumerTimeout)
 	switch {
-	case denied(err) || replyHas(err, "script"):
+	case noScripts(err) || replyHas(err, "script"):
 		s.once.janitor.Do(func() {
 			s.log.Info("No right to remove idle consumers by a script; their names stay in the group", s.logFields)
 		})
@@ -330,7 +332,7 @@ func (c *claimer) keep() {
 		}
 		next := every
 		if err := c.renew(every * 9 / 10); err != nil {
-			s.failing(roomRenew, err)
+			s.failing(dutyRenew, err)
 			if groupLost(err) {
 				_ = s.regroup()
 			}
@@ -338,7 +340,7 @@ func (c *claimer) keep() {
 			next = min(every, jitter(pause.d))
 		} else {
 			pause.reset()
-			s.works(roomRenew)
+			s.works(dutyRenew)
 		}
 		timer.Reset(next)
 	}
@@ -354,7 +356,7 @@ func (c *claimer) renew(age time.Duration) error {
 		for i, h := range r.held {
 			ids[i] = h.id
 		}
-		got, err := s.stream.renew(context.Background(), time.Since(r.youngest), ids)
+		got, err := s.stream.renew(s.ctx, time.Since(r.youngest), ids)
 		if err != nil {
 			return err // the others would wait for the same answer
 		}

@@ -70,6 +70,25 @@ type stream struct {
 	consumer string
 }
 
+// master is where to ask what decides about an entry: a Cluster client may be
+// told to send reads to replicas, and one that lags behind shows entries as
+// acked or deleted that are not.
+func (s *stream) master(ctx context.Context) (redis.UniversalClient, error) {
+	if cluster, ok := s.client.(*redis.ClusterClient); ok {
+		return cluster.MasterForKey(ctx, s.key)
+	}
+	return s.client, nil
+}
+
+// ask sends a command that only reads to the master.
+func (s *stream) ask(ctx context.Context, args ...any) (any, error) {
+	master, err := s.master(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return master.Do(ctx, args...).Result()
+}
+
 // createGroup makes the group, and the stream with it, to deliver what comes
 // after start. That the group exists already is success.
 func (s *stream) createGroup(ctx context.Context, start string) error {
@@ -199,7 +218,7 @@ func (s *stream) pending(ctx context.Context, idle time.Duration, start, end str
 	if consumer != "" {
 		args = append(args, consumer)
 	}
-	v, err := s.client.Do(ctx, args...).Result()
+	v, err := s.ask(ctx, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -221,7 +240,7 @@ func (s *stream) pending(ctx context.Context, idle time.Duration, start, end str
 
 // pendingCount returns how many entries of the group are pending.
 func (s *stream) pendingCount(ctx context.Context) (int64, error) {
-	v, err := s.client.Do(ctx, "xpending", s.key, s.group).Result()
+	v, err := s.ask(ctx, "xpending", s.key, s.group)
 	if err != nil {
 		return 0, err
 	}
@@ -234,17 +253,18 @@ func (s *stream) pendingCount(ctx context.Context) (int64, error) {
 }
 
 // look returns the entry as the stream holds it, and its row among the pending
-// ones; nil for what is not there.
+// ones; nil for what is not there. The stream is asked first: an entry that is
+// acked and deleted in between does not look deleted while pending.
 func (s *stream) look(ctx context.Context, id string) (*entry, *pendingEntry, error) {
-	rows, err := s.pending(ctx, 0, id, id, 1, "")
-	if err != nil {
-		return nil, nil, err
-	}
-	v, err := s.client.Do(ctx, "xrange", s.key, id, id).Result()
+	v, err := s.ask(ctx, "xrange", s.key, id, id)
 	if err != nil {
 		return nil, nil, err
 	}
 	entries, err := parseEntries(v)
+	if err != nil {
+		return nil, nil, err
+	}
+	rows, err := s.pending(ctx, 0, id, id, 1, "")
 	if err != nil {
 		return nil, nil, err
 	}
@@ -261,7 +281,11 @@ func (s *stream) look(ctx context.Context, id string) (*entry, *pendingEntry, er
 
 // groupInfo returns what the server knows of the group.
 func (s *stream) groupInfo(ctx context.Context) (groupInfo, error) {
-	groups, err := s.client.XInfoGroups(ctx, s.key).Result()
+	master, err := s.master(ctx)
+	if err != nil {
+		return groupInfo{}, err
+	}
+	groups, err := master.XInfoGroups(ctx, s.key).Result()
 	if err != nil {
 		if replyHas(err, "no such key") {
 			return groupInfo{}, errNoGroup
@@ -287,7 +311,7 @@ func (redisReply) RedisError()     {}
 // lastID returns the greatest ID that the stream ever had; "0-0" without a
 // stream.
 func (s *stream) lastID(ctx context.Context) (string, error) {
-	v, err := s.client.Do(ctx, "xinfo", "stream", s.key).Result()
+	v, err := s.ask(ctx, "xinfo", "stream", s.key)
 	if err != nil {
 		if replyHas(err, "no such key") {
 			return "0-0", nil
@@ -364,24 +388,21 @@ func (s *stream) bury(ctx context.Context, deadLetters, id string, count int64, 
 	return deadID, nil
 }
 
-// buryByTx is bury without the right to EVAL. Its window: where the entry was
-// acked or claimed elsewhere between the look and the transaction, or the
-// answer of the transaction is lost, it can be stored twice.
-func (s *stream) buryByTx(ctx context.Context, deadLetters, id string, count int64, fields []any) (string, error) {
+// buryInTwo is bury without the right to EVAL. Its window: where the process
+// ends, the answer is lost, or the entry is settled elsewhere between the two
+// commands, it is stored twice. (MULTI would close most of that, and open a
+// worse one: its XACK runs even if its XADD fails.)
+func (s *stream) buryInTwo(ctx context.Context, deadLetters, id string, count int64, fields []any) (string, error) {
 	rows, err := s.pending(ctx, 0, id, id, 1, "")
 	if err != nil || len(rows) == 0 || rows[0].count != count {
 		return "", err
 	}
-	add := newOnce(ctx, append([]any{"xadd", deadLetters, "*"}, fields...)...)
-	_, err = s.client.TxPipelined(ctx, func(p redis.Pipeliner) error {
-		_ = p.Process(ctx, add)
-		return p.Process(ctx, newOnce(ctx, "xack", s.key, s.group, id))
-	})
+	v, err := doOnce(ctx, s.client, append([]any{"xadd", deadLetters, "*"}, fields...)...)
 	if err != nil {
 		return "", err
 	}
-	deadID, _ := add.Val().(string)
-	return deadID, nil
+	deadID, _ := v.(string)
+	return deadID, s.ack(ctx, []string{id})
 }
 
 // readReply takes the entries out of the answer of XREAD and XREADGROUP for a
@@ -484,7 +505,11 @@ func newLink(ctx context.Context, client redis.UniversalClient, key string, bloc
 
 	l := &link{node: node}
 	borrowed.Lock()
-	own := borrowed.n[node] >= max(1, node.Options().PoolSize/2)
+	limit := node.Options().PoolSize
+	if n := node.Options().MaxActiveConns; n > 0 {
+		limit = min(limit, n)
+	}
+	own := borrowed.n[node] >= limit/2
 	if !own {
 		borrowed.n[node]++
 	}
@@ -493,6 +518,8 @@ func newLink(ctx context.Context, client redis.UniversalClient, key string, bloc
 	if own {
 		opt := *node.Options()
 		opt.PoolSize, opt.MinIdleConns, opt.MaxIdleConns, opt.MaxActiveConns = 1, 0, 0, 0
+		// The pool must not replace the connection, whose ID is known.
+		opt.ConnMaxIdleTime, opt.ConnMaxLifetime = -1, -1
 		opt.ReadTimeout = block + readGrace
 		c := redis.NewClient(&opt)
 		l.conn, l.close = hooked(node, c), func() { _ = c.Close() }

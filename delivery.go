@@ -119,10 +119,11 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 		if s.leases.move(h, out, nil) {
 			return true, false
 		}
+		s.works(dutyBury) // somebody else's to move
 		s.leases.remove(h)
 		return false, false
 	}
-	ctx := context.Background()
+	ctx := s.ctx
 	if h.state == found {
 		// Looked at first, because a claim of a deleted entry would remove the
 		// trace of it.
@@ -130,6 +131,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 		if err != nil {
 			return false, s.acquireFailed(h, err)
 		}
+		s.works(dutyClaim)
 		if p == nil || e == nil {
 			if p != nil {
 				s.ackTrimmed(h)
@@ -149,7 +151,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 		s.stats.claimed.Add(1)
 	}
 	s.leases.claimed(h, time.Now(), h.next)
-	s.works(roomClaim)
+	s.works(dutyClaim)
 	h.fields = e.fields
 	return true, false
 }
@@ -157,7 +159,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 // acquireFailed handles a claim without an answer. It may have happened, which
 // the next try finds out.
 func (s *subscription) acquireFailed(h *held, err error) (again bool) {
-	s.failing(roomClaim, err)
+	s.failing(dutyClaim, err)
 	if groupLost(err) {
 		_ = s.regroup() // if that fails, the claimer tries again
 	}
@@ -336,7 +338,7 @@ func (s *subscription) abandoned(h *held) {
 // uncount takes this delivery off the entry's count, while the entry stays ours.
 func (s *subscription) uncount(h *held) {
 	for range 2 { // a renewal may cross the first: then the entry is younger than we knew
-		got, err := s.stream.assign(context.Background(), s.stream.consumer, s.leases.idle(h), h.count-1, []string{h.id})
+		got, err := s.stream.assign(s.ctx, s.stream.consumer, s.leases.idle(h), h.count-1, []string{h.id})
 		if err == nil && !got[h.id] {
 			var ours bool
 			if ours, err = s.verify(h); ours {
@@ -398,7 +400,7 @@ func (s *subscription) handleBroken(h *held, err error) {
 }
 
 func (s *subscription) callOnBroken(h *held, b BrokenMessage) {
-	ctx, cancel := context.WithCancelCause(s.base)
+	ctx, cancel := context.WithCancelCause(s.calling)
 	defer cancel(nil)
 	if !s.leases.move(h, out, cancel) {
 		s.leases.remove(h)
@@ -456,13 +458,14 @@ func (s *subscription) bury(h *held) {
 	}
 	s.leases.move(h, settled, nil) // a renewal that crosses the move finds nothing
 	h.fields = nil
-	ctx := context.Background()
+	ctx := s.ctx
 	e, p, err := s.stream.look(ctx, h.id)
 	switch {
 	case err != nil:
 		s.buryFailed(h, err)
 		return
 	case e == nil:
+		s.works(dutyBury)
 		if p != nil {
 			s.ackTrimmed(h)
 		}
@@ -470,6 +473,7 @@ func (s *subscription) bury(h *held) {
 		return
 	case isDeadLetter(e.fields):
 		// It is where the dead go already.
+		s.works(dutyBury)
 		s.log.Error("A message died on a dead-letter stream; it stays pending there", h.doom.err, s.entryFields(h))
 		h.doom = nil
 		s.wait(h, s.retry.MaxInterval)
@@ -483,7 +487,7 @@ func (s *subscription) bury(h *held) {
 		s.buryFailed(h, err)
 		return
 	}
-	s.works(roomBury)
+	s.works(dutyBury)
 	s.leases.remove(h)
 	s.settled()
 	if id == "" {
@@ -496,29 +500,41 @@ func (s *subscription) bury(h *held) {
 		"reason": dead.Reason, "kind": dead.Kind.String(), "deliveries": strconv.FormatInt(dead.Deliveries, 10),
 	}))
 	if s.cfg.OnDead != nil {
-		err := guard(func() error { s.cfg.OnDead(context.WithoutCancel(s.base), dead); return nil })
-		if err != nil {
+		s.callOnDead(h, dead)
+	}
+}
+
+// callOnDead waits for OnDead in the message's place, until CloseTimeout.
+func (s *subscription) callOnDead(h *held, dead DeadMessage) {
+	done := make(chan struct{})
+	s.calls.Go(func() {
+		defer close(done)
+		if err := guard(func() error { s.cfg.OnDead(s.calling, dead); return nil }); err != nil {
 			s.log.Error("OnDead panicked", err, s.entryFields(h))
 		}
+	})
+	select {
+	case <-done:
+	case <-s.abandon:
 	}
 }
 
 func (s *subscription) moveToDeadLetters(ctx context.Context, h *held, fields []any) (string, error) {
 	if !s.noScripts.Load() {
 		id, err := s.stream.bury(ctx, s.deadLetters, h.id, h.count, fields)
-		if !denied(err) || replyHas(err, "script") {
+		if !noScripts(err) {
 			return id, err
 		}
 		s.noScripts.Store(true)
-		s.log.Info("No right to EVAL: dead letters are moved by MULTI, which can store one twice if its answer is lost", s.logFields)
+		s.log.Info("No right to EVAL: dead letters are moved by XADD, then XACK, which can store one twice if the connection breaks in between", s.logFields)
 	}
-	return s.stream.buryByTx(ctx, s.deadLetters, h.id, h.count, fields)
+	return s.stream.buryInTwo(ctx, s.deadLetters, h.id, h.count, fields)
 }
 
 // buryFailed keeps the dead entry, for the move to be tried again; its handler
 // does not see it again.
 func (s *subscription) buryFailed(h *held, err error) {
-	s.failing(roomBury, fmt.Errorf("moving %s to %s: %w", h.id, s.deadLetters, err))
+	s.failing(dutyBury, fmt.Errorf("moving %s to %s: %w", h.id, s.deadLetters, err))
 	if groupLost(err) {
 		_ = s.regroup()
 	}
@@ -534,7 +550,7 @@ func (s *subscription) buryFailed(h *held, err error) {
 func (s *subscription) ackTrimmed(h *held) {
 	s.stats.lost.Add(1)
 	s.log.Error("Message lost", errors.New("the entry was trimmed or deleted while it was pending"), s.entryFields(h))
-	if err := s.stream.ack(context.Background(), []string{h.id}); err != nil {
+	if err := s.stream.ack(s.ctx, []string{h.id}); err != nil {
 		s.log.Debug("XACK of a deleted entry failed: "+err.Error(), s.entryFields(h))
 	}
 }
@@ -544,7 +560,7 @@ func (s *subscription) ackTrimmed(h *held) {
 // anybody else raises the count. (The server's clock may have been set back,
 // or two commands of ours have crossed.)
 func (s *subscription) verify(h *held) (ours bool, err error) {
-	e, p, err := s.stream.look(context.Background(), h.id)
+	e, p, err := s.stream.look(s.ctx, h.id)
 	if err != nil {
 		return false, err
 	}
@@ -562,7 +578,7 @@ func (s *subscription) verify(h *held) (ours bool, err error) {
 	case p != nil && p.consumer == s.stream.consumer && s.leases.counted(h, p.count):
 		s.leases.confirm(time.Now().Add(-p.idle), h)
 		return true, nil
-	case p == nil && e == nil:
+	case p == nil && e == nil && !s.cfg.DeleteAcked: // with it, settled elsewhere looks the same
 		s.leases.bereave(h)
 		s.ackTrimmed(h)
 	default:

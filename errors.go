@@ -94,6 +94,12 @@ func denied(err error) bool {
 	return replyHas(err, "NOPERM", "unknown command", "unknown subcommand", "Unknown subcommand")
 }
 
+// noScripts reports whether err says that scripts cannot be had, as opposed to
+// what a script wanted to do.
+func noScripts(err error) bool {
+	return replyHas(err, "unknown command", "'eval'")
+}
+
 // neverSent reports whether err came before the command could reach the
 // server: then nothing of it has happened.
 func neverSent(err error) bool {

@@ -38,6 +38,8 @@ type held struct {
 	// delivery did not reach anybody.
 	next int64
 
+	released bool // its last holder gave it back: it crashed nobody
+
 	doom *doom     // decided to be dead, not yet moved
 	due  time.Time // when waiting: not before
 
@@ -65,8 +67,9 @@ func (l *leases) add(hs []*held) []*held {
 	defer l.mu.Unlock()
 	added := hs[:0]
 	for _, h := range hs {
-		if old, ok := l.m[h.id]; ok {
-			if h.state != found && old.state != found {
+		// What was to be claimed, and is delivered to us instead, is ours already.
+		if old, ok := l.m[h.id]; ok && (old.state != found || h.state == found) {
+			if h.state != found {
 				old.since = h.since
 			}
 			continue

@@ -55,7 +55,7 @@ func (r *reader) run() {
 		}
 		var err error
 		if l == nil {
-			l, err = newLink(context.Background(), s.client, s.topic, s.cfg.BlockTime)
+			l, err = newLink(s.ctx, s.client, s.topic, s.cfg.BlockTime)
 			if err == nil && !l.wakable() {
 				s.once.unwakable.Do(func() {
 					s.log.Info("No right to CLIENT ID and CLIENT UNBLOCK: Close waits for the read under way, 1s at most", s.logFields)
@@ -64,7 +64,7 @@ func (r *reader) run() {
 		}
 		if err == nil && r.failed {
 			// The answer to the failed read may be lost, but not what it took.
-			err = s.findOrphans(context.Background())
+			err = s.findOrphans(s.ctx)
 		}
 		var entries []entry
 		if err == nil {
@@ -77,7 +77,7 @@ func (r *reader) run() {
 				l.close()
 				l = nil
 			}
-			s.failing(roomRead, err)
+			s.failing(dutyRead, err)
 			if groupLost(err) {
 				_ = s.regroup() // if that fails, the next read says so again
 			}
@@ -88,7 +88,7 @@ func (r *reader) run() {
 		}
 		pause.reset()
 		r.failed = false
-		s.works(roomRead)
+		s.works(dutyRead)
 		r.asked, r.got, r.last = count, len(entries), time.Now()
 		s.enqueue(entries, r.last)
 	}
@@ -107,13 +107,13 @@ func (r *reader) read(l *link, count int) ([]entry, error) {
 		block = min(block, unwakableBlock)
 	}
 	if s.fanOut() {
-		entries, err := s.stream.readAfter(context.Background(), l.conn, r.after, count, block)
+		entries, err := s.stream.readAfter(s.ctx, l.conn, r.after, count, block)
 		if len(entries) > 0 {
 			r.after = entries[len(entries)-1].id
 		}
 		return entries, err
 	}
-	return s.stream.read(context.Background(), l.conn, count, block, s.cfg.NoAck)
+	return s.stream.read(s.ctx, l.conn, count, block, s.cfg.NoAck)
 }
 
 // findOrphans offers what is pending in this consumer's name and not held: the
@@ -167,7 +167,7 @@ func (r *reader) interrupt(stopped func() bool) {
 	defer pause.Stop()
 	for !stopped() {
 		if l := r.link.Load(); l != nil {
-			err := l.wake(context.Background())
+			err := l.wake(r.s.ctx)
 			if denied(err) {
 				r.link.CompareAndSwap(l, nil)
 			}

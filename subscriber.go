@@ -103,7 +103,7 @@ type SubscriberConfig struct {
 
 	// OnDead is told of every message that was moved to the dead-letter stream,
 	// after the move, at most once. It runs in the message's place: what it
-	// waits for, the next message waits for.
+	// waits for, the next message waits for. Its context ends as OnBroken's does.
 	OnDead func(context.Context, DeadMessage)
 
 	// DeadLetterTopic names a topic's dead-letter stream. On Cluster both must
@@ -407,6 +407,9 @@ func (s *subscription) checkDeadLetters(ctx context.Context) error {
 		return nil
 	}
 	a, err := cluster.ClusterKeySlot(ctx, s.topic).Result()
+	if denied(err) {
+		return nil // moving a dead letter will tell
+	}
 	if err != nil {
 		return err
 	}

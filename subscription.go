@@ -41,6 +41,10 @@ type subscription struct {
 	log         watermill.LoggerAdapter
 	logFields   watermill.LogFields
 	base        context.Context // the values of Subscribe's context, without its end
+	calling     context.Context // of base, for OnBroken and OnDead: ends when they are to come to an end
+	endCalls    context.CancelCauseFunc
+	ctx         context.Context // for commands; it ends when CloseTimeout is over
+	cancelCtx   context.CancelFunc
 
 	output  chan *message.Message
 	leases  leases
@@ -61,7 +65,7 @@ type subscription struct {
 	close1   sync.Once
 
 	slots       sync.WaitGroup
-	calls       sync.WaitGroup // of OnBroken
+	calls       sync.WaitGroup // of OnBroken and OnDead
 	brokenCalls chan struct{}
 
 	regrouping sync.Mutex
@@ -92,10 +96,10 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 		cfg:         s.config,
 		client:      s.config.Client,
 		topic:       topic,
+		base:        context.WithoutCancel(ctx),
 		retry:       *s.config.Retry,
 		uniqueName:  s.config.Consumer == "",
 		log:         s.logger,
-		base:        context.WithoutCancel(ctx),
 		output:      make(chan *message.Message),
 		leases:      leases{m: make(map[string]*held)},
 		closing:     make(chan struct{}),
@@ -104,6 +108,8 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 		brokenCalls: make(chan struct{}, maxBrokenCalls),
 		room:        make(chan struct{}, 1),
 	}
+	sub.calling, sub.endCalls = context.WithCancelCause(sub.base)
+	sub.ctx, sub.cancelCtx = context.WithCancel(context.Background())
 	sub.stream = stream{client: sub.client, key: topic, group: s.config.ConsumerGroup}
 	if !sub.fanOut() {
 		sub.deadLetters = s.config.DeadLetterTopic(topic)
@@ -185,8 +191,16 @@ func (s *subscription) isAbandoned() bool {
 func (s *subscription) drain() {
 	s.log.Debug("Closing subscription", s.logFields)
 	grace := min(maxGrace, s.cfg.CloseTimeout/2)
-	cancel := time.AfterFunc(s.cfg.CloseTimeout-grace, func() { s.leases.cancelAll(ErrSubscriberClosed) })
-	abandon := time.AfterFunc(s.cfg.CloseTimeout, func() { close(s.abandon) })
+	cancel := time.AfterFunc(s.cfg.CloseTimeout-grace, func() {
+		s.endCalls(ErrSubscriberClosed)
+		s.leases.cancelAll(ErrSubscriberClosed)
+	})
+	abandon := time.AfterFunc(s.cfg.CloseTimeout, func() {
+		close(s.abandon)
+		s.cancelCtx()
+	})
+	defer s.cancelCtx()
+	defer s.endCalls(nil)
 
 	s.reader.interrupt(func() bool { return s.isAbandoned() })
 	s.mu.Lock()
@@ -209,8 +223,8 @@ func (s *subscription) drain() {
 	}
 	cancel.Stop()
 	abandon.Stop()
-	if !s.fanOut() && s.uniqueName {
-		if err := s.stream.removeConsumer(context.Background()); err != nil {
+	if !s.fanOut() && s.uniqueName && !s.isAbandoned() {
+		if err := s.stream.removeConsumer(s.ctx); err != nil {
 			s.log.Debug("The consumer's name stays in the group: "+err.Error(), s.logFields)
 		}
 	}
@@ -219,7 +233,7 @@ func (s *subscription) drain() {
 	close(s.done)
 }
 
-// waitCalls waits for OnBroken, until CloseTimeout.
+// waitCalls waits for OnBroken and OnDead, until CloseTimeout.
 func (s *subscription) waitCalls() {
 	done := make(chan struct{})
 	go func() { s.calls.Wait(); close(done) }()
@@ -244,7 +258,9 @@ func (s *subscription) enqueue(entries []entry, at time.Time) {
 		hs[i] = &batch[i]
 	}
 	s.regrouping.Lock()
-	s.lastRead = entries[len(entries)-1].id
+	if id := entries[len(entries)-1].id; compareIDs(id, s.lastRead) > 0 {
+		s.lastRead = id
+	}
 	s.regrouping.Unlock()
 	hs = s.leases.add(hs)
 	s.mu.Lock()
@@ -253,6 +269,9 @@ func (s *subscription) enqueue(entries []entry, at time.Time) {
 	late := s.drained
 	s.mu.Unlock()
 	if late { // an answer that Close did not wait for
+		if s.cfg.NoAck {
+			s.stats.lost.Add(int64(len(hs)))
+		}
 		s.releaseHeld()
 	}
 }
@@ -268,9 +287,12 @@ func (s *subscription) offerClaims(hs []*held) (suspects bool) {
 		return false
 	}
 	for _, h := range hs {
-		if h.next >= s.retry.suspectFrom() {
+		switch {
+		case h.next == h.count && h.count == 1:
+			s.queue = append(s.queue, h) // read here, but the answer was lost: it keeps its place
+		case h.next >= s.retry.suspectFrom() && !h.released:
 			s.suspects = append(s.suspects, h)
-		} else {
+		default:
 			s.claims = append(s.claims, h)
 		}
 	}
@@ -614,6 +636,9 @@ func (s *subscription) release(byCount map[int64][]*held) {
 	s.part(byCount)
 	for count, hs := range byCount {
 		for chunk := range slices.Chunk(hs, maxRenewal) {
+			if s.isAbandoned() {
+				continue
+			}
 			refused, err := s.park(count, chunk)
 			if err == nil && len(refused) > 0 {
 				// A renewal may have crossed: then these are ours, and younger.
@@ -628,6 +653,9 @@ func (s *subscription) release(byCount map[int64][]*held) {
 			if err != nil {
 				s.log.Error("Release failed; the messages come again when their leases have run out", err,
 					s.logFields.Add(watermill.LogFields{"entries": len(chunk)}))
+				if !isReply(err) {
+					return // Redis is away: the others would each wait for it too
+				}
 			}
 		}
 	}
@@ -657,7 +685,7 @@ func (s *subscription) park(count int64, hs []*held) (refused []*held, err error
 		ids[i] = h.id
 		idle = min(idle, s.leases.idle(h))
 	}
-	got, err := s.stream.assign(context.Background(), releasedConsumer, idle, count, ids)
+	got, err := s.stream.assign(s.ctx, releasedConsumer, idle, count, ids)
 	if err != nil {
 		return nil, err
 	}
@@ -670,7 +698,7 @@ func (s *subscription) park(count int64, hs []*held) (refused []*held, err error
 func (s *subscription) regroup() error {
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
-	ctx := context.Background()
+	ctx := s.ctx
 	if _, err := s.stream.groupInfo(ctx); err == nil {
 		return s.restoreLocked(ctx) // another consumer was faster
 	} else if !groupLost(err) && !denied(err) {
@@ -689,6 +717,7 @@ func (s *subscription) regroup() error {
 	}
 	if start == "" || compareIDs(last, start) < 0 {
 		start = "0" // the stream began anew, and all that is in it is new
+		s.lastRead, s.lastKnown = "", ""
 	}
 	if err := s.stream.createGroup(ctx, start); err != nil {
 		return err
@@ -706,6 +735,7 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 	}
 	now := time.Now()
 	ours := s.leases.ours()
+	var late []string // settled while they were put back: their XACK may have come before
 	for count, ids := range s.leases.byCount(ours) {
 		for chunk := range slices.Chunk(ids, maxRenewal) {
 			got, err := s.stream.restore(ctx, s.cfg.ClaimMinIdle, count, chunk)
@@ -713,11 +743,18 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 				return err
 			}
 			for _, h := range ours {
-				if got[h.id] {
+				switch {
+				case !got[h.id]:
+				case s.leases.stillOurs(h):
 					s.leases.confirm(now, h)
+				default:
+					late = append(late, h.id)
 				}
 			}
 		}
+	}
+	if len(late) > 0 {
+		return s.stream.ack(ctx, late)
 	}
 	return nil
 }
@@ -732,7 +769,7 @@ func (s *subscription) restoreIfRemade(h *held) (bool, error) {
 	}
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
-	ctx := context.Background()
+	ctx := s.ctx
 	rows, err := s.stream.pending(ctx, 0, "-", "+", maxRenewal, s.stream.consumer)
 	if err != nil {
 		return false, err
@@ -780,13 +817,14 @@ func (s *subscription) snapshot() SubscriptionStats {
 	return st
 }
 
-// rooms of the subscription that can fail by themselves.
+// What the subscription does that can fail by itself.
 const (
-	roomRead  = "read"
-	roomAck   = "ack"
-	roomRenew = "renew leases"
-	roomClaim = "claim"
-	roomBury  = "dead-letter"
+	dutyRead  = "read"
+	dutyAck   = "ack"
+	dutyRenew = "renew leases"
+	dutyClaim = "claim"
+	dutyLook  = "look for abandoned messages"
+	dutyBury  = "dead-letter"
 )
 
 // health is what Stats says of an outage, which is logged once, however many
@@ -797,7 +835,7 @@ type health struct {
 	since   time.Time
 }
 
-func (s *subscription) failing(room string, err error) {
+func (s *subscription) failing(duty string, err error) {
 	h := &s.health
 	h.mu.Lock()
 	first := len(h.failing) == 0
@@ -805,19 +843,19 @@ func (s *subscription) failing(room string, err error) {
 		h.failing = make(map[string]error)
 		h.since = time.Now()
 	}
-	err = fmt.Errorf("%s: %w", room, err)
-	h.failing[room] = err
+	err = fmt.Errorf("%s: %w", duty, err)
+	h.failing[duty] = err
 	h.mu.Unlock()
 	if first && !s.isClosing() {
 		s.log.Error("Redis does not serve the subscription; trying again", err, s.logFields)
 	}
 }
 
-func (s *subscription) works(room string) {
+func (s *subscription) works(duty string) {
 	h := &s.health
 	h.mu.Lock()
-	_, failed := h.failing[room]
-	delete(h.failing, room)
+	_, failed := h.failing[duty]
+	delete(h.failing, duty)
 	recovered := failed && len(h.failing) == 0
 	since := h.since
 	h.mu.Unlock()
@@ -834,8 +872,8 @@ func (h *health) outage() (time.Time, error) {
 		return time.Time{}, nil
 	}
 	var errs []error
-	for _, room := range []string{roomRead, roomAck, roomRenew, roomClaim, roomBury} {
-		if err := h.failing[room]; err != nil {
+	for _, duty := range []string{dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyBury} {
+		if err := h.failing[duty]; err != nil {
 			errs = append(errs, err)
 		}
 	}
