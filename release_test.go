@@ -63,3 +63,29 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 		require.Zero(t, p.RetryCount)
 	}
 }
+
+// A handler does not heed the end of its context, and CloseTimeout is over. The
+// message stays pending in its name, since it may still be at work; but a
+// shutdown is no failure, so that this delivery does not count.
+func TestRelease_AbandonedDeliveryDoesNotCount(t *testing.T) {
+	client := newClient(t)
+	topic := topic(t)
+	const n = 5
+	config := grouped(client)
+	config.MaxConcurrency, config.CloseTimeout = n, 100*time.Millisecond
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	messages := subscribe(t, sub, topic)
+	publishN(t, client, topic, n)
+	for range n {
+		next(t, messages)
+	}
+	require.NoError(t, sub.Close())
+	rows := pendingOf(t, client, topic, testGroup)
+	require.Len(t, rows, n)
+	for _, p := range rows {
+		require.NotEqual(t, "released", p.Consumer)
+		require.Zero(t, p.RetryCount)
+	}
+	require.Empty(t, log.Errors())
+}

@@ -23,6 +23,10 @@ const (
 	// maxGrace is the time before CloseTimeout in which handlers are told to
 	// come to an end.
 	maxGrace = time.Second
+
+	// lastWords is the time after CloseTimeout in which Redis can be told what
+	// was abandoned. A command that has no answer by then is not sent again.
+	lastWords = time.Second
 )
 
 // subscription is one call of Subscribe: its goroutines, and what they share.
@@ -43,7 +47,7 @@ type subscription struct {
 	base        context.Context // the values of Subscribe's context, without its end
 	calling     context.Context // of base, for OnBroken and OnDead: ends when they are to come to an end
 	endCalls    context.CancelCauseFunc
-	ctx         context.Context // for commands; it ends when CloseTimeout is over
+	ctx         context.Context // for commands; it ends lastWords after CloseTimeout
 	cancelCtx   context.CancelFunc
 
 	output  chan *message.Message
@@ -197,7 +201,7 @@ func (s *subscription) drain() {
 	})
 	abandon := time.AfterFunc(s.cfg.CloseTimeout, func() {
 		close(s.abandon)
-		s.cancelCtx()
+		time.AfterFunc(lastWords, s.cancelCtx)
 	})
 	defer s.cancelCtx()
 	defer s.endCalls(nil)
