@@ -12,11 +12,15 @@ const (
 	// While this many acks have not arrived, nothing new is read: they are all
 	// handled again if the process ends now.
 	maxUnconfirmed = 10_000
+	// Several acks in one batch say that more are coming. To wait this long for
+	// them, a few round trips to a near server, saves a fast handler every second
+	// XACK (measured: a tenth of its rate), and delays nobody: the work is done.
+	ackLinger = 200 * time.Microsecond
 )
 
 // acker is the goroutine that acks. A batch is what has gathered while the last
-// XACK was under way: a single ack goes at once, and under load one command
-// carries many.
+// XACK was under way, and a moment longer: a single ack goes at once, and under
+// load one command carries many.
 type acker struct {
 	s *subscription
 
@@ -71,6 +75,7 @@ func (a *acker) run() {
 	s := a.s
 	pause := backoff{}
 	ids := make([]string, 0, maxAck)
+	lingered := false
 	for {
 		hs := a.batch()
 		if len(hs) == 0 {
@@ -84,6 +89,15 @@ func (a *acker) run() {
 			}
 			continue
 		}
+		if len(hs) > 1 && len(hs) < maxAck && !lingered {
+			lingered = true
+			select {
+			case <-time.After(ackLinger):
+			case <-a.stop:
+			}
+			continue
+		}
+		lingered = false
 		ids = ids[:0]
 		for _, h := range hs {
 			ids = append(ids, h.id)
