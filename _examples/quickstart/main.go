@@ -166,6 +166,9 @@ func (w *worker) crash(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("waiting for worker-1: %w", err)
 	}
+	// What Redis sends to worker-1 before it notices would be a delivery that
+	// nobody sees. No harm, but it would make the output hard to follow.
+	time.Sleep(100 * time.Millisecond)
 	fmt.Printf("   worker-1 is killed. What Redis knows: entry %s is pending, consumer %s, deliveries: %d\n",
 		pending[0].ID, pending[0].Consumer, pending[0].RetryCount)
 	return nil
