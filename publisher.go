@@ -100,7 +100,7 @@ func (p *Publisher) String() string { return "goxstreams.Publisher" }
 // trip: all of them, or none. It returns nil when Redis has stored them, and an
 // error when it has not, with one exception: errors.Is(err, ErrOutcomeUnknown)
 // says that the connection broke before the answer. Nothing is sent a second
-// time.
+// time. (The first call of several messages asks for the right to MULTI before.)
 //
 // The messages' contexts are there for their values (tracing); their end is
 // ignored, the client's timeouts bound the call. To publish nothing does nothing.
@@ -176,8 +176,13 @@ func (p *Publisher) probeMulti(ctx context.Context) error {
 		_ = pipe.Process(ctx, multi)
 		return pipe.Process(ctx, exec)
 	})
-	if err := errors.Join(multi.Err(), exec.Err()); err != nil {
-		return fmt.Errorf("several messages in one call need the right to MULTI and EXEC; nothing is stored: %w", err)
+	for _, err := range []error{multi.Err(), exec.Err()} {
+		if denied(err) {
+			return fmt.Errorf("several messages in one call need the right to MULTI and EXEC; nothing is stored: %w", err)
+		}
+		if err != nil { // nothing of the call was sent: not unknown
+			return fmt.Errorf("nothing is stored: %w", err)
+		}
 	}
 	p.multi = true
 	return nil
