@@ -81,7 +81,8 @@ type SubscriberConfig struct {
 	// ClaimMinIdle is how long a message that is being handled may go without
 	// its lease being renewed, before its holder counts as dead (goxstreams'
 	// FailIdle). It bounds no handler: a living process renews every third of
-	// it, however long the handler takes. Default 60s; at least 10ms.
+	// it, however long the handler takes. All consumers of a group must have the
+	// same: one with less takes from those with more. Default 60s; at least 10ms.
 	ClaimMinIdle time.Duration
 
 	// ClaimInterval is how often to look for messages whose holder is dead, and
