@@ -2,6 +2,7 @@ package goxstreams
 
 import (
 	"context"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
@@ -159,4 +160,12 @@ func (b *backoff) wait(stop <-chan struct{}) bool {
 	case <-stop:
 		return false
 	}
+}
+
+// jitter spreads a duration over [d/2, 3d/2).
+func jitter(d time.Duration) time.Duration {
+	if d <= 0 {
+		return 0
+	}
+	return d/2 + rand.N(d)
 }

@@ -159,7 +159,7 @@ func (c *claimer) tick(ctx context.Context) error {
 		clear(c.seen)
 	}
 	if s.offerClaims(c.ripe()) {
-		s.reader.interrupt(s.quiet)
+		s.reader.interrupt(s.readerParked)
 	}
 	c.patience()
 	return nil

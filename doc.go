@@ -69,12 +69,16 @@
 // # The files, in the order of reading
 //
 //	subscriber.go    the configuration, Subscribe, Close, Stats
-//	subscription.go  one subscription: its goroutines and what they share
+//	subscription.go  one subscription: its goroutines, what they share, its end
+//	dispatch.go      what a slot takes next, and when there is room to read
 //	reader.go        reads what is new, and how far ahead
 //	delivery.go      one entry from the queue to its outcome
 //	acker.go         acks in batches
 //	lease.go         what is held, and since when for sure (knows no Redis)
 //	claimer.go       takes over from the dead, renews for the living
+//	release.go       gives back what is not handled
+//	group.go         makes a lost group again
+//	health.go        what Stats says of an outage
 //	deadletter.go    the dead-letter stream's name and format
 //	retry_middleware.go  when a message comes again, and how often
 //	commands.go      every command to Redis, and its answer

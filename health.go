@@ -1,0 +1,71 @@
+package goxstreams
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// What the subscription does that can fail by itself.
+const (
+	dutyRead  = "read"
+	dutyAck   = "ack"
+	dutyRenew = "renew leases"
+	dutyClaim = "claim"
+	dutyLook  = "look for abandoned messages"
+	dutyBury  = "dead-letter"
+)
+
+// health is what Stats says of an outage, which is logged once, however many
+// goroutines notice it.
+type health struct {
+	mu      sync.Mutex
+	failing map[string]error
+	since   time.Time
+}
+
+func (s *subscription) failing(duty string, err error) {
+	h := &s.health
+	h.mu.Lock()
+	first := len(h.failing) == 0
+	if first {
+		h.failing = make(map[string]error)
+		h.since = time.Now()
+	}
+	err = fmt.Errorf("%s: %w", duty, err)
+	h.failing[duty] = err
+	h.mu.Unlock()
+	if first && !s.isClosing() {
+		s.log.Error("Redis does not serve the subscription; trying again", err, s.logFields)
+	}
+}
+
+func (s *subscription) works(duty string) {
+	h := &s.health
+	h.mu.Lock()
+	_, failed := h.failing[duty]
+	delete(h.failing, duty)
+	recovered := failed && len(h.failing) == 0
+	since := h.since
+	h.mu.Unlock()
+	if recovered {
+		s.log.Info("Redis serves the subscription again after "+time.Since(since).Round(time.Millisecond).String(), s.logFields)
+	}
+}
+
+// outage returns when the outage under way began, and its errors.
+func (h *health) outage() (time.Time, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.failing) == 0 {
+		return time.Time{}, nil
+	}
+	var errs []error
+	for _, duty := range []string{dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyBury} {
+		if err := h.failing[duty]; err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return h.since, errors.Join(errs...)
+}
