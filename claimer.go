@@ -32,6 +32,11 @@ const (
 	// twentieth of its time at most, however long the list of pending entries.
 	sweepRest = 20
 
+	// reconnectTime is what a living holder may need after an outage until it
+	// renews, where a third of ClaimMinIdle is less: go-redis dials once a second
+	// after many failures, and the keeper pauses for up to 1.5 s.
+	reconnectTime = 3 * time.Second
+
 	// renewalsPerLease is how often a lease is renewed before it runs out. A
 	// sighted entry gets that much time for its holder to be heard of again.
 	renewalsPerLease = 3
@@ -60,6 +65,8 @@ type claimer struct {
 
 	answered  time.Duration // time in which Redis answered
 	lastReply time.Time     // zero: the last command failed
+	lastGood  time.Time     // the last reply at all
+	resumeAt  time.Time     // after an outage: nothing is claimed before
 
 	nextJanitor time.Time
 
@@ -195,10 +202,16 @@ func (c *claimer) patience() {
 // A gap much longer than a tick says nothing: this process may have been stopped
 // together with the server.
 func (c *claimer) answer(sent time.Time) {
+	now, third := time.Now(), c.s.cfg.ClaimMinIdle/renewalsPerLease
+	outage := c.lastReply.IsZero() || now.Sub(sent) >= third
+	if outage && !c.lastGood.IsZero() && now.Sub(c.lastGood) >= third {
+		c.resumeAt = now.Add(reconnectTime)
+	}
+	c.lastGood = now
 	if !c.lastReply.IsZero() {
 		c.answered += min(max(0, sent.Sub(c.lastReply)), 2*c.s.cfg.ClaimInterval)
 	}
-	c.lastReply = time.Now()
+	c.lastReply = now
 }
 
 // findReleased offers what was released by consumers that closed.
@@ -276,6 +289,9 @@ func (c *claimer) sweep(ctx context.Context, consumers int64) error {
 func (c *claimer) ripe() []*held {
 	s := c.s
 	now := time.Now()
+	if now.Before(c.resumeAt) {
+		return nil
+	}
 	var hs []*held
 	for id, first := range c.seen {
 		if first.count+1 >= s.retry.suspectFrom() && now.Before(c.nextSuspects) {
