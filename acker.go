@@ -2,6 +2,7 @@ package goxstreams
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -41,10 +42,17 @@ func (a *acker) add(h *held) {
 	a.mu.Lock()
 	a.waiting = append(a.waiting, h)
 	a.mu.Unlock()
+	a.s.hub.unacked.used.Add(1)
 	select {
 	case a.wake <- struct{}{}:
 	default:
 	}
+}
+
+// full reports whether so many acks have not arrived that nothing more is read.
+func (a *acker) full() bool {
+	n := a.backlog()
+	return n >= minShare && n >= a.s.hub.most(&a.s.hub.unacked, n)
 }
 
 // backlog returns how many acks have not arrived.
@@ -67,6 +75,7 @@ func (a *acker) confirmed(n int) {
 	rest := copy(a.waiting, a.waiting[n:])
 	clear(a.waiting[rest:])
 	a.waiting = a.waiting[:rest]
+	a.s.hub.unacked.used.Add(-int64(n))
 }
 
 // run acks until stop is closed and all has arrived, or the subscription's
@@ -75,7 +84,7 @@ func (a *acker) run() {
 	defer close(a.done)
 	s := a.s
 	pause := backoff{}
-	ids := make([]string, 0, maxAck)
+	ids := make([]any, 0, maxAck)
 	lingered := false
 	for {
 		hs := a.batch()
@@ -101,9 +110,9 @@ func (a *acker) run() {
 		lingered = false
 		ids = ids[:0]
 		for _, h := range hs {
-			ids = append(ids, h.id)
+			ids = append(ids, &h.id) // an interface of it is no allocation
 		}
-		if err := s.ack(s.ctx, ids); err != nil {
+		if err := s.ack(s.ctx, ids...); err != nil {
 			s.failing(dutyAck, err)
 			if !pause.wait(s.abandon) {
 				return
@@ -119,23 +128,24 @@ func (a *acker) run() {
 }
 
 // ack acks in the way that the config asks for.
-func (s *subscription) ack(ctx context.Context, ids []string) error {
+func (s *subscription) ack(ctx context.Context, ids ...any) error {
 	switch {
 	case !s.cfg.DeleteAcked:
-		return s.stream.ack(ctx, ids)
+		return s.stream.ack(ctx, ids...)
 	case s.ackDelByScript:
-		err := s.stream.ackAndDeleteByScript(ctx, ids)
+		err := s.stream.ackAndDeleteByScript(ctx, ids...)
 		if replyHas(err, "SEVERALGROUPS") {
 			// A group was added since Subscribe looked. Its messages matter more
 			// than the memory.
 			s.once.severalGroups.Do(func() {
-				s.log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay", errDeleteAcked, s.logFields)
+				s.log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay",
+					fmt.Errorf("%w: %s", ErrUnsupported, needsAckDel), s.logFields)
 			})
-			return s.stream.ack(ctx, ids)
+			return s.stream.ack(ctx, ids...)
 		}
 		return err
 	}
-	return s.stream.ackAndDelete(ctx, ids)
+	return s.stream.ackAndDelete(ctx, ids...)
 }
 
 // backoff is the pause after a failure: it doubles up to a second, with jitter,

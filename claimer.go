@@ -2,6 +2,7 @@ package goxstreams
 
 import (
 	"context"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -16,12 +17,12 @@ const (
 	releasedConsumer = "released"
 
 	// releasedMinAge keeps two claimers that found the same released entry
-	// apart: the second one's min-idle is what it saw plus the time since, which
-	// an entry that was claimed in between does not show unless the second
-	// command took longer than this to arrive.
+	// apart where there are no scripts: the second one's min-idle is what it saw
+	// plus the time since, which an entry that was claimed in between does not
+	// show unless the second command took longer than this to arrive.
 	releasedMinAge = 100 * time.Millisecond
 
-	// maxSightings bounds the entries that a claimer keeps in mind.
+	// maxSightings bounds the entries that a Subscriber's claimers keep in mind.
 	maxSightings = 10_000
 
 	// sweepPage is the rows of one XPENDING.
@@ -30,7 +31,16 @@ const (
 	// A sweep that took the time t is not repeated before sweepRest * t, times
 	// the number of consumers, which do the same: sweeping costs the server a
 	// twentieth of its time at most, however long the list of pending entries.
+	// To find what the dead have left in time, consumers that are gone are looked
+	// at in between, where the rest is more than a third of ClaimMinIdle.
 	sweepRest = 20
+
+	// sweepCost is the server's time for an entry of the list (Redis 7.0; later
+	// ones take a third), for the first sweep, whose time is not known yet.
+	sweepCost = 60 * time.Nanosecond
+
+	// sweepLimit * ClaimMinIdle is the longest rest.
+	sweepLimit = 10
 
 	// reconnectTime is what a living holder may need after an outage until it
 	// renews, where a third of ClaimMinIdle is less: go-redis dials once a second
@@ -59,9 +69,13 @@ type sighting struct {
 type claimer struct {
 	s *subscription
 
-	seen      map[string]sighting
-	cursor    string // where the sweep goes on that found too much
-	nextSweep time.Time
+	seen map[string]sighting
+	// The last sweep of the whole list, and the last one for consumers that are
+	// gone.
+	sweptAt, goneAt     time.Time
+	sweepTook, goneTook time.Duration
+	cursor              string // where the sweep goes on that found too much
+	noConsumers         bool   // XINFO CONSUMERS is denied
 
 	answered  time.Duration // time in which Redis answered
 	lastReply time.Time     // zero: the last command failed
@@ -105,6 +119,7 @@ func (c *claimer) halt() {
 // run ticks until the subscription closes.
 func (c *claimer) run() {
 	defer close(c.done)
+	defer c.forget()
 	s := c.s
 	c.nextJanitor = time.Now().Add(jitter(s.cfg.ConsumerTimeout / 2))
 	timer := time.NewTimer(0)
@@ -124,7 +139,7 @@ func (c *claimer) run() {
 		} else {
 			s.works(dutyLook)
 		}
-		timer.Reset(s.cfg.ClaimInterval - s.cfg.ClaimInterval/10 + jitter(s.cfg.ClaimInterval/10))
+		timer.Reset(s.hub.untilTick())
 	}
 }
 
@@ -159,11 +174,11 @@ func (c *claimer) tick(ctx context.Context) error {
 		if err := c.findReleased(ctx); err != nil {
 			return err
 		}
-		if err := c.sweep(ctx, max(1, info.consumers)); err != nil {
+		if err := c.sweep(ctx, info); err != nil {
 			return err
 		}
 	} else {
-		clear(c.seen)
+		c.forget()
 	}
 	if s.offerClaims(c.ripe()) {
 		s.reader.interrupt(s.readerParked)
@@ -224,29 +239,133 @@ func (c *claimer) findReleased(ctx context.Context) error {
 	now := time.Now()
 	hs := make([]*held, 0, len(rows))
 	for _, p := range rows {
-		delete(c.seen, p.id)
-		hs = append(hs, &held{id: p.id, count: p.count, next: p.count + 1, since: now.Add(-p.idle), released: true})
+		c.drop(p.id)
+		hs = append(hs, &held{id: p.id, count: p.count, next: oneMore(p.count), since: now.Add(-p.idle), released: true})
 	}
 	s.offerClaims(hs)
 	return nil
 }
 
-// sweep sights what has been idle for ClaimMinIdle.
-func (c *claimer) sweep(ctx context.Context, consumers int64) error {
+// sweep sights what has been idle for ClaimMinIdle: in the whole list of pending
+// entries, as often as that may be, else among those of consumers that are gone.
+func (c *claimer) sweep(ctx context.Context, group groupInfo) error {
 	s := c.s
-	start := time.Now()
-	if start.Before(c.nextSweep) {
-		return nil
+	start, third := time.Now(), s.cfg.ClaimMinIdle/renewalsPerLease
+	longest := sweepLimit * s.cfg.ClaimMinIdle
+	if c.noConsumers {
+		longest = third
 	}
+	// By the consumers that there are now: many may have come since.
+	rest := func(took time.Duration) time.Duration {
+		return min(sweepRest*took*time.Duration(max(1, group.consumers)), longest)
+	}
+	estimate := time.Duration(group.pending) * sweepCost
+	if c.sweptAt.IsZero() && rest(estimate) > third {
+		// As if there had been one: those that come together must not sweep together.
+		c.sweptAt, c.sweepTook = start, jitter(estimate)
+	}
+	switch {
+	case start.Sub(c.sweptAt) >= rest(c.sweepTook):
+		if err := c.sweepAll(ctx); err != nil {
+			return err
+		}
+		// A server that stood still meanwhile does not say how long it takes.
+		c.sweptAt, c.sweepTook = time.Now(), min(time.Since(start), 10*(estimate+time.Millisecond))
+	case !c.noConsumers && start.Sub(c.goneAt) >= min(rest(c.goneTook), third):
+		err := c.sweepGone(ctx)
+		if denied(err) {
+			c.noConsumers = true // then in the whole list all the same
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		c.goneAt, c.goneTook = time.Now(), time.Since(start)
+	}
+	return nil
+}
+
+// sweepAll goes through the whole list, or goes on where it found too much.
+func (c *claimer) sweepAll(ctx context.Context) error {
 	if c.cursor == "" {
 		c.cursor = "-"
 	}
-	again := make(map[string]sighting)
 	whole := c.cursor == "-"
-	for {
-		rows, err := s.stream.pending(ctx, s.cfg.ClaimMinIdle, c.cursor, "+", sweepPage, "")
-		if err != nil {
+	again := make(map[string]sighting)
+	next, err := c.sight(ctx, c.cursor, "", again)
+	if err != nil {
+		return err
+	}
+	c.cursor = next
+	if whole && next == "" {
+		c.s.hub.sightings.used.Add(int64(len(again) - len(c.seen)))
+		c.seen = again // what was not seen again was renewed, settled or claimed
+	} else {
+		c.remember(again)
+	}
+	return nil
+}
+
+// sweepGone looks at the entries of consumers that have done nothing for
+// ClaimMinIdle: a holder would have renewed. Of living ones only a namesake of ours
+// can have left something, but for what foreign libraries do. What this costs does
+// not grow with what the living hold.
+func (c *claimer) sweepGone(ctx context.Context) error {
+	s := c.s
+	// An idle one may have been removed: see sweep, and createConsumer.
+	if err := s.stream.createConsumer(ctx); err != nil && !denied(err) {
+		return err
+	}
+	consumers, err := s.stream.consumers(ctx)
+	if err != nil {
+		return err
+	}
+	again := make(map[string]sighting)
+	for _, other := range consumers {
+		namesake := !s.uniqueName && other.name == s.stream.consumer // may have died, and left something
+		if other.pending == 0 || other.idle < s.cfg.ClaimMinIdle && !namesake || other.name == releasedConsumer {
+			continue
+		}
+		if _, err := c.sight(ctx, "-", other.name, again); err != nil {
 			return err
+		}
+	}
+	c.remember(again)
+	return nil
+}
+
+func (c *claimer) remember(again map[string]sighting) {
+	for id, first := range again {
+		if _, ok := c.seen[id]; !ok && len(c.seen) < c.mostSeen() {
+			c.s.hub.sightings.used.Add(1)
+			c.seen[id] = first
+		}
+	}
+}
+
+func (c *claimer) mostSeen() int { return c.s.hub.most(&c.s.hub.sightings, len(c.seen)) }
+
+func (c *claimer) drop(id string) {
+	if _, ok := c.seen[id]; ok {
+		c.s.hub.sightings.used.Add(-1)
+		delete(c.seen, id)
+	}
+}
+
+// forget is said of the sightings that are not kept any more.
+func (c *claimer) forget() {
+	c.s.hub.sightings.used.Add(-int64(len(c.seen)))
+	clear(c.seen)
+}
+
+// sight adds what has been idle for ClaimMinIdle, from the ID start on, of one
+// consumer or of all. It returns where to go on; "" at the end of the list.
+func (c *claimer) sight(ctx context.Context, start, consumer string, again map[string]sighting) (next string, err error) {
+	s := c.s
+	for most := c.mostSeen(); len(again) < most; {
+		rows, err := s.stream.pending(ctx, s.cfg.ClaimMinIdle, start, "+", sweepPage, consumer)
+		if err != nil {
+			return "", err
 		}
 		at := time.Now()
 		for _, p := range rows {
@@ -260,29 +379,11 @@ func (c *claimer) sweep(ctx context.Context, consumers int64) error {
 			again[p.id] = first
 		}
 		if len(rows) < sweepPage {
-			c.cursor = "-"
-			break
+			return "", nil
 		}
-		c.cursor = "(" + rows[len(rows)-1].id
-		whole = whole && len(again) < maxSightings
-		if len(again) >= maxSightings {
-			break
-		}
+		start = "(" + rows[len(rows)-1].id
 	}
-	if whole {
-		c.seen = again // what was not seen again was renewed, settled or claimed
-	} else {
-		for id, first := range again {
-			if len(c.seen) < maxSightings {
-				c.seen[id] = first
-			}
-		}
-	}
-	// But never so late that the dead are not noticed: one sweep may have met a
-	// server that stood still.
-	rest := min(sweepRest*time.Since(start)*time.Duration(consumers), s.cfg.ClaimMinIdle/renewalsPerLease)
-	c.nextSweep = time.Now().Add(rest)
-	return nil
+	return start, nil
 }
 
 // ripe takes from the sightings those that are old enough.
@@ -294,13 +395,13 @@ func (c *claimer) ripe() []*held {
 	}
 	var hs []*held
 	for id, first := range c.seen {
-		if first.count+1 >= s.retry.suspectFrom() && now.Before(c.nextSuspects) {
+		if oneMore(first.count) >= s.retry.suspectFrom() && now.Before(c.nextSuspects) {
 			continue
 		}
 		if min(c.answered-first.answered, now.Sub(first.at)) >= s.cfg.ClaimMinIdle/renewalsPerLease {
-			delete(c.seen, id)
+			c.drop(id)
 			hs = append(hs, &held{
-				id: id, count: first.count, next: first.count + 1,
+				id: id, count: first.count, next: oneMore(first.count),
 				since: first.at.Add(-s.cfg.ClaimMinIdle),
 			})
 		}
@@ -308,6 +409,9 @@ func (c *claimer) ripe() []*held {
 	slices.SortFunc(hs, func(a, b *held) int { return compareIDs(a.id, b.id) })
 	return hs
 }
+
+// oneMore stays at the greatest count, which XNACK FATAL sets.
+func oneMore(count int64) int64 { return count + min(1, math.MaxInt64-count) }
 
 // janitor removes consumers that have been idle for long and hold nothing.
 func (c *claimer) janitor(ctx context.Context) {

@@ -1,7 +1,10 @@
 package goxstreams
 
 import (
+	"cmp"
 	"fmt"
+	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -33,6 +36,63 @@ func hasHashTag(key string) bool {
 	return ok && strings.Index(rest, "}") > 0
 }
 
+// DeadLetter is a middleware that chooses, by a handler's error, what goes to the
+// dead-letter stream at once, and where that is. Without it dead is what used its
+// retries up, and what Permanent marked. It stands inside or outside of Retry, to
+// the same effect.
+type DeadLetter struct {
+	// ShouldDeadLetter says whether the message is dead, by its handler's error.
+	// Default: IsDead, which adds nothing to Retry: for the sake of Topic.
+	ShouldDeadLetter func(error) bool
+
+	// Topic names the dead-letter stream, given the message's topic, for the
+	// errors that ShouldDeadLetter is true for; of several the innermost. On
+	// Cluster it must be in one slot with the topic, or the subscription's own
+	// is used, with an error in the log. Default, and for an empty name:
+	// SubscriberConfig.DeadLetterTopic's.
+	//
+	// What dies without its handler goes to the subscription's dead-letter
+	// stream: broken entries, and messages that crashed too many processes.
+	Topic func(topic string) string
+}
+
+// Middleware applies it to a handler. The decision is carried out when the
+// message is nacked; IsDead is true for the error that it passes up, the text of
+// which stays the same. If another middleware swallows that error, or has acked
+// the message before (InstantAck), there is no dead letter. Permanent and Snooze
+// are obeyed here too, and a shutdown is no failure: see Retry.Middleware.
+//
+// Messages of other Subscribers, and copies of ours, pass through unchanged.
+func (l DeadLetter) Middleware(h message.HandlerFunc) message.HandlerFunc {
+	others := bystander{name: "DeadLetter"}
+	return func(msg *message.Message) ([]*message.Message, error) {
+		d := deliveryOf(msg)
+		if d == nil {
+			others.pass(msg)
+			return h(msg)
+		}
+		return d.judged(h, l.judge)
+	}
+}
+
+func (l DeadLetter) judge(d *deliveryContext, err error) error {
+	v, err := d.consider(err)
+	v.letters = append(slices.Clone(v.letters), l)
+	if (v.fate == undecided || v.fate == again) && l.matches(err) {
+		v.fate, v.kind = dead, Filtered
+		err = mark(err, ErrDead)
+	}
+	d.verdict.Store(v)
+	return err
+}
+
+func (l DeadLetter) matches(err error) bool {
+	if l.ShouldDeadLetter == nil {
+		return IsDead(err)
+	}
+	return l.ShouldDeadLetter(err)
+}
+
 // BrokenMessage is an entry that could not be unmarshaled.
 type BrokenMessage struct {
 	Topic string
@@ -51,10 +111,10 @@ type DeadKind string
 
 // The kinds of death.
 const (
-	Exhausted DeadKind = "exhausted" // the retries are used up, by failures or by crashes
-	Permanent DeadKind = "permanent" // its error said that trying again is of no use
-	Broken    DeadKind = "broken"    // it could not be unmarshaled
-	Filtered  DeadKind = "filtered"  // DeadLetter.ShouldDeadLetter chose it
+	Exhausted        DeadKind = "exhausted" // the retries are used up, by failures or by crashes
+	PermanentFailure DeadKind = "permanent" // its error said that trying again is of no use
+	Broken           DeadKind = "broken"    // it could not be unmarshaled
+	Filtered         DeadKind = "filtered"  // DeadLetter.ShouldDeadLetter chose it
 )
 
 // String returns the kind as it stands in the dead letter's metadata.
@@ -72,12 +132,14 @@ type DeadMessage struct {
 	Reason     string // the error's text, 1 KiB at most
 	Kind       DeadKind
 	Deliveries int64
-	Replays    int
+	Replays    int       // how often it was replayed before
 	DiedAt     time.Time // by this process's clock
 
 	// Message is the message as it was published; nil if the entry is broken,
 	// and where a crash limit was reached with an Unmarshaler that is not this
-	// library's, which might be what crashed.
+	// library's, which might be what crashed. From a DeadLetterQueue it is
+	// without the metadata keys that a dead letter adds, also where the
+	// published message had them; Fields has all.
 	Message *message.Message
 
 	Fields []string // the entry as it was: name, value, ..
@@ -92,7 +154,13 @@ const (
 	DeadKindKey       = "goxstreams_kind"
 	DeadDeliveriesKey = "goxstreams_deliveries"
 	DeadDiedAtKey     = "goxstreams_died_at" // RFC 3339, UTC
+	DeadReplaysKey    = "goxstreams_replays" // absent: none
 )
+
+var deadKeys = []string{
+	middleware.ReasonForPoisonedKey, middleware.PoisonedTopicKey, middleware.PoisonedHandlerKey, middleware.PoisonedSubscriberKey,
+	DeadEntryIDKey, DeadGroupKey, DeadConsumerKey, DeadKindKey, DeadDeliveriesKey, DeadDiedAtKey, DeadReplaysKey,
+}
 
 // deadFieldsField holds the original fields, packed, in an entry of a
 // dead-letter stream. It is also the mark by which every Subscriber knows that
@@ -109,15 +177,16 @@ func isDeadLetter(fields []string) bool {
 
 // deadMessage is what is known of a dead entry before it is moved.
 func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
+	fields, replays, _ := cutReplay(fields)
 	d := DeadMessage{
 		EntryID: h.id, Topic: s.topic, Group: s.stream.group, Consumer: s.stream.consumer,
-		Reason: shorten(h.doom.err.Error()), Kind: h.doom.kind, Deliveries: h.count,
-		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Fields: fields,
+		Handler: h.doom.handler, Reason: shorten(h.doom.err.Error()), Kind: h.doom.kind, Deliveries: cmp.Or(h.doom.deliveries, h.count),
+		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Replays: replays, Fields: fields,
 	}
-	if h.doom.msg != nil {
-		d.Handler = message.HandlerNameFromCtx(h.doom.msg.Context())
+	if d.Handler == "" && s.typed != nil {
+		d.Handler = s.typed.name
 	}
-	safe := false
+	safe := s.typed != nil && !s.diedTooOften(h) // a crash counts as one of its worker's
 	switch s.cfg.Unmarshaler.(type) {
 	case DefaultMarshaler, BodyMarshaler:
 		safe = true
@@ -126,10 +195,7 @@ func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
 		return d
 	}
 	// Unmarshaled once more: the handler may have changed what it was given.
-	if msg, err := unmarshalFields(s.cfg.Unmarshaler, fields); err == nil {
-		if msg.UUID == "" {
-			msg.UUID = h.id
-		}
+	if msg, err := s.message(h.id, fields); err == nil {
 		d.Message = msg
 	}
 	return d
@@ -155,20 +221,79 @@ func (d DeadMessage) letter() []any {
 		DeadEntryIDKey:                   d.EntryID,
 		DeadGroupKey:                     d.Group,
 		DeadConsumerKey:                  d.Consumer,
-		DeadKindKey:                      d.Kind.String(),
+		DeadKindKey:                      string(d.Kind),
 		DeadDeliveriesKey:                strconv.FormatInt(d.Deliveries, 10),
 		DeadDiedAtKey:                    d.DiedAt.Format(time.RFC3339Nano),
 	} {
 		msg.Metadata.Set(key, value)
 	}
+	if delete(msg.Metadata, DeadReplaysKey); d.Replays > 0 {
+		msg.Metadata.Set(DeadReplaysKey, strconv.Itoa(d.Replays))
+	}
 	// A UUID key in the metadata was refused when the message was published by
 	// this library; a foreign one's must not make it immortal.
 	delete(msg.Metadata, UUIDHeaderKey)
-	fields, err := DefaultMarshaler{}.marshalFields(msg)
+	fields, err := DefaultMarshaler{}.appendFields(nil, msg)
 	if err != nil {
 		panic(fmt.Sprintf("goxstreams: DefaultMarshaler refuses a dead letter: %v", err)) // its only reason was removed
 	}
 	return append(fields, deadFieldsField, packed)
+}
+
+// readLetter is letter's inverse.
+func readLetter(e entry) (DeadMessage, error) {
+	if !isDeadLetter(e.fields) {
+		return DeadMessage{ID: e.id, Fields: e.fields}, fmt.Errorf("entry %s is no dead letter of this library", e.id)
+	}
+	msg, err := DefaultMarshaler{}.unmarshalFields(e.fields)
+	var fields []string
+	if err == nil {
+		fields, err = UnpackFields([]byte(e.fields[7]))
+	}
+	if err != nil {
+		return DeadMessage{ID: e.id, Fields: e.fields}, fmt.Errorf("entry %s is a broken dead letter: %w", e.id, err)
+	}
+	get := msg.Metadata.Get
+	d := DeadMessage{
+		ID: e.id, EntryID: get(DeadEntryIDKey), Topic: get(middleware.PoisonedTopicKey), Group: get(DeadGroupKey),
+		Consumer: get(DeadConsumerKey), Handler: get(middleware.PoisonedHandlerKey),
+		Reason: get(middleware.ReasonForPoisonedKey), Kind: DeadKind(get(DeadKindKey)), Fields: fields,
+	}
+	// What is not a number, or no time, was not written here: zero.
+	d.Deliveries, _ = strconv.ParseInt(get(DeadDeliveriesKey), 10, 64)
+	d.Replays, _ = strconv.Atoi(get(DeadReplaysKey))
+	d.DiedAt, _ = time.Parse(time.RFC3339Nano, get(DeadDiedAtKey))
+	if msg.UUID == d.EntryID && string(msg.Payload) == e.fields[7] {
+		return d, nil // no message: see letter
+	}
+	for _, key := range deadKeys {
+		delete(msg.Metadata, key)
+	}
+	d.Message = msg
+	return d, nil
+}
+
+// replayField is the last field of an entry that was replayed. Its value is the
+// number of replays, a space, and the group that it is for; no group: for all.
+const replayField = "_goxstreams_replay"
+
+func replayMark(replays int, group string) []string {
+	return []string{replayField, strconv.Itoa(replays) + " " + group}
+}
+
+// cutReplay returns the fields as they were published, how often they were
+// replayed, and the group that this is for.
+func cutReplay(fields []string) (published []string, replays int, group string) {
+	n := len(fields) - 2
+	if n < 0 || fields[n] != replayField {
+		return fields, 0, ""
+	}
+	number, group, ok := strings.Cut(fields[n+1], " ")
+	replays, err := strconv.Atoi(number)
+	if !ok || err != nil || replays < 1 || replays >= math.MaxInt32 { // forged; one more must be a number too
+		return fields, 0, ""
+	}
+	return fields[:n:n], replays, group
 }
 
 // shorten cuts a text to maxReason bytes, not within a character.
@@ -176,12 +301,9 @@ func shorten(s string) string {
 	if len(s) <= maxReason {
 		return s
 	}
-	s = s[:maxReason]
-	for len(s) > 0 {
-		if r, size := utf8.DecodeLastRuneInString(s); r != utf8.RuneError || size > 1 {
-			break
-		}
-		s = s[:len(s)-1]
+	end := maxReason
+	for end > maxReason-utf8.UTFMax && !utf8.RuneStart(s[end]) { // what is no text may have no beginning
+		end--
 	}
-	return s
+	return s[:end]
 }

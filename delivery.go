@@ -5,10 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
-	"strconv"
+	"sync/atomic"
 	"time"
 
-	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 )
@@ -31,7 +30,7 @@ type Delivery struct {
 }
 
 // RetryCount returns the deliveries before this one.
-func (d Delivery) RetryCount() int64 { return d.Count - 1 }
+func (d Delivery) RetryCount() int64 { return max(d.Count-1, 0) }
 
 // Time returns when the entry was added, by its ID: the server's clock, in
 // milliseconds. The zero time if the ID was given by hand and is no time.
@@ -45,28 +44,35 @@ func (d Delivery) Time() time.Time {
 
 type deliveryKey struct{}
 
-// deliveryContext is a context.WithValue of a Delivery, in one piece.
+// deliveryContext is what a message's context knows of its delivery.
 type deliveryContext struct {
-	context.Context
-	delivery Delivery
+	context.Context // the values of Subscribe's context
+	delivery        Delivery
+	sub             *subscription
+	msg             *message.Message // the one that was delivered
+	own             context.Context  // this one, with its end
+	verdict         atomic.Pointer[verdict]
+	entered         atomic.Pointer[atomic.Bool] // the innermost Retry that has the message: is there one inside of it?
+	body            atomic.Pointer[any]         // a Consumer's decoded payload, for the first who takes it
+	handler         atomic.Pointer[string]      // the router's name of it, once a middleware has seen it
 }
 
-func (c *deliveryContext) Value(key any) any {
+func (d *deliveryContext) Value(key any) any {
 	if _, ok := key.(deliveryKey); ok {
-		return &c.delivery
+		return d
 	}
-	return c.Context.Value(key)
+	return d.Context.Value(key)
 }
 
 // DeliveryFromContext returns the delivery that a message's context belongs to.
 // It is false for a message that does not come from this library, and for one
 // that lost its context in a Copy.
 func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
-	d, ok := ctx.Value(deliveryKey{}).(*Delivery)
+	d, ok := ctx.Value(deliveryKey{}).(*deliveryContext)
 	if !ok {
 		return Delivery{}, false
 	}
-	return *d, true
+	return d.delivery, true
 }
 
 // slot is a goroutine that takes one entry at a time all the way to its
@@ -90,6 +96,12 @@ func (s *subscription) handle(h *held) {
 		if !ready {
 			return
 		}
+		published, _, group := cutReplay(h.fields)
+		if group != "" && group != s.stream.group {
+			s.settle(h) // a replay for another group
+			return
+		}
+		h.fields = published
 		if h.doom == nil && s.retry.exhaustedBefore(h.count) {
 			h.doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
 		}
@@ -97,12 +109,12 @@ func (s *subscription) handle(h *held) {
 			s.bury(h)
 			return
 		}
-		msg, err := s.unmarshal(h)
+		msg, body, err := s.unmarshal(h)
 		if err != nil {
 			s.handleBroken(h, err)
 			return
 		}
-		if !s.deliver(h, msg) {
+		if !s.deliver(h, msg, body) {
 			return
 		}
 	}
@@ -140,7 +152,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 			return false, false
 		}
 	}
-	e, err := s.stream.claim(ctx, h.id, s.leases.asking(h), h.next)
+	e, err := s.claim(h)
 	if err != nil {
 		return false, s.acquireFailed(h, err)
 	}
@@ -156,6 +168,21 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 	return true, false
 }
 
+// claim asks for the entry. Of what was released each claimer knows, and the
+// least idle time keeps them apart only if the command is under way for less than
+// that: so there the owner's name is the condition.
+func (s *subscription) claim(h *held) (*entry, error) {
+	minIdle := s.leases.asking(h)
+	if h.released && h.state == found && !s.noScripts.Load() {
+		e, err := s.stream.claimFrom(s.ctx, releasedConsumer, h.id, h.next)
+		if !noScripts(err) {
+			return e, err
+		}
+		s.withoutScripts()
+	}
+	return s.stream.claim(s.ctx, h.id, minIdle, h.next)
+}
+
 // acquireFailed handles a claim without an answer. It may have happened, which
 // the next try finds out.
 func (s *subscription) acquireFailed(h *held, err error) (again bool) {
@@ -163,7 +190,7 @@ func (s *subscription) acquireFailed(h *held, err error) (again bool) {
 	if groupLost(err) {
 		_ = s.regroup() // if that fails, the claimer tries again
 	}
-	if h.state == found {
+	if h.state == found && !h.readHere() {
 		// Nobody's yet, or an orphan of ours: the claimer finds it either way.
 		s.leases.remove(h)
 		s.claimer.orphaned.Store(true)
@@ -190,46 +217,62 @@ func (s *subscription) acquireRefused(h *held) (again bool) {
 	return false
 }
 
-// unmarshal turns the entry into a message. A dead letter is decoded the way
-// this library wrote it, whatever the topic's format.
-func (s *subscription) unmarshal(h *held) (*message.Message, error) {
+// unmarshal turns the entry into a message, and for a Consumer its payload into
+// the body.
+func (s *subscription) unmarshal(h *held) (msg *message.Message, body any, err error) {
+	msg, err = s.message(h.id, h.fields)
+	if err == nil && s.typed != nil {
+		err = guard(func() error { body, err = s.typed.decode(msg.Payload); return err })
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrBroken, err)
+	}
+	return msg, body, nil
+}
+
+// message unmarshals an entry. A dead letter is decoded the way this library
+// wrote it, whatever the topic's format.
+func (s *subscription) message(id string, fields []string) (*message.Message, error) {
 	u := s.cfg.Unmarshaler
-	if isDeadLetter(h.fields) {
+	if isDeadLetter(fields) {
 		u = DefaultMarshaler{}
 	}
-	msg, err := unmarshalFields(u, h.fields)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrBroken, err)
+	msg, err := unmarshalFields(u, fields)
+	if err == nil && msg.UUID == "" {
+		msg.UUID = id
 	}
-	if msg.UUID == "" {
-		msg.UUID = h.id
-	}
-	return msg, nil
+	return msg, err
 }
 
 // deliver hands the message over and waits for it to be settled. It returns true
 // if the entry is to be delivered again in this very slot: with MaxConcurrency 1
 // a nacked message keeps its place.
-func (s *subscription) deliver(h *held, msg *message.Message) (again bool) {
-	ctx, cancel := context.WithCancelCause(&deliveryContext{s.base, Delivery{
+func (s *subscription) deliver(h *held, msg *message.Message, body any) (again bool) {
+	d := &deliveryContext{Context: s.base, sub: s, msg: msg, delivery: Delivery{
 		Topic: s.topic, Group: s.stream.group, Consumer: s.stream.consumer,
 		ID: h.id, Count: h.count, MaxRetries: s.retry.MaxRetries,
-	}})
+	}}
+	if body != nil {
+		d.body.Store(&body)
+	}
+	ctx, cancel := context.WithCancelCause(d)
 	defer cancel(nil)
+	d.own = ctx
 	msg.SetContext(ctx)
 	if !s.leases.move(h, out, cancel) {
 		s.leases.remove(h)
 		return false
 	}
 
+	s.stats.delivered.Add(1) // before whoever takes it can ask
 	select {
 	case s.output <- msg:
 	default:
 		if !s.offer(ctx, h, msg) {
+			s.stats.delivered.Add(-1)
 			return false
 		}
 	}
-	s.stats.delivered.Add(1)
 	if !s.fanOut() && !s.cfg.NoAck {
 		h.fields = nil
 	}
@@ -237,7 +280,7 @@ func (s *subscription) deliver(h *held, msg *message.Message) (again bool) {
 	select {
 	case <-msg.Acked():
 	case <-msg.Nacked():
-		return s.nacked(h, msg)
+		return s.nacked(h, d)
 	case <-s.abandon:
 		if msg.Nack() { // so that whoever waits for the outcome goes on
 			s.abandoned(h)
@@ -268,7 +311,12 @@ func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message)
 
 func (s *subscription) acked(h *held) {
 	s.stats.acked.Add(1)
-	if s.fanOut() || s.cfg.NoAck {
+	s.settle(h)
+}
+
+// settle is the end of an entry that nobody needs any more.
+func (s *subscription) settle(h *held) {
+	if !s.leased() {
 		s.leases.remove(h)
 		return
 	}
@@ -277,9 +325,11 @@ func (s *subscription) acked(h *held) {
 	s.acker.add(h)
 }
 
-// nacked decides what becomes of a message whose handler failed.
-func (s *subscription) nacked(h *held, msg *message.Message) (again bool) {
+// nacked carries the verdict out: what becomes of a message whose handler failed.
+func (s *subscription) nacked(h *held, d *deliveryContext) (comesAgain bool) {
 	s.stats.nacked.Add(1)
+	v := d.verdict.Load()
+	closing := s.isClosing()
 	lost, gone := s.leases.lapsed(h)
 	switch {
 	case s.cfg.NoAck:
@@ -289,39 +339,75 @@ func (s *subscription) nacked(h *held, msg *message.Message) (again bool) {
 	case lost || gone: // another consumer's, or nobody's any more
 		s.leases.remove(h)
 		return false
-	case s.isClosing():
-		// A shutdown is no failure: whether the handler failed because of it
-		// cannot be told, and a retry too many does less harm than one too few.
+	case closing && (v == nil || v.fate == interrupted || v.fate == snoozed || errors.Is(context.Cause(d.own), ErrSubscriberClosed)):
+		// A shutdown is no failure. Whether it was one cannot be told of a Nack
+		// without an error; a retry too many does less harm than one too few.
 		s.giveBack(h, h.count-1)
 		return false
+	case v == nil:
+		v = &verdict{delay: -1}
+	case v.fate == snoozed:
+		s.leases.snooze(h)
+		return s.again(h, v.delay)
 	}
 
-	delay := s.retry.delay(h.count)
-	if s.retry.exhausted(h.count) {
-		h.doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, msg: msg}
-	} else if ask := s.retry.ShouldRetry; ask != nil {
-		retry := true
-		err := guard(func() error {
-			retry = ask(middleware.RetryParams{Err: ErrNacked, RetryNum: int(h.count), Delay: delay})
-			return nil
-		})
-		if err != nil {
-			s.log.Error("Retry.ShouldRetry panicked; the message is tried again", err, s.entryFields(h))
-		}
-		if !retry {
-			h.doom = &doom{kind: Permanent, err: ErrPermanent, msg: msg}
-		}
-	}
-	if h.doom != nil {
+	v = s.apply(h, *v)
+	switch {
+	case v.fate == dead:
+		h.doom = &doom{kind: v.kind, err: v.err, handler: d.handlerName()}
+		h.doom.topic = s.route(h, v.letters)
 		s.bury(h)
 		return false
+	case closing:
+		s.giveBack(h, h.count)
+		return false
 	}
-	if hook := s.retry.OnRetryHook; hook != nil {
-		if err := guard(func() error { hook(int(h.count), delay); return nil }); err != nil {
+	if v.hook != nil {
+		if err := guard(func() error { v.hook(int(h.count), v.delay); return nil }); err != nil {
 			s.log.Error("Retry.OnRetryHook panicked", err, s.entryFields(h))
 		}
 	}
-	return s.again(h, delay)
+	return s.again(h, v.delay)
+}
+
+// handlerName returns the router's name of the handler; "" without a router.
+func (d *deliveryContext) handlerName() string {
+	if name := d.handler.Load(); name != nil {
+		return *name
+	}
+	return message.HandlerNameFromCtx(d.msg.Context())
+}
+
+// apply completes a verdict with the subscription's own policy, the limit of
+// which holds whatever a middleware has decided.
+func (s *subscription) apply(h *held, v verdict) *verdict {
+	switch {
+	case v.fate == dead:
+		return &v
+	case s.retry.exhausted(h.count):
+		return v.end(Exhausted, ErrRetriesExhausted)
+	case v.fate == again:
+		return &v
+	}
+	if v.delay < 0 {
+		v.delay = s.retry.delay(h.count)
+	}
+	v.hook = s.retry.OnRetryHook
+	if s.retry.ShouldRetry == nil {
+		return &v
+	}
+	params := middleware.RetryParams{Err: v.err, RetryNum: int(h.count), Delay: v.delay}
+	if v.err == nil {
+		params.Err = ErrNacked
+	}
+	retry := true
+	if err := guard(func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
+		s.log.Error("Retry.ShouldRetry panicked; the message is tried again", err, s.entryFields(h))
+	}
+	if !retry {
+		return v.end(PermanentFailure, ErrPermanent)
+	}
+	return &v
 }
 
 // abandoned gives up on a handler that did not heed the end of its context. It
@@ -330,219 +416,29 @@ func (s *subscription) nacked(h *held, msg *message.Message) (again bool) {
 func (s *subscription) abandoned(h *held) {
 	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.entryFields(h))
 	if s.leased() {
-		s.uncount(h)
+		if _, err := s.setCount(h, s.parkCount(h, h.count-1)); err != nil {
+			s.log.Error("The message keeps a delivery that was not to count", err, s.entryFields(h))
+		}
 	}
 	s.leases.remove(h)
 }
 
-// uncount takes this delivery off the entry's count, while the entry stays ours.
-func (s *subscription) uncount(h *held) {
+// setCount sets the entry's delivery count, while the entry stays ours.
+func (s *subscription) setCount(h *held, count int64) (ours bool, err error) {
 	for range 2 { // a renewal may cross the first: then the entry is younger than we knew
-		got, err := s.stream.assign(s.ctx, s.stream.consumer, s.leases.idle(h), h.count-1, []string{h.id})
-		if err == nil && !got[h.id] {
-			var ours bool
-			if ours, err = s.verify(h); ours {
-				continue
-			}
-		}
+		got, err := s.stream.assign(s.ctx, s.stream.consumer, s.leases.idle(h), count, []string{h.id})
 		if err != nil {
-			s.log.Error("The abandoned message keeps its delivery count", err, s.entryFields(h))
+			return false, err
 		}
-		return
-	}
-}
-
-// brokenPatience is how long a slot waits for OnBroken before it goes on
-// without it, so that one which hangs stops nothing; maxBrokenCalls bounds how
-// many can hang.
-const (
-	brokenPatience = time.Second
-	maxBrokenCalls = 16
-)
-
-// handleBroken hands an entry that is no message to OnBroken, outside the order.
-func (s *subscription) handleBroken(h *held, err error) {
-	fields := h.fields
-	h.fields = nil
-	s.stats.broken.Add(1)
-	s.log.Error("Broken entry", err, s.entryFields(h))
-	if s.fanOut() || s.cfg.NoAck {
-		// Every subscriber gets it, or nobody can get it again: there is nothing
-		// to move.
-		if s.cfg.OnBroken == nil {
-			s.leases.remove(h)
-			return
+		if got[h.id] {
+			s.leases.confirm(time.Now(), h)
+			return true, nil
 		}
-	} else if s.cfg.OnBroken == nil {
-		h.doom = &doom{kind: Broken, err: err}
-		s.bury(h)
-		return
-	}
-
-	select {
-	case s.brokenCalls <- struct{}{}:
-	case <-s.abandon:
-		s.giveBack(h, h.count-1)
-		return
-	}
-	done := make(chan struct{})
-	s.calls.Go(func() {
-		defer close(done)
-		defer func() { <-s.brokenCalls }()
-		s.callOnBroken(h, BrokenMessage{Topic: s.topic, ID: h.id, Fields: fields, RetryCount: h.count - 1, Err: err})
-	})
-	patience := time.NewTimer(brokenPatience)
-	defer patience.Stop()
-	select {
-	case <-done:
-	case <-patience.C:
-	}
-}
-
-func (s *subscription) callOnBroken(h *held, b BrokenMessage) {
-	ctx, cancel := context.WithCancelCause(s.calling)
-	defer cancel(nil)
-	if !s.leases.move(h, out, cancel) {
-		s.leases.remove(h)
-		return
-	}
-	err := guard(func() error { return s.cfg.OnBroken(ctx, b) })
-	defer s.settled()
-	lost, gone := s.leases.lapsed(h)
-	switch {
-	case err == nil:
-		if !s.fanOut() && !s.cfg.NoAck {
-			s.leases.move(h, settled, nil)
-			s.acker.add(h)
-			return
+		if ours, err = s.verify(h); !ours || err != nil {
+			return false, err
 		}
-		s.leases.remove(h)
-	case lost || gone || s.cfg.NoAck:
-		s.leases.remove(h)
-	case s.isClosing():
-		s.giveBack(h, h.count-1)
-	default:
-		s.log.Error("OnBroken failed; the entry comes again", err, s.entryFields(h))
-		if s.fanOut() {
-			h.fields = b.Fields
-		}
-		s.wait(h, s.retry.delay(h.count))
 	}
-}
-
-// guard calls a function of the user and turns its panic into an error.
-func guard(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
-	return f()
-}
-
-// doom is the decision that an entry is dead. It stays until the entry is moved.
-type doom struct {
-	kind    DeadKind
-	err     error
-	msg     *message.Message // as the handler had it; nil if no handler had it
-	crashed bool             // dead before Unmarshal, which may be what kills
-}
-
-// bury moves the entry to the dead-letter stream.
-func (s *subscription) bury(h *held) {
-	if s.fanOut() || s.cfg.NoAck {
-		s.stats.dead.Add(1)
-		s.log.Error("Dead message; without a group it is not stored, since every subscriber would", h.doom.err, s.entryFields(h))
-		s.leases.remove(h)
-		return
-	}
-	s.leases.move(h, settled, nil) // a renewal that crosses the move finds nothing
-	h.fields = nil
-	ctx := s.ctx
-	e, p, err := s.stream.look(ctx, h.id)
-	switch {
-	case err != nil:
-		s.buryFailed(h, err)
-		return
-	case e == nil:
-		s.works(dutyBury)
-		if p != nil {
-			s.ackTrimmed(h)
-		}
-		s.leases.remove(h)
-		return
-	case isDeadLetter(e.fields):
-		// It is where the dead go already.
-		s.works(dutyBury)
-		s.log.Error("A message died on a dead-letter stream; it stays pending there", h.doom.err, s.entryFields(h))
-		h.doom = nil
-		s.wait(h, s.retry.MaxInterval)
-		return
-	}
-	dead := s.deadMessage(h, e.fields)
-	s.leases.burying(h, true)
-	id, err := s.moveToDeadLetters(ctx, h, dead.letter())
-	if err != nil {
-		s.leases.burying(h, !isReply(err))
-		s.buryFailed(h, err)
-		return
-	}
-	s.works(dutyBury)
-	s.leases.remove(h)
-	s.settled()
-	if id == "" {
-		s.log.Info("A dead message was settled or claimed elsewhere before it could be moved", s.entryFields(h))
-		return
-	}
-	dead.ID = id
-	s.stats.dead.Add(1)
-	s.log.Info("Dead message moved to "+s.deadLetters, s.entryFields(h).Add(watermill.LogFields{
-		"reason": dead.Reason, "kind": dead.Kind.String(), "deliveries": strconv.FormatInt(dead.Deliveries, 10),
-	}))
-	if s.cfg.OnDead != nil {
-		s.callOnDead(h, dead)
-	}
-}
-
-// callOnDead waits for OnDead in the message's place, until CloseTimeout.
-func (s *subscription) callOnDead(h *held, dead DeadMessage) {
-	done := make(chan struct{})
-	s.calls.Go(func() {
-		defer close(done)
-		if err := guard(func() error { s.cfg.OnDead(s.calling, dead); return nil }); err != nil {
-			s.log.Error("OnDead panicked", err, s.entryFields(h))
-		}
-	})
-	select {
-	case <-done:
-	case <-s.abandon:
-	}
-}
-
-func (s *subscription) moveToDeadLetters(ctx context.Context, h *held, fields []any) (string, error) {
-	if !s.noScripts.Load() {
-		id, err := s.stream.bury(ctx, s.deadLetters, h.id, h.count, fields)
-		if !noScripts(err) {
-			return id, err
-		}
-		s.noScripts.Store(true)
-		s.log.Info("No right to EVAL: dead letters are moved by XADD, then XACK, which can store one twice if the connection breaks in between", s.logFields)
-	}
-	return s.stream.buryInTwo(ctx, s.deadLetters, h.id, h.count, fields)
-}
-
-// buryFailed keeps the dead entry, for the move to be tried again; its handler
-// does not see it again.
-func (s *subscription) buryFailed(h *held, err error) {
-	s.failing(dutyBury, fmt.Errorf("moving %s to %s: %w", h.id, s.deadLetters, err))
-	if groupLost(err) {
-		_ = s.regroup()
-	}
-	if s.isClosing() {
-		s.giveBack(h, h.count)
-		return
-	}
-	s.wait(h, max(s.retry.InitialInterval, minBackoff))
+	return false, errors.New("refused, though the entry is ours")
 }
 
 // ackTrimmed acks an entry away that was deleted from the stream while it was
@@ -550,7 +446,7 @@ func (s *subscription) buryFailed(h *held, err error) {
 func (s *subscription) ackTrimmed(h *held) {
 	s.stats.lost.Add(1)
 	s.log.Error("Message lost", errors.New("the entry was trimmed or deleted while it was pending"), s.entryFields(h))
-	if err := s.stream.ack(s.ctx, []string{h.id}); err != nil {
+	if err := s.stream.ack(s.ctx, h.id); err != nil {
 		s.log.Debug("XACK of a deleted entry failed: "+err.Error(), s.entryFields(h))
 	}
 }
@@ -586,4 +482,29 @@ func (s *subscription) verify(h *held) (ours bool, err error) {
 		s.log.Info("Lease lost: another consumer has the message, or settled it", s.entryFields(h))
 	}
 	return false, nil
+}
+
+// guard calls a function of the user and turns its panic into an error.
+func guard(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return sane(f())
+}
+
+// sane returns err, or another one in its place if its methods panic: those of a
+// nil pointer that became an error may.
+func sane(err error) (usable error) {
+	if err == nil {
+		return nil
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			usable = fmt.Errorf("goxstreams: an error of type %T, the methods of which panic: %v", err, p)
+		}
+	}()
+	_, _ = err.Error(), IsDead(err)
+	return err
 }

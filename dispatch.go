@@ -29,14 +29,17 @@ func (s *subscription) enqueue(entries []entry, at time.Time) {
 	s.regrouping.Unlock()
 	hs = s.leases.add(hs)
 	s.mu.Lock()
-	s.queue = append(s.queue, hs...)
+	late := s.drained // an answer that Close did not wait for
+	if late && s.cfg.NoAck {
+		s.mu.Unlock()
+		s.stats.lost.Add(int64(len(hs)))
+		s.leases.remove(hs...)
+		return
+	}
+	s.queueLocked(hs...)
 	s.rouseLocked(len(hs))
-	late := s.drained
 	s.mu.Unlock()
-	if late { // an answer that Close did not wait for
-		if s.cfg.NoAck {
-			s.stats.lost.Add(int64(len(hs)))
-		}
+	if late {
 		s.releaseHeld()
 	}
 }
@@ -53,8 +56,8 @@ func (s *subscription) offerClaims(hs []*held) (suspects bool) {
 	}
 	for _, h := range hs {
 		switch {
-		case h.next == h.count && h.count == 1:
-			s.queue = append(s.queue, h) // read here, but the answer was lost: it keeps its place
+		case h.readHere():
+			s.queueLocked(h) // it keeps its place
 		case h.next >= s.retry.suspectFrom() && !h.released:
 			s.suspects = append(s.suspects, h)
 		default:
@@ -114,7 +117,7 @@ func (s *subscription) takeLocked() *held {
 	switch {
 	case s.stopping:
 		if s.cfg.NoAck { // cannot be released: whoever still reads gets it
-			return shift(&s.queue)
+			return s.unqueueLocked()
 		}
 		return nil
 	case s.alone:
@@ -122,7 +125,7 @@ func (s *subscription) takeLocked() *held {
 	case len(s.suspects) > 0:
 		// A suspect is handled with nothing else in flight: what is there comes
 		// to its end, nothing new is taken.
-		if h := shift(&s.queue); h != nil {
+		if h := s.unqueueLocked(); h != nil {
 			return h
 		}
 		if s.parked && s.busy == 0 && s.leases.active() == 0 {
@@ -131,21 +134,40 @@ func (s *subscription) takeLocked() *held {
 		}
 		return nil
 	case len(s.retries) > 0 && !time.Now().Before(s.retries[0].due):
+		s.hub.waiting.used.Add(-1)
+		if len(s.claims)+len(s.queue) > 0 {
+			s.rouseLocked(1) // this slot may have been roused for one of them, a moment before the retry's own timer
+		}
 		return s.retries.pop()
 	case len(s.claims) > 0:
 		return shift(&s.claims)
 	}
-	return shift(&s.queue)
+	return s.unqueueLocked()
 }
 
-func shift(q *[]*held) *held {
+// queueLocked queues entries that are ours, for a slot to take.
+func (s *subscription) queueLocked(hs ...*held) {
+	s.queue = append(s.queue, hs...)
+	s.hub.ahead.Add(int64(len(hs)))
+}
+
+func (s *subscription) unqueueLocked() *held {
+	h := shift(&s.queue)
+	if h != nil {
+		s.hub.ahead.Add(-1)
+	}
+	return h
+}
+
+// shift takes the first out of a queue; nil if it is empty.
+func shift[T any](q *[]*T) *T {
 	if len(*q) == 0 {
 		return nil
 	}
-	h := (*q)[0]
+	first := (*q)[0]
 	(*q)[0] = nil
 	*q = (*q)[1:]
-	return h
+	return first
 }
 
 // free notes that a slot has nothing in hand any more.
@@ -202,12 +224,9 @@ func (s *subscription) awaitRoom(r *reader) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !s.stopping {
-		if s.roomLocked() > 0 {
-			s.prefetch = r.adapt(s.prefetch, s.cfg.BatchSize)
-			if room := s.roomLocked(); room > 0 {
-				s.parked = false
-				return min(room, s.cfg.BatchSize)
-			}
+		if room := s.readableLocked(r); room > 0 {
+			s.parked = false
+			return room
 		}
 		s.parked = true
 		if len(s.suspects) > 0 {
@@ -223,40 +242,68 @@ func (s *subscription) awaitRoom(r *reader) int {
 	return 0
 }
 
+// roomFor is awaitRoom for a reader that does not stop to wait.
+func (s *subscription) roomFor(r *reader) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return 0
+	}
+	return s.readableLocked(r)
+}
+
+// readableLocked returns how many entries the reader may read now.
+func (s *subscription) readableLocked(r *reader) int {
+	if s.roomLocked() == 0 {
+		return 0
+	}
+	s.prefetch = min(r.adapt(s.prefetch, s.cfg.BatchSize), r.fits())
+	return min(s.roomLocked(), s.cfg.BatchSize, r.fits())
+}
+
 // roomLocked returns how many entries may be read now: one for each free slot,
 // and the prefetch once half of the last one is consumed, so that the handlers
 // have the other half meanwhile. One and a half times BatchSize, and the slots,
 // bound what is held.
 func (s *subscription) roomLocked() int {
-	if s.alone || len(s.suspects) > 0 || len(s.queue) > s.prefetch/2 {
+	prefetch := s.prefetch
+	if s.hub.ahead.Load() >= maxAhead {
+		prefetch = 0
+	}
+	if s.alone || len(s.suspects) > 0 || len(s.queue) > prefetch/2 {
 		return 0
 	}
 	if len(s.claims) >= s.cfg.MaxConcurrency { // they go first
 		return 0
 	}
-	if s.leased() && s.acker.backlog() >= maxUnconfirmed {
+	if s.leased() && s.acker.full() {
 		return 0
 	}
-	return max(0, s.cfg.MaxConcurrency-s.busy-len(s.claims)) + s.prefetch
+	return max(0, s.cfg.MaxConcurrency-s.busy-len(s.claims)) + prefetch
 }
 
 // wait schedules the entry's next delivery.
 func (s *subscription) wait(h *held, delay time.Duration) {
 	if s.isClosing() {
-		s.giveBack(h, h.count)
+		s.giveBack(h, h.next-1)
 		return
 	}
 	h.due = time.Now().Add(delay)
-	if s.fanOut() {
-		h.count++
-	}
-	if !s.leases.move(h, waiting, nil) {
+	if !s.rest(h) {
 		s.leases.remove(h)
 		return
 	}
 	if !s.pushRetry(h) { // close came in between
-		s.giveBack(h, h.count)
+		s.giveBack(h, h.next-1)
 	}
+}
+
+// rest lets the entry wait. In fan-out its next delivery is counted here.
+func (s *subscription) rest(h *held) bool {
+	if s.fanOut() {
+		h.count, h.next = h.next, h.next+1
+	}
+	return s.leases.move(h, waiting, nil)
 }
 
 func (s *subscription) pushRetry(h *held) bool {
@@ -266,11 +313,13 @@ func (s *subscription) pushRetry(h *held) bool {
 		return false
 	}
 	s.retries.push(h)
-	if len(s.retries) > maxWaiting && s.leased() {
+	s.hub.waiting.used.Add(1)
+	if most := s.hub.most(&s.hub.waiting, len(s.retries)); len(s.retries) > most && s.leased() {
+		s.hub.waiting.used.Add(-1)
 		s.leases.remove(s.retries.dropLatest())
 		s.once.overflow.Do(func() {
 			s.log.Error("Very many messages wait for a retry", fmt.Errorf(
-				"more than %d: those that wait longest come again when their leases have run out, which may be later than they are due", maxWaiting), s.logFields)
+				"more than %d: those that wait longest come again when their leases have run out, whenever they are due", most), s.logFields)
 		})
 	}
 	if s.timer == nil || h.due.Before(s.timerAt) {
@@ -282,7 +331,7 @@ func (s *subscription) pushRetry(h *held) bool {
 func (s *subscription) manyWait() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.retries) >= maxWaiting
+	return len(s.retries) >= s.hub.most(&s.hub.waiting, len(s.retries))
 }
 
 // again sees to the entry's next delivery: with MaxConcurrency 1 in this very
@@ -298,17 +347,14 @@ func (s *subscription) again(h *held, delay time.Duration) bool {
 // waitInPlace waits for the entry's next delivery without freeing the slot. It
 // returns false if the subscription closes before.
 func (s *subscription) waitInPlace(h *held, delay time.Duration) bool {
-	s.leases.move(h, waiting, nil)
-	if s.fanOut() {
-		h.count++
-	}
+	s.rest(h)
 	t := time.NewTimer(delay)
 	defer t.Stop()
 	select {
 	case <-t.C:
 		return true
 	case <-s.closing:
-		s.giveBack(h, h.count)
+		s.giveBack(h, h.next-1)
 		return false
 	}
 }

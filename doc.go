@@ -13,6 +13,12 @@
 //		Retry:         &goxstreams.Retry{MaxRetries: 5},
 //	}, logger)
 //
+// Handlers say by their error what shall become of a message: see Permanent,
+// RetryAfter and Snooze, and the middlewares Retry and DeadLetter, which heed them.
+// DeadLetterQueue looks at dead letters, replays and deletes them. Producer and
+// Consumer are a typed layer, with or without a router: a Worker has a method for
+// the message, one for the broken entry, and one for the dead message.
+//
 // # What holds
 //
 //   - At least once. What is trimmed or deleted while pending is logged and
@@ -28,7 +34,7 @@
 //     taken over.
 //   - Close, and the end of Subscribe's context, drain: handlers finish, acks
 //     arrive, the rest is released for others at once. That counts for no
-//     delivery.
+//     delivery, and a handler that fails because of it has not failed.
 //   - Dead-lettering is one step, and happens once.
 //   - Redis may restart, fail over, be flushed, lose the group or refuse
 //     commands: the subscription goes on by itself, and Stats shows the outage.
@@ -51,7 +57,8 @@
 //	        (or when the holder is dead)
 //
 // From out and waiting an entry also goes to the dead-letter stream: when its
-// retries are used up, or when it could not be unmarshaled. All states but the
+// retries are used up, when its error says so, or when it could not be unmarshaled.
+// All states but the
 // first and the last are pending in Redis, with a lease that is renewed every
 // third of ClaimMinIdle.
 //
@@ -72,17 +79,24 @@
 //	subscription.go  one subscription: its goroutines, what they share, its end
 //	dispatch.go      what a slot takes next, and when there is room to read
 //	reader.go        reads what is new, and how far ahead
+//	watch.go         the reads that wait: several topics share a connection
 //	delivery.go      one entry from the queue to its outcome
+//	bury.go          broken entries, and how dead ones are moved
+//	retry_middleware.go  when a message comes again, and how often
+//	verdict.go       what the middlewares decide, and by which errors
+//	deadletter.go    DeadLetter, and the dead-letter stream's name and format
+//	deadletter_queue.go  looks at dead letters, replays and deletes them
+//	worker.go        the typed layer: Producer, Consumer, Worker
 //	acker.go         acks in batches
 //	lease.go         what is held, and since when for sure (knows no Redis)
 //	claimer.go       takes over from the dead, renews for the living
 //	release.go       gives back what is not handled
 //	group.go         makes a lost group again
 //	health.go        what Stats says of an outage
-//	deadletter.go    the dead-letter stream's name and format
-//	retry_middleware.go  when a message comes again, and how often
-//	commands.go      every command to Redis, and its answer
-//	publisher.go     Publish
+//	link.go          the connection of a read that blocks
+//	line.go          what goes out at the same time shares a pipeline
+//	commands.go, resp.go  every command to Redis, and its answer
+//	publisher.go, idempotence.go  Publish, and how it can be repeated
 //	marshaler.go, msgpack.go  the formats of entries
 //	errors.go        what can be compared with errors.Is
 package goxstreams

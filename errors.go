@@ -18,7 +18,8 @@ var (
 	// ErrOutcomeUnknown means that the connection broke between a command and
 	// its answer: all of the call's messages are stored, or none is. The
 	// library does not send them again, because the second copy could not be
-	// told from the first.
+	// told from the first. With PublisherConfig.Idempotence the caller may publish
+	// them again.
 	ErrOutcomeUnknown = errors.New("goxstreams: outcome unknown")
 
 	// ErrLeaseLost is the cause of a message context that ended because
@@ -50,12 +51,15 @@ var (
 
 // configErrors collects every mistake of a config, each naming its field.
 type configErrors struct {
-	typeName string
+	typeName string // what the fields belong to
 	errs     []error
 }
 
 func (c *configErrors) add(field, format string, args ...any) {
-	c.errs = append(c.errs, fmt.Errorf("goxstreams: %s.%s: %s", c.typeName, field, fmt.Sprintf(format, args...)))
+	if c.typeName != "" {
+		field = c.typeName + "." + field
+	}
+	c.errs = append(c.errs, fmt.Errorf("goxstreams: %s: %s", field, fmt.Sprintf(format, args...)))
 }
 
 func (c *configErrors) err() error { return errors.Join(c.errs...) }
@@ -79,6 +83,17 @@ func replyHas(err error, prefixes ...string) bool {
 		}
 	}
 	return false
+}
+
+// discreet returns err without what a server quotes of a command that it does not
+// know: its arguments, among them a payload, or the password of HELLO and AUTH.
+func discreet(err error) error {
+	const quote = ", with args beginning with"
+	if !replyHas(err, quote) {
+		return err
+	}
+	text, _, _ := strings.Cut(err.Error(), quote)
+	return redisReply(text)
 }
 
 // groupLost reports whether err says that the group, or the whole stream, is

@@ -44,14 +44,15 @@ func (s *subscription) regroup() error {
 }
 
 // restoreLocked puts what is ours back among the pending entries. An entry that
-// somebody else got meanwhile is not as idle as that, and stays theirs.
+// somebody else got meanwhile is not as idle as that, and stays theirs. One that
+// is settled just now may be put back after its XACK, and come again: what is
+// put back is not acked here, since it might as well have been given back.
 func (s *subscription) restoreLocked(ctx context.Context) error {
 	if !s.leased() {
 		return nil
 	}
 	now := time.Now()
 	ours := s.leases.ours()
-	var late []string // settled while they were put back: their XACK may have come before
 	for count, ids := range s.leases.byCount(ours) {
 		for chunk := range slices.Chunk(ids, maxRenewal) {
 			got, err := s.stream.restore(ctx, s.cfg.ClaimMinIdle, count, chunk)
@@ -59,18 +60,11 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 				return err
 			}
 			for _, h := range ours {
-				switch {
-				case !got[h.id]:
-				case s.leases.stillOurs(h):
+				if got[h.id] {
 					s.leases.confirm(now, h)
-				default:
-					late = append(late, h.id)
 				}
 			}
 		}
-	}
-	if len(late) > 0 {
-		return s.stream.ack(ctx, late)
 	}
 	return nil
 }
@@ -101,7 +95,7 @@ func (s *subscription) restoreIfRemade(h *held) (bool, error) {
 	if !s.leases.stillOurs(h) {
 		return false, nil
 	}
-	s.log.Error("The consumer group was made anew; putting back what is held here", errors.New("group lost"), s.logFields)
+	s.log.Error("The consumer group was made anew, or all that is held here was acked elsewhere; putting it back", errors.New("group lost"), s.logFields)
 	return true, s.restoreLocked(ctx)
 }
 

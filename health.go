@@ -26,6 +26,7 @@ type health struct {
 }
 
 func (s *subscription) failing(duty string, err error) {
+	lookAgain(s.client, err)
 	h := &s.health
 	h.mu.Lock()
 	first := len(h.failing) == 0

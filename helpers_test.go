@@ -1,9 +1,13 @@
 package goxstreams_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
+	"os"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -32,10 +36,16 @@ func topic(t testing.TB) string {
 }
 
 // newClient returns a client of the shared server with the hooks given. t's
-// cleanup closes it.
+// cleanup closes it. With GOXSTREAMS_TEST_ACL=1 it is a user's with the rights
+// that README names and no others: see leastRights.
 func newClient(t testing.TB, hooks ...redis.Hook) *redis.Client {
 	t.Helper()
 	client := testserver.Client(t)
+	if os.Getenv(aclEnv) == "1" {
+		admin := client
+		client = leastRights(t, admin)
+		hooks = append(hooks, divertAdmin(t, admin))
+	}
 	for _, h := range hooks {
 		client.AddHook(h)
 	}
@@ -251,7 +261,8 @@ type hook struct {
 	// process runs the command by calling next, or does not. What it returns is
 	// the command's error.
 	process func(ctx context.Context, cmd redis.Cmder, next func() error) error
-	// pipeline likewise; nil: untouched.
+	// pipeline likewise; nil: each of its commands by itself, as process has it, but
+	// for a transaction, which is left untouched.
 	pipeline func(ctx context.Context, cmds []redis.Cmder, next func() error) error
 }
 
@@ -272,8 +283,17 @@ func (h *hook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 
 func (h *hook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(ctx context.Context, cmds []redis.Cmder) error {
-		if h.pipeline == nil {
+		if h.pipeline == nil && (h.process == nil || slices.ContainsFunc(cmds, func(cmd redis.Cmder) bool { return cmd.Name() == "multi" })) {
 			return next(ctx, cmds)
+		}
+		if h.pipeline == nil {
+			var first error
+			for _, cmd := range cmds {
+				err := h.process(ctx, cmd, func() error { return next(ctx, []redis.Cmder{cmd}) })
+				cmd.SetErr(err)
+				first = cmp.Or(first, err)
+			}
+			return first
 		}
 		return h.pipeline(ctx, cmds, func() error { return next(ctx, cmds) })
 	}
@@ -358,4 +378,19 @@ func (l logRecorder) Infos() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]string(nil), l.logLines.infos...)
+}
+
+// connections returns the server's connections of the clients with the name, each
+// as CLIENT LIST describes it.
+func connections(t testing.TB, admin redis.UniversalClient, name string) []string {
+	t.Helper()
+	list, err := admin.(*redis.Client).ClientList(context.Background()).Result()
+	require.NoError(t, err)
+	var conns []string
+	for line := range strings.Lines(list) {
+		if strings.Contains(line, " name="+name+" ") {
+			conns = append(conns, line)
+		}
+	}
+	return conns
 }

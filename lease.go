@@ -16,7 +16,7 @@ const (
 	queued               // prefetched
 	out                  // offered or handed out
 	waiting              // nacked; comes again
-	settled              // acked or dead; its XACK is not confirmed yet
+	settled              // acked; its XACK is not confirmed yet
 	parting              // to be released; not renewed any more
 )
 
@@ -35,10 +35,12 @@ type held struct {
 	// the goroutine that has the entry in hand, and under leases.mu.
 	count int64
 	// What the claim makes of count: one more, but for an orphan, whose
-	// delivery did not reach anybody.
+	// delivery did not reach anybody, and after a Snooze.
 	next int64
 
 	released bool // its last holder gave it back: it crashed nobody
+
+	stuck bool // it has died on a dead-letter stream, which was said
 
 	doom *doom     // decided to be dead, not yet moved
 	due  time.Time // when waiting: not before
@@ -52,6 +54,10 @@ type held struct {
 	gone   bool // deleted from the stream while pending
 	cancel context.CancelCauseFunc
 }
+
+// readHere reports whether the entry was read here for the first time, though the
+// answer was lost: it is ours, and comes before what is read later.
+func (h *held) readHere() bool { return h.next == h.count && h.count == 1 }
 
 // leases is the register of what a subscription holds.
 type leases struct {
@@ -124,7 +130,22 @@ func (l *leases) lapsed(h *held) (lost, gone bool) {
 func (l *leases) claimed(h *held, at time.Time, count int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h.state, h.since, h.count, h.next, h.asked = out, at, count, count+1, false
+	h.state, h.since, h.count, h.next, h.asked = out, at, count, oneMore(count), false
+}
+
+// snooze makes the entry's next delivery count for this one.
+func (l *leases) snooze(h *held) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.next = h.count
+}
+
+// recounting notes that the entry's count is being set, which may happen without
+// our knowing.
+func (l *leases) recounting(h *held, count int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h.next, h.asked = count, true
 }
 
 // asking notes that a claim of the entry is being sent, and returns its min-idle.
@@ -317,7 +338,7 @@ func (w *waitHeap) Pop() any {
 func (w *waitHeap) push(h *held) { heap.Push(w, h) }
 func (w *waitHeap) pop() *held   { return heap.Pop(w).(*held) }
 
-// dropLatest takes out the entry that is due last. It walks the heap's leaves,
+// dropLatest takes out the entry that is due last. It looks at all,
 // which only a subscription at its bound pays for.
 func (w *waitHeap) dropLatest() *held {
 	latest := 0

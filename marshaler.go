@@ -10,6 +10,7 @@ import (
 	"net"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -49,7 +50,7 @@ type Unmarshaler interface {
 	Unmarshal(values map[string]any) (*message.Message, error)
 }
 
-// marshalFields returns the fields of msg's entry as name, value, ..., each
+// appendFields appends the fields of msg's entry to args as name, value, ..., each
 // value of a type that go-redis can write. Their order does not vary between
 // messages with the same names: Redis then stores the names of a stream node's
 // entries once.
@@ -57,15 +58,15 @@ type Unmarshaler interface {
 // Our own marshalers are spared the map. They are told by their type: a method
 // would be promoted into a type that embeds one of them, and pass by the
 // Marshal which that type defines.
-func marshalFields(m Marshaler, topic string, msg *message.Message) ([]any, error) {
+func appendFields(args []any, m Marshaler, topic string, msg *message.Message) ([]any, error) {
 	if msg == nil {
 		return nil, errors.New("the message is nil")
 	}
 	switch m := m.(type) {
 	case DefaultMarshaler:
-		return m.marshalFields(msg)
+		return m.appendFields(args, msg)
 	case BodyMarshaler:
-		return m.marshalFields(msg)
+		return m.appendFields(args, msg)
 	}
 	values, err := m.Marshal(topic, msg)
 	if err != nil {
@@ -74,15 +75,14 @@ func marshalFields(m Marshaler, topic string, msg *message.Message) ([]any, erro
 	if len(values) == 0 {
 		return nil, fmt.Errorf("%T returned no fields: Redis has no entry without any", m)
 	}
-	fields := make([]any, 0, 2*len(values))
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		value, err := writable(values[name])
 		if err != nil {
 			return nil, fmt.Errorf("field %q: %w", name, err)
 		}
-		fields = append(fields, name, value)
+		args = append(args, name, value)
 	}
-	return fields, nil
+	return args, nil
 }
 
 // writable returns v as a type that go-redis writes without an error. go-redis
@@ -116,7 +116,7 @@ func unmarshalFields(u Unmarshaler, fields []string) (*message.Message, error) {
 	}
 	values := make(map[string]any, len(fields)/2)
 	for i := 0; i < len(fields); i += 2 {
-		values[fields[i]] = fields[i+1]
+		values[strings.Clone(fields[i])] = strings.Clone(fields[i+1]) // see DefaultMarshaler's
 	}
 	return unmarshalCustom(u, values)
 }
@@ -196,7 +196,7 @@ type DefaultMarshaler struct{}
 // Marshal implements Marshaler. The topic is not used, the values are a string
 // and two []byte; that of the payload shares the message's memory.
 func (m DefaultMarshaler) Marshal(_ string, msg *message.Message) (map[string]any, error) {
-	return fieldMap(m.marshalFields(msg))
+	return fieldMap(m.appendFields(nil, msg))
 }
 
 // Unmarshal implements Unmarshaler. Values may be strings or []byte.
@@ -208,15 +208,15 @@ func (m DefaultMarshaler) Unmarshal(values map[string]any) (*message.Message, er
 	return m.unmarshalFields(fields)
 }
 
-func (DefaultMarshaler) marshalFields(msg *message.Message) ([]any, error) {
+func (DefaultMarshaler) appendFields(args []any, msg *message.Message) ([]any, error) {
 	if err := checkReserved(msg.Metadata); err != nil {
 		return nil, err
 	}
-	return []any{
+	return append(args,
 		UUIDHeaderKey, msg.UUID,
 		metadataField, packMetadata(msg.Metadata),
 		payloadField, []byte(msg.Payload),
-	}, nil
+	), nil
 }
 
 func (DefaultMarshaler) unmarshalFields(fields []string) (*message.Message, error) {
@@ -235,13 +235,26 @@ func (DefaultMarshaler) unmarshalFields(fields []string) (*message.Message, erro
 		}
 	}
 	if !hasUUID {
-		return nil, fmt.Errorf("field %q is missing", UUIDHeaderKey)
+		return nil, missing(UUIDHeaderKey, fields, BodyMarshaler{}.field(), "BodyMarshaler reads what goxstreams wrote")
 	}
-	msg := message.NewMessage(uuid, []byte(payload))
-	if err := unpackMetadata(metadata, msg.Metadata); err != nil {
+	// The fields are parts of what was read with many others, which a message that
+	// is kept must not keep.
+	msg := message.NewMessage(strings.Clone(uuid), []byte(payload))
+	if err := unpackMetadata(strings.Clone(metadata), msg.Metadata); err != nil {
 		return nil, fmt.Errorf("field %q: %w", metadataField, err)
 	}
 	return msg, nil
+}
+
+// missing is the error for an entry without the field. One that has another
+// format's field instead was most likely given to the wrong Unmarshaler.
+func missing(field string, fields []string, other, hint string) error {
+	for i := 0; i < len(fields); i += 2 {
+		if fields[i] == other {
+			return fmt.Errorf("field %q is missing, but there is %q: %s", field, other, hint)
+		}
+	}
+	return fmt.Errorf("field %q is missing", field)
 }
 
 // BodyMarshaler speaks the wire format of goxstreams: the payload is one field,
@@ -263,7 +276,7 @@ type BodyMarshaler struct {
 // Marshal implements Marshaler. The topic is not used, the values are []byte;
 // that of the payload shares the message's memory.
 func (m BodyMarshaler) Marshal(_ string, msg *message.Message) (map[string]any, error) {
-	return fieldMap(m.marshalFields(msg))
+	return fieldMap(m.appendFields(nil, msg))
 }
 
 // Unmarshal implements Unmarshaler. Values may be strings or []byte.
@@ -290,19 +303,19 @@ func (m BodyMarshaler) validate() error {
 	return nil
 }
 
-func (m BodyMarshaler) marshalFields(msg *message.Message) ([]any, error) {
+func (m BodyMarshaler) appendFields(args []any, msg *message.Message) ([]any, error) {
 	if err := m.validate(); err != nil {
 		return nil, err
 	}
-	fields := []any{m.field(), []byte(msg.Payload)}
+	args = append(args, m.field(), []byte(msg.Payload))
 	if m.MetadataField == "" {
-		return fields, nil
+		return args, nil
 	}
 	metadata, err := metadataToJSON(msg)
 	if err != nil {
 		return nil, err
 	}
-	return append(fields, m.MetadataField, metadata), nil
+	return append(args, m.MetadataField, metadata), nil
 }
 
 func (m BodyMarshaler) unmarshalFields(fields []string) (*message.Message, error) {
@@ -323,7 +336,7 @@ func (m BodyMarshaler) unmarshalFields(fields []string) (*message.Message, error
 		}
 	}
 	if !hasPayload {
-		return nil, fmt.Errorf("field %q is missing", field)
+		return nil, missing(field, fields, UUIDHeaderKey, "DefaultMarshaler reads that")
 	}
 	msg := message.NewMessage("", []byte(payload))
 	if m.MetadataField == "" || metadata == "" {
@@ -357,7 +370,7 @@ func metadataToJSON(msg *message.Message) ([]byte, error) {
 func metadataFromJSON(s string, msg *message.Message) error {
 	var object map[string]string
 	if err := json.Unmarshal([]byte(s), &object); err != nil {
-		return err
+		return discreetJSON(err)
 	}
 	msg.UUID = object[UUIDHeaderKey]
 	delete(object, UUIDHeaderKey)

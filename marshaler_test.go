@@ -556,7 +556,7 @@ func TestUnpackFields_Errors(t *testing.T) {
 		"\xdc\x00\x03\xa0\xa0":     "goxstreams: unpack fields: 3 names and values, an odd number",
 		"\x92\xa1a\x01":            "goxstreams: unpack fields: string at byte 3: a string cannot begin with byte 0x01",
 		"\x92\xa1a\xa1b\xa1c":      "goxstreams: unpack fields: 2 bytes follow the array",
-		"\xdd\x00\x00\x00\x02\xa0": "goxstreams: unpack fields: string at byte 6: truncated",
+		"\xdd\x00\x00\x00\x02\xa0": "goxstreams: unpack fields: 2 names and values in 1 bytes: truncated",
 	} {
 		_, err := UnpackFields([]byte(packed))
 		require.EqualError(t, err, want)
@@ -569,19 +569,20 @@ func TestUnpackFields_Errors(t *testing.T) {
 }
 
 // The subscriber's rate rests on this: without metadata a message costs what
-// NewMessage and the payload's copy cost.
+// NewMessage and the copies of the payload and the UUID cost.
 func TestUnmarshalFields_AllocatesNothingMore(t *testing.T) {
 	payload := strings.Repeat("p", 100)
 	least := testing.AllocsPerRun(100, func() { sink = message.NewMessage("u", []byte(payload)) })
 	for _, test := range []struct {
 		u      Unmarshaler
 		fields []string
+		uuids  float64
 	}{
-		{DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", "", "payload", payload}},
-		{BodyMarshaler{}, []string{"body", payload}},
+		{DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", "", "payload", payload}, 1},
+		{BodyMarshaler{}, []string{"body", payload}, 0},
 	} {
 		allocs := testing.AllocsPerRun(100, func() { sink, _ = unmarshalFields(test.u, test.fields) })
-		require.Equal(t, least, allocs)
+		require.Equal(t, least+test.uuids, allocs)
 	}
 }
 
@@ -707,6 +708,10 @@ func allocated(fn func()) uint64 {
 	fn()
 	runtime.ReadMemStats(&after)
 	return after.TotalAlloc - before.TotalAlloc
+}
+
+func marshalFields(m Marshaler, topic string, msg *message.Message) ([]any, error) {
+	return appendFields(nil, m, topic, msg)
 }
 
 func newTestMessage(uuid, payload string, metadata message.Metadata) *message.Message {

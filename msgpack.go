@@ -85,10 +85,14 @@ func UnpackFields(packed []byte) ([]string, error) {
 	if n%2 != 0 {
 		return nil, fmt.Errorf("goxstreams: unpack fields: %d names and values, an odd number", n)
 	}
-	var (
-		fields []string
-		field  string
-	)
+	if uint64(n) > uint64(len(rest)) { // each takes a byte at least
+		return nil, fmt.Errorf("goxstreams: unpack fields: %d names and values in %d bytes: %w", n, len(rest), errTruncated)
+	}
+	var fields []string
+	if n > 0 {
+		fields = make([]string, 0, n)
+	}
+	var field string
 	for range n {
 		if field, rest, err = cutString(rest); err != nil {
 			return nil, fmt.Errorf("goxstreams: unpack fields: string at byte %d: %w", len(s)-len(rest), err)

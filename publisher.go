@@ -30,6 +30,11 @@ type PublisherConfig struct {
 
 	// MaxLens is DefaultMaxLen by topic. 0: that topic is unbounded.
 	MaxLens map[string]int64
+
+	// Idempotence stores the same UUID once, so that a call with ErrOutcomeUnknown
+	// can be repeated. It needs Redis 8.6.2. nil: off. &Idempotence{}: on, with its
+	// defaults.
+	Idempotence *Idempotence
 }
 
 func (c PublisherConfig) validate() error {
@@ -50,6 +55,9 @@ func (c PublisherConfig) validate() error {
 			errs.add(fmt.Sprintf("MaxLens[%q]", topic), "is negative: %d", n)
 		}
 	}
+	if c.Idempotence != nil {
+		c.Idempotence.validate(&errs)
+	}
 	return errs.err()
 }
 
@@ -64,11 +72,11 @@ type Publisher struct {
 	quiet  bool // the logger discards everything
 
 	probe sync.Mutex
-	multi bool // MULTI is known to be allowed; guarded by probe
+	multi map[string]bool // nodes, by address, where MULTI is known to be allowed; guarded by probe
 
-	mu     sync.Mutex
-	queue  []*publishing // what gathers while a pipeline is under way
-	flying bool
+	prepared sync.Map // topics whose streams are set for Idempotence
+
+	line *line // what gathers while a pipeline is under way shares the next
 
 	calls sync.RWMutex // held by each call; Close waits for it
 }
@@ -85,12 +93,15 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 		config.Marshaler = DefaultMarshaler{}
 	}
 	config.MaxLens = maps.Clone(config.MaxLens)
+	if config.Idempotence != nil {
+		config.Idempotence = config.Idempotence.withDefaults()
+	}
 	if logger == nil {
 		logger = watermill.NopLogger{}
 	}
 	single, _ := config.Client.(*redis.Client)
 	_, quiet := logger.(watermill.NopLogger)
-	return &Publisher{config: config, client: config.Client, single: single, logger: logger, quiet: quiet}, nil
+	return &Publisher{config: config, client: config.Client, single: single, line: newLine(config.Client, 1), logger: logger, quiet: quiet}, nil
 }
 
 // String names the Publisher in Watermill's logs and metadata.
@@ -126,188 +137,199 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 	if topic == "" {
 		return errors.New("the topic is empty")
 	}
-	call := &publishing{adds: make([]onceCmd, len(messages))}
+	call, err := p.marshal(topic, messages)
+	if err != nil {
+		return err
+	}
+	if p.config.Idempotence != nil {
+		return p.sendIdempotent(call)
+	}
+	return p.send(call)
+}
+
+// marshal returns the call's commands.
+func (p *Publisher) marshal(topic string, messages []*message.Message) (*publishing, error) {
+	call := &publishing{topic: topic, adds: make([]onceStringCmd, len(messages))}
+	prefix := p.addArgs(topic)
 	for i, msg := range messages {
-		fields, err := marshalFields(p.config.Marshaler, topic, msg)
+		args := make([]any, len(prefix), len(prefix)+usualArgs)
+		copy(args, prefix)
+		args, err := p.appendMessage(args, topic, msg)
 		if err != nil {
 			uuid := ""
 			if msg != nil {
 				uuid = msg.UUID
 			}
-			return fmt.Errorf("marshal message %d of %d (UUID %q): %w", i+1, len(messages), uuid, err)
+			return nil, fmt.Errorf("marshal message %d of %d (UUID %q): %w", i+1, len(messages), uuid, err)
 		}
-		call.adds[i] = newOnce(context.Background(), p.addArgs(topic, fields)...)
+		call.adds[i] = onceStringCmd{redis.NewStringCmd(context.Background(), args...)}
 	}
 	call.ctx = context.WithoutCancel(messages[0].Context())
-	switch {
-	case p.single == nil:
-		return p.publishTx(call)
-	case len(call.adds) > 1:
-		if err := p.probeMulti(call.ctx); err != nil {
-			return err
+	return call, nil
+}
+
+func (p *Publisher) send(call *publishing) error {
+	if len(call.adds) > 1 {
+		node, err := p.node(call.ctx, call.topic)
+		if err == nil {
+			err = p.probeMulti(call.ctx, node)
 		}
+		if err != nil {
+			lookAgain(p.client, err)
+			return fmt.Errorf("nothing is stored: %w", discreet(err))
+		}
+		call.node = node
+	}
+	if p.single == nil {
+		return p.publishTx(call)
 	}
 	return p.share(call)
 }
 
-func (p *Publisher) addArgs(topic string, fields []any) []any {
+// usualArgs is the room for an ID, the UUID to remember, and what DefaultMarshaler
+// returns.
+const usualArgs = 1 + 3 + 6
+
+// appendMessage appends what differs from message to message.
+func (p *Publisher) appendMessage(args []any, topic string, msg *message.Message) ([]any, error) {
+	if i := p.config.Idempotence; i != nil {
+		if msg != nil && msg.UUID == "" {
+			return nil, errNoUUID
+		}
+		if msg != nil {
+			args = append(args, "idmp", i.ProducerID, msg.UUID)
+		}
+	}
+	return appendFields(append(args, "*"), p.config.Marshaler, topic, msg)
+}
+
+// addArgs returns what is the same for all of a topic's messages.
+func (p *Publisher) addArgs(topic string) []any {
 	maxLen, ok := p.config.MaxLens[topic]
 	if !ok {
 		maxLen = p.config.DefaultMaxLen
 	}
-	args := make([]any, 0, 6+len(fields))
-	args = append(args, "xadd", topic)
+	args := []any{"xadd", topic}
+	if p.config.Idempotence != nil {
+		args = append(args, "nomkstream") // see sendIdempotent
+	}
 	if maxLen > 0 {
 		args = append(args, "maxlen", "~", maxLen)
 	}
-	return append(append(args, "*"), fields...)
+	return args
 }
 
-// probeMulti makes sure, once, that MULTI is allowed: where it is denied, what
-// follows it in a pipeline runs all the same, but not as one.
-func (p *Publisher) probeMulti(ctx context.Context) error {
+// node returns the topic's; nil if the client is of a type that does not say.
+func (p *Publisher) node(ctx context.Context, topic string) (*redis.Client, error) {
+	s := newStream(p.client, topic, "")
+	c, err := s.node(ctx)
+	node, _ := c.(*redis.Client)
+	return node, err
+}
+
+// probeMulti makes sure, once for each node, that MULTI is allowed: where it is
+// denied, what follows it in a pipeline runs all the same, but not as one.
+func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 	p.probe.Lock()
 	defer p.probe.Unlock()
-	if p.multi {
+	if node == nil || p.multi[node.Options().Addr] {
 		return nil
 	}
 	multi, exec := newOnce(ctx, "multi"), newOnce(ctx, "exec")
-	_, _ = p.single.Pipelined(ctx, func(pipe redis.Pipeliner) error {
-		_ = pipe.Process(ctx, multi)
-		return pipe.Process(ctx, exec)
-	})
+	execPipeline(ctx, node, []redis.Cmder{multi, exec})
 	for _, err := range []error{multi.Err(), exec.Err()} {
 		if denied(err) {
-			return fmt.Errorf("several messages in one call need the right to MULTI and EXEC; nothing is stored: %w", err)
+			return fmt.Errorf("several messages in one call need the right to MULTI and EXEC: %w", err)
 		}
 		if err != nil { // nothing of the call was sent: not unknown
-			return fmt.Errorf("nothing is stored: %w", err)
+			return err
 		}
 	}
-	p.multi = true
+	if p.multi == nil {
+		p.multi = make(map[string]bool)
+	}
+	p.multi[node.Options().Addr] = true
 	return nil
 }
 
-// publishing is one call of Publish on its way.
+// forgetMulti makes the next call ask again.
+func (p *Publisher) forgetMulti(node *redis.Client) {
+	p.probe.Lock()
+	defer p.probe.Unlock()
+	if node != nil {
+		delete(p.multi, node.Options().Addr)
+	}
+}
+
+// publishing is one call of Publish on its way: a bare XADD, or several within
+// MULTI and EXEC.
 type publishing struct {
-	ctx  context.Context
-	adds []onceCmd
-	// What is around several adds.
-	multi, exec onceCmd
-
-	err  error
-	done chan struct{} // the error is known
-	lead chan struct{} // the call is to send the next pipeline
+	ctx   context.Context
+	topic string
+	node  *redis.Client // of several messages
+	multi onceCmd       // around several
+	adds  []onceStringCmd
+	exec  onceRawCmd
 }
 
-// maxShared bounds the messages of one pipeline of several calls: a call must
-// not wait for very many others.
-const maxShared = 1000
+// again returns the call's commands anew, to be sent once more.
+func (c *publishing) again() *publishing {
+	call := &publishing{ctx: c.ctx, topic: c.topic, adds: make([]onceStringCmd, len(c.adds))}
+	for i, add := range c.adds {
+		call.adds[i] = onceStringCmd{redis.NewStringCmd(context.Background(), add.Args()...)}
+	}
+	return call
+}
 
-// share sends the call in a pipeline with those that came while the last one
-// was under way. The caller's goroutine does it: whoever finds no pipeline under
-// way sends one, and then passes the duty on to the first who waits.
+// share sends the call in one round trip, with others that come at the same time.
 func (p *Publisher) share(call *publishing) error {
-	p.mu.Lock()
-	if p.flying {
-		call.done, call.lead = make(chan struct{}), make(chan struct{})
-		p.queue = append(p.queue, call)
-		p.mu.Unlock()
-		select {
-		case <-call.done:
-			return call.err
-		case <-call.lead:
-		}
-		p.mu.Lock()
-	} else {
-		p.flying = true
+	if len(call.adds) == 1 {
+		_ = p.line.Process(call.ctx, call.adds[0])
+		return call.bareResult()
 	}
-	batch := []*publishing{call}
-	for n := len(call.adds); len(p.queue) > 0 && n+len(p.queue[0].adds) <= maxShared; {
-		next := p.queue[0]
-		p.queue[0], p.queue = nil, p.queue[1:]
-		n += len(next.adds)
-		batch = append(batch, next)
+	call.multi, call.exec = newOnce(call.ctx, "multi"), newOnceRaw(call.ctx, "exec")
+	cmds := make([]redis.Cmder, 0, len(call.adds)+2)
+	cmds = append(cmds, call.multi)
+	for _, add := range call.adds {
+		cmds = append(cmds, add)
 	}
-	p.mu.Unlock()
-
-	defer p.pass(batch)
-	p.send(batch)
-	return call.err
+	if err := p.line.do(call.ctx, append(cmds, call.exec)...); err != nil {
+		return outcome(err)
+	}
+	err := call.executed()
+	if denied(call.multi.Err()) || denied(err) {
+		p.forgetMulti(call.node)
+	}
+	if call.multi.Err() != nil {
+		return call.bareResult()
+	}
+	return outcome(err)
 }
 
-// pass ends the batch's calls and hands the duty on. A panic in a hook of the
-// client comes through here too.
-func (p *Publisher) pass(batch []*publishing) {
-	for _, call := range batch[1:] {
-		close(call.done)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.queue) == 0 {
-		p.flying = false
-		return
-	}
-	next := p.queue[0]
-	p.queue[0], p.queue = nil, p.queue[1:]
-	close(next.lead)
-}
-
-// send sends the batch in one round trip: a single message as a bare XADD, more
-// of one call within MULTI and EXEC.
-func (p *Publisher) send(batch []*publishing) {
-	ctx := batch[0].ctx
-	if len(batch) == 1 && len(batch[0].adds) == 1 {
-		add := batch[0].adds[0]
-		batch[0].err = outcome(p.single.Process(ctx, add))
-		return
-	}
-	for _, call := range batch {
-		call.err = fmt.Errorf("%w: the sender panicked", ErrOutcomeUnknown) // until the answer is there
-	}
-	pipe := p.single.Pipeline()
-	for _, call := range batch {
-		several := len(call.adds) > 1
-		if several {
-			call.multi, call.exec = newOnce(ctx, "multi"), newOnce(ctx, "exec")
-			_ = pipe.Process(ctx, call.multi)
-		}
-		for _, add := range call.adds {
-			_ = pipe.Process(ctx, add)
-		}
-		if several {
-			_ = pipe.Process(ctx, call.exec)
-		}
-	}
-	_, _ = pipe.Exec(ctx) // each command has its own error
-	for _, call := range batch {
-		call.err = call.result()
-		if len(call.adds) > 1 && (denied(call.multi.Err()) || denied(call.exec.Err())) {
-			p.probe.Lock()
-			p.multi = false
-			p.probe.Unlock()
-		}
-	}
-}
-
-// result reads the answers to the call's commands.
-func (c *publishing) result() error {
-	if len(c.adds) == 1 || c.multi.Err() != nil {
-		return c.bareResult()
-	}
+// executed reads EXEC's reply, which has the errors of the commands in it. Their
+// IDs are of no use here, but a missing one is redis.Nil, as of a bare XADD.
+func (c *publishing) executed() error {
 	if err := c.exec.Err(); err != nil {
+		return err
+	}
+	reply := resp(c.exec.Val())
+	n, err := reply.list()
+	if err != nil {
 		// EXECABORT says that a command was refused, but not why.
 		for _, add := range c.adds {
 			if add.Err() != nil && isReply(add.Err()) && isReply(err) {
-				return outcome(add.Err())
+				return add.Err()
 			}
 		}
-		return outcome(err)
+		return err
 	}
-	replies, _ := c.exec.Val().([]any)
-	for _, reply := range replies {
-		if err, ok := reply.(error); ok {
-			return outcome(err)
+	for range n {
+		id, err := reply.bulk()
+		if err != nil {
+			return err
+		}
+		if id == "" {
+			return redis.Nil
 		}
 	}
 	return nil
@@ -341,7 +363,7 @@ func (c *publishing) bareResult() error {
 	case 0:
 		return outcome(first)
 	}
-	return fmt.Errorf("%w: MULTI was refused, and %d of %d messages are stored: %w", ErrOutcomeUnknown, stored, len(c.adds), first)
+	return fmt.Errorf("%w: MULTI was refused, and %d of %d messages are stored: %w", ErrOutcomeUnknown, stored, len(c.adds), discreet(first))
 }
 
 // publishTx publishes a call by itself, where a pipeline is not one connection:
@@ -356,6 +378,12 @@ func (p *Publisher) publishTx(call *publishing) error {
 		}
 		return nil
 	})
+	if replyHas(err, "'multi'") && denied(err) {
+		// Taken away since probeMulti asked. The messages run one by one then, and
+		// go-redis does not say what became of each.
+		p.forgetMulti(call.node)
+		return fmt.Errorf("%w: MULTI was refused, and the messages ran one by one: %w", ErrOutcomeUnknown, discreet(err))
+	}
 	return outcome(err)
 }
 
@@ -363,7 +391,7 @@ func (p *Publisher) publishTx(call *publishing) error {
 // connection that broke in between.
 func outcome(err error) error {
 	if err == nil || isReply(err) || neverSent(err) {
-		return err
+		return discreet(err)
 	}
 	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 }

@@ -15,105 +15,147 @@ const (
 	prefetchFast = 25 * time.Millisecond
 	prefetchSlow = 100 * time.Millisecond
 
-	// A read that was interrupted before it arrived at the server blocks all the
-	// same, so that the interruption is repeated until the reader confirms it.
-	wakeInterval = 10 * time.Millisecond
+	// maxRead is about how many bytes one read takes, and how many are read ahead,
+	// where that is more than one entry.
+	maxRead = 1 << 20
+
+	// sharedPrefetch is the prefetch of a fast handler whose topic is read with others.
+	sharedPrefetch = 2
 
 	// orphanPage is how many pending entries one look for orphans sees.
 	orphanPage = 1000
 )
 
-// reader is the goroutine that reads what is new in the stream, and the only
-// one to use its link.
+// reader is the goroutine that reads what is new in the stream. While it waits in
+// a watch, its fields are those of whoever leads there.
 type reader struct {
-	s      *subscription
-	after  string // fan-out: the last ID read
-	last   time.Time
-	asked  int
-	got    int
-	failed bool
+	s     *subscription
+	after string // fan-out: the last ID read
 
-	link atomic.Pointer[link] // set while a read may block
+	last   time.Time // of the last read
+	asked  int       // entries; 0: with other streams, of which one entry is read at a time
+	got    int
+	size   int  // of an entry of the last read, in bytes
+	failed bool // the answer to the last read may be lost
+	alone  bool // reads by itself, since there is more in the stream
+	shy    bool // a read with others was refused: not again at once
+	full   int  // the watch's last round that left more in the stream
+	pause  backoff
+
+	watch atomic.Pointer[watch] // set while the reader waits in one
+	turn  chan turn
+	key   watchKey
+	group *watchGroup // set under hub.mu
+
 	done chan struct{}
+}
+
+func newReader(s *subscription) *reader {
+	return &reader{s: s, turn: make(chan turn, 1), done: make(chan struct{})}
 }
 
 // run reads until the subscription stops.
 func (r *reader) run() {
 	defer close(r.done)
 	s := r.s
-	var l *link
-	defer func() {
-		if l != nil {
-			l.close()
-		}
-	}()
-	pause := backoff{}
+	defer s.hub.part(r)
 	for {
 		count := s.awaitRoom(r)
 		if count == 0 {
 			return
 		}
-		var err error
-		if l == nil {
-			l, err = newLink(s.ctx, s.client, s.topic, s.cfg.BlockTime)
-			if err == nil && !l.wakable() {
-				s.once.unwakable.Do(func() {
-					s.log.Info("No right to CLIENT ID and CLIENT UNBLOCK: Close waits for the read under way, 1s at most", s.logFields)
-				})
-			}
-		}
-		if err == nil && r.failed {
-			// The answer to the failed read may be lost, but not what it took.
-			err = s.findOrphans(s.ctx)
-		}
-		var entries []entry
-		if err == nil {
-			entries, err = r.read(l, count)
-		}
-		if err != nil {
+		switch err := r.fetch(count); {
+		case err == nil:
+		case err == errLookAlone:
+			r.shy = true
+		default:
 			r.failed = true
-			if l != nil && !groupLost(err) {
-				// Also after an answer: the node may be the wrong one by now.
-				l.close()
-				l = nil
-			}
 			s.failing(dutyRead, err)
 			if groupLost(err) {
 				_ = s.regroup() // if that fails, the next read says so again
 			}
-			if !pause.wait(s.closing) {
+			if !r.pause.wait(s.closing) {
 				return
 			}
-			continue
 		}
-		pause.reset()
-		r.failed = false
-		s.works(dutyRead)
-		r.asked, r.got, r.last = count, len(entries), time.Now()
-		s.enqueue(entries, r.last)
 	}
 }
 
-func (r *reader) read(l *link, count int) ([]entry, error) {
+// fetch enqueues entries: what is there at once if the reader is by itself, or
+// what comes while it waits for more.
+func (r *reader) fetch(count int) error {
 	s := r.s
-	block := s.cfg.BlockTime
 	if r.failed {
-		block = time.Millisecond // whether it works again is to be known at once
-	}
-	if l.wakable() {
-		r.link.Store(l)
-		defer r.link.Store(nil)
-	} else {
-		block = min(block, unwakableBlock)
-	}
-	if s.fanOut() {
-		entries, err := s.stream.readAfter(s.ctx, l.conn, r.after, count, block)
-		if len(entries) > 0 {
-			r.after = entries[len(entries)-1].id
+		// The answer to the failed read may be lost, but not what it took.
+		if err := s.findOrphans(s.ctx); err != nil {
+			return err
 		}
-		return entries, err
 	}
-	return s.stream.read(s.ctx, l.conn, count, block, s.cfg.NoAck)
+	if r.failed || r.shy {
+		// Whether it works is to be known at once, and of this stream.
+		entries, err := s.stream.readNow(s.ctx, r.cursor(), 1, s.cfg.NoAck)
+		if err != nil {
+			return err
+		}
+		if r.took(entries, 1, time.Now()); len(entries) > 0 {
+			r.serves()
+			return nil
+		}
+	}
+	if r.alone {
+		s.hub.ahead.Add(int64(count)) // so that others do not count on the same room
+		entries, err := r.group.readAlone(r, count)
+		s.hub.ahead.Add(-int64(count))
+		if err != nil {
+			return err
+		}
+		r.alone = len(entries) == count
+		if r.took(entries, count, time.Now()); len(entries) > 0 {
+			r.serves()
+			return nil
+		}
+	}
+	if r.shy {
+		r.shy = false
+		if !r.pause.wait(s.closing) {
+			return nil
+		}
+	}
+	return s.hub.wait(r)
+}
+
+// cursor is where the reader goes on.
+func (r *reader) cursor() cursor {
+	if r.s.fanOut() {
+		return cursor{r.s.topic, r.after}
+	}
+	return cursor{r.s.topic, ">"}
+}
+
+// took enqueues what was read.
+func (r *reader) took(entries []entry, asked int, at time.Time) {
+	if len(entries) == 0 {
+		return
+	}
+	r.after = entries[len(entries)-1].id
+	size := 0
+	for _, e := range entries {
+		for _, f := range e.fields {
+			size += len(f)
+		}
+	}
+	r.size = size / len(entries)
+	r.asked, r.got, r.last = asked, len(entries), at
+	r.s.enqueue(entries, at)
+}
+
+// fits returns how many entries like the last ones are read at a time, and ahead.
+func (r *reader) fits() int { return max(1, maxRead/max(1, r.size)) }
+
+// serves notes that reading works.
+func (r *reader) serves() {
+	r.failed = false
+	r.s.works(dutyRead)
 }
 
 // findOrphans offers what is pending in this consumer's name and not held: the
@@ -153,8 +195,13 @@ func (r *reader) adapt(prefetch, batchSize int) int {
 	switch {
 	case took > prefetchSlow:
 		prefetch /= 2
-	case took < prefetchFast && r.got == r.asked:
+	case took >= prefetchFast:
+	case r.got == r.asked:
 		prefetch = min(max(1, 2*prefetch), batchSize)
+	case r.asked == 0:
+		// One entry says little; but a topic with room for the next one needs not
+		// leave its watch and wake it to come back.
+		prefetch = min(max(prefetch, sharedPrefetch), batchSize)
 	}
 	r.last = time.Time{}
 	return prefetch
@@ -163,20 +210,16 @@ func (r *reader) adapt(prefetch, batchSize int) int {
 // interrupt ends a blocked read, again and again until stopped reports that
 // the reader has noticed.
 func (r *reader) interrupt(stopped func() bool) {
-	pause := time.NewTimer(wakeInterval)
-	defer pause.Stop()
+	var pause wakePause
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for !stopped() {
-		if l := r.link.Load(); l != nil {
-			err := l.wake(r.s.ctx)
-			if denied(err) {
-				r.link.CompareAndSwap(l, nil)
-			}
-		}
-		pause.Reset(wakeInterval) // from the answer on, however slow that was
+		w := r.watch.Load()
+		timer.Reset(pause.next(w != nil && w.wake(r))) // from the answer on, however slow that was
 		select {
 		case <-r.done:
 			return
-		case <-pause.C:
+		case <-timer.C:
 		}
 	}
 }

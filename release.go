@@ -15,10 +15,10 @@ func (s *subscription) giveBack(h *held, count int64) {
 }
 
 // parkCount keeps a dead entry that could not be moved dead for whoever claims
-// it.
+// it, which counts as no more than this delivery of it.
 func (s *subscription) parkCount(h *held, count int64) int64 {
 	if h.doom != nil && s.retry.MaxRetries != 0 {
-		return max(count, int64(max(s.retry.MaxRetries, 0))+2)
+		return max(h.count-1, int64(max(s.retry.MaxRetries, 0))+2)
 	}
 	return max(count, 0)
 }
@@ -32,7 +32,9 @@ func (s *subscription) releaseHeld() {
 		queue = nil
 	} else {
 		s.queue = nil
+		s.hub.ahead.Add(-int64(len(queue)))
 	}
+	s.hub.waiting.used.Add(-int64(len(retries)))
 	s.retries, s.claims, s.suspects = nil, nil, nil
 	if s.timer != nil {
 		s.timer.Stop()
@@ -46,7 +48,7 @@ func (s *subscription) releaseHeld() {
 			byCount[h.count-1] = append(byCount[h.count-1], h)
 		}
 		for _, h := range retries {
-			c := s.parkCount(h, h.count)
+			c := s.parkCount(h, h.next-1)
 			byCount[c] = append(byCount[c], h)
 		}
 		s.release(byCount)

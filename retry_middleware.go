@@ -3,8 +3,10 @@ package goxstreams
 import (
 	"math"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 )
 
@@ -17,11 +19,13 @@ const (
 	defaultRandomizationFactor = 0.5
 )
 
-// Retry says how often and when a nacked message comes again. The count is
-// Redis's own delivery count: it survives the process. The fields are named as
-// in Watermill's middleware.Retry; unlike there, the delay is not a sleep that
-// occupies the handler, it passes in Redis while other messages are handled.
-// (With MaxConcurrency 1 the order is kept instead: the topic waits.)
+// Retry says how often and when a failed message comes again. As
+// SubscriberConfig.Retry it holds for every message of the Subscriber; as a
+// middleware (Retry.Middleware) for the handlers that have it, knowing their
+// errors. The count is Redis's own delivery count: it survives the process. The
+// fields are named as in Watermill's middleware.Retry; unlike there, the delay is
+// not a sleep that occupies the handler, it passes while other messages are
+// handled. (With MaxConcurrency 1 the order is kept instead: the topic waits.)
 type Retry struct {
 	// MaxRetries is how many times a message is delivered again after its first
 	// delivery; then it goes to the dead-letter stream. 0: without limit. -1:
@@ -46,12 +50,12 @@ type Retry struct {
 	RandomizationFactor float64
 
 	// ShouldRetry, if set, is asked before each retry; false: the message is
-	// dead at once. RetryNum counts from 1. Err is ErrNacked where the message
-	// was nacked without an error being known.
+	// dead at once. RetryNum counts from 1. Err is the handler's error, or
+	// ErrNacked in SubscriberConfig.Retry, which sees a Nack only.
 	ShouldRetry func(middleware.RetryParams) bool
 
 	// OnRetryHook, if set, is told that a redelivery is scheduled: the how
-	// manieth, from 1, and after which delay.
+	// manieth, from 1, and after which delay. A Snooze is none.
 	OnRetryHook func(retryNum int, delay time.Duration)
 }
 
@@ -66,6 +70,7 @@ var fanOutRetry = Retry{
 }
 
 func (r Retry) withDefaults() Retry {
+	r.MaxRetries = min(r.MaxRetries, math.MaxInt32) // a few more must not overflow
 	if r.InitialInterval == 0 {
 		r.InitialInterval = defaultInitialInterval
 	}
@@ -76,6 +81,91 @@ func (r Retry) withDefaults() Retry {
 		r.Multiplier = defaultMultiplier
 	}
 	return r
+}
+
+// Middleware applies the policy to a handler. It decides when the handler fails,
+// and the decision is carried out when the message is nacked, which the router
+// does with the error that the middleware passes up. If another middleware
+// swallows that error, the message is acked: nothing comes again.
+//
+//   - The error of a message whose retries are used up is marked: IsDead is true
+//     for it. Its text stays the same.
+//   - Permanent, RetryAfter and Snooze are obeyed, and so are the PermanentError
+//     and RetryAfterError of cenkalti/backoff.
+//   - Of several Retry middlewares around a handler the innermost decides. The
+//     limit of SubscriberConfig.Retry holds before all of them.
+//   - A panic is a failure. It is not recovered here.
+//   - A failure with context.Canceled while the subscription closes, and any in
+//     the last second of CloseTimeout, is none: the message is released with its
+//     count as before. Where the subscription does not close (yet),
+//     context.Canceled waits a second for it, and then is an error like others.
+//   - A message that crashed MaxRetries+2 processes is dead before the handler
+//     sees it again. Of several Retry middlewares the innermost one's number
+//     counts; that there is one, those around it know from the first message on.
+//
+// Messages of other Subscribers pass through unchanged, and so do copies of ours:
+// wrap what copies messages in the middleware, not the other way round.
+//
+// With a mistake in its fields (negative, or out of range) it handles no message:
+// it returns an error that names the field, which uses no retry up.
+func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
+	errs := configErrors{}
+	r.validate(&errs)
+	invalid := errs.err()
+	r = r.withDefaults()
+	others := bystander{name: "Retry"}
+	var inner atomic.Bool // there is a Retry further inside
+	return func(msg *message.Message) ([]*message.Message, error) {
+		d := deliveryOf(msg)
+		switch {
+		case invalid != nil && d != nil:
+			err := Snooze(invalid, defaultMaxInterval)
+			d.verdict.Store(&verdict{fate: snoozed, err: err, delay: defaultMaxInterval})
+			return nil, err
+		case invalid != nil:
+			return nil, invalid
+		case d == nil:
+			others.pass(msg)
+			return h(msg)
+		}
+		outer := d.entered.Swap(&inner)
+		defer d.entered.Store(outer)
+		if outer != nil {
+			outer.Store(true)
+		}
+		if r.exhaustedBefore(d.delivery.Count) && !inner.Load() {
+			d.verdict.Store(&verdict{fate: dead, kind: Exhausted, err: ErrRetriesExhausted})
+			return nil, ErrRetriesExhausted
+		}
+		return d.judged(h, r.judge)
+	}
+}
+
+// judge decides what becomes of a message whose handler failed, unless that is
+// decided.
+func (r Retry) judge(d *deliveryContext, err error) error {
+	v, err := d.consider(err)
+	if v.fate == undecided {
+		count := d.delivery.Count
+		if v.delay < 0 {
+			v.delay = r.delay(count)
+		}
+		switch {
+		case r.exhausted(count):
+			v.fate, v.kind = dead, Exhausted
+			err = mark(err, ErrRetriesExhausted)
+		case r.ShouldRetry != nil && !r.ShouldRetry(middleware.RetryParams{Err: err, RetryNum: int(count), Delay: v.delay}):
+			v.fate, v.kind = dead, PermanentFailure
+			err = mark(err, ErrPermanent)
+		default:
+			v.fate, v.hook = again, r.OnRetryHook
+		}
+	} else if v.fate == dead && v.kind == Filtered && r.exhausted(d.delivery.Count) {
+		// By a DeadLetter further inside. One further outside would find it so.
+		v.kind, err = Exhausted, mark(err, ErrRetriesExhausted)
+	}
+	d.verdict.Store(v)
+	return err
 }
 
 func (r Retry) validate(errs *configErrors) {

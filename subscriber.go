@@ -96,10 +96,12 @@ type SubscriberConfig struct {
 	// fan-out it cannot be set: a nacked message comes again after 100ms.
 	Retry *Retry
 
-	// OnBroken gets entries that the Unmarshaler rejects. nil error: the entry
-	// is acked and gone. Any other, or a panic: it comes again after Retry's
-	// delay. Meanwhile the topic goes on. Default: the entry moves to the
-	// dead-letter stream. The context ends a second before CloseTimeout.
+	// OnBroken gets entries that the Unmarshaler rejects. nil: the entry is
+	// acked and gone. An error that IsDead is true for, such as ErrDead: it moves
+	// to the dead-letter stream. Any other, or a panic: it comes again after
+	// Retry's delay. Meanwhile the topic goes on. Default: the entry moves to
+	// the dead-letter stream. With NoAck and in fan-out nothing is moved. The
+	// context ends a second before CloseTimeout.
 	OnBroken func(context.Context, BrokenMessage) error
 
 	// OnDead is told of every message that was moved to the dead-letter stream,
@@ -220,7 +222,7 @@ func (c SubscriberConfig) validate() error {
 		}
 	}
 	minIdle := c.ClaimMinIdle
-	if minIdle == 0 {
+	if minIdle <= 0 { // a negative one is a mistake of its own
 		minIdle = defaultClaimMinIdle
 	}
 	if c.ClaimInterval > minIdle {
@@ -280,6 +282,8 @@ func isNilClient(c redis.UniversalClient) bool {
 type Subscriber struct {
 	config SubscriberConfig
 	logger watermill.LoggerAdapter
+	hub    *hub
+	typed  *typed // a Consumer's part; nil without
 
 	mu      sync.Mutex
 	subs    map[*subscription]struct{}
@@ -304,9 +308,11 @@ func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Su
 	if logger == nil {
 		logger = watermill.NopLogger{}
 	}
+	config = config.withDefaults()
 	return &Subscriber{
-		config: config.withDefaults(),
+		config: config,
 		logger: logger,
+		hub:    newHub(config),
 		subs:   make(map[*subscription]struct{}),
 	}, nil
 }
@@ -348,6 +354,7 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	}
 	sub := newSubscription(s, ctx, topic)
 	if err := sub.open(ctx); err != nil {
+		s.hub.leave(topic, sub.ordinal, true) // nothing was read
 		return nil, err
 	}
 	if sub.fanOut() {
@@ -361,7 +368,7 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	if s.closed { // Close waits for it
 		sub.close()
 	}
-	sub.start(ctx)
+	sub.start()
 	s.mu.Unlock()
 	go func() {
 		<-sub.done
@@ -389,6 +396,10 @@ func (s *subscription) open(ctx context.Context) error {
 		return err
 	}
 	if err := s.stream.createGroup(ctx, s.cfg.StartID); err != nil {
+		return err
+	}
+	// The others count the consumers, to share what sweeping may cost.
+	if err := s.stream.createConsumer(ctx); err != nil && !denied(err) {
 		return err
 	}
 	if s.cfg.DeleteAcked {
@@ -425,21 +436,20 @@ func (s *subscription) checkDeadLetters(ctx context.Context) error {
 	return nil
 }
 
-var errDeleteAcked = fmt.Errorf("%w: SubscriberConfig.DeleteAcked on a topic with several groups needs XACKDEL (Redis 8.2)", ErrUnsupported)
+const needsAckDel = "SubscriberConfig.DeleteAcked on a topic with several groups needs XACKDEL (Redis 8.2)"
 
-// checkDeleteAcked asks the server whether it has XACKDEL: of an ID that no
-// stream has, so that nothing happens.
+// checkDeleteAcked asks the server whether it has XACKDEL.
 func (s *subscription) checkDeleteAcked(ctx context.Context) error {
-	err := s.stream.ackAndDelete(ctx, []string{"0-1"})
+	err := s.stream.hasAckAndDelete(ctx)
 	if err == nil || !denied(err) {
 		return err
 	}
-	groups, err := s.client.XInfoGroups(ctx, s.topic).Result()
+	groups, err := s.stream.groupCount(ctx)
 	if err != nil {
 		return err
 	}
-	if len(groups) > 1 {
-		return errDeleteAcked
+	if groups > 1 {
+		return s.stream.unsupported(ctx, needsAckDel)
 	}
 	s.ackDelByScript = true
 	return nil
@@ -455,7 +465,7 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 	if s.config.ConsumerGroup == "" {
 		return nil
 	}
-	st := stream{client: s.config.Client, key: topic, group: s.config.ConsumerGroup}
+	st := newStream(s.config.Client, topic, s.config.ConsumerGroup)
 	if err := st.createGroup(context.Background(), s.config.StartID); err != nil {
 		return fmt.Errorf("goxstreams: initialize %q: %w", topic, err)
 	}

@@ -38,10 +38,13 @@ type subscription struct {
 	deadLetters string
 	retry       Retry
 	stream      stream
+	hub         *hub
+	ordinal     int  // of the Subscriber's subscriptions of this topic
 	uniqueName  bool // the consumer's name was generated: no one else has it
 	log         watermill.LoggerAdapter
 	logFields   watermill.LogFields
-	base        context.Context // the values of Subscribe's context, without its end
+	parent      context.Context // Subscribe's
+	base        context.Context // of parent the values, without its end
 	calling     context.Context // of base, for OnBroken and OnDead: ends when they are to come to an end
 	endCalls    context.CancelCauseFunc
 	ctx         context.Context // for commands; it ends lastWords after CloseTimeout
@@ -54,6 +57,8 @@ type subscription struct {
 	claimer *claimer
 	health  health
 	stats   counters
+
+	typed *typed // a Consumer's part; nil without
 
 	ackDelByScript bool
 	noScripts      atomic.Bool
@@ -96,7 +101,11 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 	sub := &subscription{
 		cfg:         s.config,
 		client:      s.config.Client,
+		hub:         s.hub,
+		ordinal:     s.hub.enter(topic),
 		topic:       topic,
+		typed:       s.typed,
+		parent:      ctx,
 		base:        context.WithoutCancel(ctx),
 		retry:       *s.config.Retry,
 		uniqueName:  s.config.Consumer == "",
@@ -111,12 +120,12 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 	}
 	sub.calling, sub.endCalls = context.WithCancelCause(sub.base)
 	sub.ctx, sub.cancelCtx = context.WithCancel(context.Background())
-	sub.stream = stream{client: sub.client, key: topic, group: s.config.ConsumerGroup}
+	sub.stream = stream{client: sub.client, via: sub.hub.line, key: topic, group: s.config.ConsumerGroup}
 	if !sub.fanOut() {
 		sub.deadLetters = s.config.DeadLetterTopic(topic)
 		sub.stream.consumer = s.config.Consumer
 		if sub.uniqueName {
-			sub.stream.consumer = generatedConsumer()
+			sub.stream.consumer = sub.hub.consumer(sub.ordinal)
 		}
 	}
 	sub.logFields = watermill.LogFields{
@@ -128,7 +137,7 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 		sub.withdraw = sub.abandon
 	}
 	sub.ready = sync.NewCond(&sub.mu)
-	sub.reader = &reader{s: sub, done: make(chan struct{})}
+	sub.reader = newReader(sub)
 	sub.acker = newAcker(sub)
 	sub.claimer = newClaimer(sub)
 	return sub
@@ -139,8 +148,9 @@ func (s *subscription) fanOut() bool { return s.cfg.ConsumerGroup == "" }
 // leased reports whether entries stay pending until they are acked.
 func (s *subscription) leased() bool { return !s.fanOut() && !s.cfg.NoAck }
 
-// start runs the subscription until ctx ends or close is called.
-func (s *subscription) start(ctx context.Context) {
+// start runs the subscription until its parent ends or close is called.
+func (s *subscription) start() {
+	latest.Store(s)
 	go s.reader.run()
 	if s.leased() {
 		go s.acker.run()
@@ -151,7 +161,7 @@ func (s *subscription) start(ctx context.Context) {
 	}
 	go func() {
 		select {
-		case <-ctx.Done():
+		case <-s.parent.Done():
 			s.close()
 		case <-s.closing:
 		}
@@ -169,12 +179,14 @@ func (s *subscription) close() {
 	})
 }
 
+// isClosing is asked of failures: it knows of the end of Subscribe's context
+// before close has run, since a handler may see that end as soon.
 func (s *subscription) isClosing() bool {
 	select {
 	case <-s.closing:
 		return true
 	default:
-		return false
+		return s.parent.Err() != nil
 	}
 }
 
@@ -218,20 +230,38 @@ func (s *subscription) drain() {
 		close(s.acker.stop)
 		<-s.acker.done
 		if n := s.acker.backlog(); n > 0 {
+			s.hub.unacked.used.Add(-int64(n))
 			s.log.Error("Closed before all acks reached Redis; their messages will be handled again",
 				fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.logFields)
 		}
 	}
 	cancel.Stop()
 	abandon.Stop()
-	if !s.fanOut() && s.uniqueName && !s.isAbandoned() {
-		if err := s.stream.removeConsumer(s.ctx); err != nil {
-			s.log.Debug("The consumer's name stays in the group: "+err.Error(), s.logFields)
-		}
-	}
+	s.hub.leave(s.topic, s.ordinal, s.removeConsumer())
 	close(s.output)
 	s.log.Debug("Subscription closed", s.logFields)
+	latest.CompareAndSwap(s, nil)
 	close(s.done)
+}
+
+// removeConsumer takes a generated name out of the group. It returns whether the
+// name may be used again: nothing is pending under it, and nothing comes.
+func (s *subscription) removeConsumer() bool {
+	if s.fanOut() || !s.uniqueName {
+		return true
+	}
+	if _, outage := s.health.outage(); outage != nil || s.isAbandoned() {
+		return false // Close does not wait for Redis on account of a name
+	}
+	unused, err := s.stream.removeConsumer(s.ctx)
+	if err != nil {
+		s.log.Debug("The consumer's name stays in the group: "+err.Error(), s.logFields)
+		if denied(err) {
+			rows, err := s.stream.pending(s.ctx, 0, "-", "+", 1, s.stream.consumer)
+			unused = err == nil && len(rows) == 0
+		}
+	}
+	return unused
 }
 
 // waitCalls waits for OnBroken and OnDead, until CloseTimeout.

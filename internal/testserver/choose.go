@@ -17,41 +17,52 @@ type starters struct {
 
 var realStarters = starters{startExternal, startContainer, startProcess, startEmbedded}
 
-// An option is one server that may be had.
-type option struct {
+// An option is one server, or one Cluster, that may be had.
+type option[S fmt.Stringer] struct {
 	name  string
-	start func() (*Server, error)
+	start func() (S, error)
 }
 
 // sharedOptions lists the servers that will do for the whole test binary, the preferred one first.
-func sharedOptions(s starters) []option {
-	var options []option
+func sharedOptions(s starters) []option[*Server] {
+	var options []option[*Server]
 	if addr := os.Getenv(envAddr); addr != "" {
-		options = append(options, option{"server at " + addr, func() (*Server, error) { return s.external(addr) }})
+		options = append(options, option[*Server]{"server at " + addr, func() (*Server, error) { return s.external(addr) }})
 		if realOnly() {
 			return options
 		}
 	}
 	options = append(options, privateOptions(s)...)
 	if !realOnly() {
-		options = append(options, option{"embedded server", s.embedded})
+		options = append(options, option[*Server]{"embedded server", s.embedded})
 	}
 	return options
 }
 
 // privateOptions lists the servers that a test may have for itself. The one at REDIS_ADDR is somebody's: it is never among them.
-func privateOptions(s starters, args ...string) []option {
+func privateOptions(s starters, args ...string) []option[*Server] {
+	return ownOptions(s, func(start func(args ...string) (*Server, error)) (*Server, error) { return start(args...) })
+}
+
+// clusterOptions lists the Clusters, which are of the same servers.
+func clusterOptions(s starters) []option[*cluster] {
+	return ownOptions(s, startCluster)
+}
+
+// ownOptions lists what can be made of servers of our own.
+func ownOptions[S fmt.Stringer](s starters, assemble func(start func(args ...string) (*Server, error)) (S, error)) []option[S] {
 	named := os.Getenv(envImage)
 	image := cmp.Or(named, defaultImage)
-	options := []option{{"container of " + image, func() (*Server, error) { return s.container(image, args...) }}}
+	container := func(args ...string) (*Server, error) { return s.container(image, args...) }
+	options := []option[S]{{"container of " + image, func() (S, error) { return assemble(container) }}}
 	if named != "" && realOnly() {
 		return options
 	}
-	return append(options, option{"redis-server of the PATH", func() (*Server, error) { return s.process(args...) }})
+	return append(options, option[S]{"redis-server of the PATH", func() (S, error) { return assemble(s.process) }})
 }
 
 // choose starts the first option that can be started.
-func choose(logf func(format string, args ...any), options []option) (*Server, error) {
+func choose[S fmt.Stringer](logf func(format string, args ...any), options []option[S]) (S, error) {
 	var errs []error
 	for _, o := range options {
 		srv, err := o.start()
@@ -63,5 +74,6 @@ func choose(logf func(format string, args ...any), options []option) (*Server, e
 		logf("testserver: %v", err)
 		errs = append(errs, err)
 	}
-	return nil, errors.Join(errs...)
+	var none S
+	return none, errors.Join(errs...)
 }

@@ -261,6 +261,17 @@ func (c *box) cli(args ...string) []string {
 	return append([]string{"docker", "--host", c.docker.Client().DaemonHost()}, args...)
 }
 
+// peerAddr is not the published address, which is this machine's.
+func (c *box) peerAddr() (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
+	defer cancel()
+	ip, err := c.ContainerIP(ctx)
+	if err == nil && ip == "" {
+		err = errors.New("the container has no address of its own")
+	}
+	return net.JoinHostPort(ip, strconv.Itoa(int(redisPort.Num()))), err
+}
+
 func (c *box) close() error {
 	if c.Container == nil {
 		return nil

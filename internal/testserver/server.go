@@ -43,6 +43,7 @@ type backend interface {
 	restart() error
 	close() error
 	restartCommand() []string
+	peerAddr() (string, error) // where other servers of its kind reach it
 }
 
 // Private starts a real server of t's own, which t's cleanup ends; without any, t is skipped as by RequireReal. args are
@@ -133,6 +134,9 @@ func (e embedded) kill() error              { panic("testserver: the embedded se
 func (e embedded) restart() error           { panic("testserver: the embedded server cannot be restarted") }
 func (e embedded) restartCommand() []string { return nil }
 func (e embedded) close() error             { e.Close(); return nil }
+func (e embedded) peerAddr() (string, error) {
+	panic("testserver: the embedded server has no peers")
+}
 
 // info is what INFO server says.
 type info map[string]string

@@ -1,5 +1,5 @@
-// Package testserver gives tests a Redis server: one that the whole test binary shares (Addr, Client), and servers of a
-// test's own that it may freeze, restart and kill (Private).
+// Package testserver gives tests a Redis server: one that the whole test binary shares (Addr, Client), servers of a test's
+// own that it may freeze, restart and kill (Private), and a Cluster that the binary shares too (Cluster).
 //
 // The shared server is picked at first use. What fails falls to the next, and the reason goes to stderr, as does the choice:
 //
@@ -16,6 +16,7 @@ package testserver
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"strings"
@@ -35,19 +36,30 @@ const (
 	defaultImage = "redis:8.6"
 )
 
-// Main is a package's TestMain. It runs the tests, ends the shared server, checks that no goroutine is left (opts are further
+// parallelTests is the default of -parallel here: these tests mostly wait, so that it need not be the number of processors.
+const parallelTests = "8"
+
+// Main is a package's TestMain. It runs the tests, ends the shared servers, checks that no goroutine is left (opts are further
 // exceptions) and exits. A test binary that starts itself again as a child must branch off before Main, or be given an address.
 func Main(m *testing.M, opts ...goleak.Option) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		if err := flag.Set("test.parallel", parallelTests); err != nil {
+			panic(err)
+		}
+	}
 	goleak.VerifyTestMain(closing{m}, append(opts, ryukConnection())...)
 }
 
-// closing is m, with the shared server closed before goleak looks.
+// closing is m, with what is shared closed before goleak looks.
 type closing struct{ m *testing.M }
 
 func (c closing) Run() int {
 	code := c.m.Run()
-	if err := shared.close(); err != nil {
-		stderr("testserver: closing the shared server: %v", err)
+	if err := errors.Join(shared.close(), sharedCluster.close()); err != nil {
+		stderr("testserver: closing what is shared: %v", err)
 		code = max(code, 1)
 	}
 	if names := skipped.list(); len(names) > 0 {

@@ -120,8 +120,14 @@ func TestWithoutARealServer(t *testing.T) {
 		r = &recorder{TB: t}
 		r.run(func() { requireReal(r, &Server{embedded: true}) })
 		assert.Equal(t, want, r.outcome)
+
+		r = &recorder{TB: t}
+		r.run(func() { clusterFor(r, &lazyCluster{starters: none}) })
+		assert.Equal(t, want, r.outcome)
+		assert.Contains(t, r.message, "no Docker")
+		assert.Contains(t, r.message, "no redis-server")
 	}
-	assert.Len(t, skipped.names[before:], 2)
+	assert.Len(t, skipped.names[before:], 3)
 	skipped.names = skipped.names[:before] // nothing of this package went untested
 }
 

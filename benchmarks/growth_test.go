@@ -1,0 +1,47 @@
+package main
+
+import (
+	"image/png"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestGrowth(t *testing.T) {
+	e := testEnv(t, smallest)
+	data := &growthData{}
+	for i := range sweeps {
+		for _, x := range sweeps[i].xs[:2] {
+			points, err := sweeps[i].measure(e, x, 1)
+			require.NoError(t, err)
+			require.Len(t, points, len(sweeps[i].systems)*len(sweeps[i].pictures))
+			for _, p := range points {
+				assert.Positive(t, p.Y, "%+v", p)
+			}
+			data.Points = append(data.Points, points...)
+		}
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "data.json")
+	require.NoError(t, writeJSON(file, data))
+	require.NoError(t, command([]string{"growth", "-draw", "-dir", dir}, nil))
+	for _, s := range sweeps {
+		for _, p := range s.pictures {
+			f, err := os.Open(filepath.Join(dir, p.file+".png"))
+			require.NoError(t, err)
+			defer f.Close()
+			image, err := png.DecodeConfig(f)
+			require.NoError(t, err)
+			assert.Equal(t, [2]int{900, 550}, [2]int{image.Width, image.Height})
+		}
+	}
+}
+
+func TestShort(t *testing.T) {
+	for want, x := range map[string]float64{"0": 0, "0.5": 0.5, "256": 256, "1Ki": 1024, "64Ki": 65536, "1Mi": 1 << 20, "10k": 10_000, "1M": 1_000_000} {
+		assert.Equal(t, want, short(x))
+	}
+}

@@ -1,0 +1,287 @@
+package goxstreams_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// The workers of these tests are processes that die of a message, and are started
+// again, as an orchestrator would.
+
+func init() { children[crashRole] = crashChild }
+
+const crashRole = "crash"
+
+// crashArgs is what a crashChild is to do.
+type crashArgs struct {
+	Addr, Topic    string
+	Typed          bool   // a Consumer with a Worker; else a handler of plain messages
+	MaxRetries     int    // of the Retry
+	MaxConcurrency int    // of the Subscriber
+	Poison         string // what becomes of the message "poison" in Process: "kill", "exit", "fail", "permanent"
+	DeadCrashes    bool   // ProcessDead kills the process too
+}
+
+// crashLog is the list in Redis where children write what they begin with, before
+// they do: it is not lost with them.
+func crashLog(topic string) string { return topic + "-log" }
+
+func crashChild() {
+	var args crashArgs
+	must(json.Unmarshal([]byte(os.Getenv(childArgsEnv)), &args))
+	client := redis.NewClient(&redis.Options{Addr: args.Addr})
+	config := goxstreams.SubscriberConfig{
+		Client:         client,
+		ConsumerGroup:  testGroup,
+		MaxConcurrency: args.MaxConcurrency,
+		ClaimMinIdle:   time.Second,
+		ClaimInterval:  100 * time.Millisecond,
+		CloseTimeout:   10 * time.Second,
+		Retry:          &goxstreams.Retry{MaxRetries: args.MaxRetries, InitialInterval: 10 * time.Millisecond},
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		cancel()
+	}()
+	worker := crashWorker{args, client}
+	if args.Typed {
+		consumer, err := goxstreams.NewConsumer(worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: args.Topic}, nil)
+		must(err)
+		must(consumer.Run(ctx))
+	} else {
+		sub, err := goxstreams.NewSubscriber(config, nil)
+		must(err)
+		messages, err := sub.Subscribe(ctx, args.Topic)
+		must(err)
+		handler := config.Retry.Middleware(func(msg *message.Message) ([]*message.Message, error) {
+			var body string
+			must(json.Unmarshal(msg.Payload, &body))
+			return nil, worker.Process(msg.Context(), goxstreams.Message[string]{Body: body})
+		})
+		for msg := range messages {
+			go func() {
+				if _, err := handler(msg); err != nil {
+					msg.Nack()
+				} else {
+					msg.Ack()
+				}
+			}()
+		}
+	}
+	must(client.Close())
+}
+
+type crashWorker struct {
+	args   crashArgs
+	client *redis.Client
+}
+
+func (w crashWorker) begin(what, body string) {
+	must(w.client.RPush(context.Background(), crashLog(w.args.Topic), what+" "+body).Err())
+}
+
+func (w crashWorker) Process(_ context.Context, msg goxstreams.Message[string]) error {
+	w.begin("process", msg.Body)
+	if msg.Body != "poison" {
+		time.Sleep(5 * time.Millisecond)
+		w.begin("done", msg.Body)
+		return nil
+	}
+	switch w.args.Poison {
+	case "kill":
+		w.die()
+	case "exit":
+		os.Exit(3)
+	case "permanent":
+		return goxstreams.Permanent(errors.New("poison"))
+	}
+	return errors.New("poison")
+}
+
+func (w crashWorker) die() {
+	must(syscall.Kill(os.Getpid(), syscall.SIGKILL))
+	select {} // the signal may take a moment
+}
+
+func (w crashWorker) ProcessBroken(context.Context, goxstreams.BrokenMessage) error {
+	w.begin("broken", "")
+	return nil
+}
+
+func (w crashWorker) ProcessDead(_ context.Context, dead goxstreams.Message[string]) error {
+	w.begin("dead", dead.Body)
+	if w.args.DeadCrashes {
+		w.die()
+	}
+	return goxstreams.ErrDead
+}
+
+// crashProcess is a child under way.
+type crashProcess struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	ended chan struct{}
+}
+
+func startCrashChild(t testing.TB, args crashArgs) *crashProcess {
+	t.Helper()
+	data, err := json.Marshal(args)
+	require.NoError(t, err)
+	p := &crashProcess{cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), childEnv+"="+crashRole, childArgsEnv+"="+string(data))
+	p.cmd.Stderr = os.Stderr
+	p.stdin, err = p.cmd.StdinPipe()
+	require.NoError(t, err)
+	require.NoError(t, p.cmd.Start())
+	go func() {
+		defer close(p.ended)
+		_ = p.cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = p.cmd.Process.Kill()
+		<-p.ended
+	})
+	return p
+}
+
+// crashLoop runs processes, each started again when it dies, until the group has
+// nothing left to do. It returns what was begun, and how often a process died.
+func crashLoop(t testing.TB, client *redis.Client, processes int, args crashArgs) (begun map[string]int, deaths int) {
+	t.Helper()
+	running := make([]*crashProcess, processes)
+	for i := range running {
+		running[i] = startCrashChild(t, args)
+	}
+	settled := func() bool {
+		groups, err := client.XInfoGroups(t.Context(), args.Topic).Result()
+		require.NoError(t, err)
+		last := entryIDs(t, client, args.Topic)
+		return groups[0].Pending == 0 && groups[0].LastDeliveredID == last[len(last)-1]
+	}
+	for deadline := time.Now().Add(3 * patience); !settled(); time.Sleep(10 * time.Millisecond) {
+		require.True(t, time.Now().Before(deadline), "not settled after %d deaths", deaths)
+		for i, p := range running {
+			select {
+			case <-p.ended:
+				deaths++
+				require.Less(t, deaths, 50, "it never ends")
+				running[i] = startCrashChild(t, args)
+			default:
+			}
+		}
+	}
+	for _, p := range running {
+		_ = p.stdin.Close()
+	}
+	for _, p := range running {
+		select {
+		case <-p.ended:
+			if !p.cmd.ProcessState.Success() { // just before it was settled
+				deaths++
+			}
+		case <-time.After(patience):
+			require.FailNow(t, "a child does not end")
+		}
+	}
+	begun = make(map[string]int)
+	lines, err := client.LRange(t.Context(), crashLog(args.Topic), 0, -1).Result()
+	require.NoError(t, err)
+	for _, line := range lines {
+		begun[line]++
+	}
+	return begun, deaths
+}
+
+// One message kills every process that handles it, several of which run at once,
+// with others in flight. It is dead in the end, and nothing else is.
+func TestCrashLoop(t *testing.T) {
+	for _, args := range []crashArgs{
+		{Poison: "kill", MaxRetries: -1, MaxConcurrency: 8},
+		{Poison: "exit", MaxRetries: 2, MaxConcurrency: 8},
+		{Poison: "kill", MaxRetries: 3, MaxConcurrency: 1},
+		{Poison: "exit", MaxRetries: -1, MaxConcurrency: 1, Typed: true},
+		{Poison: "kill", MaxRetries: 1, MaxConcurrency: 8, Typed: true},
+		{Poison: "exit", MaxRetries: 3, MaxConcurrency: 8, Typed: true},
+	} {
+		t.Run(fmt.Sprintf("%s, MaxRetries=%d, MaxConcurrency=%d, typed=%t", args.Poison, args.MaxRetries, args.MaxConcurrency, args.Typed), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t) // claims by idle time
+			client, topic := newClient(t), topic(t)
+			args.Addr, args.Topic = client.Options().Addr, topic
+			createGroup(t, client, topic, testGroup)
+			var events []string
+			for i := range 120 {
+				events = append(events, fmt.Sprint("innocent ", i))
+			}
+			events[40] = "poison"
+			produce(t, client, topic, events...)
+			begun, deaths := crashLoop(t, client, 3, args)
+
+			runs := begun["process poison"]
+			require.Equal(t, max(args.MaxRetries, 0)+2, runs, "how often the poison is handled, over all processes")
+			assert.Equal(t, runs, deaths, "processes that died")
+			handled := 0
+			for what := range begun {
+				if strings.HasPrefix(what, "done innocent") {
+					handled++
+				}
+			}
+			assert.Equal(t, len(events)-1, handled, "innocents handled")
+			want := 0
+			if args.Typed {
+				want = 1
+			}
+			assert.Equal(t, want, begun["dead poison"], "calls of ProcessDead")
+			dead := deadOf(t, client, topic)
+			require.Len(t, dead, 1, "dead letters")
+			assert.Equal(t, `"poison"`, string(dead[0].Message.Payload))
+			assert.Equal(t, goxstreams.Exhausted, dead[0].Kind)
+			assert.EqualValues(t, runs+1, dead[0].Deliveries)
+		})
+	}
+}
+
+// ProcessDead kills its process. It gets to see the message three times, however
+// that came to its end; then the message is moved without it. Process does not
+// see it again.
+func TestCrashLoop_ProcessDead(t *testing.T) {
+	const maxRetries = 2
+	for poison, processed := range map[string]int{"fail": maxRetries + 1, "permanent": 1, "kill": maxRetries + 2} {
+		t.Run(poison, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t) // claims by idle time
+			client, topic := newClient(t), topic(t)
+			createGroup(t, client, topic, testGroup)
+			produce(t, client, topic, "innocent 1", "poison", "innocent 2")
+			begun, _ := crashLoop(t, client, 2, crashArgs{
+				Addr: client.Options().Addr, Topic: topic, Typed: true,
+				MaxRetries: maxRetries, MaxConcurrency: 4, Poison: poison, DeadCrashes: true,
+			})
+			assert.Equal(t, processed, begun["process poison"], "calls of Process")
+			assert.Equal(t, 3, begun["dead poison"], "calls of ProcessDead")
+			assert.Positive(t, begun["done innocent 1"])
+			assert.Positive(t, begun["done innocent 2"])
+			dead := deadOf(t, client, topic)
+			require.Len(t, dead, 1)
+			assert.Equal(t, `"poison"`, string(dead[0].Message.Payload))
+		})
+	}
+}

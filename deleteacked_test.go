@@ -1,0 +1,200 @@
+package goxstreams_test
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// deleting is the config of a group's consumer that deletes what it acks.
+func deleting(client redis.UniversalClient, group string) goxstreams.SubscriberConfig {
+	config := limited(client, 1)
+	config.ConsumerGroup, config.DeleteAcked = group, true
+	return config
+}
+
+// requireXACKDEL skips the test where several groups cannot delete.
+func requireXACKDEL(t testing.TB) {
+	t.Helper()
+	testserver.RequireReal(t)
+	if !hasCommand(t, newClient(t), "xackdel") {
+		t.Skip("the server has no XACKDEL (Redis 8.2)")
+	}
+}
+
+// Without XACKDEL a topic with several groups is refused, before anything is read:
+// the error names the option and the server.
+func TestDeleteAcked_Unsupported(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	if hasCommand(t, client, "xackdel") {
+		t.Skip("the server has XACKDEL")
+	}
+	createGroup(t, client, topic, "other")
+	ids := publishN(t, client, topic, 3)
+	_, err := newSubscriber(t, deleting(client, testGroup)).Subscribe(t.Context(), topic)
+	require.ErrorIs(t, err, goxstreams.ErrUnsupported)
+	require.ErrorContains(t, err, "SubscriberConfig.DeleteAcked")
+	require.ErrorContains(t, err, serverName(t, client))
+	require.Equal(t, ids, stored(t, client, topic))
+	require.Empty(t, pendingOf(t, client, topic, testGroup))
+}
+
+// What is nacked stays until it is acked, and what dies leaves the stream as what is
+// acked does: when no group needs it any more. Here both ends are tried, the group
+// whose messages die being the first, and the last, to be done.
+func TestDeleteAcked_DeadInOneOfTwoGroups(t *testing.T) {
+	requireXACKDEL(t)
+	for _, deadFirst := range []bool{true, false} {
+		t.Run(map[bool]string{true: "First", false: "Last"}[deadFirst], func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			createGroup(t, client, topic, "acks")
+			createGroup(t, client, topic, testGroup)
+			want := publishN(t, client, topic, 20)
+			acks := func() {
+				require.Len(t, collect(subscribe(t, newSubscriber(t, deleting(client, "acks")), topic), 20, patience), 20)
+				eventuallySettled(t, client, topic, "acks")
+			}
+			dies := func() {
+				messages := subscribe(t, newSubscriber(t, deleting(client, testGroup)), topic)
+				for i := range 20 {
+					next(t, messages).Nack()
+					require.Subset(t, stored(t, client, topic), want[i:], "nacked, and gone")
+					next(t, messages).Nack()
+				}
+				eventually(t, func() bool { return len(allLetters(t, client, topic)) == 20 })
+				eventuallySettled(t, client, topic, testGroup)
+			}
+			first, last := dies, acks
+			if !deadFirst {
+				first, last = acks, dies
+			}
+			first()
+			require.Equal(t, want, stored(t, client, topic), "the other group needs them")
+			last()
+			require.Empty(t, stored(t, client, topic))
+		})
+	}
+}
+
+// A group is destroyed while others consume. What they ack from then on is deleted;
+// what they acked before, and it had not, stays: nobody acks that again.
+func TestDeleteAcked_GroupDestroyed(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	messages := subscribe(t, newSubscriber(t, deleting(client, testGroup)), topic)
+	createGroup(t, client, topic, "destroyed") // later than Subscribe: no server refuses it
+	before := publishN(t, client, topic, 5)
+	require.Len(t, collect(messages, 5, patience), 5)
+	eventuallySettled(t, client, topic, testGroup)
+	require.Equal(t, before, stored(t, client, topic), "the other group needs them")
+
+	require.NoError(t, client.XGroupDestroy(t.Context(), topic, "destroyed").Err())
+	publishN(t, client, topic, 5)
+	require.Len(t, collect(messages, 5, patience), 5)
+	eventuallySettled(t, client, topic, testGroup)
+	require.Equal(t, before, stored(t, client, topic))
+}
+
+// With one group and no XACKDEL a message dies after another group came: it moves to
+// the dead-letter stream, and stays in the stream for the other.
+func TestDeleteAcked_DeadAfterAnotherGroupCame(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	messages := subscribe(t, newSubscriber(t, deleting(client, testGroup)), topic)
+	createGroup(t, client, topic, "other")
+	want := publishN(t, client, topic, 1)
+	next(t, messages).Nack()
+	next(t, messages).Nack()
+	eventuallyDies(t, client, topic)
+	require.Equal(t, want, stored(t, client, topic), "the other group needs it")
+	got := collect(subscribe(t, newSubscriber(t, limitedOf(client, "other")), topic), 1, patience)
+	require.Equal(t, want, uuids(got))
+}
+
+func limitedOf(client redis.UniversalClient, group string) goxstreams.SubscriberConfig {
+	config := limited(client, 1)
+	config.ConsumerGroup = group
+	return config
+}
+
+// Entries are trimmed while they are pending: their acks find nothing to delete, and
+// take what is pending away all the same.
+func TestDeleteAcked_TrimmedWhilePending(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	config := deleting(client, testGroup)
+	config.MaxConcurrency = 10
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	want := publishN(t, client, topic, 10)
+	held := map[string]func() bool{}
+	for range 10 {
+		msg := next(t, messages)
+		held[msg.UUID] = msg.Ack
+	}
+	require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 5).Err())
+	for _, ack := range held {
+		ack()
+	}
+	eventuallySettled(t, client, topic, testGroup)
+	require.Empty(t, stored(t, client, topic))
+	require.Len(t, held, len(want))
+	eventually(t, func() bool { return stats(t, sub).Acked == 10 })
+}
+
+// In a Cluster two groups delete together, or are refused.
+func TestDeleteAcked_TwoGroupsOnCluster(t *testing.T) {
+	onEachMaster(t, func(t *testing.T, client *redis.ClusterClient, topic string) {
+		createGroup(t, client, topic, "a")
+		createGroup(t, client, topic, "b")
+		want := publishN(t, client, topic, 20)
+		if info, err := client.Do(t.Context(), "command", "info", "xackdel").Slice(); err != nil || info[0] == nil {
+			_, err := newSubscriber(t, deleting(client, "a")).Subscribe(t.Context(), topic)
+			require.ErrorIs(t, err, goxstreams.ErrUnsupported)
+			return
+		}
+		for i, group := range []string{"a", "b"} {
+			if i == 1 {
+				require.Equal(t, want, stored(t, client, topic))
+			}
+			require.Len(t, collect(subscribe(t, newSubscriber(t, deleting(client, group)), topic), 20, patience), 20)
+			eventuallySettled(t, client, topic, group)
+		}
+		require.Empty(t, stored(t, client, topic))
+	})
+}
+
+// quietEnv makes TestDeleteAcked_QuietOnCluster's second process run the test.
+const quietEnv = "GOXSTREAMS_QUIET_CLUSTER"
+
+// go-redis writes "info for cmd=... not found" to stderr for what a Cluster's client
+// is given that no node knows. What we ask servers for goes to a node instead. [It is
+// another process's stderr that is looked at: go-redis's logger is one for all.]
+func TestDeleteAcked_QuietOnCluster(t *testing.T) {
+	if os.Getenv(quietEnv) == "" {
+		t.Parallel()
+		testserver.RequireReal(t)
+		cmd := exec.Command(os.Args[0], "-test.run=^TestDeleteAcked_QuietOnCluster$")
+		cmd.Env = append(os.Environ(), quietEnv+"=1")
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		require.NotContains(t, string(out), "info for cmd=")
+		return
+	}
+	client, _ := clusterOfOne(t)
+	topic := topic(t)
+	_, _ = newSubscriber(t, deleting(client, testGroup)).Subscribe(t.Context(), topic)
+	_ = newIdempotent(t, client, goxstreams.Idempotence{}).Publish(topic, numbered(1)...)
+}

@@ -1,0 +1,201 @@
+package goxstreams_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+)
+
+type Order struct {
+	Article  string
+	Quantity int
+}
+
+// Shop is a Worker: one method for the message, one for what is none, one for
+// what is dead.
+type Shop struct {
+	done chan struct{} // gets one for each message that has come to its end
+}
+
+func (s Shop) Process(ctx context.Context, msg goxstreams.Message[Order]) error {
+	if msg.Body.Article == "unicorn" {
+		fmt.Println("no unicorns here, retry", msg.RetryCount)
+		return errors.New("no such article")
+	}
+	fmt.Printf("shipped: %d x %s\n", msg.Body.Quantity, msg.Body.Article)
+	s.done <- struct{}{}
+	return nil // acked; after an error it comes again
+}
+
+func (s Shop) ProcessBroken(ctx context.Context, broken goxstreams.BrokenMessage) error {
+	fmt.Println("broken:", broken.Err)
+	s.done <- struct{}{}
+	return nil // acked and gone; ErrDead: to the dead-letter stream
+}
+
+func (s Shop) ProcessDead(ctx context.Context, dead goxstreams.Message[Order]) error {
+	fmt.Println("dead:", dead.Body.Article, "-", dead.Err)
+	s.done <- struct{}{}
+	return goxstreams.ErrDead // to the dead-letter stream; nil: acked and gone
+}
+
+// The whole of the typed layer.
+func ExampleWorker() {
+	client, stop := exampleClient() // redis.NewClient(&redis.Options{Addr: "localhost:6379"})
+	defer stop()
+	shop := Shop{make(chan struct{}, 3)}
+	consumer, err := goxstreams.NewConsumer(shop, goxstreams.ConsumerConfig{
+		Topic: "orders",
+		Subscriber: goxstreams.SubscriberConfig{
+			Client:        client,
+			ConsumerGroup: "shipping",
+			Retry:         &goxstreams.Retry{MaxRetries: 1, InitialInterval: 10 * time.Millisecond},
+		},
+	}, watermill.NopLogger{})
+	must(err)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- consumer.Run(ctx) }()
+
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, watermill.NopLogger{})
+	must(err)
+	producer := goxstreams.NewProducer[Order](publisher, goxstreams.ProducerConfig{})
+	must(producer.ProduceBatch(ctx, []Order{{"kettle", 1}, {"unicorn", 1}}, "orders"))
+	examplePublish(client, "orders", "no JSON")
+
+	for range 3 {
+		<-shop.done
+	}
+	cancel()
+	fmt.Println(<-ended) // when what was under way is done
+	fmt.Println(client.XLen(context.Background(), goxstreams.DeadLetterTopic("orders")).Val(), "in the dead-letter stream")
+	// Output:
+	// shipped: 1 x kettle
+	// no unicorns here, retry 0
+	// no unicorns here, retry 1
+	// dead: unicorn - no such article
+	// broken: goxstreams: broken entry: decode the payload into goxstreams_test.Order: invalid character 'o' in literal null (expecting 'u')
+	// <nil>
+	// 1 in the dead-letter stream
+}
+
+// All events of a batch are stored, in their order, or none is.
+func ExampleNewProducer() {
+	client, stop := exampleClient()
+	defer stop()
+	ctx := context.Background()
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	must(err)
+	producer := goxstreams.NewProducer[any](publisher, goxstreams.ProducerConfig{})
+
+	fmt.Println(producer.Produce(ctx, Order{"kettle", 1}, "orders"))
+	fmt.Println(producer.ProduceBatch(ctx, []any{Order{"cup", 4}, func() {}}, "orders"))
+	fmt.Println(client.XLen(ctx, "orders").Val(), "stored")
+	// Output:
+	// <nil>
+	// goxstreams: produce to "orders": encode events[1], of 2: json: unsupported type: func()
+	// 1 stored
+}
+
+// A Consumer without a router. The end of the context drains it.
+func ExampleNewConsumer() {
+	client, stop := exampleClient()
+	defer stop()
+	shop := Shop{make(chan struct{}, 1)}
+	consumer, err := goxstreams.NewConsumer(shop, goxstreams.ConsumerConfig{
+		Topic: "orders",
+		Subscriber: goxstreams.SubscriberConfig{
+			Client:         client,
+			ConsumerGroup:  "shipping",
+			MaxConcurrency: 20,
+			Retry:          &goxstreams.Retry{MaxRetries: 3},
+		},
+	}, nil)
+	must(err)
+	examplePublish(client, "orders", `{"Article": "kettle", "Quantity": 2}`)
+
+	ctx, cancel := context.WithCancel(context.Background()) // signal.NotifyContext(ctx, syscall.SIGTERM)
+	go func() {
+		<-shop.done
+		cancel()
+	}()
+	fmt.Println(consumer.Run(ctx))
+	// Output:
+	// shipped: 2 x kettle
+	// <nil>
+}
+
+// In a router, for its middlewares, and with others beside it.
+func ExampleConsumer_AddTo() {
+	client, stop := exampleClient()
+	defer stop()
+	logger := watermill.NopLogger{}
+	router, err := message.NewRouter(message.RouterConfig{}, logger)
+	must(err)
+	router.AddMiddleware(middleware.CorrelationID)
+	shop := Shop{make(chan struct{}, 2)}
+	for _, topic := range []string{"orders", "gifts"} {
+		consumer, err := goxstreams.NewConsumer(shop, goxstreams.ConsumerConfig{
+			Topic:      topic,
+			Subscriber: goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "shipping"},
+		}, logger)
+		must(err)
+		consumer.AddTo(router)
+	}
+
+	defer exampleRun(router)()
+	examplePublish(client, "orders", `{"Article": "kettle", "Quantity": 1}`)
+	<-shop.done
+	examplePublish(client, "gifts", `{"Article": "ribbon", "Quantity": 3}`)
+	<-shop.done
+	// Output:
+	// shipped: 1 x kettle
+	// shipped: 3 x ribbon
+}
+
+type traceID struct{}
+
+// A trace goes from the producer's context to the worker's.
+func ExampleConsumerConfig_context() {
+	client, stop := exampleClient()
+	defer stop()
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	must(err)
+	producer := goxstreams.NewProducer[Order](publisher, goxstreams.ProducerConfig{
+		Metadata: func(ctx context.Context) message.Metadata {
+			trace, _ := ctx.Value(traceID{}).(string)
+			return message.Metadata{"trace_id": trace}
+		},
+	})
+	must(producer.Produce(context.WithValue(context.Background(), traceID{}, "4711"), Order{"kettle", 1}, "orders"))
+
+	ctx, cancel := context.WithCancel(context.Background())
+	consumer, err := goxstreams.NewConsumer(tracedShop{cancel: cancel}, goxstreams.ConsumerConfig{
+		Topic:      "orders",
+		Subscriber: goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "shipping"},
+		Context: func(ctx context.Context, metadata message.Metadata) context.Context {
+			return context.WithValue(ctx, traceID{}, metadata.Get("trace_id"))
+		},
+	}, nil)
+	must(err)
+	must(consumer.Run(ctx))
+	// Output: kettle, trace 4711
+}
+
+type tracedShop struct {
+	Shop
+	cancel context.CancelFunc
+}
+
+func (s tracedShop) Process(ctx context.Context, msg goxstreams.Message[Order]) error {
+	fmt.Printf("%s, trace %v\n", msg.Body.Article, ctx.Value(traceID{}))
+	s.cancel()
+	return nil
+}

@@ -1,0 +1,316 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
+)
+
+// The deployments by their names.
+const (
+	single   = "single"
+	sentinel = "sentinel"
+	cluster  = "cluster"
+)
+
+const (
+	// startTimeout is for all servers together, and for one to come back.
+	startTimeout = 2 * time.Minute
+	// patience is how long nothing may change before a run's end is given up. A run that goes on, however slowly, is waited for.
+	patience = time.Minute
+)
+
+// A Bench is a run under way.
+type Bench struct {
+	settings   Settings
+	dir        string // of the logs
+	out        io.Writer
+	journal    *Journal
+	deployment deploy.Deployment
+	network    *Network
+	consumers  []*Place
+	producers  []*Place
+	began      time.Duration
+
+	printing sync.Mutex
+}
+
+// runFaults makes a run with these faults, and checks it. dir gets the logs.
+func runFaults(ctx context.Context, settings Settings, faults []*Fault, dir string, out io.Writer) (Outcome, error) {
+	b, err := newBench(ctx, settings, dir, out)
+	if err != nil {
+		return Outcome{}, err
+	}
+	outcome, err := b.run(ctx, schedule(settings, faults))
+	return outcome, errors.Join(err, b.close())
+}
+
+func newBench(ctx context.Context, settings Settings, dir string, out io.Writer) (*Bench, error) {
+	journal, err := openJournal(dir, "runner", 1)
+	if err != nil {
+		return nil, err
+	}
+	b := &Bench{settings: settings, dir: dir, out: out, journal: journal, network: newNetwork()}
+	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	b.deployment, err = startDeployment(starting, settings.Deployment, filepath.Join(dir, "servers"))
+	if err == nil {
+		err = b.place()
+	}
+	if err != nil {
+		return nil, errors.Join(err, b.close())
+	}
+	return b, nil
+}
+
+func startDeployment(ctx context.Context, name, dir string) (deploy.Deployment, error) {
+	config := deploy.Config{AOF: deploy.Always, Dir: dir}
+	switch name {
+	case single:
+		return orNone(deploy.Single(ctx, config))
+	case sentinel:
+		return orNone(deploy.Sentinel(ctx, config))
+	case cluster:
+		return orNone(deploy.Cluster(ctx, config))
+	}
+	return nil, fmt.Errorf("-deployment is %q; it must be %s, %s or %s", name, single, sentinel, cluster)
+}
+
+// orNone keeps a nil pointer from becoming a Deployment.
+func orNone[D deploy.Deployment](d D, err error) (deploy.Deployment, error) {
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// place makes a place for each process.
+func (b *Bench) place() error {
+	for i := range b.settings.Consumers {
+		p, err := b.newPlace(consumerRole, i+1)
+		if err != nil {
+			return err
+		}
+		b.consumers = append(b.consumers, p)
+	}
+	for i := range b.settings.Producers {
+		p, err := b.newPlace(producerRole, i+1)
+		if err != nil {
+			return err
+		}
+		b.producers = append(b.producers, p)
+	}
+	return nil
+}
+
+func (b *Bench) newPlace(role string, number int) (*Place, error) {
+	process := fmt.Sprintf("%s-%d", role, number)
+	options := b.deployment.Options()
+	var addrs []string
+	for _, n := range b.deployment.Nodes() {
+		addrs = append(addrs, n.Addr)
+	}
+	routes, err := b.network.routes(process, addrs)
+	if err != nil {
+		return nil, err
+	}
+	return newPlace(Role{
+		Role: role, Process: process, Dir: b.dir, Settings: b.settings,
+		Redis: Redis{Addrs: options.Addrs, MasterName: options.MasterName, Cluster: options.IsClusterMode, Routes: routes},
+	}, b.journal), nil
+}
+
+func (b *Bench) consumer(s Strike) *Place { return pick(s, b.consumers) }
+func (b *Bench) producer(s Strike) *Place { return pick(s, b.producers) }
+
+func names(places []*Place) []string {
+	var all []string
+	for _, p := range places {
+		all = append(all, p.name())
+	}
+	return all
+}
+
+func (b *Bench) close() error {
+	var errs []error
+	for _, p := range append(b.consumers, b.producers...) {
+		errs = append(errs, p.kill())
+	}
+	b.network.close()
+	if b.deployment != nil {
+		errs = append(errs, b.deployment.Close())
+	}
+	return errors.Join(append(errs, b.journal.close())...)
+}
+
+func (b *Bench) printf(format string, args ...any) {
+	b.printing.Lock()
+	defer b.printing.Unlock()
+	fmt.Fprintf(b.out, "%8.2fs  %s\n", (monotonic() - b.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// run is the whole story: load, faults, the end of the load, all worked off, the end of the consumers.
+func (b *Bench) run(ctx context.Context, strikes []Strike) (Outcome, error) {
+	b.began = monotonic()
+	if err := b.startPlaces(append(b.consumers, b.producers...)); err != nil {
+		return Outcome{}, err
+	}
+	measuring, cancel := context.WithCancel(ctx)
+	var measurer sync.WaitGroup
+	defer measurer.Wait()
+	defer cancel()
+	if b.settings.SampleEvery > 0 {
+		measurer.Go(func() { b.measure(measuring) })
+	}
+	for _, strike := range strikes {
+		if err := wait(ctx, b.began+strike.Offset-monotonic()); err != nil {
+			return Outcome{}, err
+		}
+		if err := b.strike(ctx, strike); err != nil {
+			return Outcome{}, fmt.Errorf("%s: %w", strike.Fault.Name, err)
+		}
+	}
+	if err := wait(ctx, b.began+b.settings.For-monotonic()); err != nil {
+		return Outcome{}, err
+	}
+	cancel()
+	var errs []error
+	for _, p := range b.producers {
+		errs = append(errs, p.close())
+	}
+	b.settle(ctx)
+	for _, p := range b.consumers {
+		errs = append(errs, p.close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return Outcome{}, err
+	}
+	return b.outcome(ctx)
+}
+
+func (b *Bench) startPlaces(places []*Place) error {
+	for _, p := range places {
+		if err := p.start(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(max(d, 0))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// strike injects the fault, holds it and heals it.
+func (b *Bench) strike(ctx context.Context, s Strike) error {
+	// Who died by himself is a violation, and is replaced like who was killed.
+	if err := b.startPlaces(append(b.consumers, b.producers...)); err != nil {
+		return err
+	}
+	injecting, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	heal, err := s.Fault.inject(injecting, b, s, func(e Effect) {
+		e.Number, e.Fault = s.Number, s.Fault.Name
+		b.journal.write(Event{Kind: Injected, Strike: &e})
+		b.printf("fault %d: %s %s", s.Number, e.Fault, strings.Join(e.Target, " "))
+	})
+	if err != nil {
+		return err
+	}
+	if err := wait(ctx, s.Hold); err != nil {
+		return err
+	}
+	healing, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := heal(healing); err != nil {
+		return err
+	}
+	b.journal.write(Event{Kind: Healed, Strike: &Effect{Number: s.Number, Fault: s.Fault.Name}})
+	b.printf("fault %d: healed", s.Number)
+	return nil
+}
+
+// settle waits until everything is worked off, or nothing changes any more: what is left then, the checker finds.
+func (b *Bench) settle(ctx context.Context) {
+	b.printf("the producers have ended; waiting until everything is worked off")
+	var last string
+	for changed := monotonic(); monotonic()-changed < patience; {
+		now, done := b.progress(ctx)
+		if done {
+			b.journal.write(Event{Kind: Settled})
+			b.printf("everything is worked off")
+			return
+		}
+		if now != last {
+			last, changed = now, monotonic()
+		}
+		if wait(ctx, 100*time.Millisecond) != nil {
+			return
+		}
+	}
+	b.printf("nothing has changed for %v: %s", patience, last)
+}
+
+func (b *Bench) progress(ctx context.Context) (text string, done bool) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	done = true
+	for _, topic := range topics {
+		p, err := progressOf(ctx, b.deployment.Client(), topic.Name)
+		text += fmt.Sprintf(" %s: %d pending, delivered up to %q", topic.Name, p.pending, p.delivered)
+		if err != nil {
+			text += fmt.Sprintf(" (%v)", err)
+		}
+		done = done && err == nil && p.done
+	}
+	return text, done
+}
+
+// An Outcome is a run that has ended.
+type Outcome struct {
+	Settings Settings
+	Evidence *Evidence
+	Verdict  Verdict
+}
+
+func (b *Bench) outcome(ctx context.Context) (Outcome, error) {
+	final, err := finalState(ctx, b.deployment.Client())
+	if err != nil {
+		return Outcome{}, err
+	}
+	events, err := readJournals(b.dir)
+	if err != nil {
+		return Outcome{}, err
+	}
+	evidence := sift(b.settings.rules(), events, final)
+	return Outcome{b.settings, evidence, check(evidence)}, nil
+}
+
+// runInScratch makes a run with its logs in a folder that stays only if somebody has to look into it.
+func runInScratch(ctx context.Context, settings Settings, faults []*Fault, out io.Writer) (Outcome, error) {
+	dir, err := os.MkdirTemp("", "chaos")
+	if err != nil {
+		return Outcome{}, err
+	}
+	outcome, err := runFaults(ctx, settings, faults, dir, out)
+	if err != nil || len(outcome.Verdict.Violations) > 0 {
+		fmt.Fprintf(out, "the logs are in %s\n", dir)
+		return outcome, err
+	}
+	return outcome, os.RemoveAll(dir)
+}

@@ -1,0 +1,408 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+)
+
+// A record is a log under construction: what would be a run.
+type record struct {
+	events []Event
+	final  map[string]TopicState
+	now    time.Duration
+	runs   int64
+}
+
+const (
+	testTopic   = "orders" // MaxConcurrency 1
+	testWide    = "mails"
+	testMinIdle = 2 * time.Second
+	testRetries = 4
+)
+
+var testStart = time.UnixMilli(1_800_000_000_000)
+
+func newRecord() *record {
+	r := &record{final: map[string]TopicState{testTopic: {}, testWide: {}}}
+	for _, process := range []string{"consumer-1", "consumer-2", "producer-1"} {
+		r.add(Event{Kind: Spawned, Process: process, Life: 1})
+	}
+	return r
+}
+
+// add logs an event, a millisecond after the last one.
+func (r *record) add(e Event) *record {
+	r.now += time.Millisecond
+	e.Mono, e.Wall = r.now, testStart.Add(r.now)
+	r.events = append(r.events, e)
+	return r
+}
+
+func (r *record) wait(d time.Duration) *record { r.now += d; return r }
+
+func testID(number int) string { return fmt.Sprintf("%d-%d", testStart.UnixMilli(), number) }
+
+// publish adds a call of Publish with this outcome, and what is stored of it.
+func (r *record) publish(outcome Kind, stored bool, numbers ...int) *record {
+	e := Event{Process: "producer-1", Life: 1, Topic: testTopic}
+	for _, n := range numbers {
+		e.UUIDs = append(e.UUIDs, testUUID(n))
+		if stored {
+			r.store(n)
+		}
+	}
+	e.Kind = Publishing
+	r.add(e)
+	e.Kind = outcome
+	return r.add(e)
+}
+
+func testUUID(number int) string { return fmt.Sprintf("plain-%d", number) }
+
+func (r *record) store(number int) {
+	state := r.final[testTopic]
+	state.Entries = append(state.Entries, Entry{testID(number), testUUID(number)})
+	r.final[testTopic] = state
+}
+
+// start begins a handler run; end, with its number, ends it.
+func (r *record) start(process string, number int, count int64) (run Event) {
+	r.runs++
+	run = Event{
+		Kind: Started, Process: process, Life: 1, Run: r.runs, Topic: testTopic, ID: testID(number), UUID: testUUID(number),
+		Count: count, Consumer: process,
+	}
+	r.add(run)
+	return run
+}
+
+func (r *record) end(run Event, kind Kind) *record {
+	run.Kind = kind
+	return r.add(run)
+}
+
+func (r *record) handle(process string, number int, count int64, kind Kind) *record {
+	return r.end(r.start(process, number, count), kind)
+}
+
+func (r *record) process(kind Kind, process string) *record {
+	return r.add(Event{Kind: kind, Process: process, Life: 1})
+}
+
+// fault is one from now on; healing it takes d.
+func (r *record) fault(e Effect, d time.Duration) *record {
+	e.Number = len(r.events)
+	r.add(Event{Kind: Injected, Process: "runner", Strike: &e})
+	r.wait(d)
+	return r.add(Event{Kind: Healed, Process: "runner", Strike: &e})
+}
+
+func (r *record) pend(number int, consumer string) *record {
+	state := r.final[testTopic]
+	state.Pending = append(state.Pending, Pending{testID(number), consumer, 1})
+	r.final[testTopic] = state
+	return r
+}
+
+func (r *record) bury(number int, uuid string) *record {
+	state := r.final[testTopic]
+	state.Dead = append(state.Dead, Letter{
+		ID: fmt.Sprintf("%d-%d", testStart.Add(r.now).UnixMilli(), len(state.Dead)), EntryID: testID(number), UUID: uuid,
+		Deliveries: testRetries + 1, At: testStart.Add(r.now),
+	})
+	r.final[testTopic] = state
+	return r.add(Event{Kind: Dead, Process: "consumer-1", Life: 1, Topic: testTopic, ID: testID(number), UUID: uuid})
+}
+
+func (r *record) check() Verdict {
+	settings := defaultSettings()
+	settings.ClaimMinIdle, settings.MaxRetries = testMinIdle, testRetries
+	r.wait(time.Minute).process(Settled, "runner")
+	return check(sift(settings.rules(), slices.Clone(r.events), r.final))
+}
+
+// rulesOf returns the rules that were broken, each once.
+func rulesOf(v Verdict) []string {
+	var broken []string
+	for _, violation := range v.Violations {
+		broken = append(broken, violation.Rule)
+	}
+	slices.Sort(broken)
+	return slices.Compact(broken)
+}
+
+// TestCheck: each breach is found, and what looks like one and is none is not.
+func TestCheck(t *testing.T) {
+	tests := []struct {
+		name   string
+		story  func(*record)
+		broken string // the rules, separated by commas
+	}{
+		{"clean", func(r *record) {
+			r.publish(Published, true, 1, 2).publish(Unknown, false, 3).publish(Unknown, true, 4).publish(Refused, false, 5)
+			r.handle("consumer-1", 1, 1, Nacked).handle("consumer-1", 1, 2, Acked).handle("consumer-2", 2, 1, Acked)
+			r.handle("consumer-1", 4, 1, Acked)
+		}, ""},
+
+		{"never delivered", func(r *record) { r.publish(Published, true, 1) }, ruleLost},
+		{"of unknown outcome, stored, and never delivered", func(r *record) { r.publish(Unknown, true, 1) }, ruleLost},
+		{"failed and forgotten", func(r *record) { r.publish(Published, true, 1).handle("consumer-1", 1, 1, Nacked) }, ruleLost},
+		{"not stored, and nothing happened", func(r *record) { r.publish(Published, false, 1) }, ruleVanished},
+		{"not stored, and the fault was before", func(r *record) {
+			r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0).wait(time.Minute).publish(Published, false, 1)
+		}, ruleVanished},
+		{"not stored, and the fault was another topic's", func(r *record) {
+			r.publish(Published, false, 1).fault(Effect{Fault: "stream-delete", Loses: []string{testWide}, Destroys: true}, 0)
+		}, ruleVanished},
+		{"not stored, and only the group was lost", func(r *record) {
+			r.publish(Published, false, 1).fault(Effect{Fault: "group-destroy", Loses: everything, Group: true}, 0)
+		}, ruleVanished},
+		{"not stored, and written long before Redis was killed", func(r *record) {
+			r.publish(Published, false, 1).wait(time.Minute).fault(Effect{Fault: "redis-kill-everysec", Loses: everything}, 0)
+		}, ruleVanished},
+		{"stored twice", func(r *record) {
+			r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked)
+			state := r.final[testTopic]
+			state.Entries = append(state.Entries, Entry{testID(2), testUUID(1)})
+			r.final[testTopic] = state
+			again := r.start("consumer-1", 2, 1)
+			r.end(again, Acked)
+		}, ruleStoredTwice},
+		{"refused but stored", func(r *record) { r.publish(Refused, true, 1).handle("consumer-1", 1, 1, Acked) }, ruleRefused},
+		{"half a batch", func(r *record) {
+			r.publish(Unknown, false, 1, 2)
+			r.store(1)
+			r.handle("consumer-1", 1, 1, Acked)
+		}, ruleTorn},
+		{"a batch out of order", func(r *record) {
+			r.publish(Published, false, 2, 1)
+			r.store(1)
+			r.store(2)
+			r.handle("consumer-1", 1, 1, Acked).handle("consumer-1", 2, 1, Acked)
+		}, ruleTorn},
+
+		{"pending", func(r *record) { r.publish(Published, true, 1).pend(1, "consumer-1") }, rulePending},
+		{"handled and pending", func(r *record) {
+			r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked).pend(1, "consumer-1")
+		}, rulePending},
+
+		{"two at once", func(r *record) {
+			r.publish(Published, true, 1)
+			first, second := r.start("consumer-1", 1, 1), r.start("consumer-2", 1, 2)
+			r.end(first, Acked).end(second, Acked)
+		}, ruleOverlap},
+		{"two at once: stopped too shortly", func(r *record) {
+			r.publish(Published, true, 1)
+			first := r.start("consumer-1", 1, 1)
+			r.process(Stopped, "consumer-1").wait(testMinIdle/2).process(Continued, "consumer-1")
+			second := r.start("consumer-2", 1, 2)
+			r.end(first, Acked).end(second, Acked)
+		}, ruleOverlap},
+		{"two at once: Redis was frozen", func(r *record) {
+			r.publish(Published, true, 1)
+			first := r.start("consumer-1", 1, 1)
+			r.fault(Effect{Fault: "redis-freeze-long", Breaks: true}, 5*testMinIdle)
+			second := r.start("consumer-2", 1, 2)
+			r.end(first, Acked).end(second, Acked)
+		}, ruleOverlap},
+		{"two at once: the other one was stopped before", func(r *record) {
+			r.process(Stopped, "consumer-1").wait(2*testMinIdle).process(Continued, "consumer-1").wait(2 * testMinIdle)
+			r.publish(Published, true, 1)
+			first, second := r.start("consumer-1", 1, 1), r.start("consumer-2", 1, 2)
+			r.end(first, Acked).end(second, Acked)
+		}, ruleOverlap},
+		{"one after the death of the other", func(r *record) {
+			r.publish(Published, true, 1)
+			r.start("consumer-1", 1, 1)
+			r.process(Ended, "consumer-1").handle("consumer-2", 1, 2, Acked)
+		}, ""},
+		{"one while the other is stopped", func(r *record) {
+			r.publish(Published, true, 1)
+			first := r.start("consumer-1", 1, 1)
+			r.process(Stopped, "consumer-1").wait(2*testMinIdle).handle("consumer-2", 1, 2, Acked)
+			r.process(Continued, "consumer-1").end(first, Lost)
+		}, ""},
+		{"one while the other is stopped by the machine", func(r *record) {
+			r.publish(Published, true, 1)
+			first := r.start("consumer-1", 1, 1)
+			second := r.wait(2*testMinIdle).start("consumer-2", 1, 2)
+			r.add(Event{Kind: Stalled, Process: "consumer-1", Life: 1, Took: 2 * testMinIdle}).end(first, Acked).end(second, Acked)
+		}, ""},
+		{"one while the other is stopped twice, with no time to renew", func(r *record) {
+			r.publish(Published, true, 1)
+			first := r.start("consumer-1", 1, 1)
+			for range 2 {
+				r.process(Stopped, "consumer-1").wait(testMinIdle*2/3).process(Continued, "consumer-1")
+			}
+			second := r.start("consumer-2", 1, 2)
+			r.end(first, Acked).end(second, Acked)
+		}, ""},
+		{"one while the other is cut off", func(r *record) {
+			r.publish(Published, true, 1)
+			first := r.start("consumer-1", 1, 1)
+			r.fault(Effect{Fault: "partition", Isolates: []string{"consumer-1"}, Breaks: true}, 2*testMinIdle)
+			second := r.start("consumer-2", 1, 2)
+			r.end(first, Acked).end(second, Acked)
+		}, ""},
+		{"what was read ahead is begun after an absence", func(r *record) {
+			r.publish(Published, true, 1)
+			r.process(Stopped, "consumer-1").wait(2 * testMinIdle)
+			second := r.start("consumer-2", 1, 2)
+			first := r.process(Continued, "consumer-1").start("consumer-1", 1, 1)
+			r.end(first, Lost).end(second, Acked)
+		}, ""},
+
+		{"order", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
+		}, ruleOrder},
+		{"order: of two consumers", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-2", 1, 1, Acked)
+		}, ""},
+		{"order: a second delivery", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 2, Acked)
+		}, ""},
+		{"order: given back by one who closed", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked)
+			r.process(Closing, "consumer-2").process(Ended, "consumer-2").handle("consumer-1", 1, 1, Acked)
+		}, ""},
+		{"order: published after the other one closed", func(r *record) {
+			r.process(Closing, "consumer-2").process(Ended, "consumer-2").wait(time.Minute)
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
+		}, ruleOrder},
+		{"overtaken", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 1, 1, Nacked).handle("consumer-1", 2, 1, Acked)
+			r.handle("consumer-1", 1, 2, Acked)
+		}, ruleRetryOrder},
+		{"too many", func(r *record) {
+			r.publish(Published, true, 1, 2)
+			first, second := r.start("consumer-1", 1, 1), r.start("consumer-1", 2, 1)
+			r.end(first, Acked).end(second, Acked)
+		}, ruleConcurrency},
+
+		{"a delivery past the limit", func(r *record) {
+			r.publish(Published, true, 1).handle("consumer-1", 1, testRetries+3, Acked)
+		}, ruleLimit},
+		{"too many failures", func(r *record) {
+			r.publish(Published, true, 1)
+			for count := range int64(testRetries + 2) {
+				r.handle("consumer-1", 1, count+1, Nacked)
+			}
+			r.bury(1, "poison-1")
+		}, ruleLimit},
+		{"too many runs", func(r *record) {
+			r.publish(Published, true, 1)
+			for range testRetries + 3 {
+				r.handle("consumer-1", 1, 1, Lost)
+			}
+			r.handle("consumer-1", 1, 1, Acked)
+		}, ruleLimit},
+		{"shutdowns are no runs", func(r *record) {
+			r.publish(Published, true, 1)
+			for range 2 * testRetries {
+				r.handle("consumer-1", 1, 1, Closed)
+			}
+			r.handle("consumer-1", 1, 1, Acked)
+		}, ""},
+
+		{"a dead poison", func(r *record) { r.publish(Published, true, 1).bury(1, "poison-1") }, ""},
+		{"a poison that lives", func(r *record) {
+			e := Event{Kind: Publishing, Process: "producer-1", Life: 1, Topic: testTopic, UUIDs: []string{"poison-9"}}
+			r.add(e)
+			e.Kind = Published
+			r.add(e)
+			r.final[testTopic] = TopicState{Entries: []Entry{{testID(9), "poison-9"}}}
+			run := r.start("consumer-1", 9, 1)
+			r.end(run, Nacked)
+		}, ruleImmortal},
+		{"dead twice", func(r *record) { r.publish(Published, true, 1).bury(1, "poison-1").bury(1, "poison-1") }, ruleDeadTwice},
+		{"dead twice, the first time forgotten by Redis", func(r *record) {
+			r.publish(Published, true, 1).bury(1, "poison-1")
+			r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true}, 0).bury(1, "poison-1")
+		}, ""},
+		{"an innocent dead", func(r *record) { r.publish(Published, true, 1).bury(1, testUUID(1)) }, ruleInnocent},
+		{"a process that panics", func(r *record) { r.process(Died, "consumer-1") }, ruleDied},
+
+		{"a group destroyed while the holder lives", func(r *record) {
+			r.publish(Published, true, 1)
+			run := r.start("consumer-1", 1, 1)
+			r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
+			r.end(run, Nacked)
+		}, ruleLost},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			r := newRecord()
+			test.story(r)
+			v := r.check()
+			assert.Equal(t, test.broken, strings.Join(rulesOf(v), ","), "%v", v.Violations)
+		})
+	}
+}
+
+// TestRedisLoses: what Redis has lost is counted, and nothing else is blamed on it.
+func TestRedisLoses(t *testing.T) {
+	r := newRecord()
+	r.publish(Published, false, 1, 2, 3).handle("consumer-1", 1, 1, Acked)
+	r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0)
+	r.publish(Published, true, 4).handle("consumer-1", 4, 1, Acked)
+	v := r.check()
+	assert.Empty(t, v.Violations)
+	var lost []string
+	for _, l := range v.LostByRedis {
+		lost = append(lost, l.UUID)
+		assert.Equal(t, "flushall", l.Fault.Fault)
+	}
+	assert.Equal(t, []string{testUUID(2), testUUID(3)}, lost, "not 1, which was handled before")
+}
+
+// TestCulprit: what may have lost a message is not blamed for what was destroyed later.
+func TestCulprit(t *testing.T) {
+	r := newRecord()
+	kill := Effect{Fault: "redis-kill-everysec", Loses: everything}
+	r.publish(Published, false, 1).fault(kill, 0)
+	r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0)
+	r.wait(time.Minute).publish(Published, false, 2).fault(kill, 0)
+	v := r.check()
+	assert.Empty(t, v.Violations)
+	culprits := make(map[string]string)
+	for _, l := range v.LostByRedis {
+		culprits[l.UUID] = l.Fault.Fault
+	}
+	assert.Equal(t, map[string]string{testUUID(1): "flushall", testUUID(2): "redis-kill-everysec"}, culprits)
+}
+
+// TestRedisForgets: with the group Redis forgets what a dead holder had. The living holders put theirs back.
+func TestRedisForgets(t *testing.T) {
+	r := newRecord()
+	r.publish(Published, true, 1, 2)
+	r.start("consumer-1", 1, 1)
+	r.handle("consumer-2", 2, 1, Acked).process(Ended, "consumer-1")
+	r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
+	v := r.check()
+	assert.Empty(t, v.Violations)
+	assert.Len(t, v.LostByRedis, 1)
+}
+
+// TestDuplicates: more than one success is counted, and is no violation.
+func TestDuplicates(t *testing.T) {
+	r := newRecord()
+	r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked).process(Ended, "consumer-1").handle("consumer-2", 1, 2, Acked)
+	v := r.check()
+	assert.Empty(t, v.Violations)
+	assert.Len(t, v.Duplicates, 1)
+}
+
+// TestExcusedOverlaps are counted too.
+func TestExcusedOverlaps(t *testing.T) {
+	r := newRecord()
+	r.publish(Published, true, 1)
+	first := r.start("consumer-1", 1, 1)
+	r.process(Stopped, "consumer-1").wait(2*testMinIdle).handle("consumer-2", 1, 2, Acked)
+	r.process(Continued, "consumer-1").end(first, Lost)
+	assert.Equal(t, 1, r.check().ExcusedOverlaps)
+}

@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+)
+
+const (
+	subscriberCloseTimeout = 5 * time.Second
+	routerCloseTimeout     = 10 * time.Second
+)
+
+var errTask = errors.New("the task fails")
+
+// consume handles all topics until it is told to end. While Redis cannot be reached, a router cannot begin: it tries again.
+func (c child) consume(ctx context.Context) error {
+	var runs atomic.Int64
+	for {
+		err := c.route(ctx, &runs)
+		if ctx.Err() != nil {
+			return err
+		}
+		c.logger.Error("The router ended, and begins again", err, nil)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (c child) route(ctx context.Context, runs *atomic.Int64) error {
+	router, err := message.NewRouter(message.RouterConfig{CloseTimeout: routerCloseTimeout}, c.logger)
+	if err != nil {
+		return err
+	}
+	router.AddMiddleware(c.retry().Middleware)
+	var subscribers []*goxstreams.Subscriber
+	defer func() {
+		for _, subscriber := range subscribers {
+			_ = subscriber.Close() // the router has closed those that it began with
+		}
+	}()
+	for _, topic := range topics {
+		subscriber, err := goxstreams.NewSubscriber(c.subscriberConfig(topic), c.logger)
+		if err != nil {
+			return err
+		}
+		subscribers = append(subscribers, subscriber)
+		router.AddConsumerHandler(topic.Name, topic.Name, subscriber, func(msg *message.Message) error {
+			return c.handle(msg, runs.Add(1))
+		})
+	}
+	return router.Run(ctx)
+}
+
+func (c child) retry() goxstreams.Retry {
+	return goxstreams.Retry{
+		MaxRetries: c.role.Settings.MaxRetries, InitialInterval: 20 * time.Millisecond, MaxInterval: 200 * time.Millisecond,
+	}
+}
+
+func (c child) subscriberConfig(topic Topic) goxstreams.SubscriberConfig {
+	retry := c.retry()
+	config := goxstreams.SubscriberConfig{
+		Client: c.client, ConsumerGroup: group, MaxConcurrency: topic.MaxConcurrency,
+		BlockTime:    time.Second, // so that a read's own deadline, 10 s later, is within reach of a fault
+		ClaimMinIdle: c.role.Settings.ClaimMinIdle, ClaimInterval: c.role.Settings.ClaimInterval,
+		Retry: &retry, CloseTimeout: subscriberCloseTimeout, ConsumerTimeout: time.Minute,
+		OnDead: func(_ context.Context, dead goxstreams.DeadMessage) {
+			c.journal.write(Event{
+				Kind: Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: dead.Message.UUID,
+				Count: dead.Deliveries, Consumer: dead.Consumer, Error: dead.Reason,
+			})
+		},
+	}
+	if topic.Named {
+		config.Consumer = c.role.Process
+	}
+	return config
+}
+
+// handle does the message's task. It ends with its context: then somebody else may have the message.
+func (c child) handle(msg *message.Message, run int64) error {
+	delivery, ok := goxstreams.DeliveryFromContext(msg.Context())
+	if !ok {
+		panic("a message without a delivery")
+	}
+	event := Event{
+		Kind: Started, Topic: delivery.Topic, ID: delivery.ID, UUID: msg.UUID,
+		Count: delivery.Count, Consumer: delivery.Consumer, Run: run,
+	}
+	c.journal.write(event)
+	err := work(msg, delivery.Count)
+	switch {
+	case err == nil:
+		event.Kind = Acked
+	case errors.Is(err, goxstreams.ErrLeaseLost):
+		event.Kind = Lost
+	case errors.Is(err, context.Canceled):
+		event.Kind = Closed
+	default:
+		event.Kind = Nacked
+	}
+	c.journal.write(event)
+	return err
+}
+
+func work(msg *message.Message, count int64) error {
+	var task Task
+	if err := json.Unmarshal(msg.Payload, &task); err != nil {
+		return fmt.Errorf("payload of %s: %w", msg.UUID, err)
+	}
+	timer := time.NewTimer(task.Work)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-msg.Context().Done():
+		return fmt.Errorf("%w (%w)", msg.Context().Err(), context.Cause(msg.Context()))
+	}
+	if task.Poison || count <= task.Fails {
+		return errTask
+	}
+	return nil
+}

@@ -1,0 +1,325 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
+)
+
+// A Fault is something that happens, and passes.
+type Fault struct {
+	Name string
+	on   []string // the deployments that can have it; nil: all
+	// hold is how long it lasts.
+	hold func(Settings, *rand.Rand) time.Duration
+	// takes is about how long it takes to inject and to heal, if that is long.
+	takes time.Duration
+	// inject makes it happen. It says by effect what it is about to do, before it does it, and returns what makes it pass.
+	inject func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (heal func(context.Context) error, err error)
+}
+
+// between returns a time of that many ClaimMinIdles.
+func between(least, most float64) func(Settings, *rand.Rand) time.Duration {
+	return func(s Settings, dice *rand.Rand) time.Duration {
+		return time.Duration((least + (most-least)*dice.Float64()) * float64(s.ClaimMinIdle))
+	}
+}
+
+func atOnce(Settings, *rand.Rand) time.Duration { return 0 }
+
+// healed is for faults that are over when they have happened.
+func healed(context.Context) error { return nil }
+
+func allFaults() []*Fault {
+	faults := []*Fault{
+		{Name: "consumer-kill", hold: between(0, 2), inject: killPlace((*Bench).consumer)},
+		{Name: "producer-kill", hold: between(0, 1), inject: killPlace((*Bench).producer)},
+		{Name: "consumer-stop-short", hold: between(0.2, 0.5), inject: stopPlace((*Bench).consumer)},
+		{Name: "consumer-stop-long", hold: between(1.5, 3), inject: stopPlace((*Bench).consumer)},
+		{Name: "producer-stop", hold: between(0.5, 2), inject: stopPlace((*Bench).producer)},
+		{Name: "rolling-restart", hold: atOnce, takes: time.Second, inject: rollingRestart},
+		{Name: "redis-restart-always", hold: atOnce, inject: restartRedis(deploy.Always)},
+		{Name: "redis-restart-everysec", hold: atOnce, inject: restartRedis(deploy.EverySec)},
+		{Name: "redis-kill-always", hold: between(0.1, 2), inject: killRedis(deploy.Always)},
+		{Name: "redis-kill-everysec", hold: between(0.1, 2), inject: killRedis(deploy.EverySec)},
+		{Name: "redis-freeze-short", hold: between(0.2, 0.9), inject: freezeRedis},
+		// Longer than ClaimMinIdle and the clients' timeouts, a read that blocks included.
+		{Name: "redis-freeze-long", hold: between(6, 6.5), inject: freezeRedis},
+		{Name: "flushall", hold: atOnce, inject: flushAll},
+		{Name: "stream-delete", hold: atOnce, inject: deleteStream},
+		{Name: "group-destroy", hold: atOnce, inject: destroyGroup},
+		{Name: "client-kill", hold: atOnce, inject: killClients},
+		{Name: "out-of-memory", hold: between(0.5, 2), inject: fillMemory},
+		{Name: "partition", hold: between(1.5, 3), inject: partition},
+		{Name: "slow", hold: between(1, 2), inject: slowDown},
+	}
+	faults = append(faults, topologyFaults()...)
+	for _, place := range []string{beforeReply, inMidReply, afterReply} {
+		faults = append(faults, &Fault{Name: "cut-" + place + "-reply", hold: between(0.5, 2), inject: cutReplies(place)})
+	}
+	return faults
+}
+
+// topologyFaults are the deployment's own: they take as long as they take.
+func topologyFaults() []*Fault {
+	return []*Fault{
+		{Name: "failover", on: []string{sentinel}, hold: atOnce, takes: 4 * time.Second,
+			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).Failover))},
+		{Name: "master-kill", on: []string{sentinel}, hold: atOnce, takes: 5 * time.Second,
+			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).KillMaster))},
+		{Name: "master-freeze", on: []string{sentinel}, hold: atOnce, takes: 5 * time.Second,
+			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).FreezeMaster))},
+		// By agreement, and so without loss; as is the move of a slot.
+		{Name: "shard-failover", on: []string{cluster}, hold: atOnce, takes: 1 * time.Second,
+			inject: change(nil, clusterOf((*deploy.ClusterDeployment).Failover))},
+		{Name: "slot-move", on: []string{cluster}, hold: atOnce, takes: 1 * time.Second,
+			inject: change(nil, clusterOf((*deploy.ClusterDeployment).LiveMoveSlot))},
+		{Name: "shard-kill", on: []string{cluster}, hold: atOnce, takes: 4 * time.Second,
+			inject: change(everything, clusterOf((*deploy.ClusterDeployment).FailoverShard))},
+		{Name: "shard-freeze", on: []string{cluster}, hold: atOnce, takes: 5 * time.Second,
+			inject: change(everything, clusterOf(freezeShard))},
+	}
+}
+
+type changeTopology func(ctx context.Context, b *Bench, key string) error
+
+func change(loses []string, f changeTopology) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
+	return func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+		key := pick(strike, topics).Name
+		effect(Effect{Target: []string{key}, Loses: loses, Breaks: true})
+		return healed, f(ctx, b, key)
+	}
+}
+
+func sentinelOf(f func(*deploy.SentinelDeployment, context.Context) error) changeTopology {
+	return func(ctx context.Context, b *Bench, _ string) error {
+		return f(b.deployment.(*deploy.SentinelDeployment), ctx)
+	}
+}
+
+func clusterOf(f func(*deploy.ClusterDeployment, context.Context, string) error) changeTopology {
+	return func(ctx context.Context, b *Bench, key string) error {
+		return f(b.deployment.(*deploy.ClusterDeployment), ctx, key)
+	}
+}
+
+// freezeShard lasts for more than two of the Cluster's node timeouts: a replica takes over.
+func freezeShard(d *deploy.ClusterDeployment, ctx context.Context, key string) error {
+	return d.PauseMaster(ctx, key, 4*time.Second)
+}
+
+type choosePlace func(*Bench, Strike) *Place
+
+func killPlace(choose choosePlace) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+		place := choose(b, strike)
+		effect(Effect{Target: []string{place.name()}})
+		return func(context.Context) error { return place.start() }, place.kill()
+	}
+}
+
+func stopPlace(choose choosePlace) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+		place := choose(b, strike)
+		effect(Effect{Target: []string{place.name()}})
+		return func(context.Context) error { return place.thaw() }, place.stop()
+	}
+}
+
+func rollingRestart(_ context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+	effect(Effect{Target: names(b.consumers)})
+	for _, place := range b.consumers {
+		if err := errors.Join(place.close(), place.start()); err != nil {
+			return nil, err
+		}
+	}
+	return healed, nil
+}
+
+// loses returns what Redis may lose by a fault of one of its servers: nothing, if it is alone and writes to disk first what it
+// acknowledges; else a replica that has not got everything yet may be the next master.
+func (b *Bench) loses(aof deploy.AOF) []string {
+	if b.settings.Deployment == single && aof == deploy.Always {
+		return nil
+	}
+	return everything
+}
+
+// everything stands for all topics.
+var everything = []string{"*"}
+
+func (b *Bench) setAOF(ctx context.Context, aof deploy.AOF) error {
+	return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+		return n.Client().ConfigSet(ctx, "appendfsync", string(aof)).Err()
+	})
+}
+
+func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
+	return func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+		node := pick(strike, b.deployment.Nodes())
+		// An orderly end loses nothing, whatever appendfsync is, where nobody takes over.
+		effect(Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
+		if err := b.setAOF(ctx, aof); err != nil {
+			return nil, err
+		}
+		return b.deployment.Settle, node.Restart(ctx)
+	}
+}
+
+func killRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
+	return func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+		node := pick(strike, b.deployment.Nodes())
+		effect(Effect{Target: []string{node.Name}, Loses: b.loses(aof), Breaks: true})
+		if err := b.setAOF(ctx, aof); err != nil {
+			return nil, err
+		}
+		heal := func(ctx context.Context) error {
+			return errors.Join(node.Restart(ctx), b.deployment.Settle(ctx))
+		}
+		return heal, node.Kill()
+	}
+}
+
+func freezeRedis(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	node := pick(strike, b.deployment.Nodes())
+	effect(Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
+	heal := func(ctx context.Context) error {
+		return errors.Join(node.Thaw(), b.deployment.Settle(ctx))
+	}
+	return heal, node.Freeze()
+}
+
+func flushAll(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+	effect(Effect{Loses: everything, Destroys: true})
+	return healed, b.eachMaster(ctx, func(ctx context.Context, n *deploy.Node) error { return n.Client().FlushAll(ctx).Err() })
+}
+
+func deleteStream(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	topic := pick(strike, topics).Name
+	effect(Effect{Target: []string{topic}, Loses: []string{topic}, Destroys: true})
+	return healed, b.deployment.Client().Del(ctx, topic).Err()
+}
+
+// destroyGroup notes who holds what, because what dead holders held is not pending any more, and nobody puts it back.
+func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	topic := pick(strike, topics).Name
+	client := b.deployment.Client()
+	pending, err := pendingOf(ctx, client, topic)
+	if err != nil {
+		return nil, err
+	}
+	held := make(map[string]string)
+	for _, p := range pending {
+		held[p.ID] = p.Consumer
+	}
+	effect(Effect{Target: []string{topic}, Loses: []string{topic}, Group: true, Held: held})
+	return healed, client.XGroupDestroy(ctx, topic, group).Err()
+}
+
+func killClients(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+	effect(Effect{Breaks: true})
+	return healed, b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+		return n.Client().ClientKillByFilter(ctx, "TYPE", "normal", "SKIPME", "yes").Err()
+	})
+}
+
+// fillMemory sets the limit to what is in use: what needs memory is refused, reading and acking are not.
+func fillMemory(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+	effect(Effect{})
+	limit := func(bytes func(*deploy.Node) (string, error)) func(context.Context) error {
+		return func(ctx context.Context) error {
+			return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+				value, err := bytes(n)
+				if err != nil {
+					return err
+				}
+				return n.Client().ConfigSet(ctx, "maxmemory", value).Err()
+			})
+		}
+	}
+	used := func(n *deploy.Node) (string, error) { return usedMemory(ctx, n.Client()) }
+	unlimited := func(*deploy.Node) (string, error) { return "0", nil }
+	return limit(unlimited), limit(used)(ctx)
+}
+
+func usedMemory(ctx context.Context, client *redis.Client) (string, error) {
+	text, err := client.Info(ctx, "memory").Result()
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(text) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), "used_memory:"); ok {
+			bytes, err := strconv.ParseInt(value, 10, 64)
+			return strconv.FormatInt(bytes/2, 10), err
+		}
+	}
+	return "", errors.New("INFO memory has no used_memory")
+}
+
+// partition lets nothing through between one consumer and all servers, in either direction; its connections stay.
+func partition(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	process := []string{b.consumer(strike).name()}
+	effect(Effect{Target: process, Isolates: process, Breaks: true})
+	heal := func(context.Context) error { return b.network.cure(process) }
+	return heal, b.network.poison(process, nothing("upstream"), nothing("downstream"))
+}
+
+func nothing(direction string) toxic {
+	return toxic{Name: "nothing-" + direction, Type: "timeout", Stream: direction, Toxicity: 1, Attributes: map[string]any{"timeout": 0}}
+}
+
+// slowDown lets 1 KB a second through between one consumer and the servers: too little for its reads, so it is cut off.
+func slowDown(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	process := []string{b.consumer(strike).name()}
+	effect(Effect{Target: process, Isolates: process, Breaks: true})
+	heal := func(context.Context) error { return b.network.cure(process) }
+	return heal, b.network.poison(process,
+		toxic{Name: "crawl", Type: "bandwidth", Stream: "downstream", Toxicity: 1, Attributes: map[string]any{"rate": 1}},
+		toxic{Name: "delay", Type: "latency", Stream: "upstream", Toxicity: 1, Attributes: map[string]any{"latency": 300, "jitter": 200}})
+}
+
+const cutRate = 0.1
+
+// cutReplies closes the connections of all processes, at one reply of ten.
+func cutReplies(place string) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+		processes := append(names(b.consumers), names(b.producers)...)
+		effect(Effect{Breaks: true})
+		heal := func(context.Context) error { return b.network.cure(processes) }
+		return heal, b.network.poison(processes, toxic{
+			Name: "cut", Type: cutType, Stream: "downstream", Toxicity: 1, Attributes: map[string]any{"place": place, "rate": cutRate},
+		})
+	}
+}
+
+// eachNode calls f for all nodes that run.
+func (b *Bench) eachNode(ctx context.Context, f func(context.Context, *deploy.Node) error) error {
+	var errs []error
+	for _, n := range b.deployment.Nodes() {
+		if !n.Running() {
+			continue
+		}
+		if err := f(ctx, n); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", n.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (b *Bench) eachMaster(ctx context.Context, f func(context.Context, *deploy.Node) error) error {
+	return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+		role, err := n.Role(ctx)
+		if err != nil || role != deploy.RoleMaster {
+			return err
+		}
+		return f(ctx, n)
+	})
+}

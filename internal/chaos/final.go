@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+)
+
+// A TopicState is what Redis has of a topic in the end. Nothing is trimmed: what is missing, Redis has lost.
+type TopicState struct {
+	Entries []Entry
+	Pending []Pending
+	Dead    []Letter
+}
+
+// An Entry is one message in the stream.
+type Entry struct{ ID, UUID string }
+
+// A Pending entry was delivered, and neither acked nor moved.
+type Pending struct {
+	ID, Consumer string
+	Count        int64
+}
+
+// A Letter is one message in the dead-letter stream.
+type Letter struct {
+	ID, EntryID, UUID, Consumer, Reason string
+	Deliveries                          int64
+	At                                  time.Time // by the server's clock
+}
+
+const page = 1000
+
+// finalState reads everything.
+func finalState(ctx context.Context, client redis.UniversalClient) (map[string]TopicState, error) {
+	states := make(map[string]TopicState)
+	for _, topic := range topics {
+		var state TopicState
+		var err error
+		if state.Entries, err = entriesOf(ctx, client, topic.Name); err != nil {
+			return nil, err
+		}
+		if state.Pending, err = pendingOf(ctx, client, topic.Name); err != nil {
+			return nil, err
+		}
+		if state.Dead, err = lettersOf(ctx, client, topic.Name); err != nil {
+			return nil, err
+		}
+		states[topic.Name] = state
+	}
+	return states, nil
+}
+
+func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) ([]Entry, error) {
+	var entries []Entry
+	for from := "-"; ; {
+		got, err := client.XRangeN(ctx, topic, from, "+", page).Result()
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", topic, err)
+		}
+		for _, e := range got {
+			msg, err := goxstreams.DefaultMarshaler{}.Unmarshal(e.Values)
+			if err != nil {
+				return nil, fmt.Errorf("entry %s of %s: %w", e.ID, topic, err)
+			}
+			entries = append(entries, Entry{e.ID, msg.UUID})
+			from = "(" + e.ID
+		}
+		if len(got) < page {
+			return entries, nil
+		}
+	}
+}
+
+// pendingOf returns nothing where there is no group: nothing is pending there.
+func pendingOf(ctx context.Context, client redis.UniversalClient, topic string) ([]Pending, error) {
+	var pending []Pending
+	for from := "-"; ; {
+		got, err := client.XPendingExt(ctx, &redis.XPendingExtArgs{Stream: topic, Group: group, Start: from, End: "+", Count: page}).Result()
+		if noGroup(err) {
+			return nil, nil
+		} else if err != nil {
+			return nil, fmt.Errorf("pending of %s: %w", topic, err)
+		}
+		for _, p := range got {
+			pending = append(pending, Pending{p.ID, p.Consumer, p.RetryCount})
+			from = "(" + p.ID
+		}
+		if len(got) < page {
+			return pending, nil
+		}
+	}
+}
+
+func noGroup(err error) bool {
+	var reply redis.Error
+	return errors.As(err, &reply) && (strings.HasPrefix(err.Error(), "NOGROUP") || strings.Contains(err.Error(), "no such key"))
+}
+
+func lettersOf(ctx context.Context, client redis.UniversalClient, topic string) ([]Letter, error) {
+	queue, err := goxstreams.NewDeadLetterQueue(client, goxstreams.DeadLetterTopic(topic))
+	if err != nil {
+		return nil, err
+	}
+	var letters []Letter
+	for dead, err := range queue.All(ctx, "") {
+		if err != nil {
+			return nil, fmt.Errorf("dead letters of %s: %w", topic, err)
+		}
+		if dead.Message == nil {
+			return nil, fmt.Errorf("dead letter %s of %s has no message", dead.ID, topic)
+		}
+		letters = append(letters, Letter{
+			ID: dead.ID, EntryID: dead.EntryID, UUID: dead.Message.UUID, Consumer: dead.Consumer, Reason: dead.Reason,
+			Deliveries: dead.Deliveries, At: timeOf(dead.ID),
+		})
+	}
+	return letters, nil
+}
+
+// timeOf returns when the entry was added, by the server's clock.
+func timeOf(id string) time.Time {
+	text, _, _ := strings.Cut(id, "-")
+	ms, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		panic(fmt.Sprintf("%q is no ID of Redis's", id))
+	}
+	return time.UnixMilli(ms)
+}
+
+// progress is how far a group has got; done, when there is nothing left for it.
+type progress struct {
+	done      bool
+	pending   int64
+	delivered string
+}
+
+func progressOf(ctx context.Context, client redis.UniversalClient, topic string) (progress, error) {
+	groups, err := client.XInfoGroups(ctx, topic).Result()
+	if noGroup(err) {
+		return progress{done: true}, nil // no stream, nothing to do
+	} else if err != nil {
+		return progress{}, err
+	}
+	for _, g := range groups {
+		if g.Name != group {
+			continue
+		}
+		// Not by its lag, which Redis does not always know.
+		rest, err := client.XRangeN(ctx, topic, "("+g.LastDeliveredID, "+", 1).Result()
+		return progress{g.Pending == 0 && len(rest) == 0, g.Pending, g.LastDeliveredID}, err
+	}
+	return progress{}, nil // the group is to be made again
+}

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"fmt"
+	"time"
+)
+
+const group = "chaos"
+
+// A Topic is one stream and how it is consumed.
+type Topic struct {
+	Name           string
+	MaxConcurrency int
+	// Named: the consumers have given names, which outlive their processes. Else each subscription has one of its own.
+	Named bool
+}
+
+// topics are all the combinations of order and names.
+var topics = []Topic{
+	{Name: "orders", MaxConcurrency: 1},
+	{Name: "payments", MaxConcurrency: 1, Named: true},
+	{Name: "mails", MaxConcurrency: 8},
+	{Name: "events", MaxConcurrency: 4, Named: true},
+}
+
+// Settings is what a run is made of. The same settings make the same faults.
+type Settings struct {
+	Seed       uint64
+	For        time.Duration
+	Deployment string
+	Faults     []string
+	Consumers  int
+	Producers  int
+	Rate       float64 // calls of Publish a second, of each producer
+
+	ClaimMinIdle  time.Duration
+	ClaimInterval time.Duration
+	MaxRetries    int
+	// Gap is the longest time from the end of a fault to the next one.
+	Gap time.Duration
+	// SampleEvery is how often each process says how large it is; 0: never.
+	SampleEvery time.Duration
+}
+
+func defaultSettings() Settings {
+	return Settings{
+		Seed: 1, For: 2 * time.Minute, Deployment: single, Consumers: 3, Producers: 2, Rate: 8,
+		ClaimMinIdle: 2 * time.Second, ClaimInterval: 200 * time.Millisecond, MaxRetries: 4, Gap: 4 * time.Second,
+	}
+}
+
+func (s Settings) validate() error {
+	switch {
+	case s.For <= 0:
+		return fmt.Errorf("-for is %v; it must be more than 0", s.For)
+	case s.Consumers < 1:
+		return fmt.Errorf("-consumers is %d; it must be 1 or more", s.Consumers)
+	case s.Producers < 1:
+		return fmt.Errorf("-producers is %d; it must be 1 or more", s.Producers)
+	case s.Rate <= 0:
+		return fmt.Errorf("-rate is %v; it must be more than 0", s.Rate)
+	}
+	return nil
+}

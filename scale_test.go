@@ -1,0 +1,388 @@
+package goxstreams_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// manyTopics subscribes to n topics on one Subscriber, and returns them with
+// their channels.
+func manyTopics(t testing.TB, sub *goxstreams.Subscriber, n int) ([]string, map[string]<-chan *message.Message) {
+	t.Helper()
+	base := topic(t)
+	topics := make([]string, n)
+	channels := make(map[string]<-chan *message.Message, n)
+	for i := range topics {
+		topics[i] = fmt.Sprintf("%s-%d", base, i)
+		channels[topics[i]] = subscribe(t, sub, topics[i])
+	}
+	return topics, channels
+}
+
+// named returns a client whose connections the server knows by a name of their
+// own, also those that the library opens for itself.
+func named(t testing.TB, change ...func(*redis.Options)) (*redis.Client, string) {
+	t.Helper()
+	opt := &redis.Options{Addr: testserver.Addr(t), ClientName: watermill.NewShortUUID()}
+	for _, f := range change {
+		f(opt)
+	}
+	client := redis.NewClient(opt)
+	t.Cleanup(func() { _ = client.Close() })
+	return client, opt.ClientName
+}
+
+// TestThousandTopics: a thousand topics of one Subscriber take eight connections
+// at most, the Publisher's on the same client included; each gets its messages,
+// idle or busy, and Close leaves nothing pending and no consumer behind.
+func TestThousandTopics(t *testing.T) {
+	testserver.RequireReal(t) // CLIENT LIST
+	for _, mode := range []string{"Group", "FanOut"} {
+		t.Run(mode, func(t *testing.T) {
+			const n, each = 1000, 10
+			client, name := named(t)
+			config := grouped(client)
+			if mode == "FanOut" {
+				config = goxstreams.SubscriberConfig{Client: client}
+			}
+			sub := newSubscriber(t, config)
+			topics, channels := manyTopics(t, sub, n)
+			handled := newTally()
+			for _, messages := range channels {
+				handled.handle(messages, nil)
+			}
+			admin := newClient(t)
+			t.Cleanup(func() { admin.Del(context.Background(), topics...) })
+
+			// One message to each, in an order that nobody can foresee; then many to
+			// all at once.
+			pub := newPublisher(t, client)
+			for _, i := range rand.Perm(n) {
+				require.NoError(t, pub.Publish(topics[i], message.NewMessage(watermill.NewUUID(), nil)))
+			}
+			eventually(t, func() bool { return handled.len() == n }, "a topic does not get its message")
+			var publishing sync.WaitGroup
+			for part := range 10 {
+				publishing.Go(func() {
+					for i := part; i < n; i += 10 {
+						var msgs []*message.Message
+						for range each {
+							msgs = append(msgs, message.NewMessage(watermill.NewUUID(), nil))
+						}
+						assert.NoError(t, pub.Publish(topics[i], msgs...))
+					}
+				})
+			}
+			publishing.Wait()
+			eventually(t, func() bool { return handled.len() == n*(each+1) }, "messages are missing")
+			conns := connections(t, admin, name)
+			t.Logf("%d connections", len(conns))
+			assert.LessOrEqual(t, len(conns), 8, strings.Join(conns, ""))
+			assert.Equal(t, n*(each+1), handled.total(), "handled more than once")
+			require.NoError(t, sub.Close())
+			if mode == "Group" {
+				for _, topic := range topics {
+					assert.Empty(t, pendingOf(t, admin, topic, testGroup))
+					consumers, err := admin.XInfoConsumers(t.Context(), topic, testGroup).Result()
+					require.NoError(t, err)
+					assert.Empty(t, consumers, "left behind")
+				}
+			}
+		})
+	}
+}
+
+// TestSharedReadLosesOneStream: of topics that share their reads some lose their
+// stream, their group or become something else, and the others go on; what was
+// lost comes back by itself.
+func TestSharedReadLosesOneStream(t *testing.T) {
+	testserver.RequireReal(t)
+	const n = 40
+	client := newClient(t)
+	logs := newLogRecorder()
+	sub, err := goxstreams.NewSubscriber(grouped(client), logs)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = sub.Close() })
+	topics, channels := manyTopics(t, sub, n)
+	get := func(i int, payload string) {
+		t.Helper()
+		publish(t, client, topics[i], payload)
+		msg := next(t, channels[topics[i]])
+		require.Equal(t, payload, string(msg.Payload))
+		msg.Ack()
+	}
+	for i := range topics {
+		get(i, "before")
+	}
+	ctx := context.Background()
+	require.NoError(t, client.Del(ctx, topics[0]).Err())
+	require.NoError(t, client.XGroupDestroy(ctx, topics[1], testGroup).Err())
+	_, err = client.TxPipelined(ctx, func(tx redis.Pipeliner) error {
+		tx.Del(ctx, topics[2])
+		tx.Set(ctx, topics[2], "no stream", 0)
+		return nil
+	})
+	require.NoError(t, err)
+	for i := 3; i < n; i++ {
+		get(i, "meanwhile")
+	}
+	get(0, "after")
+	get(1, "after")
+	eventually(t, func() bool { return outages(sub) == 1 }, "the one of which the key is no stream, and no other")
+	require.NoError(t, client.Del(ctx, topics[2]).Err())
+	get(2, "after")
+	eventually(t, func() bool { return outages(sub) == 0 }, "it works again")
+	for i := range topics {
+		get(i, "in the end")
+	}
+}
+
+func outages(sub *goxstreams.Subscriber) int {
+	n := 0
+	for _, s := range sub.Stats() {
+		if s.Err != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// TestBlockedTopicsDelayNoOther: most topics' handlers do not answer, and have
+// more waiting; the others get their messages, and what is held stays bounded in
+// sum.
+func TestBlockedTopicsDelayNoOther(t *testing.T) {
+	const n, blocked, backlog = 300, 200, 300
+	client := newClient(t)
+	config := grouped(client)
+	config.CloseTimeout = 100 * time.Millisecond
+	sub := newSubscriber(t, config)
+	topics, channels := manyTopics(t, sub, n)
+	t.Cleanup(func() { client.Del(context.Background(), topics...) })
+	payloads := make([]string, backlog)
+	for i := range payloads {
+		payloads[i] = strings.Repeat("x", 100)
+	}
+	for _, topic := range topics[:blocked] {
+		publish(t, client, topic, payloads...)
+	}
+	// They are quick at first, so that they read ahead.
+	for _, topic := range topics[:blocked] {
+		require.Len(t, collect(channels[topic], backlog/2, patience), backlog/2)
+	}
+	for _, topic := range topics[:blocked] {
+		next(t, channels[topic]) // and no answer
+	}
+	for round := range 5 {
+		for _, topic := range topics[blocked:] {
+			payload := fmt.Sprint(round)
+			publish(t, client, topic, payload)
+			msg := next(t, channels[topic])
+			require.Equal(t, payload, string(msg.Payload))
+			msg.Ack()
+		}
+	}
+	held := 0
+	for _, s := range sub.Stats() {
+		held += s.InFlight
+	}
+	// In hand, and read ahead (maxAhead), and a last read of each that counted on
+	// the same room.
+	assert.LessOrEqual(t, held, blocked+10_000+100)
+	t.Logf("%d held", held)
+}
+
+// TestSharedReadsCannotBeWoken: without the right to CLIENT UNBLOCK topics that
+// share reads get their messages too, if later.
+func TestSharedReadsCannotBeWoken(t *testing.T) {
+	testserver.RequireReal(t) // ACL
+	const n = 30
+	server := testserver.Private(t)
+	ctx := context.Background()
+	require.NoError(t, server.Client().Do(ctx, "acl", "setuser", "reader", "on", ">secret", "~*", "+@all", "-client|unblock").Err())
+	opt := *server.Client().Options()
+	client := redis.NewClient(&redis.Options{Addr: opt.Addr, Username: "reader", Password: "secret"})
+	t.Cleanup(func() { _ = client.Close() })
+	logs := newLogRecorder()
+	sub, err := goxstreams.NewSubscriber(grouped(client), logs)
+	require.NoError(t, err)
+	topics, channels := manyTopics(t, sub, n)
+	for range 3 {
+		for _, topic := range topics {
+			publish(t, client, topic, "to "+topic)
+		}
+		for topic, messages := range channels {
+			msg := next(t, messages)
+			require.Equal(t, "to "+topic, string(msg.Payload))
+			msg.Ack()
+		}
+	}
+	began := time.Now()
+	require.NoError(t, sub.Close())
+	assert.Less(t, time.Since(began), 5*time.Second, "the reads of 0.1s and their topics' ends")
+}
+
+// TestSubscribeAndCloseWhileShared: topics come and go while others of the same
+// reads get their messages.
+func TestSubscribeAndCloseWhileShared(t *testing.T) {
+	const steady, comers, rounds = 20, 8, 30
+	client := newClient(t)
+	sub := newSubscriber(t, grouped(client))
+	topics, channels := manyTopics(t, sub, steady)
+	handled := newTally()
+	for _, messages := range channels {
+		handled.handle(messages, nil)
+	}
+	base := topic(t)
+	var got atomic.Int64
+	var coming sync.WaitGroup
+	for c := range comers {
+		coming.Go(func() {
+			name := fmt.Sprintf("%s-%d", base, c)
+			for round := range rounds {
+				ctx, cancel := context.WithCancel(context.Background())
+				messages, err := sub.Subscribe(ctx, name)
+				if !assert.NoError(t, err) {
+					cancel()
+					return
+				}
+				payload := fmt.Sprint(round)
+				publish(t, client, name, payload)
+				msg := next(t, messages)
+				assert.Equal(t, payload, string(msg.Payload))
+				msg.Ack()
+				got.Add(1)
+				cancel()
+				for range messages {
+					assert.Fail(t, "a message too many")
+				}
+			}
+		})
+	}
+	for round := range rounds {
+		for _, topic := range topics {
+			publish(t, client, topic, fmt.Sprint(round))
+		}
+	}
+	coming.Wait()
+	require.EqualValues(t, comers*rounds, got.Load())
+	eventually(t, func() bool { return handled.total() == steady*rounds }, "messages are missing")
+	assert.Equal(t, steady*rounds, handled.len())
+	for _, topic := range topics {
+		eventuallySettled(t, client, topic, testGroup)
+	}
+}
+
+// TestSameTopicTwice: subscriptions of one topic on one Subscriber compete in a
+// group, and each get all in fan-out, whatever else the Subscriber reads.
+func TestSameTopicTwice(t *testing.T) {
+	const others, n = 10, 50
+	for _, fanOut := range []bool{false, true} {
+		t.Run(fmt.Sprintf("FanOut=%v", fanOut), func(t *testing.T) {
+			client := newClient(t)
+			config := grouped(client)
+			if fanOut {
+				config = goxstreams.SubscriberConfig{Client: client}
+			}
+			sub := newSubscriber(t, config)
+			manyTopics(t, sub, others)
+			topic := topic(t)
+			var tallies []*tally
+			for range 3 {
+				handled := newTally()
+				handled.handle(subscribe(t, sub, topic), nil)
+				tallies = append(tallies, handled)
+			}
+			for i := range n {
+				publish(t, client, topic, fmt.Sprint(i))
+			}
+			sum := func() (total int) {
+				for _, handled := range tallies {
+					total += handled.total()
+				}
+				return total
+			}
+			want := n
+			if fanOut {
+				want = len(tallies) * n
+			}
+			eventually(t, func() bool { return sum() >= want }, "messages are missing")
+			during(t, 100*time.Millisecond, func() bool { return sum() == want }, "messages too many")
+			if fanOut {
+				for _, handled := range tallies {
+					assert.Equal(t, n, handled.len())
+				}
+			}
+		})
+	}
+}
+
+// TestDeadAmongMany: what a dead consumer has left is taken over in time, also
+// where the list of pending entries is too long, and the consumers are too many,
+// for each of them to go through it.
+func TestDeadAmongMany(t *testing.T) {
+	testserver.RequireReal(t) // claims by idle time
+	const living, consumers = 30_000, 400
+	client, topic := newClient(t), topic(t)
+	ctx := context.Background()
+	createGroup(t, client, topic, testGroup)
+	t.Cleanup(func() { client.Del(ctx, topic) })
+	publish(t, client, topic, "left behind", "left behind too")
+	readAs(t, client, topic, testGroup, "dead", 2)
+	died := time.Now()
+	for range living / 1000 {
+		_, err := client.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+			for range 1000 {
+				pipe.XAdd(ctx, &redis.XAddArgs{Stream: topic, Values: []string{"k", "v"}})
+			}
+			return nil
+		})
+		require.NoError(t, err)
+	}
+	ids := readAs(t, client, topic, testGroup, "living", living)
+	_, err := client.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+		for i := range consumers {
+			pipe.XGroupCreateConsumer(ctx, topic, testGroup, fmt.Sprint("consumer-", i))
+		}
+		return nil
+	})
+	require.NoError(t, err)
+	renewing, stop := context.WithCancel(ctx)
+	var renewals sync.WaitGroup
+	defer renewals.Wait()
+	defer stop()
+	renewals.Go(func() {
+		for renewing.Err() == nil {
+			for part := range slices.Chunk(ids, 1000) {
+				err := client.XClaimJustID(ctx, &redis.XClaimArgs{Stream: topic, Group: testGroup, Consumer: "living", Messages: part}).Err()
+				assert.NoError(t, err)
+			}
+			time.Sleep(minIdle / 10)
+		}
+	})
+	config := claiming(client)
+	config.MaxConcurrency = 2
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	for _, msg := range collect(messages, 2, patience) {
+		assert.EqualValues(t, 2, delivery(t, msg).Count)
+	}
+	// Among 400 consumers also those that are gone are looked for every third of
+	// ClaimMinIdle only.
+	assert.LessOrEqual(t, time.Since(died), claimTime+minIdle/3+slack)
+	t.Logf("after %s", time.Since(died))
+}

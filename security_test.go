@@ -1,0 +1,783 @@
+package goxstreams_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// rights are the ACL rights that each feature needs, as README's table has them:
+// TestRights_README compares the two. The tests here make users of exactly these.
+var rights = []struct {
+	feature string
+	sets    []string // what stands in backquotes in the row, in turn
+}{
+	{"Publisher", []string{"+xadd", "+multi +exec", "+xcfgset"}},
+	{"Subscriber", []string{"+xgroup|create +xreadgroup +xack +xclaim +xpending +xrange +xadd"}},
+	{"dead letters in one step; what a closing consumer released, once", []string{"+eval"}},
+	{"DeadLetterQueue", []string{"+xlen +xrange +xrevrange", "+xdel", "+xdel +xadd +xinfo|groups +eval"}},
+	{"removing consumers' names", []string{"+eval +xinfo|consumers +xgroup|delconsumer"}},
+	{"groups of many consumers with very much pending", []string{"+xgroup|createconsumer +xinfo|consumers"}},
+	{"a Close that waits for nothing, topics that share reads", []string{"+client|id +client|unblock"}},
+	{"a lost group", []string{"+xinfo|groups +xinfo|stream"}},
+	{"DeleteAcked", []string{"+xackdel", "+eval +xdel +xinfo|groups"}},
+	{"fan-out", []string{"+xread", "+xinfo|stream"}},
+}
+
+// rightsOf returns the commands of some of a feature's sets; all without a number.
+func rightsOf(t testing.TB, feature string, sets ...int) []string {
+	t.Helper()
+	for _, r := range rights {
+		if r.feature != feature {
+			continue
+		}
+		var commands []string
+		for i, set := range r.sets {
+			if len(sets) == 0 || slices.Contains(sets, i) {
+				commands = append(commands, strings.Fields(set)...)
+			}
+		}
+		return commands
+	}
+	require.FailNow(t, "no such feature", feature)
+	return nil
+}
+
+// allRights returns the rights of all features, but for commands that the server
+// does not know.
+func allRights(t testing.TB, admin *redis.Client) []string {
+	t.Helper()
+	var all []string
+	for _, r := range rights {
+		all = append(all, rightsOf(t, r.feature)...)
+	}
+	slices.Sort(all)
+	return knownRights(t, admin, slices.Compact(all))
+}
+
+// newCommands are those that not every server has.
+var newCommands = []string{"xackdel", "xcfgset"}
+
+func knownRights(t testing.TB, admin *redis.Client, commands []string) []string {
+	t.Helper()
+	known := slices.Clone(commands)
+	for _, name := range newCommands {
+		if slices.Contains(known, "+"+name) && !knows(t, admin, name) {
+			known = slices.DeleteFunc(known, func(c string) bool { return c == "+"+name })
+		}
+	}
+	return known
+}
+
+func knows(t testing.TB, admin *redis.Client, command string) bool {
+	t.Helper()
+	reply, err := admin.Do(context.Background(), "command", "info", command).Slice()
+	require.NoError(t, err)
+	return len(reply) == 1 && reply[0] != nil
+}
+
+// userOf returns a client of a new user with the rights given, and no others, on
+// the keys that begin with the topic.
+func userOf(t testing.TB, admin *redis.Client, topic string, commands ...string) *redis.Client {
+	t.Helper()
+	rules := append([]string{"resetkeys", "resetchannels", "-@all", "~" + topic + "*"}, knownRights(t, admin, commands)...)
+	return aclUser(t, admin, rules...)
+}
+
+// aclEnv lets the tests' clients be users with the least rights.
+const aclEnv = "GOXSTREAMS_TEST_ACL"
+
+// leastRights returns a client of a user with the rights of all features, on all
+// keys (tests have several topics each).
+func leastRights(t testing.TB, admin *redis.Client) *redis.Client {
+	t.Helper()
+	testserver.RequireReal(t)
+	return aclUser(t, admin, append([]string{"resetchannels", "-@all"}, allRights(t, admin)...)...)
+}
+
+// adminCommands are what tests do to a server, and the library does not: they go
+// past the least rights, over another client. TestRights_AdminCommands holds them
+// apart.
+var adminCommands = []string{
+	"acl", "client kill", "client list", "client pause", "client unpause", "command", "config", "copy", "debug", "del", "dump", "exists", "expire",
+	"flushall", "get", "info", "keys", "lrange", "memory", "object", "persist", "pexpire", "ping", "rename", "restore", "rpush", "set", "sadd", "slowlog", "type", "unlink",
+	"xautoclaim", "xgroup destroy", "xgroup setid", "xinfo", "xnack", "xsetid", "xtrim",
+}
+
+func isAdminCommand(cmd redis.Cmder) bool {
+	name := cmd.Name()
+	if args := cmd.Args(); len(args) > 1 {
+		switch sub := strings.ToLower(fmt.Sprint(args[1])); name {
+		case "client", "xgroup":
+			return slices.Contains(adminCommands, name+" "+sub)
+		case "xinfo":
+			return len(args) > 3 && strings.EqualFold(fmt.Sprint(args[3]), "full")
+		}
+	}
+	return slices.Contains(adminCommands, name)
+}
+
+// divertAdmin is a hook that sends a test's own commands as the administrator, and
+// fails the test when any other is denied: README's table lacks it then.
+func divertAdmin(t testing.TB, admin *redis.Client) redis.Hook {
+	denied := func(cmds ...redis.Cmder) {
+		for _, cmd := range cmds {
+			err := cmd.Err()
+			if err == nil || strings.Contains(err.Error(), "'client|setinfo'") { // go-redis's own, which does without
+				continue
+			}
+			if strings.HasPrefix(err.Error(), "NOPERM") {
+				t.Errorf("%s=1: the user with all rights of README's table was refused: %v", aclEnv, err)
+			}
+		}
+	}
+	return &hook{
+		process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+			if isAdminCommand(cmd) {
+				return admin.Process(ctx, cmd)
+			}
+			err := next()
+			if err != nil && cmd.Err() != nil {
+				denied(cmd)
+			}
+			return err
+		},
+		pipeline: func(ctx context.Context, cmds []redis.Cmder, next func() error) error {
+			if !slices.ContainsFunc(cmds, isAdminCommand) {
+				err := next()
+				denied(cmds...)
+				return err
+			}
+			run := admin.Pipelined
+			if cmds[0].Name() == "multi" { // go-redis has put it there
+				run, cmds = admin.TxPipelined, cmds[1:len(cmds)-1]
+			}
+			_, err := run(ctx, func(pipe redis.Pipeliner) error {
+				for _, cmd := range cmds {
+					_ = pipe.Process(ctx, cmd)
+				}
+				return nil
+			})
+			return err
+		},
+	}
+}
+
+// TestRights_AdminCommands: what the tests do as the administrator is nothing that
+// the library does.
+func TestRights_AdminCommands(t *testing.T) {
+	entries, err := os.ReadDir(".")
+	require.NoError(t, err)
+	for _, e := range entries {
+		if !strings.HasSuffix(e.Name(), ".go") || strings.HasSuffix(e.Name(), "_test.go") {
+			continue
+		}
+		source, err := os.ReadFile(e.Name())
+		require.NoError(t, err)
+		for _, name := range adminCommands {
+			words := strings.Fields(name)
+			quoted := `"` + strings.Join(words, `", "`) + `"`
+			switch name {
+			case "xinfo": // of which the library does not use FULL
+				quoted = `"full"`
+			case "info": // which it asks for an error's text, and does without
+				continue
+			}
+			assert.False(t, strings.Contains(strings.ToLower(string(source)), quoted), "%s in %s", name, e.Name())
+			for _, r := range rights {
+				if len(words) == 1 && name != "xinfo" {
+					assert.NotContains(t, strings.Fields(strings.Join(r.sets, " ")), "+"+name)
+				}
+			}
+		}
+	}
+}
+
+// TestRights_README: the table in README is the one that is tested here.
+func TestRights_README(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	require.NoError(t, err)
+	_, table, ok := strings.Cut(string(readme), "**Rights** (ACL)")
+	require.True(t, ok)
+	backquoted := regexp.MustCompile("`(\\+[^`]*)`")
+	i := 0
+	for line := range strings.Lines(table) {
+		if !strings.HasPrefix(line, "| ") {
+			if i > 0 {
+				break
+			}
+			continue
+		}
+		cells := strings.Split(strings.ReplaceAll(line, `\|`, "\x00"), "|")
+		require.Len(t, cells, 5, line)
+		feature := strings.TrimSpace(cells[1])
+		if feature == "for" {
+			continue
+		}
+		require.Less(t, i, len(rights), "README has more rows: %s", line)
+		var sets []string
+		for _, m := range backquoted.FindAllStringSubmatch(cells[2], -1) {
+			sets = append(sets, strings.ReplaceAll(m[1], "\x00", "|"))
+		}
+		assert.Equal(t, rights[i].feature, feature)
+		assert.Equal(t, rights[i].sets, sets, feature)
+		assert.NotEmpty(t, strings.TrimSpace(cells[3]), "what is without it")
+		i++
+	}
+	assert.Equal(t, len(rights), i, "rows")
+}
+
+// A life is a subscription by a user with few rights, and messages that use each of
+// them: one that is handled, one that comes again, one that dies, one that is broken,
+// and one that a dead consumer holds.
+type life struct {
+	topic       string
+	admin, user *redis.Client
+	log         logRecorder
+	sub         *goxstreams.Subscriber
+	refused     *refusals
+	handled     *tally
+	want        []string // UUIDs of what is to be handled
+	dying       int      // messages that are to be dead letters
+}
+
+// refusals counts a client's commands that the server refused, and all reads: whether
+// one was refused stands in the raw reply.
+type refusals struct {
+	mu    sync.Mutex
+	n     map[string]int
+	reads int
+}
+
+func (r *refusals) hook() redis.Hook {
+	return &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		err := next()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if cmd.Name() == "xreadgroup" {
+			r.reads++
+		}
+		if err != nil && !errors.Is(err, redis.Nil) {
+			r.n[strings.ToLower(fmt.Sprint(cmd.Args()[0]))]++
+		}
+		return err
+	}}
+}
+
+func (r *refusals) total(reads bool) (n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if reads {
+		return r.reads
+	}
+	for _, times := range r.n {
+		n += times
+	}
+	return n
+}
+
+// beginLife subscribes as a user with the rights given, and waits for the first
+// message to be handled.
+func beginLife(t testing.TB, admin *redis.Client, change func(*goxstreams.SubscriberConfig), commands ...string) *life {
+	t.Helper()
+	l := &life{topic: topic(t), admin: admin, log: newLogRecorder(), refused: &refusals{n: make(map[string]int)}, handled: newTally()}
+	l.user = userOf(t, admin, l.topic, commands...)
+	l.user.AddHook(l.refused.hook())
+	config := claiming(l.user)
+	config.BlockTime = 50 * time.Millisecond // 7.0 still serves a read that waits
+	config.Retry = quickRetry()
+	config.Retry.MaxRetries = 1
+	config.MaxConcurrency = 4
+	config.CloseTimeout = patience
+	if change != nil {
+		change(&config)
+	}
+	l.sub = newSubscriberLog(t, config, l.log)
+	messages := subscribe(t, l.sub, l.topic)
+	go func() {
+		for msg := range messages {
+			d, _ := goxstreams.DeliveryFromContext(msg.Context())
+			switch p := string(msg.Payload); {
+			case p == "dies", p == "flaky" && d.Count == 1:
+				msg.Nack()
+			default:
+				l.handled.add(msg)
+				msg.Ack()
+			}
+		}
+	}()
+	l.want = publish(t, admin, l.topic, "first")
+	eventually(t, func() bool { return l.handled.has(l.want) })
+	return l
+}
+
+// goOn publishes what uses the rights.
+func (l *life) goOn(t testing.TB) {
+	t.Helper()
+	uuids := publish(t, l.admin, l.topic, "good", "flaky")
+	l.want = append(l.want, uuids...)
+	publish(t, l.admin, l.topic, "dies")
+	addRaw(t, l.admin, l.topic, "no", "message")
+	l.dying += 2
+}
+
+// leaveBehind is what a dead consumer leaves: to be claimed.
+func (l *life) leaveBehind(t testing.TB) {
+	t.Helper()
+	ctx := context.Background()
+	uuids := publish(t, l.admin, l.topic, "left behind")
+	l.want = append(l.want, uuids...)
+	entries := entriesOf(t, l.admin, l.topic) // none, if it is handled and deleted already
+	for _, e := range entries[max(0, len(entries)-1):] {
+		require.NoError(t, l.admin.Do(ctx, "xclaim", l.topic, testGroup, "dead", 0, e.id, "force", "retrycount", 1, "justid").Err())
+	}
+}
+
+// requireWell requires that nothing is lost and nobody is dead who should not be,
+// and closes the subscription.
+func (l *life) requireWell(t testing.TB) {
+	t.Helper()
+	eventually(t, func() bool { return l.handled.has(l.want) }, "a message is not handled")
+	eventuallySettled(t, l.admin, l.topic, testGroup)
+	eventually(t, func() bool { return stats(t, l.sub).InFlight == 0 })
+	eventually(t, func() bool { return stats(t, l.sub).Err == nil }, "Stats shows an outage that is over")
+	require.NoError(t, l.sub.Close())
+	letters := lettersIn(t, l.admin, goxstreams.DeadLetterTopic(l.topic))
+	kinds := map[goxstreams.DeadKind]int{goxstreams.Exhausted: 0, goxstreams.Broken: 0}
+	for _, d := range letters {
+		kinds[d.Kind]++
+	}
+	assert.Equal(t, map[goxstreams.DeadKind]int{goxstreams.Exhausted: l.dying / 2, goxstreams.Broken: l.dying / 2}, kinds, "dead letters")
+	assert.Equal(t, len(l.want), l.handled.len(), "handled messages")
+}
+
+// TestRights_Sufficient: each feature works for a user with exactly the rights that
+// README names for it, on the topic's keys.
+func TestRights_Sufficient(t *testing.T) {
+	testserver.RequireReal(t)
+	admin := testserver.Client(t)
+	feature := func(name string, test func(t *testing.T)) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t)
+		})
+	}
+	required := rightsOf(t, "Subscriber")
+
+	feature("Publisher", func(t *testing.T) {
+		topic := topic(t)
+		one := newPublisher(t, userOf(t, admin, topic, rightsOf(t, "Publisher", 0)...))
+		require.NoError(t, one.Publish(topic, numbered(1)...))
+		requireRefused(t, one.Publish(topic, numbered(2)...), "NOPERM")
+		several := newPublisher(t, userOf(t, admin, topic, rightsOf(t, "Publisher", 0, 1)...))
+		require.NoError(t, several.Publish(topic, numbered(2)...))
+		require.Len(t, stored(t, admin, topic), 3)
+		requireRefused(t, several.Publish("other"+topic, numbered(1)...), "NOPERM")
+		if knows(t, admin, "xidmprecord") {
+			idempotent := func(sets ...int) *goxstreams.Publisher {
+				return newIdempotent(t, userOf(t, admin, topic, rightsOf(t, "Publisher", sets...)...), goxstreams.Idempotence{})
+			}
+			requireRefused(t, idempotent(0).Publish(topic, numbered(1)...), "Idempotence")
+			twice := numbered(1)
+			for range 2 {
+				require.NoError(t, idempotent(0, 2).Publish(topic, twice...))
+			}
+			require.Len(t, stored(t, admin, topic), 4)
+		}
+	})
+	feature("Subscriber", func(t *testing.T) {
+		l := beginLife(t, admin, nil, required...)
+		l.goOn(t)
+		l.leaveBehind(t)
+		l.requireWell(t)
+		assert.Contains(t, strings.Join(l.log.Infos(), "\n"), "No right to EVAL")
+	})
+	feature("all", func(t *testing.T) { // is nothing refused then?
+		l := beginLife(t, admin, nil, allRights(t, admin)...)
+		l.goOn(t)
+		l.leaveBehind(t)
+		require.NoError(t, admin.XGroupDestroy(t.Context(), l.topic, testGroup).Err())
+		eventually(t, func() bool { return admin.XPending(t.Context(), l.topic, testGroup).Err() == nil }, "the group is not made again")
+		l.want = slices.Concat(l.want, publish(t, admin, l.topic, "after"))
+		eventually(t, func() bool { return l.handled.has(l.want[len(l.want)-1:]) })
+		require.NoError(t, l.sub.Close())
+		l.refused.mu.Lock()
+		defer l.refused.mu.Unlock()
+		for _, line := range l.log.Errors() {
+			assert.NotContains(t, line, "NOPERM")
+		}
+		for _, line := range l.log.Infos() {
+			assert.NotContains(t, line, "No right")
+		}
+	})
+	feature("dead letters in one step", func(t *testing.T) {
+		l := beginLife(t, admin, nil, append(rightsOf(t, "dead letters in one step; what a closing consumer released, once"), required...)...)
+		l.goOn(t)
+		l.requireWell(t)
+		assert.NotContains(t, strings.Join(l.log.Infos(), "\n"), "No right to EVAL")
+	})
+	feature("DeadLetterQueue", func(t *testing.T) {
+		topic := topic(t)
+		letters := lettersOf(t, admin, topic, 3)
+		stream := goxstreams.DeadLetterTopic(topic)
+		look := rightsOf(t, "DeadLetterQueue", 0)
+		q := queueOf(t, userOf(t, admin, topic, look...), stream)
+		n, err := q.Count(t.Context())
+		require.NoError(t, err)
+		require.EqualValues(t, 3, n)
+		for _, err := range q.All(t.Context(), "") {
+			require.NoError(t, err)
+		}
+		for _, do := range []func(context.Context, ...string) (int, error){q.Delete, q.Replay, q.ReplayToAll} {
+			_, err = do(t.Context(), letters[0].ID)
+			require.ErrorContains(t, err, "NOPERM")
+			require.Len(t, entriesOf(t, admin, stream), 3)
+			require.Len(t, entriesOf(t, admin, topic), 1)
+		}
+		q = queueOf(t, userOf(t, admin, topic, append(rightsOf(t, "DeadLetterQueue", 1), look...)...), stream)
+		_, err = q.Delete(t.Context(), letters[0].ID)
+		require.NoError(t, err)
+		replay := append(rightsOf(t, "DeadLetterQueue", 2), look...)
+		for _, some := range [][]string{without(replay, "xdel"), without(without(replay, "xdel"), "eval"), without(replay, "xadd")} {
+			q = queueOf(t, userOf(t, admin, topic, some...), stream)
+			_, err = q.Replay(t.Context(), letters[1].ID)
+			require.Error(t, err)
+			require.NotErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
+			require.Len(t, entriesOf(t, admin, topic), 1, "it is in both streams: %v", err)
+			require.Len(t, entriesOf(t, admin, stream), 2)
+		}
+		q = queueOf(t, userOf(t, admin, topic, replay...), stream)
+		n2, err := q.Replay(t.Context(), letters[1].ID, letters[2].ID)
+		require.NoError(t, err)
+		require.Equal(t, 2, n2)
+	})
+	feature("removing consumers' names", func(t *testing.T) {
+		l := beginLife(t, admin, nil, append(rightsOf(t, "removing consumers' names"), required...)...)
+		l.requireWell(t)
+		require.Empty(t, consumersOf(t, admin, l.topic))
+	})
+	feature("groups of many consumers", func(t *testing.T) {
+		l := beginLife(t, admin, nil, append(rightsOf(t, "groups of many consumers with very much pending"), required...)...)
+		l.leaveBehind(t)
+		l.requireWell(t)
+		require.NotContains(t, strings.Join(l.log.Errors(), "\n"), "NOPERM")
+	})
+	feature("a Close that waits for nothing", func(t *testing.T) {
+		commands := rightsOf(t, "a Close that waits for nothing, topics that share reads")
+		l := beginLife(t, admin, func(c *goxstreams.SubscriberConfig) { c.BlockTime = 10 * patience }, append(commands, required...)...)
+		l.requireWell(t) // it closes, with a read that would wait for minutes
+		assert.NotContains(t, strings.Join(l.log.Infos(), "\n"), "CLIENT UNBLOCK")
+	})
+	feature("a lost group", func(t *testing.T) {
+		l := beginLife(t, admin, nil, append(rightsOf(t, "a lost group"), required...)...)
+		require.NoError(t, admin.Del(t.Context(), l.topic).Err())
+		l.goOn(t) // read from the beginning of what is a new stream
+		l.requireWell(t)
+	})
+	feature("DeleteAcked", func(t *testing.T) {
+		for i := range 2 {
+			if i == 0 && !knows(t, admin, "xackdel") {
+				continue
+			}
+			commands := append(rightsOf(t, "DeleteAcked", i), required...)
+			l := beginLife(t, admin, func(c *goxstreams.SubscriberConfig) { c.DeleteAcked = true }, commands...)
+			l.goOn(t)
+			l.requireWell(t)
+			require.Empty(t, entriesOf(t, admin, l.topic), "%v", commands)
+		}
+	})
+	feature("fan-out", func(t *testing.T) {
+		for i, start := range []string{"0", "$"} {
+			topic := topic(t)
+			commands := rightsOf(t, "fan-out", 0)
+			if i == 1 {
+				commands = rightsOf(t, "fan-out")
+			}
+			sub := newSubscriber(t, goxstreams.SubscriberConfig{Client: userOf(t, admin, topic, commands...), StartID: start})
+			messages := subscribe(t, sub, topic)
+			want := publish(t, admin, topic, "x")
+			msg := next(t, messages)
+			require.Equal(t, want[0], msg.UUID)
+			msg.Ack()
+		}
+	})
+}
+
+// without returns the rights but for one.
+func without(commands []string, command string) []string {
+	return slices.DeleteFunc(slices.Clone(commands), func(c string) bool { return c == "+"+command })
+}
+
+// TestRights_Without: each right that is missing from the beginning has the effect
+// that README names, and none of them loses a message.
+func TestRights_Without(t *testing.T) {
+	testserver.RequireReal(t)
+	admin := testserver.Client(t)
+	all := allRights(t, admin)
+	// What is degraded is said, or seen.
+	said := map[string]string{
+		"eval":           "No right to EVAL",
+		"client|id":      "CLIENT UNBLOCK",
+		"client|unblock": "CLIENT UNBLOCK",
+	}
+	for _, command := range []string{
+		"eval", "xinfo|consumers", "xgroup|delconsumer", "xgroup|createconsumer", "client|id", "client|unblock", "xinfo|groups", "xinfo|stream",
+		"xdel", "xlen", "xrevrange", "xread", "multi", "exec",
+	} {
+		t.Run("goes on/"+command, func(t *testing.T) {
+			t.Parallel()
+			l := beginLife(t, admin, nil, without(all, command)...)
+			l.goOn(t)
+			l.leaveBehind(t)
+			l.requireWell(t)
+			if text := said[command]; text != "" {
+				n := 0
+				for _, line := range l.log.Infos() {
+					if strings.Contains(line, text) {
+						n++
+					}
+				}
+				assert.Equal(t, 1, n, "it is to be said once: %v", l.log.Infos())
+			}
+			names := consumersOf(t, admin, l.topic)
+			switch command {
+			case "eval", "xinfo|consumers", "xgroup|delconsumer":
+				assert.NotEmpty(t, names, "names stay in the group")
+			default:
+				assert.Subset(t, []string{"dead", "released"}, names)
+			}
+		})
+	}
+	t.Run("error at start", func(t *testing.T) {
+		refused := func(t *testing.T, command string, change func(*goxstreams.SubscriberConfig)) {
+			topic := topic(t)
+			config := grouped(userOf(t, admin, topic, without(all, command)...))
+			change(&config)
+			_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
+			require.ErrorContains(t, err, "NOPERM")
+			require.ErrorContains(t, err, topic)
+		}
+		refused(t, "xgroup|create", func(*goxstreams.SubscriberConfig) {})
+		refused(t, "xinfo|stream", func(c *goxstreams.SubscriberConfig) { c.ConsumerGroup = "" })
+	})
+	t.Run("several groups without XACKDEL", func(t *testing.T) {
+		topic := topic(t)
+		createGroup(t, admin, topic, "another")
+		config := grouped(userOf(t, admin, topic, without(all, "xackdel")...))
+		config.DeleteAcked = true
+		_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
+		require.ErrorIs(t, err, goxstreams.ErrUnsupported)
+	})
+}
+
+// TestRights_TakenAway: a right that is needed is taken away in mid-run, or was
+// never there. It is logged once, Stats shows it, and when it is there again all
+// goes on: nothing is lost, nothing dies that should not, no dead letter is stored
+// twice.
+func TestRights_TakenAway(t *testing.T) {
+	testserver.RequireReal(t)
+	admin := testserver.Client(t)
+	all := allRights(t, admin)
+	rules := func(deny ...string) func(t *testing.T, l *life) {
+		return func(t *testing.T, l *life) { setUser(t, admin, l.user.Options().Username, deny...) }
+	}
+	kill := func(t *testing.T, l *life) {
+		require.NoError(t, admin.ClientKillByFilter(t.Context(), "USER", l.user.Options().Username).Err())
+	}
+	for _, tt := range []struct {
+		name       string
+		take, give func(t *testing.T, l *life)
+		err        string
+	}{
+		{"DeleteAcked, xackdel", rules("-xackdel"), rules("+xackdel"), "XACKDEL"},
+		{"DeleteAcked by script, xdel", rules("-xdel"), rules("+xdel"), "XDEL"},
+		{"DeleteAcked by script, xack", rules("-xack"), rules("+xack"), "XACK"},
+		{"xreadgroup", rules("-xreadgroup"), rules("+xreadgroup"), "'xreadgroup'"},
+		{"xack", rules("-xack"), rules("+xack"), "'xack'"},
+		{"xclaim", rules("-xclaim"), rules("+xclaim"), "'xclaim'"},
+		{"xpending", rules("-xpending"), rules("+xpending"), "'xpending'"},
+		{"xrange", rules("-xrange"), rules("+xrange"), "'xrange'"},
+		{"xadd", rules("-xadd"), rules("+xadd"), "dead-letter: moving"},
+		{"xadd and eval", rules("-xadd", "-eval"), rules("+xadd", "+eval"), "'xadd'"},
+		{"xack and eval", rules("-xack", "-eval"), rules("+xack", "+eval"), "'xack'"},
+		{"xgroup|create", func(t *testing.T, l *life) {
+			rules("-xgroup|create")(t, l)
+			require.NoError(t, admin.Del(t.Context(), l.topic).Err())
+		}, rules("+xgroup|create"), "NOGROUP"},
+		{"keys", rules("resetkeys", "~other"), func(t *testing.T, l *life) { rules("resetkeys", "~"+l.topic+"*")(t, l) }, "NOPERM"},
+		{"dead-letter stream", func(t *testing.T, l *life) { rules("resetkeys", "~"+l.topic)(t, l) },
+			func(t *testing.T, l *life) { rules("resetkeys", "~"+l.topic+"*")(t, l) }, "NOPERM"},
+		{"password", func(t *testing.T, l *life) {
+			rules("resetpass", ">another")(t, l)
+			kill(t, l)
+		}, func(t *testing.T, l *life) { rules(">"+l.user.Options().Password)(t, l) }, "WRONGPASS"},
+		{"user disabled", func(t *testing.T, l *life) {
+			rules("off")(t, l)
+			kill(t, l)
+		}, rules("on"), "WRONGPASS"},
+		{"all", rules("-@all"), rules(all...), "NOPERM"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			commands := all
+			var change func(*goxstreams.SubscriberConfig)
+			if strings.HasPrefix(tt.name, "DeleteAcked") {
+				change = func(c *goxstreams.SubscriberConfig) { c.DeleteAcked = true }
+				if strings.Contains(tt.name, "script") {
+					commands = without(all, "xackdel")
+				} else if !knows(t, admin, "xackdel") {
+					t.Skip("the server has no XACKDEL")
+				}
+			}
+			l := beginLife(t, admin, change, commands...)
+			tt.take(t, l)
+			l.goOn(t)
+			l.leaveBehindIfGroup(t)
+			shows := func() bool {
+				err := stats(t, l.sub).Err
+				return err != nil && strings.Contains(strings.ToLower(err.Error()), strings.ToLower(tt.err))
+			}
+			eventually(t, shows, "Stats does not show it: %v", func() any { return stats(t, l.sub).Err }())
+			assert.WithinDuration(t, time.Now(), stats(t, l.sub).Since, patience)
+			reads := tt.name == "xreadgroup"
+			before := l.refused.total(reads)
+			eventually(t, func() bool { return l.refused.total(reads) >= before+5 }, "it does not try again")
+			assert.True(t, shows())
+			began, ended := outageLogged(l.log)
+			assert.Equal(t, 1, began, "logged: %v", l.log.Errors())
+			assert.Zero(t, ended)
+			assert.LessOrEqual(t, len(l.log.Errors()), 4, "a flood: %v", l.log.Errors()) // also the broken entry, the lost group
+			tt.give(t, l)
+			l.requireWell(t)
+			began, ended = outageLogged(l.log)
+			assert.Equal(t, 1, began, "logged: %v", l.log.Errors())
+			assert.Equal(t, 1, ended, "logged: %v", l.log.Infos())
+			if change != nil {
+				assert.Empty(t, entriesOf(t, admin, l.topic), "acked entries stay")
+			}
+		})
+	}
+}
+
+// leaveBehindIfGroup is leaveBehind while there is a group.
+func (l *life) leaveBehindIfGroup(t testing.TB) {
+	t.Helper()
+	if l.admin.XPending(context.Background(), l.topic, testGroup).Err() == nil {
+		l.leaveBehind(t)
+	}
+}
+
+// TestRights_PasswordSet: a server that asked for no password does from now on.
+func TestRights_PasswordSet(t *testing.T) {
+	t.Parallel()
+	server := testserver.Private(t)
+	admin, topic, log := server.Client(), topic(t), newLogRecorder()
+	sub := newSubscriberLog(t, claiming(server.Client()), log)
+	handled := newTally()
+	handled.handle(subscribe(t, sub, topic), nil)
+	want := publish(t, admin, topic, "before")
+	eventually(t, func() bool { return handled.has(want) })
+	require.NoError(t, admin.Do(t.Context(), "acl", "setuser", "boss", "on", ">boss", "~*", "&*", "+@all").Err())
+	boss := redis.NewClient(&redis.Options{Addr: server.Addr(), Username: "boss", Password: "boss"})
+	t.Cleanup(func() { _ = boss.Close() })
+	require.NoError(t, boss.ConfigSet(t.Context(), "requirepass", "secret").Err())
+	require.NoError(t, boss.ClientKillByFilter(t.Context(), "USER", "default").Err())
+	want = append(want, publish(t, boss, topic, "meanwhile")...)
+	eventually(t, func() bool { err := stats(t, sub).Err; return err != nil && strings.Contains(err.Error(), "NOAUTH") })
+	began, _ := outageLogged(log)
+	assert.Equal(t, 1, began, "logged: %v", log.Errors())
+	require.NoError(t, boss.ConfigSet(t.Context(), "requirepass", "").Err())
+	eventually(t, func() bool { return handled.has(want) })
+	eventually(t, func() bool { return stats(t, sub).Err == nil })
+}
+
+// TestRights_PipelineRefused: the server refuses the connection that a pipeline was
+// to be sent on, since the password was changed. go-redis returns that answer, and
+// leaves the pipeline's commands without an error: concurrent calls of Publish were
+// told that their messages are stored, and so were acks.
+func TestRights_PipelineRefused(t *testing.T) {
+	testserver.RequireReal(t)
+	admin, topic := testserver.Client(t), topic(t)
+	client := userOf(t, admin, topic, allRights(t, admin)...)
+	letters := lettersOf(t, admin, topic, 2)
+	var shared atomic.Bool
+	client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if cmd.Name() == "xadd" {
+			time.Sleep(time.Millisecond) // so that others come meanwhile, in some round
+		}
+		return next()
+	}, pipeline: func(_ context.Context, cmds []redis.Cmder, next func() error) error {
+		if len(cmds) > 1 && cmds[0].Name() == "xadd" {
+			shared.Store(true)
+		}
+		return next()
+	}})
+	pub := newPublisher(t, client)
+	setUser(t, admin, client.Options().Username, "resetpass", ">another")
+	before := len(entriesOf(t, admin, topic))
+	eventually(t, func() bool {
+		errs := make([]error, 8)
+		var calls sync.WaitGroup
+		for i := range errs {
+			calls.Go(func() { errs[i] = pub.Publish(topic, numbered(1)...) })
+		}
+		calls.Wait()
+		for _, err := range errs {
+			requireRefused(t, err, "WRONGPASS")
+		}
+		return shared.Load()
+	}, "no calls shared a pipeline")
+	requireRefused(t, pub.Publish(topic, numbered(3)...), "WRONGPASS")
+	require.Len(t, entriesOf(t, admin, topic), before)
+	q := queueOf(t, client, goxstreams.DeadLetterTopic(topic))
+	for _, do := range []func(context.Context, ...string) (int, error){q.Delete, q.Replay, q.ReplayToAll} {
+		n, err := do(t.Context(), idsOf(letters)...)
+		require.ErrorContains(t, err, "WRONGPASS")
+		require.Zero(t, n)
+	}
+}
+
+// TestRights_ClusterWithoutMULTI: in a Cluster the right to MULTI was not asked for:
+// the messages ran one by one, all were stored, and Publish returned an error that
+// says that none is.
+func TestRights_ClusterWithoutMULTI(t *testing.T) {
+	t.Parallel()
+	server := testserver.Cluster(t)
+	admin := server.Client()
+	name := watermill.NewShortUUID()
+	setUser := func(rules ...any) {
+		t.Helper()
+		require.NoError(t, admin.ForEachMaster(t.Context(), func(ctx context.Context, node *redis.Client) error {
+			return node.Do(ctx, append([]any{"acl", "setuser", name}, rules...)...).Err()
+		}))
+	}
+	setUser("on", ">"+name, "~*", "+@all", "-multi")
+	client := server.Client(func(o *redis.ClusterOptions) { o.Username, o.Password = name, name })
+	pub, topic := newPublisher(t, client), topic(t)
+	requireRefused(t, pub.Publish(topic, numbered(3)...), "'multi'")
+	require.Empty(t, stored(t, admin, topic))
+	require.NoError(t, pub.Publish(topic, numbered(1)...))
+	setUser("+multi")
+	require.NoError(t, pub.Publish(topic, numbered(3)...))
+	setUser("-multi") // in mid-run: it cannot be known before
+	require.ErrorIs(t, pub.Publish(topic, numbered(3)...), goxstreams.ErrOutcomeUnknown)
+	before := len(stored(t, admin, topic))
+	requireRefused(t, pub.Publish(topic, numbered(3)...), "'multi'")
+	require.Len(t, stored(t, admin, topic), before)
+}
