@@ -1200,7 +1200,6 @@ func TestRetry_Copies(t *testing.T) {
 // delivery, is another message: its death is not that of the first.
 func TestRetry_SentOnInTheSameProcess(t *testing.T) {
 	client, topic := newClient(t), topic(t)
-	publish(t, client, topic, "x")
 	inProcess := gochannel.NewGoChannel(gochannel.Config{PreserveContext: true}, watermill.NopLogger{})
 	t.Cleanup(func() { _ = inProcess.Close() })
 	router := plainRouter(t)
@@ -1228,6 +1227,7 @@ func TestRetry_SentOnInTheSameProcess(t *testing.T) {
 		return nil
 	})
 	goRouter(t, router)
+	publish(t, client, topic, "x") // only now: a GoChannel forgets what nobody has subscribed to yet
 	eventually(t, func() bool { return stats(t, sub).Acked == 1 })
 	eventuallySettled(t, client, topic, testGroup)
 	require.Equal(t, 2, theirs.len())
