@@ -152,7 +152,7 @@ func (c *claimer) tick(ctx context.Context) error {
 	case err == nil:
 		s.sawGroup(info.lastDelivered)
 	case denied(err): // then without what it tells
-		if info.pending, err = s.stream.pendingCount(ctx); err != nil {
+		if info.pending, _, err = s.stream.pendingSummary(ctx); err != nil {
 			return err
 		}
 	default:

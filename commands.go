@@ -90,6 +90,7 @@ type groupInfo struct {
 	lastDelivered string
 	pending       int64
 	consumers     int64
+	lag           int64 // -1 if the server cannot tell
 }
 
 // stream is a topic as one consumer of one group sees it.
@@ -423,18 +424,20 @@ func (s *stream) pending(ctx context.Context, idle time.Duration, start, end str
 	return out, nil
 }
 
-// pendingCount returns how many entries of the group are pending.
-func (s *stream) pendingCount(ctx context.Context) (int64, error) {
+// pendingSummary returns how many entries of the group are pending, and the
+// first of their IDs.
+func (s *stream) pendingSummary(ctx context.Context) (count int64, first string, err error) {
 	v, err := s.ask(ctx, "xpending", s.key, s.group)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
-	if cols, ok := v.([]any); ok && len(cols) > 0 {
+	if cols, ok := v.([]any); ok && len(cols) > 1 {
 		if n, ok := cols[0].(int64); ok {
-			return n, nil
+			first, _ = cols[1].(string) // nil if there is none
+			return n, first, nil
 		}
 	}
-	return 0, fmt.Errorf("goxstreams: XPENDING: unexpected reply %v", v)
+	return 0, "", fmt.Errorf("goxstreams: XPENDING: unexpected reply %v", v)
 }
 
 // look returns the entry as the stream holds it, and its row among the pending
@@ -482,6 +485,10 @@ func (s *stream) groupInfo(ctx context.Context) (groupInfo, error) {
 		info.lastDelivered, _ = lookup(g, "last-delivered-id").(string)
 		info.pending, _ = lookup(g, "pending").(int64)
 		info.consumers, _ = lookup(g, "consumers").(int64)
+		lag, known := lookup(g, "lag").(int64)
+		if info.lag = lag; !known {
+			info.lag = -1
+		}
 		return info, nil
 	}
 	return groupInfo{}, errNoGroup

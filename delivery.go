@@ -273,6 +273,9 @@ func (s *subscription) deliver(h *held, msg *message.Message, body any) (again b
 			return false
 		}
 	}
+	if h.count > 1 {
+		s.stats.retried.Add(1)
+	}
 	if !s.fanOut() && !s.cfg.NoAck {
 		h.fields = nil
 	}

@@ -32,6 +32,7 @@ var rights = []struct {
 	{"Subscriber", []string{"+xgroup|create +xreadgroup +xack +xclaim +xpending +xrange +xadd"}},
 	{"dead letters in one step; what a closing consumer released, once", []string{"+eval"}},
 	{"DeadLetterQueue", []string{"+xlen +xrange +xrevrange", "+xdel", "+xdel +xadd +xinfo|groups +eval"}},
+	{"TopicStats", []string{"+xlen +xinfo|groups +xpending"}},
 	{"removing consumers' names", []string{"+eval +xinfo|consumers +xgroup|delconsumer"}},
 	{"groups of many consumers with very much pending", []string{"+xgroup|createconsumer +xinfo|consumers"}},
 	{"a Close that waits for nothing, topics that share reads", []string{"+client|id +client|unblock"}},
@@ -399,6 +400,18 @@ func TestRights_Sufficient(t *testing.T) {
 				require.NoError(t, idempotent(0, 2).Publish(topic, twice...))
 			}
 			require.Len(t, stored(t, admin, topic), 4)
+		}
+	})
+	feature("TopicStats", func(t *testing.T) {
+		topic := topic(t)
+		require.NoError(t, admin.XGroupCreateMkStream(t.Context(), topic, testGroup, "0").Err())
+		got, err := newSubscriber(t, grouped(userOf(t, admin, topic, rightsOf(t, "TopicStats")...))).TopicStats(t.Context(), topic)
+		require.NoError(t, err)
+		require.Equal(t, int64(0), got.Lag)
+		for _, command := range rightsOf(t, "TopicStats") {
+			user := userOf(t, admin, topic, without(rightsOf(t, "TopicStats"), strings.TrimPrefix(command, "+"))...)
+			_, err := newSubscriber(t, grouped(user)).TopicStats(t.Context(), topic)
+			requireRefused(t, err, "NOPERM")
 		}
 	})
 	feature("Subscriber", func(t *testing.T) {

@@ -472,38 +472,6 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 	return nil
 }
 
-// SubscriptionStats is what one subscription is doing, and has done.
-type SubscriptionStats struct {
-	Topic string
-
-	InFlight int // pending and held here: prefetched, handed out, or waiting for a retry
-	Waiting  int // of these, waiting for a retry
-
-	Delivered int64 // messages handed out, retries included
-	Acked     int64
-	Nacked    int64
-	Claimed   int64 // taken over from other consumers, or from what they released
-	Released  int64 // given back when closing
-	Broken    int64 // deliveries of entries that could not be unmarshaled
-	Dead      int64 // moved to the dead-letter stream (in fan-out: dropped)
-	Lost      int64 // trimmed or deleted while pending
-
-	Err   error     // the outage under way; nil if there is none
-	Since time.Time // its beginning
-}
-
-// Stats returns the state of each open subscription, for metrics and readiness
-// probes. It makes no call to Redis.
-func (s *Subscriber) Stats() []SubscriptionStats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	stats := make([]SubscriptionStats, 0, len(s.subs))
-	for sub := range s.subs {
-		stats = append(stats, sub.snapshot())
-	}
-	return stats
-}
-
 // Close closes all subscriptions, as the end of their contexts does, and
 // returns when their channels are closed: after CloseTimeout at most, and a
 // command's timeout if Redis does not answer. It does not close the client. It

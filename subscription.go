@@ -277,20 +277,3 @@ func (s *subscription) waitCalls() {
 func (s *subscription) entryFields(h *held) watermill.LogFields {
 	return s.logFields.Add(watermill.LogFields{"xid": h.id, "deliveries": h.count})
 }
-
-// counters are the sums of SubscriptionStats.
-type counters struct {
-	delivered, acked, nacked, claimed, released, broken, dead, lost atomic.Int64
-}
-
-func (s *subscription) snapshot() SubscriptionStats {
-	st := SubscriptionStats{
-		Topic:     s.topic,
-		Delivered: s.stats.delivered.Load(), Acked: s.stats.acked.Load(), Nacked: s.stats.nacked.Load(),
-		Claimed: s.stats.claimed.Load(), Released: s.stats.released.Load(), Broken: s.stats.broken.Load(),
-		Dead: s.stats.dead.Load(), Lost: s.stats.lost.Load(),
-	}
-	st.InFlight, st.Waiting = s.leases.counts()
-	st.Since, st.Err = s.health.outage()
-	return st
-}

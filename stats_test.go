@@ -1,0 +1,96 @@
+package goxstreams_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+)
+
+func TestTopicStats(t *testing.T) {
+	testserver.RequireReal(t) // miniredis does not tell the lag
+	client, topic := newClient(t), topic(t)
+	ctx := context.Background()
+	published := time.Now().Add(-time.Hour)
+	for i := range 6 {
+		id := fmt.Sprintf("%d-%d", published.UnixMilli(), i)
+		require.NoError(t, client.XAdd(ctx, &redis.XAddArgs{Stream: topic, ID: id, Values: []any{"a", "b"}}).Err())
+	}
+	require.NoError(t, client.XGroupCreate(ctx, topic, testGroup, "0").Err())
+	read, err := client.XReadGroup(ctx, &redis.XReadGroupArgs{Group: testGroup, Consumer: "c", Streams: []string{topic, ">"}, Count: 3}).Result()
+	require.NoError(t, err)
+	require.NoError(t, client.XAck(ctx, topic, testGroup, read[0].Messages[0].ID).Err())
+	letters := goxstreams.DeadLetterTopic(topic)
+	for range 4 {
+		require.NoError(t, client.XAdd(ctx, &redis.XAddArgs{Stream: letters, Values: []any{"a", "b"}}).Err())
+	}
+
+	sub := newSubscriber(t, grouped(client))
+	got, err := sub.TopicStats(ctx, topic)
+	require.NoError(t, err)
+	require.GreaterOrEqual(t, got.OldestPending, time.Hour)
+	require.Less(t, got.OldestPending, time.Since(published)+time.Second)
+	want := goxstreams.TopicStats{
+		Topic: topic, Group: testGroup, Length: 6, Lag: 3, Pending: 2, OldestPending: got.OldestPending,
+		Consumers: 1, DeadLetterTopic: letters, DeadLetters: 4,
+	}
+	require.Equal(t, want, got)
+
+	t.Run("FanOut", func(t *testing.T) {
+		fanOut := newSubscriber(t, goxstreams.SubscriberConfig{Client: client})
+		got, err := fanOut.TopicStats(ctx, topic)
+		require.NoError(t, err)
+		require.Equal(t, goxstreams.TopicStats{Topic: topic, Length: 6}, got)
+	})
+	t.Run("NothingPending", func(t *testing.T) {
+		require.NoError(t, client.XAck(ctx, topic, testGroup, read[0].Messages[1].ID, read[0].Messages[2].ID).Err())
+		got, err := sub.TopicStats(ctx, topic)
+		require.NoError(t, err)
+		want.Pending, want.OldestPending = 0, 0
+		require.Equal(t, want, got)
+	})
+	t.Run("LagUnknown", func(t *testing.T) {
+		require.NoError(t, client.XDel(ctx, topic, fmt.Sprintf("%d-4", published.UnixMilli())).Err())
+		got, err := sub.TopicStats(ctx, topic)
+		require.NoError(t, err)
+		require.Equal(t, int64(-1), got.Lag)
+	})
+	t.Run("Errors", func(t *testing.T) {
+		_, err := sub.TopicStats(ctx, "")
+		require.ErrorContains(t, err, "the topic is empty")
+		for _, other := range []string{topic + "2", letters} { // no stream; no group
+			_, err = sub.TopicStats(ctx, other)
+			require.ErrorContains(t, err, other)
+			require.ErrorContains(t, err, "NOGROUP")
+		}
+		gone, cancel := context.WithCancel(ctx)
+		cancel()
+		_, err = sub.TopicStats(gone, topic)
+		require.ErrorIs(t, err, context.Canceled)
+	})
+}
+
+func TestStats_Retried(t *testing.T) {
+	client, topic := newClient(t), topic(t)
+	publish(t, client, topic, "x", "y")
+	config := grouped(client)
+	config.Retry = quickRetry()
+	sub := newSubscriber(t, config)
+	var seen attempts
+	plainly(t, sub, topic, func(msg *message.Message) error {
+		if seen.add(msg) <= 2 {
+			return errFails
+		}
+		return nil
+	})
+	eventually(t, func() bool { return stats(t, sub).Acked == 2 })
+	got := stats(t, sub)
+	require.Equal(t, int64(4), got.Delivered)
+	require.Equal(t, int64(2), got.Retried)
+}
