@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,14 +12,16 @@ import (
 	"sync"
 	"time"
 
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
 )
 
 // The deployments by their names.
 const (
-	single   = "single"
-	sentinel = "sentinel"
-	cluster  = "cluster"
+	single    = "single"
+	container = "container"
+	sentinel  = "sentinel"
+	cluster   = "cluster"
 )
 
 const (
@@ -38,8 +41,11 @@ type Bench struct {
 	network    *Network
 	consumers  []*Place
 	producers  []*Place
+	publisher  *goxstreams.Publisher // for what faults publish
 	began      time.Duration
 
+	servers  sync.Mutex // held by a fault for which the servers must be well
+	moving   sync.Mutex // held while keys move from server to server: that connection must not be cut
 	printing sync.Mutex
 }
 
@@ -61,7 +67,10 @@ func newBench(ctx context.Context, settings Settings, dir string, out io.Writer)
 	b := &Bench{settings: settings, dir: dir, out: out, journal: journal, network: newNetwork()}
 	starting, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	b.deployment, err = startDeployment(starting, settings.Deployment, filepath.Join(dir, "servers"))
+	b.deployment, err = startDeployment(starting, settings, filepath.Join(dir, "servers"))
+	if err == nil {
+		b.publisher, err = newPublisher(settings, b.deployment.Client(), nil)
+	}
 	if err == nil {
 		err = b.place()
 	}
@@ -71,18 +80,27 @@ func newBench(ctx context.Context, settings Settings, dir string, out io.Writer)
 	return b, nil
 }
 
-func startDeployment(ctx context.Context, name, dir string) (deploy.Deployment, error) {
+func startDeployment(ctx context.Context, settings Settings, dir string) (deploy.Deployment, error) {
 	config := deploy.Config{AOF: deploy.Always, Dir: dir}
-	switch name {
+	if settings.Idempotence {
+		// As the docs of Idempotence say, for streams that are deleted and made again by a subscriber.
+		config.Args = []string{"--stream-idmp-duration", "600", "--stream-idmp-maxsize", "10000"}
+	}
+	switch settings.Deployment {
 	case single:
 		return orNone(deploy.Single(ctx, config))
+	case container:
+		config.Image = cmp.Or(os.Getenv("GOXSTREAMS_TEST_IMAGE"), defaultImage)
+		return orNone(deploy.Container(ctx, config))
 	case sentinel:
 		return orNone(deploy.Sentinel(ctx, config))
 	case cluster:
 		return orNone(deploy.Cluster(ctx, config))
 	}
-	return nil, fmt.Errorf("-deployment is %q; it must be %s, %s or %s", name, single, sentinel, cluster)
+	return nil, fmt.Errorf("-deployment is %q; it must be %s, %s, %s or %s", settings.Deployment, single, container, sentinel, cluster)
 }
+
+const defaultImage = "goxstreams-test/redis:8.6"
 
 // orNone keeps a nil pointer from becoming a Deployment.
 func orNone[D deploy.Deployment](d D, err error) (deploy.Deployment, error) {
@@ -170,13 +188,8 @@ func (b *Bench) run(ctx context.Context, strikes []Strike) (Outcome, error) {
 	if b.settings.SampleEvery > 0 {
 		measurer.Go(func() { b.measure(measuring) })
 	}
-	for _, strike := range strikes {
-		if err := wait(ctx, b.began+strike.Offset-monotonic()); err != nil {
-			return Outcome{}, err
-		}
-		if err := b.strike(ctx, strike); err != nil {
-			return Outcome{}, fmt.Errorf("%s: %w", strike.Fault.Name, err)
-		}
+	if err := b.strikeAll(ctx, strikes); err != nil {
+		return Outcome{}, err
 	}
 	if err := wait(ctx, b.began+b.settings.For-monotonic()); err != nil {
 		return Outcome{}, err
@@ -216,11 +229,37 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// strikeAll works off all lanes at once. The first error ends them all.
+func (b *Bench) strikeAll(ctx context.Context, strikes []Strike) error {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var lanes sync.WaitGroup
+	for lane := range b.settings.Overlap {
+		lanes.Go(func() {
+			for _, s := range strikes {
+				if s.Lane != lane {
+					continue
+				}
+				err := wait(ctx, b.began+s.Offset-monotonic())
+				if err == nil {
+					err = b.strike(ctx, s)
+				}
+				if err != nil {
+					fail(fmt.Errorf("%s: %w", s.Fault.Name, err))
+					return
+				}
+			}
+		})
+	}
+	lanes.Wait()
+	return context.Cause(ctx)
+}
+
 // strike injects the fault, holds it and heals it.
 func (b *Bench) strike(ctx context.Context, s Strike) error {
-	// Who died by himself is a violation, and is replaced like who was killed.
-	if err := b.startPlaces(append(b.consumers, b.producers...)); err != nil {
-		return err
+	if s.Fault.servers {
+		b.servers.Lock()
+		defer b.servers.Unlock()
 	}
 	injecting, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()

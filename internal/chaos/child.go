@@ -33,6 +33,8 @@ type Place struct {
 	process  *os.Process
 	gone     chan struct{} // closed when the process has ended and that is logged
 	expected bool          // its end is our doing
+	revival  *time.Timer   // the start of a process in the place of one that ended by itself
+	err      error         // of that start
 }
 
 func newPlace(role Role, journal *Journal) *Place { return &Place{role: role, journal: journal} }
@@ -43,6 +45,10 @@ func (p *Place) name() string { return p.role.Process }
 func (p *Place) start() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.startLocked()
+}
+
+func (p *Place) startLocked() error {
 	if p.runningLocked() {
 		return nil
 	}
@@ -71,9 +77,22 @@ func (p *Place) reap(event Event, wait <-chan error, gone chan struct{}) {
 	}
 	if !p.expected {
 		event.Kind = Died
+		p.revival = time.AfterFunc(revivalDelay, p.revive)
 	}
 	p.journal.write(event)
 	close(gone)
+}
+
+// revivalDelay is what a supervisor takes to notice that a process is gone.
+const revivalDelay = 200 * time.Millisecond
+
+// revive starts a process in the place of one that ended by itself, unless it is the end of the place.
+func (p *Place) revive() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.revival != nil {
+		p.err = errors.Join(p.err, p.startLocked())
+	}
 }
 
 // spawn starts the process on a thread that stays until the process has ended: the death that kills it too (Pdeathsig) is that
@@ -125,8 +144,11 @@ func (p *Place) runningLocked() bool {
 func (p *Place) signal(sig syscall.Signal, kind Kind, ends bool) (gone <-chan struct{}, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if ends {
+		p.revival = nil
+	}
 	if !p.runningLocked() {
-		return p.gone, nil
+		return p.gone, p.err
 	}
 	p.expected = p.expected || ends
 	if kind != "" {

@@ -268,8 +268,8 @@ func usedMemory(ctx context.Context, client *redis.Client) (string, error) {
 func partition(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
 	process := []string{b.consumer(strike).name()}
 	effect(Effect{Target: process, Isolates: process, Breaks: true})
-	heal := func(context.Context) error { return b.network.cure(process) }
-	return heal, b.network.poison(process, nothing("upstream"), nothing("downstream"))
+	heal := func(context.Context) error { return b.network.cure(strike, process) }
+	return heal, b.network.poison(strike, process, nothing("upstream"), nothing("downstream"))
 }
 
 func nothing(direction string) toxic {
@@ -280,8 +280,8 @@ func nothing(direction string) toxic {
 func slowDown(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
 	process := []string{b.consumer(strike).name()}
 	effect(Effect{Target: process, Isolates: process, Breaks: true})
-	heal := func(context.Context) error { return b.network.cure(process) }
-	return heal, b.network.poison(process,
+	heal := func(context.Context) error { return b.network.cure(strike, process) }
+	return heal, b.network.poison(strike, process,
 		toxic{Name: "crawl", Type: "bandwidth", Stream: "downstream", Toxicity: 1, Attributes: map[string]any{"rate": 1}},
 		toxic{Name: "delay", Type: "latency", Stream: "upstream", Toxicity: 1, Attributes: map[string]any{"latency": 300, "jitter": 200}})
 }
@@ -290,11 +290,11 @@ const cutRate = 0.1
 
 // cutReplies closes the connections of all processes, at one reply of ten.
 func cutReplies(place string) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(_ context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
 		processes := append(names(b.consumers), names(b.producers)...)
 		effect(Effect{Breaks: true})
-		heal := func(context.Context) error { return b.network.cure(processes) }
-		return heal, b.network.poison(processes, toxic{
+		heal := func(context.Context) error { return b.network.cure(strike, processes) }
+		return heal, b.network.poison(strike, processes, toxic{
 			Name: "cut", Type: cutType, Stream: "downstream", Toxicity: 1, Attributes: map[string]any{"place": place, "rate": cutRate},
 		})
 	}

@@ -28,6 +28,7 @@ const (
 	Nacked  Kind = "nacked" // the handler returns an error
 	Lost    Kind = "lost"   // the handler gave up because of ErrLeaseLost
 	Closed  Kind = "closed" // the handler gave up because the subscription closes
+	Crashed Kind = "crashed" // the handler ends its process
 	Dead    Kind = "dead"   // OnDead was called
 
 	// Of any process of ours.

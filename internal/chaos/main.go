@@ -33,16 +33,20 @@ func command(ctx context.Context, args []string, out io.Writer) (passed bool, er
 	flags := flag.NewFlagSet("chaos", flag.ExitOnError)
 	flags.Uint64Var(&settings.Seed, "seed", settings.Seed, "the faults' `seed`: the same one makes the same faults at the same times")
 	flags.DurationVar(&settings.For, "for", settings.For, "how long there is load")
-	flags.StringVar(&settings.Deployment, "deployment", settings.Deployment, "single, sentinel or cluster")
+	flags.StringVar(&settings.Deployment, "deployment", settings.Deployment, "single, container, sentinel or cluster")
 	flags.IntVar(&settings.Consumers, "consumers", settings.Consumers, "processes that consume")
 	flags.IntVar(&settings.Producers, "producers", settings.Producers, "processes that publish")
 	flags.Float64Var(&settings.Rate, "rate", settings.Rate, "calls of Publish a second, of each producer")
+	flags.IntVar(&settings.Overlap, "overlap", settings.Overlap, "`faults` under way at once")
+	flags.BoolVar(&settings.Repeat, "repeat", false, "calls of Publish whose outcome is unknown are made again")
+	flags.BoolVar(&settings.Idempotence, "idempotence", false, "with PublisherConfig.Idempotence, and -repeat; the servers must have it (8.6.2)")
 	names := flags.String("faults", "", "all, none, or `names` separated by commas (default all; with -soak none)")
 	alone := flags.Bool("one-by-one", false, "a run of its own for each fault, of the length of -for each")
 	soaking := flags.Bool("soak", false, "watch goroutines, memory and connections, which must not grow")
 	if err := flags.Parse(args); err != nil {
 		return false, err
 	}
+	settings.Repeat = settings.Repeat || settings.Idempotence
 	if err := settings.validate(); err != nil {
 		return false, err
 	}

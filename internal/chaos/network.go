@@ -4,34 +4,46 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/Shopify/toxiproxy/v2"
 	"github.com/Shopify/toxiproxy/v2/stream"
 	"github.com/Shopify/toxiproxy/v2/toxics"
 	"github.com/rs/zerolog"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
 )
 
 // A Network has a proxy from each process to each server, so that one process can be cut off as well as all.
 type Network struct {
 	server *toxiproxy.ApiServer // only what proxies need of it: it does not listen
-	lanes  map[string][]*toxiproxy.Proxy
+
+	mu     sync.Mutex
+	lanes  map[string][]*toxiproxy.Proxy // by process
+	toxics map[string][]toxic            // in force, by process
+	claims []io.Closer                   // of the proxies' ports
 }
 
 func newNetwork() *Network {
 	return &Network{
 		server: toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop()),
 		lanes:  make(map[string][]*toxiproxy.Proxy),
+		toxics: make(map[string][]toxic),
 	}
 }
 
 // routes makes the process's proxies and returns where it reaches each server.
 func (n *Network) routes(process string, servers []string) (map[string]string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	routes := make(map[string]string)
 	for _, server := range servers {
-		proxy, err := n.proxy(process, server)
+		proxy, err := n.proxyLocked(process, server)
 		if err != nil {
 			return nil, fmt.Errorf("proxy from %s to %s: %w", process, server, err)
 		}
@@ -43,23 +55,34 @@ func (n *Network) routes(process string, servers []string) (map[string]string, e
 
 // The proxies' ports are below those that the kernel gives to clients.
 const (
-	firstProxyPort = 31000
+	firstProxyPort = 30000
 	proxyPorts     = 1000
 )
 
-func (n *Network) proxy(process, server string) (*toxiproxy.Proxy, error) {
-	for range 10 * proxyPorts {
-		listen := fmt.Sprintf("127.0.0.1:%d", firstProxyPort+rand.IntN(proxyPorts))
-		proxy := toxiproxy.NewProxy(n.server, process+"-"+server, listen, server)
-		err := proxy.Start()
-		if err == nil || !errors.Is(err, syscall.EADDRINUSE) {
+// proxyLocked takes a port that stays the proxy's, because cure leaves it for a moment.
+func (n *Network) proxyLocked(process, server string) (*toxiproxy.Proxy, error) {
+	for {
+		port, claim, err := deploy.ReservePort(firstProxyPort, proxyPorts, 0)
+		if err != nil {
+			return nil, err
+		}
+		n.claims = append(n.claims, claim)
+		proxy := toxiproxy.NewProxy(n.server, process+"-"+server, fmt.Sprintf("127.0.0.1:%d", port), server)
+		// In use: by a program that knows of no claims. The claim stays, so that the next try is another port.
+		if err := proxy.Start(); !errors.Is(err, syscall.EADDRINUSE) {
 			return proxy, err
 		}
 	}
-	return nil, errors.New("no port is free")
 }
 
 func (n *Network) close() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	defer func() {
+		for _, claim := range n.claims {
+			claim.Close()
+		}
+	}()
 	for _, proxies := range n.lanes {
 		for _, proxy := range proxies {
 			proxy.Stop()
@@ -69,6 +92,7 @@ func (n *Network) close() {
 
 // A toxic is what a proxy does to the data, in toxiproxy's JSON.
 type toxic struct {
+	strike     int            // whose it is
 	Name       string         `json:"name"`
 	Type       string         `json:"type"`
 	Stream     string         `json:"stream"`
@@ -76,32 +100,47 @@ type toxic struct {
 	Attributes map[string]any `json:"attributes"`
 }
 
-// poison adds the toxics to the processes' proxies.
-func (n *Network) poison(processes []string, all ...toxic) error {
+// poison adds the strike's toxics to the processes' proxies.
+func (n *Network) poison(s Strike, processes []string, all ...toxic) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for i := range all {
+		all[i].strike, all[i].Name = s.Number, fmt.Sprintf("%s-%d", all[i].Name, s.Number)
+	}
 	var errs []error
 	for _, process := range processes {
+		n.toxics[process] = append(n.toxics[process], all...)
 		for _, proxy := range n.lanes[process] {
-			for _, t := range all {
-				text, err := json.Marshal(t)
-				if err == nil {
-					_, err = proxy.Toxics.AddToxicJson(strings.NewReader(string(text)))
-				}
-				errs = append(errs, err)
-			}
+			errs = append(errs, addToxics(proxy, all))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// cure puts new proxies in the place of the processes' old ones: to take toxics off connections that are stuck may take for ever,
-// and in those connections data are missing anyway.
-func (n *Network) cure(processes []string) error {
+func addToxics(proxy *toxiproxy.Proxy, all []toxic) error {
+	var errs []error
+	for _, t := range all {
+		text, err := json.Marshal(t)
+		if err == nil {
+			_, err = proxy.Toxics.AddToxicJson(strings.NewReader(string(text)))
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// cure takes the strike's toxics off. It puts new proxies, with what others still do to them, in the place of the processes' old
+// ones: to take toxics off connections that are stuck may take for ever, and in those connections data are missing anyway.
+func (n *Network) cure(s Strike, processes []string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	var errs []error
 	for _, process := range processes {
+		n.toxics[process] = slices.DeleteFunc(n.toxics[process], func(t toxic) bool { return t.strike == s.Number })
 		for i, old := range n.lanes[process] {
 			old.Stop()
 			proxy := toxiproxy.NewProxy(n.server, old.Name, old.Listen, old.Upstream)
-			errs = append(errs, proxy.Start())
+			errs = append(errs, addToxics(proxy, n.toxics[process]), proxy.Start())
 			n.lanes[process][i] = proxy
 		}
 	}

@@ -11,6 +11,7 @@ import (
 // A Strike is one fault at its time.
 type Strike struct {
 	Number int
+	Lane   int // strikes of one lane come one after the other
 	Fault  *Fault
 	Offset time.Duration // from the beginning of the load
 	Hold   time.Duration // from the injection to the healing
@@ -28,17 +29,24 @@ func schedule(s Settings, faults []*Fault) []Strike {
 	dice := rand.New(rand.NewPCG(s.Seed, hash("schedule", 0)))
 	var strikes []Strike
 	var deck []*Fault
-	for offset := s.ClaimMinIdle; offset < s.For; {
+	free := slices.Repeat([]time.Duration{s.ClaimMinIdle}, max(s.Overlap, 1)) // from when on each lane is
+	for {
+		offset := slices.Min(free)
+		if offset >= s.For {
+			return strikes
+		}
+		lane := slices.Index(free, offset)
 		if len(deck) == 0 {
 			deck = slices.Clone(faults)
 			dice.Shuffle(len(deck), func(i, j int) { deck[i], deck[j] = deck[j], deck[i] })
 		}
-		strike := Strike{Number: len(strikes) + 1, Fault: deck[0], Offset: offset, Hold: deck[0].hold(s, dice), Dice: dice.Uint64()}
+		strike := Strike{
+			Number: len(strikes) + 1, Lane: lane, Fault: deck[0], Offset: offset, Hold: deck[0].hold(s, dice), Dice: dice.Uint64(),
+		}
 		deck = deck[1:]
 		strikes = append(strikes, strike)
-		offset += strike.Fault.takes + strike.Hold + s.Gap/4 + time.Duration(dice.Int64N(int64(s.Gap)))
+		free[lane] += strike.Fault.takes + strike.Hold + s.Gap/4 + time.Duration(dice.Int64N(int64(s.Gap)))
 	}
-	return strikes
 }
 
 // chooseFaults returns the faults with these names, or all that this deployment can have.

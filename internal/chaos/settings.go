@@ -38,6 +38,12 @@ type Settings struct {
 	MaxRetries    int
 	// Gap is the longest time from the end of a fault to the next one.
 	Gap time.Duration
+	// Overlap is how many faults may be under way at once, each as if it were alone.
+	Overlap int
+	// Repeat: a call of unknown outcome is made again until it succeeds, also by the next process in the producer's place.
+	Repeat bool
+	// Idempotence is PublisherConfig's.
+	Idempotence bool
 	// SampleEvery is how often each process says how large it is; 0: never.
 	SampleEvery time.Duration
 }
@@ -45,7 +51,7 @@ type Settings struct {
 func defaultSettings() Settings {
 	return Settings{
 		Seed: 1, For: 2 * time.Minute, Deployment: single, Consumers: 3, Producers: 2, Rate: 8,
-		ClaimMinIdle: 2 * time.Second, ClaimInterval: 200 * time.Millisecond, MaxRetries: 4, Gap: 4 * time.Second,
+		ClaimMinIdle: 2 * time.Second, ClaimInterval: 200 * time.Millisecond, MaxRetries: 4, Gap: 4 * time.Second, Overlap: 1,
 	}
 }
 
@@ -59,6 +65,8 @@ func (s Settings) validate() error {
 		return fmt.Errorf("-producers is %d; it must be 1 or more", s.Producers)
 	case s.Rate <= 0:
 		return fmt.Errorf("-rate is %v; it must be more than 0", s.Rate)
+	case s.Overlap < 1:
+		return fmt.Errorf("-overlap is %d; it must be 1 or more", s.Overlap)
 	}
 	return nil
 }

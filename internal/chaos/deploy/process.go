@@ -90,24 +90,31 @@ const (
 // A port is ours, also while no server listens on it.
 type port struct {
 	number int
-	// claim tells other processes of this package. It is a socket without a file, which ends with its process.
-	claim net.Listener
+	claim  io.Closer
 }
 
 func reservePort() (port, error) {
-	for number := firstPort; number < firstPort+ports; number++ {
+	number, claim, err := ReservePort(firstPort, ports, 0, busOffset)
+	return port{number, claim}, err
+}
+
+// ReservePort returns one of the count ports from first on, which stays the caller's until the claim is closed, also while
+// nothing listens on it: no other caller of ReservePort on this machine gets it. The ports at the offsets from it are free.
+func ReservePort(first, count int, offsets ...int) (number int, claim io.Closer, err error) {
+	for number := first; number < first+count; number++ {
+		// What tells other processes is a socket without a file: it ends with its process.
 		claim, err := net.Listen("unix", fmt.Sprintf("@goxstreams-chaos-port-%d", number))
 		if errors.Is(err, syscall.EADDRINUSE) {
 			continue
 		} else if err != nil {
-			return port{}, err
+			return 0, nil, err
 		}
-		if free(number) && free(number+busOffset) {
-			return port{number, claim}, nil
+		if !slices.ContainsFunc(offsets, func(offset int) bool { return !free(number + offset) }) {
+			return number, claim, nil
 		}
 		claim.Close()
 	}
-	return port{}, fmt.Errorf("no port is free from %d to %d", firstPort, firstPort+ports-1)
+	return 0, nil, fmt.Errorf("no port is free from %d to %d", first, first+count-1)
 }
 
 func free(port int) bool {
