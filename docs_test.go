@@ -1,0 +1,84 @@
+package goxstreams_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// TestDocs_LogLines: docs/operations.md explains every line that the library
+// logs, and no other.
+func TestDocs_LogLines(t *testing.T) {
+	docs, err := os.ReadFile("docs/operations.md")
+	require.NoError(t, err)
+	_, explained, found := strings.Cut(string(docs), "## Log lines")
+	require.True(t, found)
+	rows := map[string]bool{} // whether the code has it
+	for line := range strings.Lines(explained) {
+		if first, _, ok := strings.Cut(strings.TrimPrefix(line, "| "), " |"); ok && first != "error" && first != "info" && !strings.HasPrefix(line, "|-") {
+			rows[first] = false
+		}
+	}
+	files, err := filepath.Glob("*.go")
+	require.NoError(t, err)
+	lines := 0
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		require.NoError(t, err)
+		ast.Inspect(parsed, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok || !logs(call.Fun) {
+				return true
+			}
+			lines++
+			text := strings.TrimSpace(constantText(call.Args[0]))
+			require.NotEmpty(t, text, "%s logs what is not written there", file)
+			text = strings.TrimPrefix(text, "The  ") // the middleware's name is between
+			_, ok = rows[text]
+			require.True(t, ok, "%s: %q is not explained", file, text)
+			rows[text] = true
+			return true
+		})
+	}
+	require.Greater(t, lines, 30)
+	for text, used := range rows {
+		require.True(t, used, "nothing logs %q", text)
+	}
+}
+
+// logs reports whether it is a logger's Error or Info.
+func logs(f ast.Expr) bool {
+	selector, ok := f.(*ast.SelectorExpr)
+	if !ok || selector.Sel.Name != "Error" && selector.Sel.Name != "Info" {
+		return false
+	}
+	switch of := selector.X.(type) {
+	case *ast.SelectorExpr:
+		return of.Sel.Name == "log" || of.Sel.Name == "logger"
+	case *ast.Ident:
+		return of.Name == "log" || of.Name == "logger"
+	}
+	return false
+}
+
+// constantText is what is constant in a sum of strings.
+func constantText(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.BasicLit:
+		text, _ := strconv.Unquote(e.Value)
+		return text
+	case *ast.BinaryExpr:
+		return constantText(e.X) + constantText(e.Y)
+	}
+	return ""
+}
