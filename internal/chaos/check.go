@@ -19,10 +19,12 @@ const (
 	ruleLimit       = "past the limit" // handled more often than MaxRetries allows
 	ruleDeadTwice   = "dead twice"
 	ruleInnocent    = "innocent dead"
-	ruleImmortal    = "poison not dead"
-	ruleStoredTwice = "stored twice" // by one call of Publish
+	ruleImmortal    = "doomed not dead"
+	ruleStoredTwice = "stored twice" // by one call of Publish, or by its repetitions
 	ruleRefused     = "refused, but stored"
 	ruleTorn        = "torn batch"
+	ruleSuspect     = "suspect not alone" // who may have crashed two processes, in the company of others
+	ruleHandled     = "broken, but handled"
 	ruleDied        = "process died" // by itself
 )
 
@@ -62,6 +64,9 @@ type Verdict struct {
 	// ExcusedOverlaps are runs at the same time where one holder was away for ClaimMinIdle, or Redis had lost the first
 	// one's lease.
 	ExcusedOverlaps int
+	// Victims are dead, though innocent: in each delivery that they had by themselves, something else ended the process.
+	Victims int
+	Crashes int // of processes, by messages that do that
 }
 
 // A checker has the evidence in the forms that the rules need.
@@ -89,6 +94,7 @@ func check(e *Evidence) Verdict {
 	c.concurrency()
 	c.limits()
 	c.deaths()
+	c.suspects()
 	c.alive()
 	return c.verdict
 }
@@ -188,9 +194,9 @@ func (c *checker) culprit(m *Message) (culprit *Window) {
 	for _, w := range c.Faults {
 		switch {
 		case !w.losesOf(m.Topic) || w.Group:
-		case w.Destroys && w.To >= m.At:
+		case w.Destroys && w.To >= m.Last: // what it destroyed before, the last call would have stored again
 			return w
-		case !w.Destroys && culprit == nil && w.From-late <= m.At && m.At <= w.To+late:
+		case !w.Destroys && culprit == nil && w.From-late <= m.At && m.Last <= w.To+late:
 			culprit = w
 		}
 	}
@@ -239,7 +245,7 @@ func (c *checker) settled() {
 				continue
 			}
 			rule := ruleLost
-			if natureOf(entry.UUID) == poison && len(c.entries[key]) > 0 {
+			if doomed(entry.UUID) && (natureOf(entry.UUID) == broken || len(c.entries[key]) > 0) {
 				rule = ruleImmortal
 			}
 			c.violate(rule, key, entry.UUID, "it is in the stream, was handled %d times, never to success, and is not dead", len(c.entries[key]))
@@ -437,7 +443,7 @@ func (c *checker) mayComeLate(successor, r *Run) bool {
 
 func (c *checker) addedBefore(r *Run, at time.Duration) bool {
 	m, ok := c.Messages[r.Start.UUID]
-	return ok && m.At <= at+time.Second // logged a moment after it was added
+	return ok && m.From <= at
 }
 
 // notOvertaken: after a nack nothing new is delivered to the subscription before the message itself.
@@ -491,6 +497,9 @@ func (c *checker) limits() {
 	most := c.Rules.MaxRetries + 2
 	for _, key := range c.sortedEntries() {
 		runs := c.entries[key]
+		if natureOf(runs[0].Start.UUID) == broken {
+			c.violate(ruleHandled, key, runs[0].Start.UUID, "%s was given it", runs[0].Start.Process)
+		}
 		handled, failed := 0, 0
 		for _, r := range runs {
 			if r.Start.Count > int64(most) {
@@ -540,7 +549,11 @@ func (c *checker) letters(topic string, letters []Letter) {
 	seen := make(map[string]Letter)
 	for _, letter := range letters {
 		key := entryKey{topic, letter.EntryID}
-		if natureOf(letter.UUID) != poison {
+		switch {
+		case doomed(letter.UUID):
+		case c.victim(key):
+			c.verdict.Victims++
+		default:
 			c.violate(ruleInnocent, key, letter.UUID, "dead by %s after %d deliveries: %s", letter.Consumer, letter.Deliveries, letter.Reason)
 		}
 		if before, ok := seen[letter.EntryID]; ok && !c.lostBetween(topic, before.At, letter.At) {
@@ -550,6 +563,77 @@ func (c *checker) letters(topic string, letters []Letter) {
 	}
 }
 
+// victim tells whether nobody could tell the message from one that ends its process: each of its deliveries from suspectFrom on,
+// when nothing else of its subscription was in flight, ended with its process, or while that was away.
+func (c *checker) victim(key entryKey) bool {
+	ended := make(map[int64]bool)
+	for _, r := range c.entries[key] {
+		if r.Ending == Ended || r.Ending == Lost {
+			ended[r.Start.Count] = true
+		}
+	}
+	for count := int64(suspectFrom); count <= int64(c.Rules.MaxRetries)+2; count++ {
+		if !ended[count] {
+			return false
+		}
+	}
+	return true
+}
+
+// suspectFrom is the delivery count from which on the library has a claimed message handled alone.
+const suspectFrom = 3
+
+// suspects: a message that was claimed, and not given back, for the third time or more is the only one of its subscription that
+// is handled.
+func (c *checker) suspects() {
+	type subscription struct {
+		life
+		topic string
+	}
+	runs := make(map[subscription][]*Run)
+	for _, r := range c.Runs {
+		key := subscription{r.life(), r.Start.Topic}
+		runs[key] = append(runs[key], r)
+	}
+	for _, all := range runs {
+		for i, r := range all {
+			if !c.suspect(r) {
+				continue
+			}
+			for j, other := range all {
+				if i != j && other.Start.Mono < r.End && r.Start.Mono < other.End && !c.wasAway(other, r.End) && !c.wasAway(r, other.End) &&
+					!c.lostSince(r, r) {
+					c.violate(ruleSuspect, r.key(), r.Start.UUID, "%s handles it in delivery %d, and %s of run %d at the same time",
+						r.Start.Process, r.Start.Count, other.Start.ID, other.Start.Run)
+				}
+			}
+		}
+	}
+}
+
+// suspect tells whether the run's process claimed the message from one that did not finish it.
+func (c *checker) suspect(r *Run) bool {
+	if r.Start.Count < suspectFrom {
+		return false
+	}
+	var last time.Duration // when it was last handled before
+	for _, before := range c.entries[r.key()] {
+		if before.Start.Mono >= r.Start.Mono {
+			continue
+		}
+		if before.life() == r.life() && before.Ending == Nacked && before.Start.Count == r.Start.Count-1 || before.Ending == Closed {
+			return false // its own retry, or what a shutdown gave back
+		}
+		last = max(last, min(before.End, r.Start.Mono))
+	}
+	for _, l := range c.Lives {
+		if l.Closing != 0 && l.Closing <= r.Start.Mono && l.To >= last {
+			return false // it may have given the message back before a handler had it
+		}
+	}
+	return true
+}
+
 // lostBetween tells whether Redis may have lost an ack or a move that happened by the first time, before the second one.
 func (c *checker) lostBetween(topic string, first, second time.Time) bool {
 	return slices.ContainsFunc(c.Faults, func(w *Window) bool {
@@ -557,10 +641,12 @@ func (c *checker) lostBetween(topic string, first, second time.Time) bool {
 	})
 }
 
-// alive: no process ends by itself.
+// alive: no process ends by itself, unless it handles what ends it.
 func (c *checker) alive() {
 	for key, l := range c.Lives {
-		if l.Died != "" {
+		if l.Crashed != nil {
+			c.verdict.Crashes++
+		} else if l.Died != "" {
 			c.verdict.Violations = append(c.verdict.Violations, Violation{Rule: ruleDied, Process: key.process, Words: l.Died})
 		}
 	}

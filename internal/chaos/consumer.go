@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -18,7 +20,10 @@ const (
 	routerCloseTimeout     = 10 * time.Second
 )
 
-var errTask = errors.New("the task fails")
+var (
+	errTask   = errors.New("the task fails")
+	errDeadly = errors.New("the task ends its process")
+)
 
 // consume handles all topics until it is told to end. While Redis cannot be reached, a router cannot begin: it tries again.
 func (c child) consume(ctx context.Context) error {
@@ -77,7 +82,7 @@ func (c child) subscriberConfig(topic Topic) goxstreams.SubscriberConfig {
 		Retry: &retry, CloseTimeout: subscriberCloseTimeout, ConsumerTimeout: time.Minute,
 		OnDead: func(_ context.Context, dead goxstreams.DeadMessage) {
 			c.journal.write(Event{
-				Kind: Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: dead.Message.UUID,
+				Kind: Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: uuidOf(dead),
 				Count: dead.Deliveries, Consumer: dead.Consumer, Error: dead.Reason,
 			})
 		},
@@ -107,11 +112,24 @@ func (c child) handle(msg *message.Message, run int64) error {
 		event.Kind = Lost
 	case errors.Is(err, context.Canceled):
 		event.Kind = Closed
+	case errors.Is(err, errDeadly):
+		event.Kind = Crashed
+		c.journal.write(event)
+		c.crash(delivery.Count)
 	default:
 		event.Kind = Nacked
 	}
 	c.journal.write(event)
 	return err
+}
+
+// crash ends the process as a bug would, or as the kernel would for lack of memory.
+func (c child) crash(count int64) {
+	if count%2 == 0 {
+		os.Exit(2)
+	}
+	_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	select {} // it takes the kernel a moment
 }
 
 func work(msg *message.Message, count int64) error {
@@ -126,7 +144,10 @@ func work(msg *message.Message, count int64) error {
 	case <-msg.Context().Done():
 		return fmt.Errorf("%w (%w)", msg.Context().Err(), context.Cause(msg.Context()))
 	}
-	if task.Poison || count <= task.Fails {
+	switch {
+	case task.Deadly:
+		return errDeadly
+	case task.Poison || count <= task.Fails:
 		return errTask
 	}
 	return nil

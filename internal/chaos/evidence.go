@@ -37,8 +37,10 @@ type Evidence struct {
 // A Message is what a producer logged about it.
 type Message struct {
 	UUID, Topic string
-	Outcome     Kind // Published, Unknown, Refused
-	At          time.Duration
+	Outcome     Kind          // Published, Unknown, Refused
+	From        time.Duration // the beginning of the first call
+	Last        time.Duration // the beginning of the last one, which is the first one unless calls are repeated
+	At          time.Duration // its end, or, of a call that never ended, its beginning
 	Batch       []string
 }
 
@@ -53,6 +55,7 @@ type Life struct {
 	From, To time.Duration
 	Closing  time.Duration // SIGTERM; 0: never
 	Died     string        // by itself, and how
+	Crashed  *Event        // the delivery that ended it
 }
 
 // A Run is one call of a handler.
@@ -108,11 +111,15 @@ func (e *Evidence) siftMessages() {
 			continue
 		}
 		for _, uuid := range event.UUIDs {
-			m := &Message{UUID: uuid, Topic: event.Topic, Outcome: event.Kind, At: event.Mono, Batch: event.UUIDs}
-			if m.Outcome == Publishing {
-				m.Outcome = Unknown // until its outcome is logged
+			m, ok := e.Messages[uuid]
+			if !ok {
+				m = &Message{UUID: uuid, Topic: event.Topic, From: event.Mono, Batch: event.UUIDs}
+				e.Messages[uuid] = m
 			}
-			e.Messages[uuid] = m
+			m.Outcome, m.At = event.Kind, event.Mono
+			if event.Kind == Publishing {
+				m.Outcome, m.Last = Unknown, event.Mono // until its outcome is logged
+			}
 		}
 	}
 }
@@ -140,6 +147,10 @@ func (e *Evidence) siftLives() {
 			e.Lives[key] = &Life{From: event.Mono, To: e.End}
 		case Closing:
 			e.Lives[key].Closing = event.Mono
+		case Crashed:
+			if l, ok := e.Lives[key]; ok {
+				l.Crashed = &event
+			}
 		case Ended, Died:
 			l := e.Lives[key]
 			l.To = event.Mono
@@ -181,7 +192,9 @@ func (e *Evidence) siftAway() {
 		key := life{event.Process, event.Life}
 		switch event.Kind {
 		case Stopped:
-			stopped[key] = event.Mono
+			if _, ok := stopped[key]; !ok { // by another fault
+				stopped[key] = event.Mono
+			}
 		case Continued, Ended, Died:
 			if from, ok := stopped[key]; ok {
 				e.Away[event.Process] = append(e.Away[event.Process], Span{from, event.Mono})

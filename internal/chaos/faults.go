@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,6 +21,8 @@ type Fault struct {
 	on   []string // the deployments that can have it; nil: all
 	// hold is how long it lasts.
 	hold func(Settings, *rand.Rand) time.Duration
+	// servers: it is about a server as a whole, or needs them to be well. One such fault is under way at a time.
+	servers bool
 	// takes is about how long it takes to inject and to heal, if that is long.
 	takes time.Duration
 	// inject makes it happen. It says by effect what it is about to do, before it does it, and returns what makes it pass.
@@ -46,18 +49,22 @@ func allFaults() []*Fault {
 		{Name: "consumer-stop-long", hold: between(1.5, 3), inject: stopPlace((*Bench).consumer)},
 		{Name: "producer-stop", hold: between(0.5, 2), inject: stopPlace((*Bench).producer)},
 		{Name: "rolling-restart", hold: atOnce, takes: time.Second, inject: rollingRestart},
-		{Name: "redis-restart-always", hold: atOnce, inject: restartRedis(deploy.Always)},
-		{Name: "redis-restart-everysec", hold: atOnce, inject: restartRedis(deploy.EverySec)},
-		{Name: "redis-kill-always", hold: between(0.1, 2), inject: killRedis(deploy.Always)},
-		{Name: "redis-kill-everysec", hold: between(0.1, 2), inject: killRedis(deploy.EverySec)},
-		{Name: "redis-freeze-short", hold: between(0.2, 0.9), inject: freezeRedis},
+		{Name: "rolling-restart-of-everything", servers: true, hold: atOnce, takes: 4 * time.Second, inject: restartEverything},
+		// Dead after MaxRetries+2 crashes, each found after ClaimMinIdle.
+		{Name: "deadly-message", hold: atOnce, takes: 15 * time.Second, inject: publishDeadly},
+		{Name: "redis-restart-always", servers: true, hold: atOnce, inject: restartRedis(deploy.Always)},
+		{Name: "redis-restart-everysec", servers: true, hold: atOnce, inject: restartRedis(deploy.EverySec)},
+		{Name: "redis-kill-always", servers: true, hold: between(0.1, 2), inject: killRedis(deploy.Always)},
+		{Name: "redis-kill-everysec", servers: true, hold: between(0.1, 2), inject: killRedis(deploy.EverySec)},
+		{Name: "redis-freeze-short", servers: true, hold: between(0.2, 0.9), inject: freezeRedis},
 		// Longer than ClaimMinIdle and the clients' timeouts, a read that blocks included.
-		{Name: "redis-freeze-long", hold: between(6, 6.5), inject: freezeRedis},
+		{Name: "redis-freeze-long", servers: true, hold: between(6, 6.5), inject: freezeRedis},
+		{Name: "redis-disconnect", on: []string{container}, servers: true, hold: between(0.2, 3), inject: disconnectRedis},
 		{Name: "flushall", hold: atOnce, inject: flushAll},
 		{Name: "stream-delete", hold: atOnce, inject: deleteStream},
-		{Name: "group-destroy", hold: atOnce, inject: destroyGroup},
+		{Name: "group-destroy", servers: true, hold: atOnce, inject: destroyGroup},
 		{Name: "client-kill", hold: atOnce, inject: killClients},
-		{Name: "out-of-memory", hold: between(0.5, 2), inject: fillMemory},
+		{Name: "out-of-memory", servers: true, hold: between(0.5, 2), inject: fillMemory},
 		{Name: "partition", hold: between(1.5, 3), inject: partition},
 		{Name: "slow", hold: between(1, 2), inject: slowDown},
 	}
@@ -71,21 +78,34 @@ func allFaults() []*Fault {
 // topologyFaults are the deployment's own: they take as long as they take.
 func topologyFaults() []*Fault {
 	return []*Fault{
-		{Name: "failover", on: []string{sentinel}, hold: atOnce, takes: 4 * time.Second,
+		{Name: "failover", on: []string{sentinel}, servers: true, hold: atOnce, takes: 4 * time.Second,
 			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).Failover))},
-		{Name: "master-kill", on: []string{sentinel}, hold: atOnce, takes: 5 * time.Second,
+		{Name: "master-kill", on: []string{sentinel}, servers: true, hold: atOnce, takes: 5 * time.Second,
 			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).KillMaster))},
-		{Name: "master-freeze", on: []string{sentinel}, hold: atOnce, takes: 5 * time.Second,
+		{Name: "master-freeze", on: []string{sentinel}, servers: true, hold: atOnce, takes: 5 * time.Second,
 			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).FreezeMaster))},
 		// By agreement, and so without loss; as is the move of a slot.
-		{Name: "shard-failover", on: []string{cluster}, hold: atOnce, takes: 1 * time.Second,
+		{Name: "shard-failover", on: []string{cluster}, servers: true, hold: atOnce, takes: 1 * time.Second,
 			inject: change(nil, clusterOf((*deploy.ClusterDeployment).Failover))},
-		{Name: "slot-move", on: []string{cluster}, hold: atOnce, takes: 1 * time.Second,
-			inject: change(nil, clusterOf((*deploy.ClusterDeployment).LiveMoveSlot))},
-		{Name: "shard-kill", on: []string{cluster}, hold: atOnce, takes: 4 * time.Second,
+		{Name: "slot-move", on: []string{cluster}, servers: true, hold: atOnce, takes: 1 * time.Second,
+			inject: change(nil, moveSlot)},
+		{Name: "shard-kill", on: []string{cluster}, servers: true, hold: atOnce, takes: 4 * time.Second,
 			inject: change(everything, clusterOf((*deploy.ClusterDeployment).FailoverShard))},
-		{Name: "shard-freeze", on: []string{cluster}, hold: atOnce, takes: 5 * time.Second,
+		{Name: "shard-freeze", on: []string{cluster}, servers: true, hold: atOnce, takes: 5 * time.Second,
 			inject: change(everything, clusterOf(freezeShard))},
+	}
+}
+
+// insist calls f until it succeeds, because another fault may be under way.
+func insist(ctx context.Context, f func(context.Context) error) error {
+	for {
+		err := f(ctx)
+		if err == nil {
+			return nil
+		}
+		if wait(ctx, 100*time.Millisecond) != nil {
+			return err
+		}
 	}
 }
 
@@ -103,6 +123,15 @@ func sentinelOf(f func(*deploy.SentinelDeployment, context.Context) error) chang
 	return func(ctx context.Context, b *Bench, _ string) error {
 		return f(b.deployment.(*deploy.SentinelDeployment), ctx)
 	}
+}
+
+// moveSlot is called again when it was broken off.
+func moveSlot(ctx context.Context, b *Bench, key string) error {
+	b.moving.Lock()
+	defer b.moving.Unlock()
+	return insist(ctx, func(ctx context.Context) error {
+		return b.deployment.(*deploy.ClusterDeployment).LiveMoveSlot(ctx, key)
+	})
 }
 
 func clusterOf(f func(*deploy.ClusterDeployment, context.Context, string) error) changeTopology {
@@ -147,7 +176,8 @@ func rollingRestart(_ context.Context, b *Bench, _ Strike, effect func(Effect)) 
 // loses returns what Redis may lose by a fault of one of its servers: nothing, if it is alone and writes to disk first what it
 // acknowledges; else a replica that has not got everything yet may be the next master.
 func (b *Bench) loses(aof deploy.AOF) []string {
-	if b.settings.Deployment == single && aof == deploy.Always {
+	alone := b.settings.Deployment == single || b.settings.Deployment == container
+	if alone && aof == deploy.Always {
 		return nil
 	}
 	return everything
@@ -157,8 +187,10 @@ func (b *Bench) loses(aof deploy.AOF) []string {
 var everything = []string{"*"}
 
 func (b *Bench) setAOF(ctx context.Context, aof deploy.AOF) error {
-	return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
-		return n.Client().ConfigSet(ctx, "appendfsync", string(aof)).Err()
+	return insist(ctx, func(ctx context.Context) error {
+		return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+			return n.Client().ConfigSet(ctx, "appendfsync", string(aof)).Err()
+		})
 	})
 }
 
@@ -172,6 +204,78 @@ func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Eff
 		}
 		return b.deployment.Settle, node.Restart(ctx)
 	}
+}
+
+// restartEverything does with one after the other what an upgrade of everything does.
+func restartEverything(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
+	effect(Effect{Loses: b.loses(deploy.Always), Breaks: true})
+	for _, place := range slices.Concat(b.consumers, b.producers) {
+		if err := errors.Join(place.close(), place.start()); err != nil {
+			return nil, err
+		}
+	}
+	nodes := b.deployment.Nodes()
+	if d, ok := b.deployment.(*deploy.SentinelDeployment); ok {
+		nodes = append(nodes, d.Sentinels()...)
+	}
+	for _, node := range nodes {
+		if err := errors.Join(node.Restart(ctx), b.deployment.Settle(ctx)); err != nil {
+			return nil, err
+		}
+	}
+	return healed, nil
+}
+
+// publishDeadly publishes a message that ends each process that handles it, and waits until nobody has it any more.
+func publishDeadly(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	topic := pick(strike, topics).Name
+	effect(Effect{Target: []string{topic}})
+	for try := 1; ; try++ {
+		uuid := fmt.Sprintf("%s-%d-%d", deadly, strike.Number, try)
+		kind, err := publish(b.journal, b.publisher, b.settings, topic, []string{uuid}, false)
+		if kind != Refused {
+			break
+		}
+		if wait(ctx, 100*time.Millisecond) != nil {
+			return nil, err
+		}
+	}
+	return func(ctx context.Context) error {
+		return insist(ctx, func(ctx context.Context) error { return b.buried(ctx, topic) })
+	}, nil
+}
+
+// buried returns an error while the topic has a deadly message that is not dead.
+func (b *Bench) buried(ctx context.Context, topic string) error {
+	pending, err := pendingOf(ctx, b.deployment.Client(), topic)
+	if err != nil {
+		return err
+	}
+	entries, err := entriesOf(ctx, b.deployment.Client(), topic)
+	if err != nil {
+		return err
+	}
+	p, err := progressOf(ctx, b.deployment.Client(), topic)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		waits := compareIDs(entry.ID, p.delivered) > 0 || slices.ContainsFunc(pending, func(p Pending) bool { return p.ID == entry.ID })
+		if natureOf(entry.UUID) == deadly && waits {
+			return fmt.Errorf("%s of %s is still there", entry.UUID, topic)
+		}
+	}
+	return nil
+}
+
+// disconnectRedis takes the container off its network, and puts it back with the same address.
+func disconnectRedis(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+	node := pick(strike, b.deployment.Nodes())
+	effect(Effect{Target: []string{node.Name}, Breaks: true})
+	heal := func(ctx context.Context) error {
+		return errors.Join(node.Connect(), b.deployment.Settle(ctx))
+	}
+	return heal, node.Disconnect()
 }
 
 func killRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
@@ -199,20 +303,26 @@ func freezeRedis(_ context.Context, b *Bench, strike Strike, effect func(Effect)
 
 func flushAll(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
 	effect(Effect{Loses: everything, Destroys: true})
-	return healed, b.eachMaster(ctx, func(ctx context.Context, n *deploy.Node) error { return n.Client().FlushAll(ctx).Err() })
+	return healed, insist(ctx, func(ctx context.Context) error {
+		return b.eachMaster(ctx, func(ctx context.Context, n *deploy.Node) error { return n.Client().FlushAll(ctx).Err() })
+	})
 }
 
 func deleteStream(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
 	effect(Effect{Target: []string{topic}, Loses: []string{topic}, Destroys: true})
-	return healed, b.deployment.Client().Del(ctx, topic).Err()
+	return healed, insist(ctx, func(ctx context.Context) error { return b.deployment.Client().Del(ctx, topic).Err() })
 }
 
 // destroyGroup notes who holds what, because what dead holders held is not pending any more, and nobody puts it back.
 func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
 	client := b.deployment.Client()
-	pending, err := pendingOf(ctx, client, topic)
+	var pending []Pending
+	err := insist(ctx, func(ctx context.Context) (err error) {
+		pending, err = pendingOf(ctx, client, topic)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -221,13 +331,23 @@ func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(Effe
 		held[p.ID] = p.Consumer
 	}
 	effect(Effect{Target: []string{topic}, Loses: []string{topic}, Group: true, Held: held})
-	return healed, client.XGroupDestroy(ctx, topic, group).Err()
+	return healed, insist(ctx, func(ctx context.Context) error {
+		err := client.XGroupDestroy(ctx, topic, group).Err()
+		if noGroup(err) { // another fault was faster
+			return nil
+		}
+		return err
+	})
 }
 
 func killClients(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
 	effect(Effect{Breaks: true})
-	return healed, b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
-		return n.Client().ClientKillByFilter(ctx, "TYPE", "normal", "SKIPME", "yes").Err()
+	b.moving.Lock()
+	defer b.moving.Unlock()
+	return healed, insist(ctx, func(ctx context.Context) error {
+		return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+			return n.Client().ClientKillByFilter(ctx, "TYPE", "normal", "SKIPME", "yes").Err()
+		})
 	})
 }
 
@@ -236,12 +356,14 @@ func fillMemory(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (f
 	effect(Effect{})
 	limit := func(bytes func(*deploy.Node) (string, error)) func(context.Context) error {
 		return func(ctx context.Context) error {
-			return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
-				value, err := bytes(n)
-				if err != nil {
-					return err
-				}
-				return n.Client().ConfigSet(ctx, "maxmemory", value).Err()
+			return insist(ctx, func(ctx context.Context) error {
+				return b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
+					value, err := bytes(n)
+					if err != nil {
+						return err
+					}
+					return n.Client().ConfigSet(ctx, "maxmemory", value).Err()
+				})
 			})
 		}
 	}

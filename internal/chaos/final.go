@@ -66,11 +66,11 @@ func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) 
 			return nil, fmt.Errorf("read %s: %w", topic, err)
 		}
 		for _, e := range got {
-			msg, err := goxstreams.DefaultMarshaler{}.Unmarshal(e.Values)
-			if err != nil {
-				return nil, fmt.Errorf("entry %s of %s: %w", e.ID, topic, err)
+			uuid, ok := e.Values[goxstreams.UUIDHeaderKey].(string)
+			if !ok {
+				return nil, fmt.Errorf("entry %s of %s has no UUID", e.ID, topic)
 			}
-			entries = append(entries, Entry{e.ID, msg.UUID})
+			entries = append(entries, Entry{e.ID, uuid})
 			from = "(" + e.ID
 		}
 		if len(got) < page {
@@ -114,15 +114,25 @@ func lettersOf(ctx context.Context, client redis.UniversalClient, topic string) 
 		if err != nil {
 			return nil, fmt.Errorf("dead letters of %s: %w", topic, err)
 		}
-		if dead.Message == nil {
-			return nil, fmt.Errorf("dead letter %s of %s has no message", dead.ID, topic)
-		}
 		letters = append(letters, Letter{
-			ID: dead.ID, EntryID: dead.EntryID, UUID: dead.Message.UUID, Consumer: dead.Consumer, Reason: dead.Reason,
+			ID: dead.ID, EntryID: dead.EntryID, UUID: uuidOf(dead), Consumer: dead.Consumer, Reason: dead.Reason,
 			Deliveries: dead.Deliveries, At: timeOf(dead.ID),
 		})
 	}
 	return letters, nil
+}
+
+// uuidOf returns the UUID of broken ones too.
+func uuidOf(dead goxstreams.DeadMessage) string {
+	if dead.Message != nil {
+		return dead.Message.UUID
+	}
+	for i := 0; i+1 < len(dead.Fields); i += 2 {
+		if dead.Fields[i] == goxstreams.UUIDHeaderKey {
+			return dead.Fields[i+1]
+		}
+	}
+	return ""
 }
 
 // timeOf returns when the entry was added, by the server's clock.

@@ -24,12 +24,12 @@ const (
 
 	// Of a consumer. A run of the handler is one Started and at most one of the next four.
 	Started Kind = "started"
-	Acked   Kind = "acked"  // the handler returns nil
-	Nacked  Kind = "nacked" // the handler returns an error
-	Lost    Kind = "lost"   // the handler gave up because of ErrLeaseLost
-	Closed  Kind = "closed" // the handler gave up because the subscription closes
+	Acked   Kind = "acked"   // the handler returns nil
+	Nacked  Kind = "nacked"  // the handler returns an error
+	Lost    Kind = "lost"    // the handler gave up because of ErrLeaseLost
+	Closed  Kind = "closed"  // the handler gave up because the subscription closes
 	Crashed Kind = "crashed" // the handler ends its process
-	Dead    Kind = "dead"   // OnDead was called
+	Dead    Kind = "dead"    // OnDead was called
 
 	// Of any process of ours.
 	Stalled Kind = "stalled" // it did not run for Took, by the signal of a fault or by a busy machine

@@ -5,10 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
@@ -19,6 +23,8 @@ const (
 	flaky  = "flaky"  // fails at first, then succeeds
 	slow   = "slow"   // takes so much longer than ClaimMinIdle that others would take it over if its lease were not renewed
 	poison = "poison" // always fails
+	broken = "broken" // no Unmarshaler can read it
+	deadly = "deadly" // ends the process that handles it: only faults publish it
 )
 
 func natureOf(uuid string) string {
@@ -26,10 +32,17 @@ func natureOf(uuid string) string {
 	return nature
 }
 
+// doomed tells whether the message is to end in the dead-letter stream.
+func doomed(uuid string) bool {
+	nature := natureOf(uuid)
+	return nature == poison || nature == broken || nature == deadly
+}
+
 // A Task is a message's payload: what its handler does.
 type Task struct {
 	Fails  int64         // the last delivery count that fails
 	Poison bool          // fails always
+	Deadly bool          // ends the process
 	Work   time.Duration // before that
 }
 
@@ -38,13 +51,40 @@ const (
 	// Now and then there is more to do at once than the consumers can: faults shall find messages read ahead, and a backlog.
 	burstEvery = 40
 	burst      = 20
+	// repeatDelay is the time from a call of unknown outcome to its repetition.
+	repeatDelay = 20 * time.Millisecond
 )
+
+// newPublisher returns a Publisher whose broken messages are broken.
+func newPublisher(settings Settings, client redis.UniversalClient, logger watermill.LoggerAdapter) (*goxstreams.Publisher, error) {
+	config := goxstreams.PublisherConfig{Client: client, Marshaler: saboteur{}}
+	if settings.Idempotence {
+		config.Idempotence = &goxstreams.Idempotence{}
+	}
+	return goxstreams.NewPublisher(config, logger)
+}
+
+// A saboteur writes entries as somebody who does not know the format would.
+type saboteur struct{ goxstreams.DefaultMarshaler }
+
+func (s saboteur) Marshal(topic string, msg *message.Message) (map[string]any, error) {
+	fields, err := s.DefaultMarshaler.Marshal(topic, msg)
+	if err == nil && natureOf(msg.UUID) == broken {
+		fields["metadata"] = "this is no MessagePack"
+	}
+	return fields, err
+}
 
 // produce publishes until it is told to end.
 func (c child) produce(ctx context.Context) error {
-	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: c.client}, c.logger)
+	publisher, err := newPublisher(c.role.Settings, c.client, c.logger)
 	if err != nil {
 		return err
+	}
+	if c.role.Settings.Repeat {
+		if err := c.goOn(publisher); err != nil {
+			return err
+		}
 	}
 	ticker := time.NewTicker(time.Duration(float64(time.Second) / c.role.Settings.Rate))
 	defer ticker.Stop()
@@ -59,50 +99,108 @@ func (c child) produce(ctx context.Context) error {
 			calls = burst
 		}
 		for range calls {
-			messages := make([]*message.Message, 1)
+			uuids := make([]string, 1)
 			if c.dice.IntN(3) == 0 || calls > 1 {
-				messages = make([]*message.Message, 2+c.dice.IntN(largestBatch-1))
+				uuids = make([]string, 2+c.dice.IntN(largestBatch-1))
 			}
-			for i := range messages {
+			for i := range uuids {
 				number++
-				messages[i] = c.makeMessage(number)
+				uuids[i] = fmt.Sprintf("%s-%s-%d-%d", c.nature(), c.role.Process, c.role.Life, number)
 			}
-			c.publish(publisher, topic, messages)
+			if err := c.publish(publisher, topic, uuids, false); err != nil {
+				return err
+			}
 		}
 	}
 }
 
-func (c child) makeMessage(number int) *message.Message {
-	nature, task := plain, Task{Work: time.Duration(c.dice.IntN(20_000)) * time.Microsecond}
+// goOn makes the call again whose outcome the last process in this place did not come to know.
+func (c child) goOn(publisher *goxstreams.Publisher) error {
+	events, err := readJournal(filepath.Join(c.role.Dir, c.role.Process+".jsonl"), nil)
+	if err != nil {
+		return err
+	}
+	var last Event
+	for _, e := range events {
+		if len(e.UUIDs) > 0 {
+			last = e
+		}
+	}
+	if last.Kind != Publishing && last.Kind != Unknown {
+		return nil
+	}
+	return c.publish(publisher, last.Topic, last.UUIDs, true)
+}
+
+func (c child) nature() string {
 	switch n := c.dice.IntN(1000); {
 	case n < 50:
-		nature, task.Fails = flaky, 1+c.dice.Int64N(2)
+		return flaky
 	case n < 60:
-		nature, task.Poison = poison, true
+		return poison
 	case n < 63:
-		nature, task.Work = slow, 2*c.role.Settings.ClaimMinIdle
+		return slow
+	case n < 68:
+		return broken
+	}
+	return plain
+}
+
+// makeMessage makes the same message of the same UUID, in whichever process.
+func makeMessage(settings Settings, uuid string) *message.Message {
+	dice := rand.New(rand.NewPCG(settings.Seed, hash(uuid, 0)))
+	task := Task{Work: time.Duration(dice.IntN(20_000)) * time.Microsecond}
+	switch natureOf(uuid) {
+	case flaky:
+		task.Fails = 1 + dice.Int64N(2)
+	case poison:
+		task.Poison = true
+	case slow:
+		task.Work = 2 * settings.ClaimMinIdle
+	case deadly:
+		// What was claimed with it is done by then, and not a victim of every one of its crashes.
+		task.Deadly, task.Work = true, settings.ClaimMinIdle/4
 	}
 	payload, err := json.Marshal(task)
 	if err != nil {
 		panic(err) // numbers only
 	}
-	return message.NewMessage(fmt.Sprintf("%s-%s-%d-%d", nature, c.role.Process, c.role.Life, number), payload)
+	return message.NewMessage(uuid, payload)
 }
 
-func (c child) publish(publisher *goxstreams.Publisher, topic string, messages []*message.Message) {
-	event := Event{Kind: Publishing, Topic: topic}
-	for _, msg := range messages {
-		event.UUIDs = append(event.UUIDs, msg.UUID)
+// publish publishes the messages, and again until that succeeds where calls are repeated and the outcome was unknown once. Its
+// error is one that no repetition helps against.
+func (c child) publish(publisher *goxstreams.Publisher, topic string, uuids []string, unknown bool) error {
+	for {
+		kind, err := publish(c.journal, publisher, c.role.Settings, topic, uuids, unknown)
+		if errors.Is(err, goxstreams.ErrUnsupported) {
+			return err
+		}
+		unknown = kind == Unknown
+		if !unknown || !c.role.Settings.Repeat {
+			return nil
+		}
+		time.Sleep(repeatDelay)
 	}
-	c.journal.write(event)
+}
+
+// publish makes one call and logs what came of it. unknown: the outcome of an earlier call of the same is.
+func publish(journal *Journal, publisher *goxstreams.Publisher, settings Settings, topic string, uuids []string, unknown bool) (Kind, error) {
+	messages := make([]*message.Message, len(uuids))
+	for i, uuid := range uuids {
+		messages[i] = makeMessage(settings, uuid)
+	}
+	event := Event{Kind: Publishing, Topic: topic, UUIDs: uuids}
+	journal.write(event)
 	err := publisher.Publish(topic, messages...)
 	switch {
 	case err == nil:
 		event.Kind = Published
-	case errors.Is(err, goxstreams.ErrOutcomeUnknown):
+	case unknown || errors.Is(err, goxstreams.ErrOutcomeUnknown):
 		event.Kind, event.Error = Unknown, err.Error()
 	default:
 		event.Kind, event.Error = Refused, err.Error()
 	}
-	c.journal.write(event)
+	journal.write(event)
+	return event.Kind, err
 }

@@ -13,6 +13,7 @@ func report(out io.Writer, o Outcome) {
 	fmt.Fprintf(out, "\nmessages: %d acknowledged, %d of unknown outcome, %d refused\n", v.Published, v.Unknown, v.Refused)
 	fmt.Fprintf(out, "handled: %d; dead: %d; handled again: %d; at once by a holder that was away, or whose lease Redis lost: %d\n",
 		v.Handled, v.Dead, len(v.Duplicates), v.ExcusedOverlaps)
+	fmt.Fprintf(out, "processes ended by a message: %d; innocent, but in flight by itself in each of their crashes: %d\n", v.Crashes, v.Victims)
 	fmt.Fprintf(out, "lost by Redis itself: %d\n", len(v.LostByRedis))
 	for _, l := range v.LostByRedis {
 		fmt.Fprintf(out, "  fault %d, %s: %s of %s\n", l.Fault.Number, l.Fault.Fault, l.UUID, l.Topic)
@@ -180,11 +181,14 @@ func (e *Evidence) timeOf(v Violation) time.Duration {
 }
 
 // recovery returns the time from the fault's end until each consumer that lives on has been given a message again, and a
-// message published since has been handled.
+// message published since has been handled. Of faults that overlap it is the last one's.
 func (e *Evidence) recovery(w *Window) time.Duration {
+	if slices.ContainsFunc(e.Faults, func(other *Window) bool { return other.From <= w.To && other.To > w.To }) {
+		return 0
+	}
 	until := e.End
 	for _, next := range e.Faults {
-		if next.From > w.From {
+		if next.From > w.To {
 			until = next.From
 			break
 		}

@@ -151,6 +151,6 @@ func TestTrends(t *testing.T) {
 
 // TestUnknownDeployment is an error of the flag's, before anything is started.
 func TestUnknownDeployment(t *testing.T) {
-	_, err := startDeployment(context.Background(), "ring", t.TempDir())
+	_, err := startDeployment(context.Background(), Settings{Deployment: "ring"}, t.TempDir())
 	assert.ErrorContains(t, err, "-deployment")
 }
