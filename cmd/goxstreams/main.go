@@ -1,0 +1,161 @@
+// Command goxstreams shows the streams that watermill-goxstreams reads and writes,
+// and looks after their dead letters. See README.md.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+// The exit codes; 0 is success.
+const (
+	exitFailed      = 1   // nothing or not all is done, and the message says why
+	exitUsage       = 2   // wrong arguments; nothing is done
+	exitPartly      = 3   // some dead letters could not be replayed or deleted; the others are
+	exitInterrupted = 130 // by Ctrl-C, as a shell reports it
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second Ctrl-C ends the process at once
+	os.Exit(run(ctx, os.Args[1:], streams{
+		in: os.Stdin, out: os.Stdout, err: os.Stderr,
+		asks:  term.IsTerminal(int(os.Stdin.Fd())),
+		draws: term.IsTerminal(int(os.Stderr.Fd())),
+	}))
+}
+
+// streams are where the command reads and writes.
+type streams struct {
+	in       io.Reader
+	out, err io.Writer
+	asks     bool // in is a terminal: somebody can be asked
+	draws    bool // err is a terminal: a progress bar can be seen
+}
+
+// app is one run of the command.
+type app struct {
+	streams
+	out    *bufio.Writer // over streams.out
+	conn   connection
+	json   bool
+	client redis.UniversalClient // nil until it is needed
+
+	began bool // the arguments were right
+}
+
+// errPartly says that some of the dead letters could not be dealt with, each of which was named.
+var errPartly = errors.New("some dead letters could not be dealt with")
+
+// usageError is a mistake in the arguments that only the command itself finds.
+type usageError struct{ error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// run runs the command and returns its exit code.
+func run(ctx context.Context, args []string, s streams) int { return runWith(ctx, nil, args, s) }
+
+// runWith is run with a client other than that of REDIS_URL.
+func runWith(ctx context.Context, client redis.UniversalClient, args []string, s streams) int {
+	redis.SetLogger(silence{}) // what matters comes as an error too
+	a := &app{streams: s, out: bufio.NewWriter(s.out), client: client}
+	root := a.root()
+	root.SetArgs(args)
+	root.SetIn(s.in)
+	root.SetOut(s.out)
+	root.SetErr(s.err)
+	err := root.ExecuteContext(ctx)
+	if a.client != nil {
+		_ = a.client.Close()
+	}
+	err = errors.Join(err, a.out.Flush())
+	code := a.exitCode(ctx, err)
+	switch {
+	case code == 0:
+	case code == exitUsage:
+		a.notef("goxstreams: %v\nSee goxstreams --help.", err)
+	default:
+		a.notef("goxstreams: %s", explain(err))
+	}
+	return code
+}
+
+func (a *app) exitCode(ctx context.Context, err error) int {
+	var usage usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &usage) || !a.began:
+		return exitUsage
+	case ctx.Err() != nil:
+		return exitInterrupted
+	case errors.Is(err, errPartly):
+		return exitPartly
+	}
+	return exitFailed
+}
+
+// explain returns the error's text, with advice where there is any.
+func explain(err error) string {
+	// A server quotes the arguments of a command that it does not know, among them passwords.
+	text, _, _ := strings.Cut(err.Error(), ", with args beginning with")
+	var reply redis.Error
+	if !errors.As(err, &reply) {
+		return text
+	}
+	switch reply := reply.Error(); {
+	case strings.HasPrefix(reply, "NOPERM"):
+		return text + "\nThe user of REDIS_URL lacks a right: see \"Rights\" in the command's README."
+	case strings.HasPrefix(reply, "NOAUTH"):
+		return text + "\nGive the password in REDIS_URL: redis://user:password@host:port"
+	case strings.HasPrefix(reply, "MOVED"):
+		return text + "\nThe server is part of a Redis Cluster: use --cluster."
+	}
+	return text
+}
+
+// notef writes a line to stderr, safe for a terminal.
+func (a *app) notef(format string, args ...any) {
+	fmt.Fprintln(a.err, safeLines(fmt.Sprintf(format, args...)))
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "goxstreams",
+		Short: "Look at Redis Streams and their consumer groups, and deal with dead letters",
+		Long: `goxstreams shows the streams that watermill-goxstreams reads and writes, and looks
+after their dead letters. All commands only read, but for "dead replay" and "dead delete".
+
+The server is that of --url or REDIS_URL, such as rediss://user:password@host:6379/0. A
+Redis Cluster is noticed.
+
+Exit codes: 0 all is done; 1 failed; 2 wrong arguments; 3 some dead letters could not be
+replayed or deleted, the others are; 130 interrupted.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		PersistentPreRun: func(*cobra.Command, []string) {
+			a.began = true
+		},
+	}
+	flags := root.PersistentFlags()
+	flags.BoolVar(&a.json, "json", false, "one JSON object per line, for scripts")
+	a.conn.addTo(flags)
+	root.AddCommand(a.topicsCommand(), a.groupsCommand(), a.pendingCommand(), a.tailCommand(), a.deadCommand())
+	return root
+}
+
+// silence is a logger for go-redis.
+type silence struct{}
+
+func (silence) Printf(context.Context, string, ...any) {}

@@ -1,0 +1,314 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+func TestTopicsGroupsPending(t *testing.T) {
+	testserver.RequireReal(t) // the embedded server has no lag
+	client, topic := testserver.Client(t), topic(t)
+	die(t, client, topic, death{handler: "a", payload: "1", err: errors.New("x")})
+	for range 3 {
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{"body", "b"}}).Err())
+	}
+	read := &redis.XReadGroupArgs{Group: "a", Consumer: "c1", Streams: []string{topic, ">"}, Count: 2}
+	require.NoError(t, client.XReadGroup(t.Context(), read).Err())
+
+	row := parsed(t, "topics", topic+"*")
+	require.Len(t, row, 1, "the dead-letter stream is no row of its own")
+	assert.Equal(t, map[string]any{
+		"topic": topic, "length": 4.0, "groups": 1.0, "pending": 2.0, "max_lag": 1.0, "dead_letters": 1.0,
+		"dead_letter_topic": goxstreams.DeadLetterTopic(topic),
+	}, row[0])
+	out, _ := ran(t, 0, "topics", topic+"*")
+	assert.Regexp(t, `^TOPIC +LENGTH +GROUPS +PENDING +LAG +DEAD\n`+topic+` +4 +1 +2 +1 +1\n$`, out)
+	require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 3).Err())
+
+	entries := stored(t, client, topic)
+	group := parsed(t, "groups", topic)
+	require.Len(t, group, 1)
+	assert.Equal(t, "a", group[0]["group"])
+	assert.Equal(t, 2.0, group[0]["pending"])
+	assert.Equal(t, entries[0].ID, group[0]["oldest_pending_id"])
+	assert.Equal(t, entries[1].ID, group[0]["last_delivered_id"])
+	out, _ = ran(t, 0, "groups", topic)
+	assert.Regexp(t, `\na +\d +2 +1 +`+entries[1].ID, out)
+
+	assert.Equal(t, []string{entries[0].ID, entries[1].ID}, column(parsed(t, "pending", topic, "a"), "id"))
+	assert.Len(t, parsed(t, "pending", topic, "a", "--limit", "1"), 1)
+	assert.Len(t, parsed(t, "pending", topic, "a", "--consumer", "c1", "--min-deliveries", "1"), 2)
+	assert.Empty(t, parsed(t, "pending", topic, "a", "--min-deliveries", "2"))
+	assert.Empty(t, parsed(t, "pending", topic, "a", "--min-idle", "1h"))
+	out, _ = ran(t, 0, "pending", topic, "a")
+	assert.Regexp(t, `^ID +AGE +IDLE +DELIVERIES +CONSUMER\n`+entries[0].ID+` +\d+\w +\d+\w +1 +c1\n`, out)
+
+	_, notes := ran(t, exitFailed, "pending", topic, "nobody")
+	assert.Contains(t, notes, `has no group "nobody"`)
+	_, notes = ran(t, exitFailed, "groups", topic+"-none")
+	assert.Contains(t, notes, "there is no stream")
+	_, notes = ran(t, 0, "dead", "list", topic+"-none")
+	assert.Contains(t, notes, "has no dead letters")
+}
+
+// More is pending than one answer of Redis's holds.
+func TestPendingPages(t *testing.T) {
+	client, topic := testserver.Client(t), topic(t)
+	const n = 2345
+	_, err := client.Pipelined(t.Context(), func(pipe redis.Pipeliner) error {
+		for range n {
+			pipe.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{"body", "b"}})
+		}
+		pipe.XGroupCreate(t.Context(), topic, "g", "0")
+		pipe.XReadGroup(t.Context(), &redis.XReadGroupArgs{Group: "g", Consumer: "c", Streams: []string{topic, ">"}, Count: n})
+		return nil
+	})
+	require.NoError(t, err)
+	rows := parsed(t, "pending", topic, "g")
+	seen := make(map[string]bool)
+	for _, id := range column(rows, "id") {
+		seen[id] = true
+	}
+	assert.Len(t, rows, n)
+	assert.Len(t, seen, n)
+}
+
+func TestTail(t *testing.T) {
+	client, topic := testserver.Client(t), topic(t)
+	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	require.NoError(t, err)
+	msg := message.NewMessage("uuid-1", []byte(`{"n":1}`))
+	msg.Metadata.Set("k", "v")
+	require.NoError(t, pub.Publish(topic, msg))
+	add := func(fields ...string) {
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: fields}).Err())
+	}
+	add("body", "two", "ctx", `{"trace":"t"}`)
+	add("x", "three")
+
+	out, _ := ran(t, 0, "tail", topic, "--metadata-field", "ctx")
+	got := strings.Split(out, "\n")
+	require.Len(t, got, 4)
+	assert.Regexp(t, `^\d+-\d+ \d{4}-\d\d-\d\dT[\d:.]{12}Z uuid-1 k=v {"n":1}$`, got[0])
+	assert.Regexp(t, `Z trace=t two$`, got[1])
+	assert.Regexp(t, `Z no message \(.* is missing\): x=three$`, got[2])
+	rows := parsed(t, "tail", topic, "-n", "2")
+	assert.Equal(t, []string{"two", "<nil>"}, column(rows, "payload"))
+	assert.Equal(t, map[string]any{"x": "three"}, rows[1]["fields"])
+
+	// It goes on with what comes, and ends when it is interrupted.
+	c := onTest(t)
+	var cancel context.CancelFunc
+	c.ctx, cancel = context.WithCancel(t.Context())
+	defer cancel()
+	code := make(chan int)
+	go func() { code <- c.run("tail", topic, "-f", "-n", "1") }()
+	await(t, func() bool { return strings.Contains(c.out.String(), "x=three") })
+	add("body", "four")
+	await(t, func() bool { return strings.HasSuffix(c.out.String(), " four\n") })
+	assert.Equal(t, 2, strings.Count(c.out.String(), "\n"))
+	cancel()
+	assert.Equal(t, 0, <-code)
+
+	groups, err := client.XInfoGroups(t.Context(), topic).Result()
+	require.NoError(t, err)
+	assert.Empty(t, groups)
+}
+
+func await(t *testing.T, condition func() bool) {
+	t.Helper()
+	require.Eventually(t, condition, 30*time.Second, 5*time.Millisecond)
+}
+
+// The password is nowhere, whatever is wrong with the URL. Most of these are passwords that are not encoded.
+func TestPasswordIsNotPrinted(t *testing.T) {
+	const secret = "hunter2"
+	for _, url := range []string{
+		"redis://user:" + secret + "@127.0.0.1:1/0",
+		"redis://user:" + secret + "@127.0.0.1:1?addr=127.0.0.1:2",
+		"redis://user:12/" + secret + "@127.0.0.1:6379/0",
+		"redis://user:" + secret + "/x@127.0.0.1:6379/0",
+		"redis://user:1?" + secret + "@127.0.0.1:6379/0",
+		"redis://user:1#" + secret + "@127.0.0.1:6379/0",
+		"redis://user:%" + secret + "@127.0.0.1:6379/0",
+		"redis://user:1 " + secret + "@127.0.0.1:6379/0",
+		"redis://user:" + secret + "@127.0.0.1:port/0",
+		"redis://user:" + secret + "@127.0.0.1:1/database",
+		secret + "://user@127.0.0.1",
+		"user:" + secret + "@127.0.0.1:6379",
+		secret + "@127.0.0.1:6379",
+		"http://user:" + secret + "@127.0.0.1:6379",
+	} {
+		t.Setenv("REDIS_URL", url)
+		for _, args := range [][]string{{"topics"}, {"topics", "--cluster"}, {"dead", "list", "orders"}, {"__complete", "groups", ""}} {
+			var c command
+			code := c.run(args...)
+			assert.NotContains(t, c.out.String()+c.err.String(), secret, "%s %v", url, args)
+			if args[0] != "__complete" {
+				assert.Contains(t, []int{exitFailed, exitUsage}, code, "%s %v: %s", url, args, c.err.String())
+				assert.NotEmpty(t, c.err.String())
+			}
+		}
+	}
+	t.Setenv("REDIS_URL", "redis://user:"+secret+"@"+testserver.Addr(t))
+	var c command
+	assert.Equal(t, exitFailed, c.run("topics"))
+	assert.NotContains(t, c.err.String(), secret)
+	t.Setenv("REDIS_URL", "redis://"+testserver.Addr(t)) // and it is used
+	assert.Zero(t, c.run("topics"))
+}
+
+func TestTLSFlags(t *testing.T) {
+	empty := filepath.Join(t.TempDir(), "empty.pem")
+	require.NoError(t, os.WriteFile(empty, nil, 0o600))
+	for _, tt := range []struct {
+		code int
+		want string
+		args []string
+	}{
+		{exitUsage, "need a URL that begins with rediss://", []string{"--url", "redis://127.0.0.1:1", "--tls-ca", empty}},
+		{exitUsage, "need each other", []string{"--url", "rediss://127.0.0.1:1", "--tls-cert", empty}},
+		{exitFailed, "no certificate in", []string{"--url", "rediss://127.0.0.1:1", "--tls-ca", empty}},
+		{exitFailed, "--tls-ca: open", []string{"--url", "rediss://127.0.0.1:1", "--tls-ca", empty + "x"}},
+		{exitFailed, "--tls-cert, --tls-key:", []string{"--cluster", "--url", "rediss://127.0.0.1:1", "--tls-cert", empty, "--tls-key", empty}},
+	} {
+		var c command
+		assert.Equal(t, tt.code, c.run(append(tt.args, "topics")...), "%v", tt.args)
+		assert.Contains(t, c.err.String(), tt.want)
+	}
+}
+
+func TestCompletion(t *testing.T) {
+	client, topic := testserver.Client(t), topic(t)
+	require.NoError(t, client.XGroupCreateMkStream(t.Context(), topic, "billing", "0").Err())
+	out, _ := ran(t, 0, "__complete", "pending", "")
+	assert.Contains(t, out, topic+"\n")
+	out, _ = ran(t, 0, "__complete", "pending", topic, "")
+	assert.Equal(t, "billing\n:4\n", out)
+	out, _ = ran(t, 0, "__complete", "dead", "list", topic, "--kind", "")
+	assert.Contains(t, out, "permanent\n")
+	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
+		out, _ = ran(t, 0, "completion", shell)
+		assert.Contains(t, out, "goxstreams")
+	}
+}
+
+// Commands that only read get along with a user who may do nothing else, and replay and delete with
+// the rights that README.md names.
+func TestRights(t *testing.T) {
+	testserver.RequireReal(t)
+	client, topic := testserver.Client(t), topic(t)
+	die(t, client, topic, death{handler: "a", payload: "1", err: errors.New("x")}, death{handler: "a", payload: "2", err: errors.New("x")})
+	user := topic
+	t.Cleanup(func() { client.Do(context.Background(), "acl", "deluser", user) })
+	allow := func(rights string) *command {
+		args := []any{"acl", "setuser", user, "reset", "on", ">secret", "~" + topic + "*"}
+		for _, r := range strings.Fields(rights) {
+			args = append(args, r)
+		}
+		require.NoError(t, client.Do(t.Context(), args...).Err())
+		return &command{url: fmt.Sprintf("redis://%s:secret@%s", user, testserver.Addr(t))}
+	}
+	ids := deadOf(t, client, topic)
+	for rights, commands := range map[string][][]string{
+		"+scan +xlen +xinfo|groups":      {{"topics", topic + "*"}},
+		"+xinfo|groups +xpending":        {{"groups", topic}},
+		"+xpending":                      {{"pending", topic, "a"}},
+		"+xrevrange +xread":              {{"tail", topic}},
+		"+xlen +xrange +xrevrange":       {{"dead", "list", topic}, {"dead", "summary", topic}, {"dead", "show", topic, ids[0]}, {"dead", "replay", topic, "--all", "--dry-run"}},
+		"+xlen +xrange +xrevrange +xdel": {{"dead", "delete", topic, "--yes", ids[0]}},
+		"+xlen +xrange +xrevrange +xdel +xadd +xinfo|groups +eval": {{"dead", "replay", topic, "--yes", ids[1]}},
+	} {
+		for _, args := range commands {
+			c := allow(rights)
+			c.draws = true
+			assert.Zero(t, c.run(args...), "%v: %s", args, c.err.String())
+			assert.NotContains(t, c.err.String(), "not known", "%v", args)
+		}
+	}
+	assert.Empty(t, deadOf(t, client, topic))
+	c := allow("+xlen")
+	assert.Equal(t, exitFailed, c.run("groups", topic))
+	assert.Contains(t, c.err.String(), "lacks a right")
+}
+
+func TestCluster(t *testing.T) {
+	cluster := testserver.Cluster(t)
+	client := cluster.Client()
+	names := make(map[string]bool)
+	prefix := topic(t)
+	for i := range 12 { // on all masters
+		name := fmt.Sprintf("%s-%d", prefix, i)
+		names[name] = true
+		die(t, client, name, death{handler: "a", payload: name, err: errors.New("x")})
+	}
+	// The addresses by which the nodes know each other need not be those that reach them from here.
+	command := func(code int, args ...string) []map[string]any {
+		var out, notes syncBuffer
+		got := runWith(t.Context(), cluster.Client(), append(args, "--json"), streams{out: &out, err: &notes})
+		require.Equal(t, code, got, notes.String())
+		return lines(t, out.String())
+	}
+	rows := command(0, "topics", prefix+"*")
+	assert.Len(t, rows, len(names))
+	for _, row := range rows {
+		name := row["topic"].(string)
+		assert.True(t, names[name])
+		assert.Equal(t, 1.0, row["dead_letters"], name)
+		assert.Equal(t, 1.0, row["groups"], name)
+		assert.Len(t, command(0, "groups", name), 1)
+		assert.Empty(t, command(0, "pending", name, "a"))
+		assert.Len(t, command(0, "tail", name), 1)
+		assert.Len(t, command(0, "dead", "replay", name, "--all", "--yes"), 1)
+		assert.Equal(t, []string{name}, received(t, client, name, "a", 1))
+	}
+}
+
+// With --json each line is one object, also of commands that have nothing to say.
+func TestJSONOfNothing(t *testing.T) {
+	for _, args := range [][]string{{"dead", "list", topic(t)}, {"dead", "summary", topic(t)}, {"tail", topic(t)}, {"topics", topic(t)}} {
+		assert.Empty(t, parsed(t, args...))
+	}
+}
+
+func TestSafe(t *testing.T) {
+	for in, want := range map[string]string{
+		"plain äöü 語 \"quoted\" back\\slash": "plain äöü 語 \"quoted\" back\\slash",
+		"\x1b[0m\a\r\n\t":                    `\x1b[0m\a\r\n\t`,
+		"\u009b \u202e \u200b \ufeff":        `\u009b \u202e \u200b \ufeff`,
+		"\xff\xfe \ufffd":                    `\xff\xfe �`,
+	} {
+		assert.Equal(t, want, safe(in))
+	}
+	assert.Equal(t, "abc…", short("abcdefgh", 4))
+	assert.Equal(t, "語語語…", short(strings.Repeat("語", 1000), 4))
+	deep := strings.Repeat("[", 5000) + strings.Repeat("]", 5000)
+	require.True(t, json.Valid([]byte(deep)))
+	assert.Less(t, len(block([]byte(deep))), 20_000)
+}
+
+func FuzzSafe(f *testing.F) {
+	f.Add("a\x1b\xff\u202e")
+	f.Fuzz(func(t *testing.T, s string) {
+		for _, out := range []string{safe(s), short(s, 10), strings.ReplaceAll(block([]byte(s)), "\n", "")} {
+			if strings.ContainsFunc(out, func(r rune) bool { return r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u202e' }) {
+				t.Errorf("%q becomes %q", s, out)
+			}
+		}
+	})
+}
