@@ -59,7 +59,8 @@ type Verdict struct {
 	LostByRedis []Loss
 	Duplicates  []Duplicate
 
-	Published, Unknown, Refused int // messages, by what Publish said
+	Published, Unknown, Refused int // messages, by what Publish said in the end
+	Repeated                    int // of the published, those that more than one call was made for
 	Handled, Dead               int // of them
 	// ExcusedOverlaps are runs at the same time where one holder was away for ClaimMinIdle, or Redis had lost the first
 	// one's lease.
@@ -131,6 +132,9 @@ func (c *checker) count() {
 		switch m.Outcome {
 		case Published:
 			c.verdict.Published++
+			if m.Last > m.From {
+				c.verdict.Repeated++
+			}
 		case Unknown:
 			c.verdict.Unknown++
 		case Refused:

@@ -10,7 +10,8 @@ import (
 // report prints a run: its numbers, a row for each fault, and the story of each violation.
 func report(out io.Writer, o Outcome) {
 	v := o.Verdict
-	fmt.Fprintf(out, "\nmessages: %d acknowledged, %d of unknown outcome, %d refused\n", v.Published, v.Unknown, v.Refused)
+	fmt.Fprintf(out, "\nmessages: %d acknowledged, %d of them after their outcome was unknown; %d of unknown outcome, %d refused\n",
+		v.Published, v.Repeated, v.Unknown, v.Refused)
 	fmt.Fprintf(out, "handled: %d; dead: %d; handled again: %d; at once by a holder that was away, or whose lease Redis lost: %d\n",
 		v.Handled, v.Dead, len(v.Duplicates), v.ExcusedOverlaps)
 	fmt.Fprintf(out, "processes ended by a message: %d; innocent, but in flight by itself in each of their crashes: %d\n", v.Crashes, v.Victims)
@@ -100,8 +101,17 @@ type Row struct {
 	Lost       int // violations: what Redis kept
 	ByRedis    int
 	Duplicates int
-	Recovery   time.Duration // the longest
+	Recovery   time.Duration // the longest; unmeasured: others were under way at the end of each
 	Others     int           // violations that are no losses
+}
+
+const unmeasured time.Duration = -1
+
+func (r Row) recovery() string {
+	if r.Recovery == unmeasured {
+		return ""
+	}
+	return fmt.Sprintf("%.1f s", r.Recovery.Seconds())
 }
 
 // empty tells whether nothing but the load before a fault is in the row.
@@ -114,7 +124,7 @@ func (o Outcome) rows() []Row {
 	row := func(name string) *Row {
 		r, ok := byName[name]
 		if !ok {
-			r = &Row{Deployment: o.Settings.Deployment, Fault: name}
+			r = &Row{Deployment: o.Settings.Deployment, Fault: name, Recovery: unmeasured}
 			byName[name] = r
 			rows = append(rows, r)
 		}
@@ -184,7 +194,7 @@ func (e *Evidence) timeOf(v Violation) time.Duration {
 // message published since has been handled. Of faults that overlap it is the last one's.
 func (e *Evidence) recovery(w *Window) time.Duration {
 	if slices.ContainsFunc(e.Faults, func(other *Window) bool { return other.From <= w.To && other.To > w.To }) {
-		return 0
+		return unmeasured
 	}
 	until := e.End
 	for _, next := range e.Faults {
@@ -219,7 +229,7 @@ func printTable(out io.Writer, rows []Row) {
 	fmt.Fprintln(out, "| deployment | fault | times | messages | lost | other violations | lost by Redis | handled again | longest recovery |")
 	fmt.Fprintln(out, "|---|---|--:|--:|--:|--:|--:|--:|--:|")
 	for _, r := range rows {
-		fmt.Fprintf(out, "| %s | %s | %d | %d | %d | %d | %d | %d | %.1f s |\n",
-			r.Deployment, r.Fault, r.Times, r.Messages, r.Lost, r.Others, r.ByRedis, r.Duplicates, r.Recovery.Seconds())
+		fmt.Fprintf(out, "| %s | %s | %d | %d | %d | %d | %d | %d | %s |\n",
+			r.Deployment, r.Fault, r.Times, r.Messages, r.Lost, r.Others, r.ByRedis, r.Duplicates, r.recovery())
 	}
 }
