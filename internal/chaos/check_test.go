@@ -72,13 +72,46 @@ func (r *record) store(number int) {
 
 // start begins a handler run; end, with its number, ends it.
 func (r *record) start(process string, number int, count int64) (run Event) {
+	return r.startOf(testUUID(number), process, 1, number, count)
+}
+
+func (r *record) startOf(uuid, process string, life, number int, count int64) (run Event) {
 	r.runs++
 	run = Event{
-		Kind: Started, Process: process, Life: 1, Run: r.runs, Topic: testTopic, ID: testID(number), UUID: testUUID(number),
+		Kind: Started, Process: process, Life: life, Run: r.runs, Topic: testTopic, ID: testID(number), UUID: uuid,
 		Count: count, Consumer: process,
 	}
 	r.add(run)
 	return run
+}
+
+// publishOf adds a call with one message of another nature, stored.
+func (r *record) publishOf(uuid string, number int) *record {
+	e := Event{Kind: Publishing, Process: "producer-1", Life: 1, Topic: testTopic, UUIDs: []string{uuid}}
+	r.add(e)
+	e.Kind = Published
+	r.add(e)
+	state := r.final[testTopic]
+	state.Entries = append(state.Entries, Entry{testID(number), uuid})
+	r.final[testTopic] = state
+	return r
+}
+
+// crashes has the message handled in lives 1 to n of consumer-1, each of which it ends.
+func (r *record) crashes(uuid string, number, n int) *record {
+	for life := 1; life <= n; life++ {
+		r.crash(life, func() { r.end(r.startOf(uuid, "consumer-1", life, number, int64(life)), Crashed) })
+	}
+	return r
+}
+
+// crash is a life of consumer-1 that ends by itself.
+func (r *record) crash(life int, while func()) {
+	if life > 1 {
+		r.add(Event{Kind: Spawned, Process: "consumer-1", Life: life})
+	}
+	while()
+	r.add(Event{Kind: Died, Process: "consumer-1", Life: life, Error: "signal: killed"})
 }
 
 func (r *record) end(run Event, kind Kind) *record {
@@ -173,6 +206,20 @@ func TestCheck(t *testing.T) {
 			again := r.start("consumer-1", 2, 1)
 			r.end(again, Acked)
 		}, ruleStoredTwice},
+		{"stored once by a repetition", func(r *record) {
+			r.publish(Unknown, false, 1).publish(Published, true, 1).handle("consumer-1", 1, 1, Acked)
+		}, ""},
+		{"stored, and again by a repetition", func(r *record) {
+			r.publish(Unknown, true, 1).publish(Published, false, 1).handle("consumer-1", 1, 1, Acked)
+			r.final[testTopic] = TopicState{Entries: []Entry{{testID(1), testUUID(1)}, {testID(2), testUUID(1)}}}
+			again := r.start("consumer-1", 2, 1)
+			r.end(again, Acked)
+		}, ruleStoredTwice},
+		{"a repetition that does not store what was destroyed", func(r *record) {
+			r.publish(Unknown, false, 1)
+			r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0)
+			r.publish(Published, false, 1)
+		}, ruleVanished},
 		{"refused but stored", func(r *record) { r.publish(Refused, true, 1).handle("consumer-1", 1, 1, Acked) }, ruleRefused},
 		{"half a batch", func(r *record) {
 			r.publish(Unknown, false, 1, 2)
@@ -324,6 +371,35 @@ func TestCheck(t *testing.T) {
 			r.publish(Published, true, 1).bury(1, "poison-1")
 			r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true}, 0).bury(1, "poison-1")
 		}, ""},
+		{"a deadly one, dead in time", func(r *record) {
+			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+2).bury(1, "deadly-1")
+		}, ""},
+		{"a deadly one, dead too late", func(r *record) {
+			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+3).bury(1, "deadly-1")
+		}, ruleLimit},
+		{"a deadly one that is forgotten", func(r *record) { r.publishOf("deadly-1", 1).crashes("deadly-1", 1, 2) }, ruleImmortal},
+		{"an innocent killed by another one each time, alone in its subscription from the third on", func(r *record) {
+			r.publish(Published, true, 1).crashes(testUUID(1), 1, testRetries+2).bury(1, testUUID(1))
+		}, ""},
+		{"an innocent killed by others twice", func(r *record) {
+			r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).bury(1, testUUID(1))
+		}, ruleInnocent},
+		{"a suspect with company", func(r *record) {
+			r.publish(Published, true, 2).publishOf("deadly-1", 1).crashes("deadly-1", 1, suspectFrom-1)
+			r.crash(suspectFrom, func() {
+				run := r.startOf("deadly-1", "consumer-1", suspectFrom, 1, suspectFrom)
+				other := r.startOf(testUUID(2), "consumer-1", suspectFrom, 2, 1)
+				r.end(other, Acked).end(run, Crashed)
+			})
+			r.bury(1, "deadly-1")
+		}, ruleSuspect + "," + ruleConcurrency},
+		{"a broken one, dead", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1") }, ""},
+		{"a broken one, not dead", func(r *record) { r.publishOf("broken-1", 1) }, ruleImmortal},
+		{"a broken one, dead twice", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1").bury(1, "broken-1") }, ruleDeadTwice},
+		{"a broken one that is handled", func(r *record) {
+			run := r.publishOf("broken-1", 1).startOf("broken-1", "consumer-1", 1, 1, 1)
+			r.end(run, Nacked).bury(1, "broken-1")
+		}, ruleHandled},
 		{"an innocent dead", func(r *record) { r.publish(Published, true, 1).bury(1, testUUID(1)) }, ruleInnocent},
 		{"a process that panics", func(r *record) { r.process(Died, "consumer-1") }, ruleDied},
 

@@ -3,6 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,35 +22,65 @@ func TestMain(m *testing.M) {
 	if playRole() {
 		return
 	}
+	flag.Parse()
+	// A run takes a third of a processor, and waits most of the time.
+	if err := flag.Set("test.parallel", "4"); err != nil {
+		fail(err)
+	}
 	os.Exit(m.Run())
 }
 
-// TestRun is a short run of each deployment. Recovery times are printed and not asserted: the machine may be busy.
+// testSettings are those of short runs, with less load, because the race detector is in the children too.
+func testSettings() Settings {
+	settings := defaultSettings()
+	settings.Rate, settings.Gap = 4, time.Second
+	return settings
+}
+
+func testRun(t *testing.T, settings Settings, faults string) Outcome {
+	t.Helper()
+	t.Parallel()
+	chosen, err := chooseFaults(strings.Split(faults, ","), settings.Deployment)
+	require.NoError(t, err)
+	outcome, err := runFaults(t.Context(), settings, chosen, t.TempDir(), t.Output())
+	requireServer(t, err)
+	require.NoError(t, err)
+	report(t.Output(), outcome)
+	assert.NotZero(t, outcome.Verdict.Handled)
+	return outcome
+}
+
+const cutFaults = "cut-before-reply,cut-middle-reply,cut-after-reply"
+
+// TestRun is two minutes of load with fixed seeds. Recovery times are printed and not asserted: the machine may be busy.
 func TestRun(t *testing.T) {
 	for _, test := range []struct {
-		deployment string
-		seed       uint64
-		load       time.Duration
-		faults     string
+		name string
+		Settings
+		faults string
 	}{
-		{single, 1, 40 * time.Second, "consumer-kill,producer-kill,consumer-stop-long,rolling-restart,redis-kill-always,redis-freeze-short," +
-			"client-kill,out-of-memory,partition,group-destroy,cut-before-reply,cut-middle-reply"},
-		{sentinel, 2, 25 * time.Second, "failover,master-kill,consumer-kill,client-kill"},
-		{cluster, 3, 25 * time.Second, "shard-failover,slot-move,shard-kill,consumer-kill"},
+		{"single", Settings{Deployment: single, Seed: 1, For: 30 * time.Second}, "consumer-kill,producer-kill,consumer-stop-long," +
+			"rolling-restart,redis-kill-always,redis-freeze-short,client-kill,out-of-memory,partition,group-destroy"},
+		{"sentinel", Settings{Deployment: sentinel, Seed: 2, For: 20 * time.Second}, "failover,master-kill,consumer-kill,client-kill"},
+		{"cluster", Settings{Deployment: cluster, Seed: 3, For: 20 * time.Second}, "shard-failover,slot-move,shard-kill,consumer-kill"},
+		{"overlapping", Settings{Deployment: single, Seed: 4, For: 30 * time.Second, Overlap: 3}, "all"},
+		{"idempotent", Settings{Deployment: container, Seed: 5, For: 20 * time.Second, Repeat: true, Idempotence: true},
+			cutFaults + ",producer-kill,client-kill,redis-disconnect"},
 	} {
-		t.Run(test.deployment, func(t *testing.T) {
-			settings := defaultSettings()
-			settings.Deployment, settings.Seed, settings.For, settings.Gap = test.deployment, test.seed, test.load, time.Second
-			faults, err := chooseFaults(strings.Split(test.faults, ","), test.deployment)
-			require.NoError(t, err)
-			outcome, err := runFaults(t.Context(), settings, faults, t.TempDir(), t.Output())
-			requireServer(t, err)
-			require.NoError(t, err)
-			report(t.Output(), outcome)
-			assert.Empty(t, outcome.Verdict.Violations)
-			assert.NotZero(t, outcome.Verdict.Handled)
+		t.Run(test.name, func(t *testing.T) {
+			settings := testSettings()
+			settings.Deployment, settings.Seed, settings.For = test.Deployment, test.Seed, test.For
+			settings.Overlap, settings.Repeat, settings.Idempotence = max(test.Overlap, 1), test.Repeat, test.Idempotence
+			assert.Empty(t, testRun(t, settings, test.faults).Verdict.Violations)
 		})
 	}
+}
+
+// TestRepeatedWithoutIdempotence: what is published again is stored again, and the checker sees it.
+func TestRepeatedWithoutIdempotence(t *testing.T) {
+	settings := testSettings()
+	settings.Repeat, settings.For, settings.Rate = true, 10*time.Second, 20
+	assert.Equal(t, []string{ruleStoredTwice}, rulesOf(testRun(t, settings, cutFaults).Verdict))
 }
 
 // requireServer skips a test that has no redis-server, unless there must be one.
@@ -60,6 +93,70 @@ func requireServer(t *testing.T, err error) {
 		require.NoError(t, err, "GOXSTREAMS_TEST_REAL=1 demands a redis-server in the PATH")
 	}
 	t.Skipf("it needs a redis-server in the PATH: %v", err)
+}
+
+// TestOverlap: each lane is free when the next fault comes, and all lanes are used.
+func TestOverlap(t *testing.T) {
+	settings := testSettings()
+	settings.For, settings.Overlap = time.Hour, 3
+	faults, err := chooseFaults([]string{"all"}, single)
+	require.NoError(t, err)
+	free := make(map[int]time.Duration)
+	atOnce := 0
+	for _, s := range schedule(settings, faults) {
+		assert.GreaterOrEqual(t, s.Offset, free[s.Lane])
+		for lane, until := range free {
+			if lane != s.Lane && until > s.Offset {
+				atOnce++
+			}
+		}
+		free[s.Lane] = s.Offset + s.Fault.takes + s.Hold
+	}
+	assert.Len(t, free, 3)
+	assert.NotZero(t, atOnce)
+}
+
+// TestNetwork: what one fault does to a process's connections ends with it, and what another one does goes on.
+func TestNetwork(t *testing.T) {
+	server, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { server.Close() })
+	go func() {
+		for {
+			conn, err := server.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_, _ = io.Copy(conn, conn)
+				conn.Close()
+			}()
+		}
+	}()
+	network := newNetwork()
+	t.Cleanup(network.close)
+	process, first, second := []string{"consumer-1"}, Strike{Number: 1}, Strike{Number: 2}
+	routes, err := network.routes(process[0], []string{server.Addr().String()})
+	require.NoError(t, err)
+	echoes := func(patience time.Duration) bool {
+		conn, err := net.Dial("tcp", routes[server.Addr().String()])
+		require.NoError(t, err)
+		defer conn.Close()
+		require.NoError(t, conn.SetDeadline(time.Now().Add(patience)))
+		_, err = conn.Write([]byte("x"))
+		require.NoError(t, err)
+		_, err = conn.Read(make([]byte, 1))
+		return err == nil
+	}
+	const long, short = time.Minute, 200 * time.Millisecond
+	assert.True(t, echoes(long))
+	require.NoError(t, network.poison(first, process, nothing("upstream")))
+	require.NoError(t, network.poison(second, process, nothing("upstream")))
+	assert.False(t, echoes(short))
+	require.NoError(t, network.cure(first, process))
+	assert.False(t, echoes(short), "the second one goes on")
+	require.NoError(t, network.cure(second, process))
+	assert.True(t, echoes(long))
 }
 
 // TestSchedule: a seed is a run's faults, and each fault comes before one comes again.
@@ -92,7 +189,7 @@ func TestSchedule(t *testing.T) {
 }
 
 func TestChooseFaults(t *testing.T) {
-	for _, deployment := range []string{single, sentinel, cluster} {
+	for _, deployment := range []string{single, container, sentinel, cluster} {
 		all, err := chooseFaults([]string{"all"}, deployment)
 		require.NoError(t, err)
 		chosen, err := chooseFaults(faultNames(all), deployment)

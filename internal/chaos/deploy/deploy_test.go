@@ -58,6 +58,7 @@ func add(ctx context.Context, t *testing.T, client redis.UniversalClient, key st
 }
 
 func TestSingle(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	d, err := Single(ctx, Config{AOF: Always, Args: []string{"--maxmemory", "100mb"}})
@@ -94,6 +95,7 @@ func attemptFor(ctx context.Context, d time.Duration, n *Node) error {
 }
 
 func TestTwoAtOnceHaveDifferentPorts(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	a, err := Single(ctx, Config{})
@@ -107,6 +109,7 @@ func TestTwoAtOnceHaveDifferentPorts(t *testing.T) {
 }
 
 func TestThatCannotStart(t *testing.T) {
+	t.Parallel()
 	_, err := Single(t.Context(), Config{Binary: "no-such-server"})
 	require.ErrorIs(t, err, ErrNoServer)
 	needServer(t)
@@ -115,6 +118,7 @@ func TestThatCannotStart(t *testing.T) {
 }
 
 func TestSentinel(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	d, err := Sentinel(ctx, Config{AOF: EverySec})
@@ -144,6 +148,7 @@ func TestSentinel(t *testing.T) {
 }
 
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	began := time.Now()
@@ -182,6 +187,7 @@ func TestCluster(t *testing.T) {
 // A slot moves and comes back while a producer adds to its stream and a group reads it: nothing is lost, and the group's
 // pending entries move too.
 func TestLiveMoveSlot(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	d, err := Cluster(ctx, Config{})
@@ -237,6 +243,7 @@ func TestLiveMoveSlot(t *testing.T) {
 
 // Broken off between any two steps, a move can be called again.
 func TestAMoveGoesOn(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	d, err := Cluster(ctx, Config{})
@@ -265,6 +272,7 @@ func TestAMoveGoesOn(t *testing.T) {
 }
 
 func TestContainer(t *testing.T) {
+	t.Parallel()
 	const image = "goxstreams-test/redis:8.6"
 	ctx := testContext(t)
 	d, err := Container(ctx, Config{Image: image, AOF: Always})

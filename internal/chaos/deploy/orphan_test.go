@@ -47,6 +47,7 @@ func hang(image string) error {
 }
 
 func TestServersEndWithTheirParent(t *testing.T) {
+	t.Parallel()
 	needServer(t)
 	ctx := testContext(t)
 	cmd := exec.CommandContext(ctx, os.Args[0])
