@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/Shopify/toxiproxy/v2"
 	"github.com/Shopify/toxiproxy/v2/stream"
@@ -140,11 +141,22 @@ func (n *Network) cure(s Strike, processes []string) error {
 		for i, old := range n.lanes[process] {
 			old.Stop()
 			proxy := toxiproxy.NewProxy(n.server, old.Name, old.Listen, old.Upstream)
-			errs = append(errs, addToxics(proxy, n.toxics[process]), proxy.Start())
+			errs = append(errs, addToxics(proxy, n.toxics[process]), startAgain(proxy))
 			n.lanes[process][i] = proxy
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// startAgain starts a proxy at the port of another one that has stopped. It waits for children of ours that have been forked and
+// do not run their program yet: until then they have the socket too.
+func startAgain(proxy *toxiproxy.Proxy) error {
+	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		err := proxy.Start()
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Since(began) > clientTimeout*10 {
+			return err
+		}
+	}
 }
 
 // Where a reply is cut off.

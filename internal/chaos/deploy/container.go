@@ -171,8 +171,20 @@ func (c *box) unpause() error {
 	return c.thaw()
 }
 
-func (c *box) freeze() error { _, err := c.call("pause"); return err }
-func (c *box) thaw() error   { _, err := c.call("unpause"); return err }
+// freeze asks again when the kernel has not stopped all threads soon enough for Docker, as on a busy machine.
+func (c *box) freeze() error {
+	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
+	defer cancel()
+	return until(ctx, func(context.Context) error {
+		if c.paused() {
+			return nil
+		}
+		_, err := c.call("pause")
+		return err
+	})
+}
+
+func (c *box) thaw() error { _, err := c.call("unpause"); return err }
 
 func (c *box) disconnect() error {
 	_, err := c.call("network", "disconnect", c.network)
