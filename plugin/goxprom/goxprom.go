@@ -10,6 +10,8 @@
 package goxprom
 
 import (
+	"cmp"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -47,10 +49,7 @@ var _ prometheus.Collector = (*Collector)(nil)
 
 // NewCollector returns a Collector that watches nothing yet.
 func NewCollector(config Config) *Collector {
-	if config.TopicTimeout == 0 {
-		config.TopicTimeout = defaultTimeout
-	}
-	return &Collector{newWatcher(), config.TopicTimeout}
+	return &Collector{newWatcher(), cmp.Or(config.TopicTimeout, defaultTimeout)}
 }
 
 // Add makes the Collector watch Subscribers of a consumer group, whatever topics
@@ -58,91 +57,26 @@ func NewCollector(config Config) *Collector {
 // twice.
 func (c *Collector) Add(group string, sources ...Source) { c.watcher.add(group, sources) }
 
-var labels = []string{"topic", "group"}
+// descs are of the counters, and of the gauges by their names there.
+var (
+	counterDescs [len(allCounters)]*prometheus.Desc
+	gaugeDescs   = map[string]*prometheus.Desc{}
+)
 
-func desc(name, help string) *prometheus.Desc {
-	return prometheus.NewDesc("goxstreams_"+name, help, labels, nil)
-}
-
-var counterDescs = [numCounters]*prometheus.Desc{
-	delivered: desc("delivered_total", "Messages handed out, retries included."),
-	retried:   desc("retried_total", "Messages handed out that had been delivered before, as Redis counts."),
-	acked:     desc("acked_total", "Messages acked."),
-	nacked:    desc("nacked_total", "Messages nacked."),
-	claimed:   desc("claimed_total", "Messages taken over from other consumers, or from what they released."),
-	released:  desc("released_total", "Messages given back when closing."),
-	broken:    desc("broken_total", "Deliveries of entries that could not be unmarshaled."),
-	dead:      desc("dead_total", "Messages moved to the dead-letter stream (in fan-out: dropped)."),
-	lost:      desc("lost_total", "Messages trimmed or deleted while pending."),
-}
-
-// gauge is a metric of a state; ok is false where there is none.
-type gauge struct {
-	desc  *prometheus.Desc
-	value func(*state) (v float64, ok bool)
-}
-
-var gauges = []gauge{
-	{desc("subscriptions", "Open subscriptions."),
-		func(s *state) (float64, bool) { return float64(s.open), true }},
-	{desc("in_flight", "Messages pending and held by this process: prefetched, handed out, or waiting for a retry."),
-		func(s *state) (float64, bool) { return float64(s.inFlight), true }},
-	{desc("waiting", "Messages in flight that wait for a retry."),
-		func(s *state) (float64, bool) { return float64(s.waiting), true }},
-	{desc("up", "1 if Redis serves all open subscriptions, 0 during an outage; absent if none is open."),
-		func(s *state) (float64, bool) { return number(!s.failing), s.open > 0 }},
-	{desc("outage_seconds", "Time since the outage under way began; 0 if there is none."),
-		func(s *state) (float64, bool) { return s.outage.Seconds(), true }},
-}
-
-var topicGauges = []gauge{
-	{desc("topic_stats_success", "1 if Redis answered this scrape's questions about the topic in time, 0 if not."),
-		func(s *state) (float64, bool) { return number(s.redis != nil), s.asked }},
-	{desc("topic_length", "Entries in the stream, handled ones included."),
-		ofTopic(func(s *state) float64 { return float64(s.redis.Length) })},
-	{desc("topic_lag", "Entries that the group has not been given yet; absent if Redis cannot tell."),
-		func(s *state) (float64, bool) {
-			if !s.inGroup() || s.redis.Lag < 0 {
-				return 0, false
-			}
-			return float64(s.redis.Lag), true
-		}},
-	{desc("topic_pending", "Entries that the group has been given and has not acked."),
-		ofGroup(func(s *state) float64 { return float64(s.redis.Pending) })},
-	{desc("topic_oldest_pending_seconds", "Time since the first of the pending entries was published; 0 if nothing is pending."),
-		ofGroup(func(s *state) float64 { return s.redis.OldestPending.Seconds() })},
-	{desc("topic_consumers", "Names of consumers in the group."),
-		ofGroup(func(s *state) float64 { return float64(s.redis.Consumers) })},
-	{desc("topic_dead_letters", "Entries in the topic's dead-letter stream, those of other groups included."),
-		ofGroup(func(s *state) float64 { return float64(s.redis.DeadLetters) })},
-}
-
-// inGroup reports whether Redis has answered, and has a group to tell of.
-func (s *state) inGroup() bool { return s.redis != nil && s.redis.Group != "" }
-
-func ofTopic(value func(*state) float64) func(*state) (float64, bool) {
-	return func(s *state) (float64, bool) {
-		if s.redis == nil {
-			return 0, false
+func init() {
+	desc := func(name, help string) *prometheus.Desc {
+		return prometheus.NewDesc("goxstreams_"+strings.ReplaceAll(name, ".", "_"), help, []string{"topic", "group"}, nil)
+	}
+	for i, c := range allCounters {
+		counterDescs[i] = desc(c.name+"_total", c.help)
+	}
+	for _, g := range gaugesWithin(defaultTimeout) {
+		suffix := ""
+		if g.unit == "s" {
+			suffix = "_seconds"
 		}
-		return value(s), true
+		gaugeDescs[g.name] = desc(g.name+suffix, g.help)
 	}
-}
-
-func ofGroup(value func(*state) float64) func(*state) (float64, bool) {
-	return func(s *state) (float64, bool) {
-		if !s.inGroup() {
-			return 0, false
-		}
-		return value(s), true
-	}
-}
-
-func number(b bool) float64 {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 // Describe implements prometheus.Collector.
@@ -150,32 +84,21 @@ func (c *Collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range counterDescs {
 		descs <- d
 	}
-	for _, g := range c.gauges() {
-		descs <- g.desc
+	for _, g := range gaugesWithin(c.timeout) {
+		descs <- gaugeDescs[g.name]
 	}
-}
-
-func (c *Collector) gauges() []gauge {
-	if c.timeout < 0 {
-		return gauges
-	}
-	return append(gauges[:len(gauges):len(gauges)], topicGauges...)
 }
 
 // Collect implements prometheus.Collector.
 func (c *Collector) Collect(metrics chan<- prometheus.Metric) {
-	states := c.watcher.look()
-	if c.timeout > 0 {
-		c.watcher.ask(states, c.timeout)
-	}
-	for _, s := range states {
+	for _, s := range c.watcher.look(c.timeout) {
 		topic, group := label(s.topic), label(s.group)
 		for i, total := range s.total {
 			metrics <- prometheus.MustNewConstMetric(counterDescs[i], prometheus.CounterValue, float64(total), topic, group)
 		}
-		for _, g := range c.gauges() {
+		for _, g := range gaugesWithin(c.timeout) {
 			if v, ok := g.value(s); ok {
-				metrics <- prometheus.MustNewConstMetric(g.desc, prometheus.GaugeValue, v, topic, group)
+				metrics <- prometheus.MustNewConstMetric(gaugeDescs[g.name], prometheus.GaugeValue, v, topic, group)
 			}
 		}
 	}

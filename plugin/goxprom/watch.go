@@ -2,6 +2,7 @@ package goxprom
 
 import (
 	"context"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -24,24 +25,100 @@ type asker interface {
 	TopicStats(ctx context.Context, topic string) (goxstreams.TopicStats, error)
 }
 
-// The counters of a subscription, in the order of countersOf.
-const (
-	delivered = iota
-	retried
-	acked
-	nacked
-	claimed
-	released
-	broken
-	dead
-	lost
-	numCounters
-)
+// counter is a metric that only grows.
+type counter struct {
+	name, help string
+	value      func(stats) int64
+}
 
-type counters [numCounters]int64
+type stats = goxstreams.SubscriptionStats
 
-func countersOf(s goxstreams.SubscriptionStats) counters {
-	return counters{s.Delivered, s.Retried, s.Acked, s.Nacked, s.Claimed, s.Released, s.Broken, s.Dead, s.Lost}
+var allCounters = [...]counter{
+	{"delivered", "Messages handed out, retries included.", func(s stats) int64 { return s.Delivered }},
+	{"retried", "Messages handed out that had been delivered before, as Redis counts.", func(s stats) int64 { return s.Retried }},
+	{"acked", "Messages acked.", func(s stats) int64 { return s.Acked }},
+	{"nacked", "Messages nacked.", func(s stats) int64 { return s.Nacked }},
+	{"claimed", "Messages taken over from other consumers, or from what they released.", func(s stats) int64 { return s.Claimed }},
+	{"released", "Messages given back when closing.", func(s stats) int64 { return s.Released }},
+	{"broken", "Deliveries of entries that could not be unmarshaled.", func(s stats) int64 { return s.Broken }},
+	{"dead", "Messages moved to the dead-letter stream (in fan-out: dropped).", func(s stats) int64 { return s.Dead }},
+	{"lost", "Messages trimmed or deleted while pending.", func(s stats) int64 { return s.Lost }},
+}
+
+// gauge is a metric of a state; ok is false where there is none.
+type gauge struct {
+	name, unit, help string
+	value            func(*state) (v float64, ok bool)
+}
+
+var gauges = []gauge{
+	{"subscriptions", "{subscription}", "Open subscriptions.",
+		func(s *state) (float64, bool) { return float64(s.open), true }},
+	{"in_flight", "{message}", "Messages pending and held by this process: prefetched, handed out, or waiting for a retry.",
+		func(s *state) (float64, bool) { return float64(s.inFlight), true }},
+	{"waiting", "{message}", "Messages in flight that wait for a retry.",
+		func(s *state) (float64, bool) { return float64(s.waiting), true }},
+	{"up", "1", "1 if Redis serves all open subscriptions, 0 during an outage; absent if none is open.",
+		func(s *state) (float64, bool) { return number(!s.failing), s.open > 0 }},
+	{"outage", "s", "Time since the outage under way began; 0 if there is none.",
+		func(s *state) (float64, bool) { return s.outage.Seconds(), true }},
+}
+
+// topicGauges are what Redis is asked for.
+var topicGauges = []gauge{
+	{"topic.stats_success", "1", "1 if Redis answered the questions about the topic in time, 0 if not.",
+		func(s *state) (float64, bool) { return number(s.redis != nil), s.asked }},
+	{"topic.length", "{message}", "Entries in the stream, handled ones included.",
+		func(s *state) (float64, bool) {
+			if s.redis == nil {
+				return 0, false
+			}
+			return float64(s.redis.Length), true
+		}},
+	{"topic.lag", "{message}", "Entries that the group has not been given yet; absent if Redis cannot tell.",
+		inGroup(func(t *goxstreams.TopicStats) (float64, bool) { return float64(t.Lag), t.Lag >= 0 })},
+	{"topic.pending", "{message}", "Entries that the group has been given and has not acked.",
+		inGroup(func(t *goxstreams.TopicStats) (float64, bool) { return float64(t.Pending), true })},
+	{"topic.oldest_pending", "s", "Time since the first of the pending entries was published; 0 if nothing is pending.",
+		inGroup(func(t *goxstreams.TopicStats) (float64, bool) { return t.OldestPending.Seconds(), true })},
+	{"topic.consumers", "{consumer}", "Names of consumers in the group.",
+		inGroup(func(t *goxstreams.TopicStats) (float64, bool) { return float64(t.Consumers), true })},
+	{"topic.dead_letters", "{message}", "Entries in the topic's dead-letter stream, those of other groups included.",
+		inGroup(func(t *goxstreams.TopicStats) (float64, bool) { return float64(t.DeadLetters), true })},
+}
+
+// inGroup is of what Redis knows of a group: not in fan-out.
+func inGroup(value func(*goxstreams.TopicStats) (float64, bool)) func(*state) (float64, bool) {
+	return func(s *state) (float64, bool) {
+		if s.redis == nil || s.redis.Group == "" {
+			return 0, false
+		}
+		return value(s.redis)
+	}
+}
+
+func number(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func gaugesWithin(timeout time.Duration) []gauge {
+	if timeout < 0 {
+		return gauges
+	}
+	return slices.Concat(gauges, topicGauges)
+}
+
+// counters are the values of allCounters.
+type counters [len(allCounters)]int64
+
+func countersOf(s stats) (values counters) {
+	for i, c := range allCounters {
+		values[i] = c.value(s)
+	}
+	return values
 }
 
 // pair is what all is summed up by.
@@ -93,7 +170,16 @@ func (w *watcher) add(group string, sources []Source) {
 func newWatcher() *watcher { return &watcher{totals: map[pair]counters{}} }
 
 // look returns the state of every topic and group that ever was subscribed to.
-func (w *watcher) look() map[pair]*state {
+// Redis is asked unless the timeout is negative.
+func (w *watcher) look(timeout time.Duration) map[pair]*state {
+	states := w.count()
+	if timeout > 0 {
+		w.ask(states, timeout)
+	}
+	return states
+}
+
+func (w *watcher) count() map[pair]*state {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	states := map[pair]*state{}
@@ -102,13 +188,13 @@ func (w *watcher) look() map[pair]*state {
 	}
 	for _, s := range w.sources {
 		now := map[string]sum{}
-		for _, stats := range s.source.Stats() {
-			key := pair{stats.Topic, s.group}
+		for _, sub := range s.source.Stats() {
+			key := pair{sub.Topic, s.group}
 			if states[key] == nil {
 				states[key] = &state{pair: key}
 			}
-			states[key].add(stats)
-			now[stats.Topic] = now[stats.Topic].plus(stats)
+			states[key].add(sub)
+			now[sub.Topic] = now[sub.Topic].plus(sub)
 		}
 		for topic, sum := range now {
 			key := pair{topic, s.group}
@@ -124,13 +210,13 @@ func (w *watcher) look() map[pair]*state {
 	return states
 }
 
-func (s *state) add(stats goxstreams.SubscriptionStats) {
+func (s *state) add(sub stats) {
 	s.open++
-	s.inFlight += stats.InFlight
-	s.waiting += stats.Waiting
-	if stats.Err != nil {
+	s.inFlight += sub.InFlight
+	s.waiting += sub.Waiting
+	if sub.Err != nil {
 		s.failing = true
-		s.outage = max(s.outage, time.Since(stats.Since))
+		s.outage = max(s.outage, time.Since(sub.Since))
 	}
 }
 
@@ -141,9 +227,7 @@ func (c counters) plus(d counters) counters {
 	return c
 }
 
-func (s sum) plus(stats goxstreams.SubscriptionStats) sum {
-	return sum{s.open + 1, s.counters.plus(countersOf(stats))}
-}
+func (s sum) plus(sub stats) sum { return sum{s.open + 1, s.counters.plus(countersOf(sub))} }
 
 // since returns by how much the counters have grown since the last look, at
 // least, and what to compare the next look with. What a subscription did between
@@ -151,8 +235,8 @@ func (s sum) plus(stats goxstreams.SubscriptionStats) sum {
 func (s sum) since(last sum) (grown counters, seen sum) {
 	closed := s.open < last.open
 	for i := range s.counters {
-		// Delivered falls by one without that, when nobody takes a message.
-		closed = closed || i != delivered && s.counters[i] < last.counters[i]
+		// Delivered, the first, falls by one also when nobody takes a message.
+		closed = closed || i > 0 && s.counters[i] < last.counters[i]
 	}
 	if closed && s.open == 1 && last.open == 1 {
 		return s.counters, s // another one in its place
