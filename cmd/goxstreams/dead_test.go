@@ -28,7 +28,7 @@ func anOutage() []death {
 			d.err = fmt.Errorf("charge order-%d: payment gateway: status 503", i)
 		case i%10 == 4:
 			d.handler, d.err = "shipping", fmt.Errorf("label order-%d: payment gateway: status 503", i)
-		case i%2 == 0:
+		case i%2 == 0 || i%10 == 5:
 			d.err = goxstreams.Permanent(fmt.Errorf("order-%d: the amount is negative", i))
 		default:
 			d.err = fmt.Errorf("order-%d: context deadline exceeded", i)
@@ -48,8 +48,8 @@ func TestTheRightHundredOfAThousand(t *testing.T) {
 	rows := strings.Split(strings.TrimSpace(out), "\n")
 	require.Len(t, rows, 5, out)
 	assert.Regexp(t, `^COUNT +KIND +GROUP +HANDLER +OLDEST +NEWEST +EXAMPLE +REASON$`, rows[0])
-	assert.Regexp(t, `^400 +permanent +billing +billing .* #: the amount is negative$`, rows[1])
-	assert.Regexp(t, `^400 +exhausted +billing +billing .* #: context deadline exceeded$`, rows[2])
+	assert.Regexp(t, `^500 +permanent +billing +billing .* #: the amount is negative$`, rows[1])
+	assert.Regexp(t, `^300 +exhausted +billing +billing .* #: context deadline exceeded$`, rows[2])
 	assert.Regexp(t, `^100 +exhausted +(billing|shipping) .* (charge|label) #: payment gateway: status 503$`, rows[3])
 	assert.Regexp(t, `^100 +exhausted +(billing|shipping) .* (charge|label) #: payment gateway: status 503$`, rows[4])
 
