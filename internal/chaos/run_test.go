@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
 )
 
@@ -93,6 +94,60 @@ func requireServer(t *testing.T, err error) {
 		require.NoError(t, err, "GOXSTREAMS_TEST_REAL=1 demands a redis-server in the PATH")
 	}
 	t.Skipf("it needs a redis-server in the PATH: %v", err)
+}
+
+// TestGoOn: a producer begins with the call that the one before it in its place did not come to know the outcome of, and with the
+// same messages.
+func TestGoOn(t *testing.T) {
+	d, err := deploy.Single(t.Context(), deploy.Config{})
+	requireServer(t, err)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, d.Close()) })
+	settings, ctx := testSettings(), t.Context()
+	settings.Repeat = true
+	for _, test := range []struct {
+		name   string
+		events []Kind
+		stored int
+	}{
+		{"nothing", nil, 0},
+		{"open", []Kind{Publishing, Published, Publishing}, 2},
+		{"unknown", []Kind{Publishing, Unknown}, 2},
+		{"known", []Kind{Publishing, Unknown, Publishing, Published}, 0},
+		{"refused", []Kind{Publishing, Refused}, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			uuids := []string{"plain-1", "broken-2"}
+			c := child{role: Role{Dir: t.TempDir(), Process: "producer-1", Settings: settings}, client: d.Client()}
+			c.journal, err = openJournal(c.role.Dir, c.role.Process, 1)
+			require.NoError(t, err)
+			for _, kind := range test.events {
+				c.journal.write(Event{Kind: kind, Topic: test.name, UUIDs: uuids})
+			}
+			publisher, err := newPublisher(settings, c.client, nil)
+			require.NoError(t, err)
+			require.NoError(t, c.goOn(publisher))
+			entries, err := entriesOf(ctx, c.client, test.name)
+			require.NoError(t, err)
+			var stored []string
+			for _, e := range entries {
+				stored = append(stored, e.UUID)
+			}
+			assert.Equal(t, uuids[:test.stored], append([]string{}, stored...))
+			require.NoError(t, c.goOn(publisher), "it is known now")
+			assert.EqualValues(t, test.stored, c.client.XLen(ctx, test.name).Val())
+		})
+	}
+	assert.Equal(t, makeMessage(settings, "flaky-1").Payload, makeMessage(settings, "flaky-1").Payload)
+	_, err = goxstreams.DefaultMarshaler{}.Unmarshal(must(saboteur{}.Marshal("t", makeMessage(settings, "broken-1"))))
+	assert.Error(t, err)
+}
+
+func must[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
 }
 
 // TestOverlap: each lane is free when the next fault comes, and all lanes are used.
