@@ -212,8 +212,9 @@ func (e *Evidence) recovery(w *Window) time.Duration {
 		if _, ok := began[r.life()]; !ok {
 			began[r.life()] = r.Start.Mono - w.To
 		}
-		if m := e.Messages[r.Start.UUID]; flows == 0 && r.Ending == Acked && m != nil && m.At > w.To {
-			flows = r.End - w.To
+		m, took := e.Messages[r.Start.UUID], r.End-w.To
+		if m != nil && m.From > w.To && r.Ending == Acked && (flows == 0 || took < flows) {
+			flows = took
 		}
 	}
 	longest := flows
