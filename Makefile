@@ -1,0 +1,100 @@
+# The targets that Watermill's adapters have, and those of this repository's own. What a test needs of a server it starts
+# by itself (CONTRIBUTING.md); with `make up` it can have yours: REDIS_ADDR=127.0.0.1:6379 make test
+
+REDIS_IMAGE ?= redis:8.6
+REDIS_PORT  ?= 6379
+CONTAINER   ?= goxstreams-redis
+
+# Further flags of go test, such as -run TestFault
+TESTFLAGS  ?=
+FUZZTIME   ?= 5s
+SEED       ?= 1
+FOR        ?= 2m
+DEPLOYMENT ?= single
+EXAMPLES   ?= quickstart worker
+MODULES    ?= $(patsubst %/go.mod,%,$(shell git ls-files '*/go.mod'))
+
+# One place says which version.
+STATICCHECK   ?= go run $(shell sed -n 's/^readonly STATICCHECK=//p' .ci/run)
+GOLANGCI_LINT ?= go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+GOIMPORTS     ?= go run golang.org/x/tools/cmd/goimports@v0.52.0
+
+CLI = $(if $(findstring valkey,$(REDIS_IMAGE)),valkey-cli,redis-cli)
+
+.PHONY: up wait down build test test_v test_short test_race test_stress test_reconnect test_acl \
+	fmt check lint fuzz modules examples bench chaos ci update_watermill
+
+up:
+	docker run -d --rm --name $(CONTAINER) -p 127.0.0.1:$(REDIS_PORT):6379 $(REDIS_IMAGE)
+
+wait:
+	timeout 30 sh -c 'until docker exec $(CONTAINER) $(CLI) ping 2>&1 | grep -q PONG; do sleep 0.2; done'
+
+down:
+	docker stop $(CONTAINER)
+
+build:
+	go build ./...
+
+test:
+	go test -timeout 10m $(TESTFLAGS) ./...
+
+test_v:
+	go test -timeout 10m -v $(TESTFLAGS) ./...
+
+test_short:
+	go test -timeout 10m -short $(TESTFLAGS) ./...
+
+test_race:
+	go test -timeout 10m -race $(TESTFLAGS) ./...
+
+# The universal suite ten times at once.
+test_stress:
+	GOXSTREAMS_TEST_STRESS=1 go test -timeout 30m -run '^TestPubSubStress$$' .
+
+# With servers that restart.
+test_reconnect:
+	go test -timeout 10m -run 'Reconnect|Restart' .
+
+# As a user with the rights that README.md names, and no others.
+test_acl:
+	GOXSTREAMS_TEST_ACL=1 go test -timeout 10m $(TESTFLAGS) .
+
+fmt:
+	git ls-files -z '*.go' | xargs -0 $(GOIMPORTS) -l -w
+
+check:
+	@test -z "$$(git ls-files -z '*.go' | xargs -0 gofmt -l | tee /dev/stderr)"
+	go vet ./...
+	$(STATICCHECK) ./...
+	go mod tidy -diff
+
+lint:
+	$(GOLANGCI_LINT) run ./...
+
+fuzz:
+	set -e; for f in $$(go test -list '^Fuzz' . | grep '^Fuzz'); do \
+		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x -timeout 10m .; done
+
+# Each module within this repository, or some: make modules MODULES=internal/interop
+modules:
+	set -e; for m in $(MODULES); do echo "== $$m"; (cd $$m && go mod tidy -diff && go vet ./... && $(STATICCHECK) ./... && \
+		go build -o /dev/null ./... && go test -race -timeout 5m ./...); done
+
+examples:
+	set -e; for e in $(EXAMPLES); do echo "== $$e"; timeout 60 go -C _examples/$$e run .; done
+
+# A quick look. benchmarks/README.md has the whole.
+bench:
+	go -C benchmarks run . -rounds 1 -size 0.1
+
+chaos:
+	go -C internal/chaos run . -seed $(SEED) -for $(FOR) -deployment $(DEPLOYMENT)
+
+# The whole CI, on a bare Debian machine: root, git, Go, Docker.
+ci:
+	.ci/run
+
+update_watermill:
+	go get -u github.com/ThreeDotsLabs/watermill
+	go mod tidy
