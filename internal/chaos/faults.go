@@ -51,7 +51,7 @@ func allFaults() []*Fault {
 		{Name: "rolling-restart", hold: atOnce, takes: time.Second, inject: rollingRestart},
 		{Name: "rolling-restart-of-everything", servers: true, hold: atOnce, takes: 4 * time.Second, inject: restartEverything},
 		// Dead after MaxRetries+2 crashes, each found after ClaimMinIdle.
-		{Name: "deadly-message", hold: atOnce, takes: 15 * time.Second, inject: publishDeadly},
+		{Name: "deadly-message", hold: atOnce, takes: 17 * time.Second, inject: publishDeadly},
 		{Name: "redis-restart-always", servers: true, hold: atOnce, inject: restartRedis(deploy.Always)},
 		{Name: "redis-restart-everysec", servers: true, hold: atOnce, inject: restartRedis(deploy.EverySec)},
 		{Name: "redis-kill-always", servers: true, hold: between(0.1, 2), inject: killRedis(deploy.Always)},

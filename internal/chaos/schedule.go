@@ -30,6 +30,7 @@ func schedule(s Settings, faults []*Fault) []Strike {
 	var strikes []Strike
 	var deck []*Fault
 	free := slices.Repeat([]time.Duration{s.ClaimMinIdle}, max(s.Overlap, 1)) // from when on each lane is
+	var serversFree time.Duration
 	for {
 		offset := slices.Min(free)
 		if offset >= s.For {
@@ -40,12 +41,21 @@ func schedule(s Settings, faults []*Fault) []Strike {
 			deck = slices.Clone(faults)
 			dice.Shuffle(len(deck), func(i, j int) { deck[i], deck[j] = deck[j], deck[i] })
 		}
+		if deck[0].servers {
+			offset = max(offset, serversFree)
+		}
 		strike := Strike{
 			Number: len(strikes) + 1, Lane: lane, Fault: deck[0], Offset: offset, Hold: deck[0].hold(s, dice), Dice: dice.Uint64(),
 		}
 		deck = deck[1:]
-		strikes = append(strikes, strike)
-		free[lane] += strike.Fault.takes + strike.Hold + s.Gap/4 + time.Duration(dice.Int64N(int64(s.Gap)))
+		if offset < s.For {
+			strikes = append(strikes, strike)
+		}
+		free[lane] = offset + strike.Fault.takes + strike.Hold
+		if strike.Fault.servers {
+			serversFree = free[lane]
+		}
+		free[lane] += s.Gap/4 + time.Duration(dice.Int64N(int64(s.Gap)))
 	}
 }
 
