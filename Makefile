@@ -11,7 +11,7 @@ FUZZTIME   ?= 5s
 SEED       ?= 1
 FOR        ?= 2m
 DEPLOYMENT ?= single
-EXAMPLES   ?= quickstart worker
+EXAMPLES   ?= $(patsubst _examples/%/go.mod,%,$(shell git ls-files '_examples/*/go.mod'))
 MODULES    ?= $(patsubst %/go.mod,%,$(shell git ls-files '*/go.mod'))
 
 # One place says which version.

@@ -51,3 +51,23 @@ func ExampleMarshaler() {
 	// 42 map[type:OrderPlaced] {"total":7} <nil>
 	// no data
 }
+
+// What watermill-redisstream writes, and reads.
+func ExampleDefaultMarshaler() {
+	msg := message.NewMessage("0193-4711", []byte("1 kettle"))
+	msg.Metadata.Set("type", "OrderPlaced")
+	values, err := goxstreams.DefaultMarshaler{}.Marshal("orders", msg)
+	must(err)
+	for _, field := range []string{goxstreams.UUIDHeaderKey, "metadata", "payload"} {
+		fmt.Printf("%s: %q\n", field, values[field])
+	}
+
+	msg, err = goxstreams.DefaultMarshaler{}.Unmarshal(values)
+	must(err)
+	fmt.Println(msg.UUID, msg.Metadata, string(msg.Payload))
+	// Output:
+	// _watermill_message_uuid: "0193-4711"
+	// metadata: "\x81\xa4type\xabOrderPlaced"
+	// payload: "1 kettle"
+	// 0193-4711 map[type:OrderPlaced] 1 kettle
+}

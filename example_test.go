@@ -156,6 +156,30 @@ func ExampleSubscriber_Stats() {
 	// Output: orders is fine: delivered 1, in flight 1, dead 0
 }
 
+// What Redis holds of a topic: how far behind the group is, what is pending, and
+// what is dead.
+func ExampleSubscriber_TopicStats() {
+	client, stop := exampleClient()
+	defer stop()
+	ctx := context.Background()
+	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "billing"}, nil)
+	must(err)
+	defer sub.Close()
+	messages, err := sub.Subscribe(ctx, "orders")
+	must(err)
+	examplePublish(client, "orders", "1 kettle")
+	msg := <-messages
+
+	s, err := sub.TopicStats(ctx, "orders")
+	must(err)
+	fmt.Printf("%s has %d entry, %d pending in %s for %v\n", s.Topic, s.Length, s.Pending, s.Group, s.OldestPending.Truncate(time.Minute))
+	fmt.Printf("%s has %d\n", s.DeadLetterTopic, s.DeadLetters)
+	msg.Ack()
+	// Output:
+	// orders has 1 entry, 1 pending in billing for 0s
+	// orders.dead{orders} has 0
+}
+
 func ExampleDeliveryFromContext() {
 	client, stop := exampleClient()
 	defer stop()
@@ -244,6 +268,30 @@ func (p *unluckyPublisher) Publish(topic string, _ ...*message.Message) error {
 }
 
 func (*unluckyPublisher) Close() error { return nil }
+
+// What has no answer is published again, with the same UUIDs, until it has one:
+// each is stored once. Here the server is not Redis 8.6.2, and says so.
+func ExampleIdempotence() {
+	client, stop := exampleClient()
+	defer stop()
+	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
+		Client:      client,
+		Idempotence: &goxstreams.Idempotence{Window: time.Hour},
+	}, nil)
+	must(err)
+	msg := message.NewMessage("order 4711", []byte("1 kettle"))
+
+	err = pub.Publish("orders", msg)
+	for began := time.Now(); errors.Is(err, goxstreams.ErrOutcomeUnknown) && time.Since(began) < 30*time.Minute; { // well within Window
+		time.Sleep(time.Second)
+		err = pub.Publish("orders", msg)
+	}
+	fmt.Println("unsupported:", errors.Is(err, goxstreams.ErrUnsupported))
+	fmt.Println(client.XLen(context.Background(), "orders").Val(), "stored")
+	// Output:
+	// unsupported: true
+	// 0 stored
+}
 
 // What goxstreams writes and reads: the payload in a field "body". The metadata
 // goes where its WithCtxTransmmiter puts it.

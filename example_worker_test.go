@@ -160,6 +160,53 @@ func ExampleConsumer_AddTo() {
 	// shipped: 3 x ribbon
 }
 
+// csvCodec has an order as a line of text.
+type csvCodec struct{}
+
+func (csvCodec) Encode(event any) ([]byte, error) {
+	order, ok := event.(Order)
+	if !ok {
+		return nil, fmt.Errorf("not an order: %T", event)
+	}
+	return fmt.Appendf(nil, "%d;%s", order.Quantity, order.Article), nil
+}
+
+func (csvCodec) Decode(payload []byte, event any) error {
+	order, ok := event.(*Order)
+	if !ok {
+		return fmt.Errorf("not an order: %T", event)
+	}
+	_, err := fmt.Sscanf(string(payload), "%d;%s", &order.Quantity, &order.Article)
+	return err
+}
+
+// Payloads need not be JSON.
+func ExampleCodec() {
+	client, stop := exampleClient()
+	defer stop()
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	must(err)
+	producer := goxstreams.NewProducer[Order](publisher, goxstreams.ProducerConfig{Codec: csvCodec{}})
+	shop := Shop{make(chan struct{}, 1)}
+	consumer, err := goxstreams.NewConsumer(shop, goxstreams.ConsumerConfig{
+		Topic:      "orders",
+		Subscriber: goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "shipping"},
+		Codec:      csvCodec{},
+	}, nil)
+	must(err)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	must(producer.Produce(ctx, Order{"kettle", 2}, "orders"))
+	go func() {
+		<-shop.done
+		cancel()
+	}()
+	fmt.Println(consumer.Run(ctx))
+	// Output:
+	// shipped: 2 x kettle
+	// <nil>
+}
+
 type traceID struct{}
 
 // A trace goes from the producer's context to the worker's.
