@@ -19,6 +19,10 @@
 // Consumer are a typed layer, with or without a router: a Worker has a method for
 // the message, one for the broken entry, and one for the dead message.
 //
+// Subscriber.Stats is for metrics and readiness probes, Subscriber.TopicStats asks
+// Redis how far behind a group is. With Idempotence a call of Publish can be
+// repeated when it is not known what became of it.
+//
 // # What holds
 //
 //   - At least once. What is trimmed or deleted while pending is logged and
@@ -57,10 +61,10 @@
 //	        (or when the holder is dead)
 //
 // From out and waiting an entry also goes to the dead-letter stream: when its
-// retries are used up, when its error says so, or when it could not be unmarshaled.
-// All states but the
-// first and the last are pending in Redis, with a lease that is renewed every
-// third of ClaimMinIdle.
+// retries are used up, when its error says so, or when it could not be
+// unmarshaled. All states but the first and the last are pending in Redis, with a
+// lease that is renewed every third of ClaimMinIdle (but for released ones, which
+// nobody holds).
 //
 // # The way of the data
 //
@@ -73,30 +77,5 @@
 //	Released:   XCLAIM .. JUSTID to the consumer named "released"
 //	Dead:       one script: still ours? then XADD and XACK
 //
-// # The files, in the order of reading
-//
-//	subscriber.go    the configuration, Subscribe, Close, Stats
-//	subscription.go  one subscription: its goroutines, what they share, its end
-//	dispatch.go      what a slot takes next, and when there is room to read
-//	reader.go        reads what is new, and how far ahead
-//	watch.go         the reads that wait: several topics share a connection
-//	delivery.go      one entry from the queue to its outcome
-//	bury.go          broken entries, and how dead ones are moved
-//	retry_middleware.go  when a message comes again, and how often
-//	verdict.go       what the middlewares decide, and by which errors
-//	deadletter.go    DeadLetter, and the dead-letter stream's name and format
-//	deadletter_queue.go  looks at dead letters, replays and deletes them
-//	worker.go        the typed layer: Producer, Consumer, Worker
-//	acker.go         acks in batches
-//	lease.go         what is held, and since when for sure (knows no Redis)
-//	claimer.go       takes over from the dead, renews for the living
-//	release.go       gives back what is not handled
-//	group.go         makes a lost group again
-//	health.go        what Stats says of an outage
-//	link.go          the connection of a read that blocks
-//	line.go          what goes out at the same time shares a pipeline
-//	commands.go, resp.go  every command to Redis, and its answer
-//	publisher.go, idempotence.go  Publish, and how it can be repeated
-//	marshaler.go, msgpack.go  the formats of entries
-//	errors.go        what can be compared with errors.Is
+// How it works inside, and which file does what, is in ARCHITECTURE.md.
 package goxstreams
