@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"time"
 
+	xfont "golang.org/x/image/font"
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/font"
 	"gonum.org/v1/plot/plotter"
@@ -34,7 +35,7 @@ func px(n float64) vg.Length { return vg.Length(n) * vg.Inch / dpi }
 var (
 	page    = color.RGBA{0xf4, 0xf5, 0xf5, 0xff}
 	border  = color.RGBA{0xdd, 0xde, 0xe0, 0xff}
-	grid    = color.RGBA{0xea, 0xeb, 0xed, 0xff}
+	grid    = color.RGBA{0xe3, 0xe4, 0xe7, 0xff}
 	dark    = color.RGBA{0x24, 0x29, 0x2e, 0xff}
 	muted   = color.RGBA{0x6a, 0x71, 0x78, 0xff}
 	palette = []color.RGBA{ // the beginning of Grafana's palette-classic, for a light theme
@@ -49,7 +50,7 @@ var (
 func style(size float64, bold bool, c color.Color) text.Style {
 	f := font.Font{Typeface: "Liberation", Variant: "Sans", Size: px(size)}
 	if bold {
-		f.Weight = 700
+		f.Weight = xfont.WeightBold
 	}
 	return text.Style{Color: c, Font: f, Handler: plot.DefaultTextHandler}
 }
@@ -168,7 +169,7 @@ func (g drawing) timeseries(c draw.Canvas, p panel, data []series) error {
 	})
 	plt.X.Tick.Marker = plot.TickerFunc(func(low, high float64) (ticks []plot.Tick) {
 		const minute = 60
-		every := math.Ceil((high-low)/minute/6) * minute
+		every := math.Ceil((high-low)/minute/8) * minute
 		for v := math.Ceil(low/every) * every; v <= high; v += every {
 			ticks = append(ticks, plot.Tick{Value: v, Label: time.Unix(int64(v), 0).UTC().Format("15:04")})
 		}
