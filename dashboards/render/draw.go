@@ -21,7 +21,7 @@ import (
 
 // Lengths in pixels: those of Grafana's grid at a width of 1600.
 const (
-	dpi       = 96
+	dpi       = 96 // of these pixels
 	columns   = 24
 	cell      = 66 // a column
 	row       = 38
@@ -62,14 +62,15 @@ type drawing struct {
 	height float64
 }
 
-// write writes the dashboard as a PNG; data are of the panels, in their order.
-func (p prometheus) write(file string, d dashboard, data [][]series) error {
+// write writes the dashboard as a PNG; data are of the panels, in their order. The
+// resolution is in dots per inch.
+func (p prometheus) write(file string, resolution int, d dashboard, data [][]series) error {
 	rows := 0
 	for _, panel := range d.Panels {
 		rows = max(rows, panel.GridPos.Y+panel.GridPos.H)
 	}
 	height := float64(header + rows*row + gap)
-	image := vgimg.NewWith(vgimg.UseWH(px(pageWidth), px(height)), vgimg.UseDPI(dpi))
+	image := vgimg.NewWith(vgimg.UseWH(px(pageWidth), px(height)), vgimg.UseDPI(resolution))
 	g := drawing{p, draw.New(image), height}
 	g.fill(g.canvas.Rectangle, page)
 	at := func(x, y float64) vg.Point { return vg.Point{X: px(x), Y: px(height - y)} }

@@ -19,15 +19,16 @@ func main() {
 	end := flag.Int64("end", time.Now().Unix(), "the end of what is drawn, in seconds since 1970")
 	minutes := flag.Int("minutes", 10, "how much time is drawn")
 	step := flag.Duration("step", 5*time.Second, "the resolution: at which that server scrapes")
+	resolution := flag.Int("dpi", dpi, "the picture's resolution; twice as much for a sharp screen")
 	flag.Parse()
 	p := prometheus{*url, time.Unix(*end, 0).Add(-time.Duration(*minutes) * time.Minute), time.Unix(*end, 0), *step}
-	if err := render(context.Background(), p, *file, *out); err != nil {
+	if err := render(context.Background(), p, *file, *out, *resolution); err != nil {
 		fmt.Fprintln(os.Stderr, "render:", err)
 		os.Exit(1)
 	}
 }
 
-func render(ctx context.Context, p prometheus, file, out string) error {
+func render(ctx context.Context, p prometheus, file, out string, resolution int) error {
 	d, err := readDashboard(file)
 	if err != nil {
 		return err
@@ -38,5 +39,5 @@ func render(ctx context.Context, p prometheus, file, out string) error {
 			return fmt.Errorf("%s: %w", panel.Title, err)
 		}
 	}
-	return p.write(out, d, data)
+	return p.write(out, resolution, d, data)
 }

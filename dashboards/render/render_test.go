@@ -34,7 +34,7 @@ func server(t *testing.T, queries *[]string) prometheus {
 func TestRender(t *testing.T) {
 	var queries []string
 	out := filepath.Join(t.TempDir(), "out.png")
-	require.NoError(t, render(t.Context(), server(t, &queries), "../goxstreams.json", out))
+	require.NoError(t, render(t.Context(), server(t, &queries), "../goxstreams.json", out, dpi/4))
 	d, err := readDashboard("../goxstreams.json")
 	require.NoError(t, err)
 	targets := 0
@@ -52,7 +52,7 @@ func TestRender(t *testing.T) {
 	defer f.Close()
 	picture, err := png.Decode(f)
 	require.NoError(t, err)
-	require.Equal(t, pageWidth, picture.Bounds().Dx())
+	require.Equal(t, pageWidth/4, picture.Bounds().Dx())
 }
 
 func TestQuery(t *testing.T) {
@@ -80,7 +80,7 @@ func TestPrometheusRefuses(t *testing.T) {
 	}))
 	defer s.Close()
 	out := filepath.Join(t.TempDir(), "out.png")
-	err := render(t.Context(), prometheus{s.URL, testEnd.Add(-time.Minute), testEnd, time.Second}, "../goxstreams.json", out)
+	err := render(t.Context(), prometheus{s.URL, testEnd.Add(-time.Minute), testEnd, time.Second}, "../goxstreams.json", out, dpi)
 	require.ErrorContains(t, err, "parse error")
 	require.NoFileExists(t, out)
 }

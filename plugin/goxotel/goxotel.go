@@ -15,7 +15,9 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"go.opentelemetry.io/otel"
@@ -132,6 +134,11 @@ func (t *Telemetry) fail(span trace.Span, err error) {
 		span.SetStatus(codes.Error, "")
 		return
 	}
+	text := err.Error()
+	if !utf8.ValidString(text) { // which exporters refuse, with all that is sent together
+		text = strings.ToValidUTF8(text, "\uFFFD")
+		err = errors.New(text)
+	}
 	span.RecordError(err)
-	span.SetStatus(codes.Error, err.Error())
+	span.SetStatus(codes.Error, text)
 }

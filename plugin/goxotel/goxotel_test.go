@@ -12,6 +12,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -387,6 +388,33 @@ func TestPanicGoesOn(t *testing.T) {
 	require.Equal(t, sdktrace.Status{Code: codes.Error, Description: "panic"}, delivery.Status())
 	require.Equal(t, "panic", attributes(delivery)["error.type"])
 	msg.Ack()
+}
+
+// A text that is not UTF-8 would make an exporter refuse all that it sends
+// together.
+func TestErrorsThatAreNotUTF8(t *testing.T) {
+	r := newRig(t, Config{})
+	r.run(goxstreams.SubscriberConfig{ConsumerGroup: "g", OnDead: r.OnDead(nil)}, "a\xff", "", func(*message.Message) ([]*message.Message, error) {
+		return nil, goxstreams.Permanent(errors.New("no \xff"))
+	})
+	require.NoError(t, r.publisher().Publish("a\xff", message.NewMessage("1", nil)))
+	for _, s := range r.ended(3) {
+		all := []string{s.Name(), s.Status().Description}
+		for _, a := range s.Attributes() {
+			all = append(all, a.Value.Emit())
+		}
+		for _, e := range s.Events() {
+			for _, a := range e.Attributes {
+				all = append(all, a.Value.Emit())
+			}
+		}
+		for _, text := range all {
+			require.True(t, utf8.ValidString(text), "%s: %q", s.Name(), text)
+		}
+		if s.Name() == `process "a\xff"` {
+			require.Equal(t, "no \uFFFD", s.Status().Description)
+		}
+	}
 }
 
 func TestOmitErrorText(t *testing.T) {

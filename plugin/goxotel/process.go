@@ -2,6 +2,7 @@ package goxotel
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -119,7 +120,7 @@ func (t *Telemetry) OnDead(next func(context.Context, goxstreams.DeadMessage)) f
 		ctx, span := t.tracer.Start(ctx, "dead_letter "+label(dead.Topic),
 			trace.WithSpanKind(trace.SpanKindClient), trace.WithAttributes(attributes...))
 		defer span.End()
-		reason := dead.Reason
+		reason := strings.ToValidUTF8(dead.Reason, "\uFFFD")
 		if t.omitErrorText {
 			reason = ""
 		}

@@ -30,7 +30,7 @@ func (t *Telemetry) Publisher(pub message.Publisher) (message.Publisher, error) 
 
 type publisher struct {
 	message.Publisher
-	*Telemetry
+	t *Telemetry
 }
 
 // String returns what Watermill would call the Publisher without the decorator.
@@ -69,7 +69,7 @@ func (p *publisher) Publish(topic string, messages ...*message.Message) error {
 			links = append(links, trace.Link{SpanContext: span.SpanContext()})
 		}
 		var call trace.Span
-		ctx, call = p.tracer.Start(ctx, "send "+label(topic), trace.WithSpanKind(trace.SpanKindClient), trace.WithLinks(links...),
+		ctx, call = p.t.tracer.Start(ctx, "send "+label(topic), trace.WithSpanKind(trace.SpanKindClient), trace.WithLinks(links...),
 			trace.WithAttributes(append(attributes, semconv.MessagingBatchMessageCount(len(messages)))...))
 		spans = append(spans, call)
 	}
@@ -82,22 +82,22 @@ func (p *publisher) Publish(topic string, messages ...*message.Message) error {
 	}
 	for _, span := range spans {
 		if err != nil {
-			p.fail(span, err)
+			p.t.fail(span, err)
 		}
 		span.End()
 	}
-	p.sent.Add(ctx, int64(len(messages)), "send", system, labels...)
-	p.published.Record(ctx, time.Since(began).Seconds(), "send", system, append(labels, p.published.AttrOperationType(messagingconv.OperationTypeSend))...)
+	p.t.sent.Add(ctx, int64(len(messages)), "send", system, labels...)
+	p.t.published.Record(ctx, time.Since(began).Seconds(), "send", system, append(labels, p.t.published.AttrOperationType(messagingconv.OperationTypeSend))...)
 	return err
 }
 
 // create starts a message's span, and returns a copy of the message with the
 // span's context in its metadata.
 func (p *publisher) create(what, topic string, msg *message.Message, attributes []attribute.KeyValue) (context.Context, trace.Span, *message.Message) {
-	ctx, span := p.tracer.Start(p.parent(msg), what+label(topic), trace.WithSpanKind(trace.SpanKindProducer),
+	ctx, span := p.t.tracer.Start(p.parent(msg), what+label(topic), trace.WithSpanKind(trace.SpanKindProducer),
 		trace.WithAttributes(append(attributes[:len(attributes):len(attributes)], semconv.MessagingMessageID(label(msg.UUID)))...))
 	sent := msg.CopyWithContext()
-	p.propagator.Inject(ctx, propagation.MapCarrier(sent.Metadata))
+	p.t.propagator.Inject(ctx, propagation.MapCarrier(sent.Metadata))
 	return ctx, span, sent
 }
 
@@ -106,5 +106,5 @@ func (p *publisher) parent(msg *message.Message) context.Context {
 	if trace.SpanContextFromContext(msg.Context()).IsValid() {
 		return msg.Context()
 	}
-	return p.propagator.Extract(msg.Context(), propagation.MapCarrier(msg.Metadata))
+	return p.t.propagator.Extract(msg.Context(), propagation.MapCarrier(msg.Metadata))
 }
