@@ -196,7 +196,7 @@ type summary map[cause]*causeRow
 const maxCauses = 1000
 
 // variable is what tells one letter's reason from another's with the same cause.
-var variable = regexp.MustCompile(`(?i)(\b(?:http|status|code|sqlstate|errno)[ :=]*)?[0-9a-z_-]*[0-9][0-9a-z_-]*`)
+var variable = regexp.MustCompile(`(?i)(\b(?:http|status|code|sqlstate|errno)[ :=]*)?[0-9a-z_-]*[0-9][0-9a-z_-]*(?:[.:][0-9a-z_-]*[0-9][0-9a-z_-]*)*`)
 
 func (sum summary) add(d goxstreams.DeadMessage) {
 	reason := variable.ReplaceAllStringFunc(d.Reason, func(s string) string {

@@ -201,7 +201,7 @@ func (m *mover) ask(ctx context.Context) error {
 	if err := m.a.printSummary(m.a.err, sum, 10); err != nil {
 		return err
 	}
-	fmt.Fprint(m.a.err, safe(fmt.Sprintf("%s %s of %q %s? [y/N] ", strings.ToUpper(m.verb[:1])+m.verb[1:], number(sum.total()), m.s.topic, m.question)))
+	_, _ = fmt.Fprint(m.a.err, safe(fmt.Sprintf("%s %s of %q %s? [y/N] ", strings.ToUpper(m.verb[:1])+m.verb[1:], number(sum.total()), m.s.topic, m.question)))
 	answer := make(chan string, 1)
 	go func() { // a read does not heed the context; it ends with the process
 		line, _ := bufio.NewReader(m.a.in).ReadString('\n')
@@ -209,6 +209,7 @@ func (m *mover) ask(ctx context.Context) error {
 	}()
 	select {
 	case <-ctx.Done():
+		m.a.notef("")
 		return errors.New("interrupted: nothing is done")
 	case line := <-answer:
 		if line != "y" && line != "yes" {

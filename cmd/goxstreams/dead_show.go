@@ -57,7 +57,7 @@ func (a *app) show(ctx context.Context, s *selection) error {
 			continue
 		}
 		if shown++; shown > 1 {
-			fmt.Fprintln(a.out)
+			a.printf("\n")
 		}
 		a.showLetter(d, err)
 	}
@@ -70,7 +70,7 @@ func (a *app) show(ctx context.Context, s *selection) error {
 func (a *app) showLetter(d goxstreams.DeadMessage, err error) {
 	line := func(title, value string) {
 		if value != "" {
-			fmt.Fprintf(a.out, "%-12s%s\n", title, safe(value))
+			a.printf("%-12s%s\n", title, safe(value))
 		}
 	}
 	line("ID", d.ID)
@@ -96,12 +96,12 @@ func (a *app) showLetter(d goxstreams.DeadMessage, err error) {
 	}
 	line("UUID", d.Message.UUID)
 	if len(d.Message.Metadata) > 0 {
-		fmt.Fprintln(a.out, "Metadata")
+		a.printf("Metadata\n")
 		for _, name := range slices.Sorted(maps.Keys(d.Message.Metadata)) {
-			fmt.Fprintf(a.out, "  %s: %s\n", safe(name), safe(d.Message.Metadata[name]))
+			a.printf("  %s: %s\n", safe(name), safe(d.Message.Metadata[name]))
 		}
 	}
-	fmt.Fprintf(a.out, "Payload, %d bytes\n%s\n", len(d.Message.Payload), block(d.Message.Payload))
+	a.printf("Payload, %d bytes\n%s\n", len(d.Message.Payload), block(d.Message.Payload))
 	var fields []string
 	for i := 0; i+1 < len(d.Fields); i += 2 {
 		fields = append(fields, fmt.Sprintf("%s (%d bytes)", safe(short(d.Fields[i], 80)), len(d.Fields[i+1])))
@@ -112,6 +112,6 @@ func (a *app) showLetter(d goxstreams.DeadMessage, err error) {
 // showFields shows an entry that is no message.
 func (a *app) showFields(fields []string) {
 	for i := 0; i+1 < len(fields); i += 2 {
-		fmt.Fprintf(a.out, "Field %s, %d bytes\n%s\n", safe(fields[i]), len(fields[i+1]), block([]byte(fields[i+1])))
+		a.printf("Field %s, %d bytes\n%s\n", safe(fields[i]), len(fields[i+1]), block([]byte(fields[i+1])))
 	}
 }

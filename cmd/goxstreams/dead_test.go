@@ -1,12 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -204,6 +208,51 @@ func TestReplayOfSome(t *testing.T) {
 	rows = parsed(t, "dead", "replay", topic, "--yes", "--to-all", gone)
 	assert.Equal(t, []map[string]any{{"id": gone, "result": "replayed"}}, rows)
 	assert.Equal(t, []string{"1"}, received(t, client, topic, "here", 1))
+}
+
+// lossy is a connection that breaks when a script's answer has come, and is not read yet.
+type lossy struct {
+	net.Conn
+	ran  func() // waits until the scripts have run
+	sent *atomic.Bool
+}
+
+func (l lossy) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("eval")) {
+		l.sent.Store(true)
+	}
+	return l.Conn.Write(p)
+}
+
+func (l lossy) Read(p []byte) (int, error) {
+	if l.sent.Load() {
+		l.ran()
+		return 0, io.EOF
+	}
+	return l.Conn.Read(p)
+}
+
+// When the answer is lost, nobody knows what became of the letters. It says so, and it can be run again.
+func TestReplayWithoutAnAnswer(t *testing.T) {
+	client, topic := testserver.Client(t), topic(t)
+	die(t, client, topic, death{handler: "a", payload: "1", err: errors.New("x")})
+	multiply(t, client, topic, 120)
+	broken := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), Dialer: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+		ran := func() { await(t, func() bool { return len(deadOf(t, client, topic)) == 20 }) }
+		return lossy{conn, ran, new(atomic.Bool)}, err
+	}})
+	var out, notes syncBuffer
+	code := runWith(t.Context(), broken, []string{"dead", "replay", topic, "--all", "--yes", "--json"}, streams{out: &out, err: &notes})
+	assert.Equal(t, exitFailed, code, notes.String())
+	assert.Equal(t, slices.Repeat([]string{"unknown"}, 100), column(lines(t, out.String()), "result"))
+	assert.Contains(t, notes.String(), "0 dead letters replayed, of 100 it is not known.\n")
+	assert.Contains(t, notes.String(), "run it again for the rest: ")
+
+	_, text := ran(t, 0, "dead", "replay", topic, "--all", "--yes")
+	assert.Equal(t, "20 dead letters replayed.\n", text)
+	assert.Empty(t, deadOf(t, client, topic))
+	assert.Len(t, stored(t, client, topic), 121, "each once, and the first one's own")
 }
 
 // A letter says into which topic a replay puts it. Who can write to one dead-letter stream must not

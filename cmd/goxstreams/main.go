@@ -125,10 +125,14 @@ func explain(err error) string {
 	return text
 }
 
-// notef writes a line to stderr, safe for a terminal.
+// notef writes a line to stderr, safe for a terminal, after what was written to stdout.
 func (a *app) notef(format string, args ...any) {
-	fmt.Fprintln(a.err, safeLines(fmt.Sprintf(format, args...)))
+	_ = a.out.Flush() // its error comes again at the end
+	_, _ = fmt.Fprintln(a.err, safeLines(fmt.Sprintf(format, args...)))
 }
+
+// printf prints to stdout. Its error is that of the last flush.
+func (a *app) printf(format string, args ...any) { _, _ = fmt.Fprintf(a.out, format, args...) }
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{

@@ -68,6 +68,7 @@ func TestTopicsGroupsPending(t *testing.T) {
 
 // More is pending than one answer of Redis's holds.
 func TestPendingPages(t *testing.T) {
+	testserver.RequireReal(t) // the embedded server knows no exclusive start
 	client, topic := testserver.Client(t), topic(t)
 	const n = 2345
 	_, err := client.Pipelined(t.Context(), func(pipe redis.Pipeliner) error {

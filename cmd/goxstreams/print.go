@@ -159,7 +159,7 @@ func (t *table) line(cells []any) {
 			cells[i] = safe(s)
 		}
 	}
-	fmt.Fprintf(t, format, cells...)
+	_, _ = fmt.Fprintf(t, format, cells...) // its error is Flush's
 }
 
 // count is a number that may be unknown.

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -131,8 +130,8 @@ func (a *app) printEntry(topic string, e redis.XMessage, body goxstreams.BodyMar
 		}
 		parts = append(appendPairs(parts, row.Metadata), short(string(*row.Payload), 500))
 	}
-	_, err = fmt.Fprintln(a.out, strings.Join(parts, " "))
-	return err
+	a.printf("%s\n", strings.Join(parts, " "))
+	return nil
 }
 
 func appendPairs(parts []string, pairs map[string]text) []string {
