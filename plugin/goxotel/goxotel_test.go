@@ -401,11 +401,11 @@ func TestErrorsThatAreNotUTF8(t *testing.T) {
 	for _, s := range r.ended(3) {
 		all := []string{s.Name(), s.Status().Description}
 		for _, a := range s.Attributes() {
-			all = append(all, a.Value.Emit())
+			all = append(all, a.Value.String())
 		}
 		for _, e := range s.Events() {
 			for _, a := range e.Attributes {
-				all = append(all, a.Value.Emit())
+				all = append(all, a.Value.String())
 			}
 		}
 		for _, text := range all {
