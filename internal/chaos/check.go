@@ -505,14 +505,15 @@ func (c *checker) limits() {
 			c.violate(ruleHandled, key, runs[0].Start.UUID, "%s was given it", runs[0].Start.Process)
 		}
 		handled, failed := 0, 0
-		for _, r := range runs {
+		for i, r := range runs {
 			if r.Start.Count > int64(most) {
 				c.violate(ruleLimit, key, r.Start.UUID, "%s was given delivery %d; %d are allowed", r.Start.Process, r.Start.Count, most)
 			}
 			if r.Ending != Closed {
 				handled++
 			}
-			if r.Ending == Nacked {
+			// A failure that Redis did not come to know of, because the process ended too soon after it, is a crash to it.
+			if r.Ending == Nacked && (i+1 == len(runs) || runs[i+1].life() == r.life() || c.Lives[r.life()].To > runs[i+1].Start.Mono) {
 				failed++
 			}
 		}

@@ -341,6 +341,13 @@ func TestCheck(t *testing.T) {
 			}
 			r.bury(1, "poison-1")
 		}, ruleLimit},
+		{"as many failures as runs are granted, one of a process that ended before Redis knew", func(r *record) {
+			r.publishOf("poison-1", 1)
+			for count := range int64(testRetries + 1) {
+				r.end(r.startOf("poison-1", "consumer-1", 1, 1, count+1), Nacked)
+			}
+			r.process(Ended, "consumer-1").end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).bury(1, "poison-1")
+		}, ""},
 		{"too many runs", func(r *record) {
 			r.publish(Published, true, 1)
 			for range testRetries + 3 {
