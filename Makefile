@@ -17,7 +17,6 @@ MODULES    ?= $(patsubst %/go.mod,%,$(shell git ls-files '*/go.mod'))
 # One place says which version.
 STATICCHECK   ?= go run $(shell sed -n 's/^readonly STATICCHECK=//p' .ci/run)
 GOLANGCI_LINT ?= go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
-GOIMPORTS     ?= go run golang.org/x/tools/cmd/goimports@v0.52.0
 
 CLI = $(if $(findstring valkey,$(REDIS_IMAGE)),valkey-cli,redis-cli)
 
@@ -61,7 +60,7 @@ test_acl:
 	GOXSTREAMS_TEST_ACL=1 go test -timeout 10m $(TESTFLAGS) .
 
 fmt:
-	git ls-files -z '*.go' | xargs -0 $(GOIMPORTS) -l -w
+	git ls-files -z '*.go' | xargs -0 gofmt -l -w
 
 check:
 	@test -z "$$(git ls-files -z '*.go' | xargs -0 gofmt -l | tee /dev/stderr)"
