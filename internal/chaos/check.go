@@ -512,8 +512,7 @@ func (c *checker) limits() {
 			if r.Ending != Closed {
 				handled++
 			}
-			// A failure that Redis did not come to know of, because the process ended too soon after it, is a crash to it.
-			if r.Ending == Nacked && (i+1 == len(runs) || runs[i+1].life() == r.life() || c.Lives[r.life()].To > runs[i+1].Start.Mono) {
+			if r.Ending == Nacked && (i+1 == len(runs) || !c.crashedAfter(r, runs[i+1])) {
 				failed++
 			}
 		}
@@ -526,6 +525,11 @@ func (c *checker) limits() {
 			c.violate(ruleLimit, key, runs[0].Start.UUID, "it failed %d times; %d are allowed", failed, c.Rules.MaxRetries+1)
 		}
 	}
+}
+
+// crashedAfter tells whether the failed run is a crash to Redis, because its process ended, or was away, before it could tell.
+func (c *checker) crashedAfter(r, next *Run) bool {
+	return c.Lives[r.life()].To <= next.Start.Mono || c.wasAway(r, next.Start.Mono)
 }
 
 // deaths: each poison is dead once, and nothing else is dead. OnDead is told once.

@@ -348,6 +348,14 @@ func TestCheck(t *testing.T) {
 			}
 			r.process(Ended, "consumer-1").end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).bury(1, "poison-1")
 		}, ""},
+		{"as many failures as runs are granted, one of a process that was cut off then", func(r *record) {
+			r.publishOf("poison-1", 1)
+			for count := range int64(testRetries + 1) {
+				r.end(r.startOf("poison-1", "consumer-1", 1, 1, count+1), Nacked)
+			}
+			r.fault(Effect{Fault: "partition", Isolates: []string{"consumer-1"}, Breaks: true}, 2*testMinIdle)
+			r.end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).bury(1, "poison-1")
+		}, ""},
 		{"too many runs", func(r *record) {
 			r.publish(Published, true, 1)
 			for range testRetries + 3 {
