@@ -689,11 +689,11 @@ var errCut = fmt.Errorf("cut: %w", io.ErrUnexpectedEOF)
 func (s *scissors) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	// Even if killed: that way go-redis does not try for seconds.
 	conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
-	return &cutConn{Conn: conn, s: s}, err
+	return &cutConn{turnConn: turnConn{Conn: conn}, s: s}, err
 }
 
 type cutConn struct {
-	net.Conn
+	turnConn
 	s       *scissors
 	pending bool // the answer that comes is the one
 	cut     bool
@@ -713,7 +713,7 @@ func (c *cutConn) Write(b []byte) (int, error) {
 		_ = c.Conn.Close()
 		return 0, errCut
 	}
-	return c.Conn.Write(b)
+	return c.turnConn.Write(b)
 }
 
 // send counts a command, and reports whether it is not to be sent. What is done
@@ -742,7 +742,7 @@ func (c *cutConn) Read(b []byte) (int, error) {
 	if c.cut || !c.s.alive() {
 		return 0, errCut
 	}
-	n, err := c.Conn.Read(b)
+	n, err := c.turnConn.Read(b)
 	if !c.pending {
 		return n, err
 	}
@@ -753,11 +753,10 @@ func (c *cutConn) Read(b []byte) (int, error) {
 	if !c.cut {
 		return n, err
 	}
-	for err == nil { // what else was sent with it is to be run too
-		_ = c.Conn.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-		_, err = c.Conn.Read(b)
+	if err == nil {
+		c.readAll(b[:n])
 	}
-	_ = c.Conn.Close()
+	_ = c.Close()
 	return 0, errCut
 }
 

@@ -1,12 +1,16 @@
 package goxstreams_test
 
 import (
+	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -154,11 +158,12 @@ func next(t testing.TB, messages <-chan *message.Message) *message.Message {
 	}
 }
 
-// collect acks and returns what arrives: n messages, or fewer if the timeout is
-// over before or the channel closes.
+// collect acks and returns what arrives: n messages, or fewer if none comes for
+// the timeout or the channel closes.
 func collect(messages <-chan *message.Message, n int, timeout time.Duration) []*message.Message {
 	var got []*message.Message
-	deadline := time.After(timeout)
+	patience := time.NewTimer(timeout)
+	defer patience.Stop()
 	for len(got) < n {
 		select {
 		case msg, open := <-messages:
@@ -167,7 +172,8 @@ func collect(messages <-chan *message.Message, n int, timeout time.Duration) []*
 			}
 			msg.Ack()
 			got = append(got, msg)
-		case <-deadline:
+			patience.Reset(timeout)
+		case <-patience.C:
 			return got
 		}
 	}
@@ -182,6 +188,15 @@ func eventually(t testing.TB, condition func() bool, msgAndArgs ...any) {
 		if time.Now().After(deadline) {
 			require.FailNow(t, "it never happened", msgAndArgs...)
 		}
+	}
+}
+
+// eventuallyAll waits until there are n, and fails the test if there are no more
+// of them for patience.
+func eventuallyAll(t testing.TB, count func() int, n int) {
+	t.Helper()
+	for before := count(); before < n; before = count() {
+		eventually(t, func() bool { return count() > before }, "%d of %d", before, n)
 	}
 }
 
@@ -209,6 +224,18 @@ func pendingOf(t testing.TB, client redis.UniversalClient, topic, group string) 
 	}).Result()
 	require.NoError(t, err)
 	return rows
+}
+
+// eventuallyLater waits until the server's clock is past the entry's millisecond:
+// a stream that is made anew within it repeats the IDs of the old one, and nobody
+// could tell the entries apart.
+func eventuallyLater(t testing.TB, client *redis.Client, id string) {
+	t.Helper()
+	clock := topic(t) // not TIME, to which a user with the least rights has none
+	eventually(t, func() bool {
+		now := addRaw(t, client, clock, "a", "")
+		return goxstreams.Delivery{ID: now}.Time().After(goxstreams.Delivery{ID: id}.Time())
+	})
 }
 
 // eventuallySettled waits until nothing of the group is pending any more.
@@ -253,6 +280,61 @@ func closed(messages <-chan *message.Message, timeout time.Duration) bool {
 			return false
 		}
 	}
+}
+
+// A turnConn remembers what was sent since the last answer, so that a test which
+// loses an answer can wait until the server has given it: by then it has run all
+// that was sent, however slow it is.
+type turnConn struct {
+	net.Conn
+	sent     []byte
+	answered bool
+}
+
+func (c *turnConn) Write(b []byte) (int, error) {
+	if c.answered {
+		c.sent, c.answered = c.sent[:0], false
+	}
+	c.sent = append(c.sent, b...)
+	return c.Conn.Write(b)
+}
+
+func (c *turnConn) Read(b []byte) (int, error) {
+	c.answered = true
+	return c.Conn.Read(b)
+}
+
+// readAll reads the answers to all that was sent, of which the beginning has been
+// read.
+func (c *turnConn) readAll(beginning []byte) {
+	commands := bufio.NewReader(bytes.NewReader(c.sent))
+	answers := bufio.NewReader(io.MultiReader(bytes.NewReader(beginning), c.Conn))
+	_ = c.SetReadDeadline(time.Now().Add(patience))
+	for skipValue(commands) == nil && skipValue(answers) == nil {
+	}
+}
+
+// skipValue reads a value of RESP, which commands and answers are.
+func skipValue(r *bufio.Reader) error {
+	line, err := r.ReadString('\n')
+	if err != nil {
+		return err
+	}
+	n, _ := strconv.Atoi(strings.TrimSpace(line[1:]))
+	switch line[0] {
+	case '$', '=', '!':
+		if n >= 0 {
+			_, err = r.Discard(n + len("\r\n"))
+		}
+	case '%':
+		n *= 2
+		fallthrough
+	case '*', '~':
+		for ; n > 0 && err == nil; n-- {
+			err = skipValue(r)
+		}
+	}
+	return err
 }
 
 // hook lets a test look at the commands of a client, and put faults into them.

@@ -351,7 +351,11 @@ func TestIdempotence_RoundTrips(t *testing.T) {
 	h, counts := countCommands()
 	client.AddHook(h)
 	topic := topic(t)
-	pub := newIdempotent(t, client, goxstreams.Idempotence{})
+	ready := make(chan struct{}, 20)
+	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
+		Client: client, Marshaler: signalMarshaler{ready: ready}, Idempotence: &goxstreams.Idempotence{},
+	}, nil)
+	require.NoError(t, err)
 	require.NoError(t, pub.Publish(topic, numbered(2)...))
 	w.executed()
 	for _, n := range []int{1, 100} {
@@ -367,13 +371,19 @@ func TestIdempotence_RoundTrips(t *testing.T) {
 	var publishing sync.WaitGroup
 	publishing.Go(func() { require.NoError(t, pub.Publish(topic, numbered(1)...)) })
 	arrived()
+	for len(ready) > 0 {
+		<-ready
+	}
 	for range 10 {
 		publishing.Go(func() { require.NoError(t, pub.Publish(topic, numbered(1)...)) })
+	}
+	for range 10 {
+		<-ready
 	}
 	release()
 	publishing.Wait()
 	_, turnsNow := w.sent()
-	require.Less(t, turnsNow-turns, 11)
+	require.Less(t, turnsNow-turns, 11, "the one under way, and less than one for each that came meanwhile")
 	require.Equal(t, 2, counts.of("xcfgset"), "one finds the stream missing, one sets it")
 	require.Equal(t, 1, counts.of("xidmprecord"))
 }

@@ -45,11 +45,11 @@ func (m *mute) dial(ctx context.Context, network, addr string) (net.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	return &muteConn{Conn: conn, m: m}, nil
+	return &muteConn{turnConn: turnConn{Conn: conn}, m: m}, nil
 }
 
 type muteConn struct {
-	net.Conn
+	turnConn
 	m    *mute
 	lose bool
 }
@@ -62,19 +62,16 @@ func (c *muteConn) Write(b []byte) (int, error) {
 		c.m.lost = true
 	}
 	c.m.mu.Unlock()
-	return c.Conn.Write(b)
+	return c.turnConn.Write(b)
 }
 
 func (c *muteConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
+	n, err := c.turnConn.Read(b)
 	if !c.lose || err != nil {
 		return n, err
 	}
-	for err == nil { // all of the answer: what else was sent with it is to be run too
-		_ = c.Conn.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-		_, err = c.Conn.Read(b)
-	}
-	_ = c.Conn.Close()
+	c.readAll(b[:n])
+	_ = c.Close()
 	return 0, io.EOF
 }
 
