@@ -34,8 +34,9 @@ const (
 	claimInterval = 100 * time.Millisecond
 	// claimTime is how long a takeover takes at most, by the guarantee.
 	claimTime = minIdle*4/3 + 2*claimInterval
-	// slack is what the goroutines and the server of a busy machine may add.
-	slack = time.Second
+	// slack is what a busy machine may add to that: all that a bound from above tells is that nothing else was waited
+	// for. (How long things take exactly is shown in virtual time.)
+	slack = 5 * time.Second
 )
 
 // claiming is grouped, with the times above.
@@ -122,34 +123,39 @@ func (c *tally) handle(messages <-chan *message.Message, work func(*message.Mess
 }
 
 // TestFairness: a consumer that is busy does not sit on what an idle one could
-// have.
+// have. Both begin when each has a message, and take as long as the other for
+// each: whoever has most of them says how long all of them take.
 func TestFairness(t *testing.T) {
 	for _, waiting := range []bool{true, false} {
 		t.Run(fmt.Sprintf("PublishedBefore=%t", waiting), func(t *testing.T) {
+			t.Parallel()
+			const n = 100
 			topic, client := topic(t), newClient(t)
 			if waiting {
-				publishN(t, client, topic, 100)
+				publishN(t, client, topic, n)
 			}
-			handled := newTally()
-			var subs [2]*goxstreams.Subscriber
-			for i := range subs {
+			var began sync.WaitGroup
+			var tallies [2]*tally
+			began.Add(len(tallies))
+			for i := range tallies {
 				config := grouped(newClient(t))
-				config.BatchSize = 100
-				subs[i] = newSubscriber(t, config)
-			}
-			start := time.Now()
-			for i := range subs {
-				handled.handle(subscribe(t, subs[i], topic), func(*message.Message) { time.Sleep(50 * time.Millisecond) })
+				config.BatchSize = n
+				tallies[i] = newTally()
+				begins := sync.OnceFunc(began.Done)
+				tallies[i].handle(subscribe(t, newSubscriber(t, config), topic), func(*message.Message) {
+					begins()
+					began.Wait()
+					time.Sleep(50 * time.Millisecond) // the work
+				})
 			}
 			if !waiting {
-				start = time.Now()
-				publishN(t, client, topic, 100)
+				publishN(t, client, topic, n)
 			}
-			eventually(t, func() bool { return handled.len() == 100 })
-			took := time.Since(start)
-			t.Logf("took %s", took)
-			assert.Less(t, took, 1300*2500*time.Microsecond, "1.3 times the best that two can do")
-			assert.Equal(t, map[int64]int{1: 100}, handled.counts)
+			eventuallyAll(t, func() int { return tallies[0].len() + tallies[1].len() }, n)
+			for _, handled := range tallies {
+				assert.LessOrEqual(t, handled.len(), n/2*13/10, "1.3 times the best that two can do")
+				assert.Equal(t, map[int64]int{1: handled.len()}, handled.counts)
+			}
 		})
 	}
 }
@@ -157,11 +163,11 @@ func TestFairness(t *testing.T) {
 // TestBounds: whatever waits in the stream, a process holds its prefetch of it
 // and no more, also when handlers that were fast stop answering.
 func TestBounds(t *testing.T) {
-	const batchSize, warmUp = 100, 20_000
+	const batchSize, warmUp = 100, 2000 // that many are enough for the prefetch to grow to its most
 	topic, client := topic(t), newClient(t)
 	t.Cleanup(func() { client.Del(context.Background(), topic) })
 	payload := strings.Repeat("x", 1024)
-	for range 120 {
+	for range 10 {
 		pipe := client.Pipeline()
 		for range 1000 {
 			pipe.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{
@@ -243,19 +249,20 @@ func TestRestart(t *testing.T) {
 							if errors.Is(err, goxstreams.ErrOutcomeUnknown) {
 								unknown.Add(1) // it may be stored twice now
 							}
-							time.Sleep(10 * time.Millisecond) // or the log fills up
+							time.Sleep(10 * time.Millisecond) // or the log fills up; how long does not matter
 						}
 						published.Add(1)
-						time.Sleep(2 * time.Millisecond) // so that the restarts hit it
+						time.Sleep(2 * time.Millisecond) // so that the restarts hit more of it
 					}
 				})
 			}
-			for _, part := range []int64{3, 2} {
-				eventually(t, func() bool { return published.Load() > publishers*each/part })
+			for _, part := range []int{3, 2} {
+				eventuallyAll(t, func() int { return int(published.Load()) }, publishers*each/part)
 				server.Restart()
 			}
 			running.Wait()
-			eventually(t, func() bool { return handled.has(all) }, "not everything arrives")
+			eventuallyAll(t, handled.len, len(all))
+			assert.True(t, handled.has(all), "not everything arrives")
 			t.Logf("%d outcomes were unknown", unknown.Load())
 			if !mode.grouped {
 				return
@@ -330,7 +337,7 @@ func TestServerAway(t *testing.T) {
 			time.AfterFunc(minIdle/16, func() { unreachable.Store(false) })
 			// A claim on idle time alone comes at the first look, one on two
 			// sightings without a renewal between them within claimTime.
-			during(t, minIdle*4/3+2*claimInterval+slack, func() bool {
+			during(t, minIdle*4/3+2*claimInterval+minIdle/3, func() bool {
 				return !slices.ContainsFunc(held, func(msg *message.Message) bool { return msg.Context().Err() != nil })
 			}, "a context ended")
 			for _, sub := range subs {
@@ -661,7 +668,7 @@ func TestLostReplies(t *testing.T) {
 		rival := newSubscriber(t, claiming(newClient(t)))
 		subscribe(t, rival, topic)
 		eventually(t, func() bool { return lost.Load() == 1 })
-		during(t, claimTime+slack, func() bool { return msg.Context().Err() == nil && stats(t, rival).Claimed == 0 },
+		during(t, claimTime+minIdle/3, func() bool { return msg.Context().Err() == nil && stats(t, rival).Claimed == 0 },
 			"the lease is lost, though it was renewed")
 		assert.EqualValues(t, 1, pendingOf(t, client, topic, testGroup)[0].RetryCount)
 		msg.Ack()
@@ -763,9 +770,11 @@ func TestGroupLost(t *testing.T) {
 			client, topic := open(t).client, topic(t)
 			messages := subscribe(t, newSubscriber(t, claiming(client)), topic)
 			publish(t, client, topic, "before")
-			next(t, messages).Ack()
+			before := next(t, messages)
+			before.Ack()
 			eventuallySettled(t, client, topic, testGroup)
 
+			eventuallyLater(t, client, delivery(t, before).ID)
 			loss.disaster(t, client, topic)
 			publish(t, client, topic, "after")
 			msg := next(t, messages)
@@ -780,7 +789,7 @@ func TestGroupLost(t *testing.T) {
 			log := newLogRecorder()
 			config := claiming(client)
 			config.MaxConcurrency = 4
-			config.Retry = &goxstreams.Retry{InitialInterval: 500 * time.Millisecond}
+			config.Retry = &goxstreams.Retry{InitialInterval: 2 * time.Second} // the disaster comes before that
 			sub := newSubscriberLog(t, config, log)
 			messages := subscribe(t, sub, topic)
 			in := make(map[string]*message.Message)
@@ -793,6 +802,7 @@ func TestGroupLost(t *testing.T) {
 			in["waits"].Nack()
 			eventually(t, func() bool { s := stats(t, sub); return s.Waiting == 1 && s.InFlight == 3 })
 
+			eventuallyLater(t, client, delivery(t, in["waits"]).ID)
 			loss.disaster(t, client, topic)
 			publish(t, client, topic, "after")
 			in["after"] = next(t, messages)
@@ -864,12 +874,7 @@ func TestClose(t *testing.T) {
 			go func() { closing <- sub.Close() }()
 			publish(t, client, topic, "while it closes")
 			require.NoError(t, <-closing)
-			took := time.Since(began)
-			if when == "" {
-				assert.Less(t, took, slack)
-			} else {
-				assert.Less(t, took, time.Second+slack)
-			}
+			assert.Less(t, time.Since(began), time.Second+slack, "it waits for the read")
 			publish(t, client, topic, "after")
 			takesNothing(t, client, topic, "while it closes", "after")
 		})
@@ -934,8 +939,7 @@ func TestClose(t *testing.T) {
 		took := time.Since(began)
 		assert.ErrorIs(t, context.Cause(msg.Context()), goxstreams.ErrSubscriberClosed)
 		assert.GreaterOrEqual(t, took, timeout-grace-50*time.Millisecond)
-		assert.Less(t, took, timeout-grace+slack)
-		msg.Nack() // because of the shutdown, which is no failure
+		msg.Nack() // because of the shutdown, which is no failure; later than timeout it would not be released any more
 		<-done
 		rows := pendingOf(t, client, topic, testGroup)
 		require.Len(t, rows, 1)
@@ -1181,8 +1185,7 @@ func TestBroken(t *testing.T) {
 		assert.Equal(t, testGroup, letter.Metadata.Get(goxstreams.DeadGroupKey))
 		assert.Equal(t, "broken", letter.Metadata.Get(goxstreams.DeadKindKey))
 		assert.Equal(t, "1", letter.Metadata.Get(goxstreams.DeadDeliveriesKey))
-		assert.EqualValues(t, 1, stats(t, sub).Broken)
-		assert.EqualValues(t, 1, stats(t, sub).Dead)
+		eventually(t, func() bool { s := stats(t, sub); return s.Broken == 1 && s.Dead == 1 })
 	})
 	t.Run("Handled", func(t *testing.T) {
 		calls := make(chan goxstreams.BrokenMessage, 10)
@@ -1404,7 +1407,11 @@ func TestNoAck(t *testing.T) {
 	assert.Equal(t, "acked", string(msg.Payload), "it came again")
 	msg.Ack()
 	require.NoError(t, sub.Close())
-	assert.False(t, closed(subscribe(t, newSubscriber(t, config), topic), 50*time.Millisecond))
+	messages = subscribe(t, newSubscriber(t, config), topic)
+	publish(t, client, topic, "last")
+	msg = next(t, messages)
+	assert.Equal(t, "last", string(msg.Payload), "it came again, to another consumer")
+	msg.Ack()
 	assert.Empty(t, pendingOf(t, client, topic, testGroup))
 }
 
@@ -1425,7 +1432,9 @@ func TestConsumerNames(t *testing.T) {
 		t.Parallel()
 		testserver.RequireReal(t)
 		topic, client := topic(t), newClient(t)
-		sub := newSubscriber(t, grouped(client))
+		config := grouped(client)
+		config.CloseTimeout = patience // after which the name would stay
+		sub := newSubscriber(t, config)
 		messages := subscribe(t, sub, topic)
 		publish(t, client, topic, "")
 		next(t, messages).Ack()
@@ -1497,6 +1506,16 @@ func outageLogged(log logRecorder) (began, ended int) {
 	return began, ended
 }
 
+// eventuallyLogged waits until the log says that so many outages began, and as
+// many ended: Stats knows of an end a moment before.
+func eventuallyLogged(t testing.TB, log logRecorder, outages int) {
+	t.Helper()
+	eventually(t, func() bool { _, ended := outageLogged(log); return ended >= outages }, "the end is not logged")
+	began, ended := outageLogged(log)
+	assert.Equal(t, outages, began, "logged: %v", log.Errors())
+	assert.Equal(t, outages, ended)
+}
+
 // TestRecovery: Redis refuses a command for a while.
 func TestRecovery(t *testing.T) {
 	for _, command := range []string{"xreadgroup", "xack", "xclaim"} {
@@ -1541,9 +1560,7 @@ func TestRecovery(t *testing.T) {
 			eventuallySettled(t, admin, topic, testGroup)
 			eventually(t, func() bool { return stats(t, sub).Err == nil })
 			assert.EqualValues(t, 2, stats(t, sub).Delivered)
-			began, ended = outageLogged(log)
-			assert.Equal(t, 1, began, "logged: %v", log.Errors())
-			assert.Equal(t, 1, ended)
+			eventuallyLogged(t, log, 1)
 		})
 	}
 	t.Run("OOM", func(t *testing.T) {
@@ -1574,9 +1591,7 @@ func TestRecovery(t *testing.T) {
 		require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "0").Err())
 		eventuallySettled(t, admin, topic, testGroup)
 		eventually(t, func() bool { return stats(t, sub).Err == nil })
-		began, ended := outageLogged(log)
-		assert.Equal(t, 1, began, "logged: %v", log.Errors())
-		assert.Equal(t, 1, ended)
+		eventuallyLogged(t, log, 1)
 		require.NoError(t, sub.Close())
 		letters := deadLetters(t, admin, topic)
 		require.Len(t, letters, 1)
