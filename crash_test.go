@@ -176,14 +176,15 @@ func crashLoop(t testing.TB, client *redis.Client, processes int, args crashArgs
 		last := entryIDs(t, client, args.Topic)
 		return groups[0].Pending == 0 && groups[0].LastDeliveredID == last[len(last)-1]
 	}
-	for deadline := time.Now().Add(3 * patience); !settled(); time.Sleep(10 * time.Millisecond) {
-		require.True(t, time.Now().Before(deadline), "not settled after %d deaths", deaths)
+	for deadline := time.Now().Add(2 * patience); !settled(); time.Sleep(10 * time.Millisecond) {
+		require.True(t, time.Now().Before(deadline), "not settled, and no death since the last of %d", deaths)
 		for i, p := range running {
 			select {
 			case <-p.ended:
 				deaths++
 				require.Less(t, deaths, 50, "it never ends")
 				running[i] = startCrashChild(t, args)
+				deadline = time.Now().Add(2 * patience)
 			default:
 			}
 		}
