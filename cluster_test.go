@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -334,13 +335,14 @@ func TestCluster_SlotMoves(t *testing.T) {
 			stop := make(chan struct{})
 			publisher := newPublisher(t, cluster.Client())
 			publishing := make(chan struct{})
+			var calls atomic.Int64
 			go func() {
 				defer close(publishing)
 				for i := 0; ; i++ {
 					select {
 					case <-stop:
 						return
-					case <-time.After(2 * time.Millisecond):
+					case <-time.After(2 * time.Millisecond): // so that the moves hit more of it
 					}
 					var msgs []*message.Message
 					for _, payload := range [][]string{{"succeeds"}, {"fails twice"}, {"succeeds", "fails twice", "succeeds"}, {"dies"}}[i%4] {
@@ -357,6 +359,7 @@ func TestCluster_SlotMoves(t *testing.T) {
 						}
 					}
 					assert.NoError(t, publisher.Publish(topic, msgs...))
+					calls.Add(1)
 				}
 			}()
 			handled := func() int { mu.Lock(); defer mu.Unlock(); return len(counts) }
@@ -367,7 +370,10 @@ func TestCluster_SlotMoves(t *testing.T) {
 			masters := []string{masterOf(t, client, topic)}
 			for range 2 {
 				flow()
-				cluster.MoveSlot(topic, func() { time.Sleep(50 * time.Millisecond) }) // in which the publisher goes on
+				cluster.MoveSlot(topic, func() {
+					before := calls.Load()
+					eventually(t, func() bool { return calls.Load() > before+8 }, "nothing can be published halfway")
+				})
 				masters = append(masters, masterOf(t, cluster.Client(), topic))
 			}
 			flow()

@@ -23,7 +23,7 @@ func TestDispatch_RetryTakesNobodysTurn(t *testing.T) {
 		defer s.mu.Unlock()
 		return s.idle
 	}
-	require.Eventually(t, func() bool { return idle() == s.cfg.MaxConcurrency }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return idle() == s.cfg.MaxConcurrency }, linePatience, time.Millisecond)
 
 	fresh, retry := &held{id: "2-0"}, &held{id: "1-0", due: time.Now()}
 	s.mu.Lock()
@@ -37,7 +37,7 @@ func TestDispatch_RetryTakesNobodysTurn(t *testing.T) {
 		select {
 		case h := <-taken:
 			got[h] = true
-		case <-time.After(10 * time.Second):
+		case <-time.After(linePatience):
 			t.Fatalf("taken: %d; one slot sleeps beside the other entry", len(got))
 		}
 	}

@@ -3,6 +3,7 @@ package goxstreams_test
 import (
 	"context"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -131,7 +132,7 @@ func TestPubSubOldMessages(t *testing.T) {
 // The suite's test reads the list of what was published while it is still being
 // written: the race detector ends it, and without that the last messages can
 // arrive before they are in the list. So it runs without the detector, and
-// the last message arrives a second late. TestRestart does without either.
+// the last message arrives late. TestRestart does without either.
 func TestPubSubReconnect(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the suite's own test has a data race; TestRestart does the same under the race detector")
@@ -144,15 +145,40 @@ func TestPubSubReconnect(t *testing.T) {
 			single, _ := constructors(server.Addr(), mode.grouped, mode.concurrency)
 			late := func(t *testing.T) (message.Publisher, message.Subscriber) {
 				pub, sub := single(t)
-				return pub, lateSubscriber{sub}
+				last := &lastMessage{published: make(chan struct{})}
+				return countedPublisher{pub, last}, lateSubscriber{sub, last}
 			}
 			tests.TestReconnect(t, tests.TestContext{TestID: tests.NewTestID(), Features: features}, late)
 		})
 	}
 }
 
-// lateSubscriber holds up the last of the messages.
-type lateSubscriber struct{ message.Subscriber }
+// lastMessage is the last of the 10,000 that TestReconnect publishes one by one.
+type lastMessage struct {
+	calls     atomic.Int64  // of Publish that succeeded
+	published chan struct{} // closed when all have
+}
+
+type countedPublisher struct {
+	message.Publisher
+	last *lastMessage
+}
+
+func (p countedPublisher) Publish(topic string, messages ...*message.Message) error {
+	err := p.Publisher.Publish(topic, messages...)
+	if err == nil && p.last.calls.Add(1) == 10_000 {
+		close(p.last.published)
+	}
+	return err
+}
+
+// lateSubscriber holds up the last of the messages, until Publish has returned for
+// all of them and the suite's goroutines have had three seconds for what takes
+// them microseconds, to append them to their list: that cannot be seen from here.
+type lateSubscriber struct {
+	message.Subscriber
+	last *lastMessage
+}
 
 func (s lateSubscriber) Subscribe(ctx context.Context, topic string) (<-chan *message.Message, error) {
 	in, err := s.Subscriber.Subscribe(ctx, topic)
@@ -162,10 +188,11 @@ func (s lateSubscriber) Subscribe(ctx context.Context, topic string) (<-chan *me
 	out := make(chan *message.Message)
 	go func() {
 		defer close(out)
-		n := 0
+		seen := make(map[string]bool) // some may come twice
 		for msg := range in {
-			if n++; n == 10_000 {
-				time.Sleep(time.Second)
+			if seen[msg.UUID] = true; len(seen) == 10_000 {
+				<-s.last.published
+				time.Sleep(3 * time.Second)
 			}
 			out <- msg
 		}

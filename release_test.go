@@ -27,8 +27,8 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 	const n = 20
 	publishN(t, admin, topic, n)
 
-	renewing, released := make(chan struct{}), make(chan struct{})
-	begin, end := sync.OnceFunc(func() { close(renewing) }), sync.OnceFunc(func() { close(released) })
+	renewing, released, renewed := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	begin, end, again := sync.OnceFunc(func() { close(renewing) }), sync.OnceFunc(func() { close(released) }), sync.OnceFunc(func() { close(renewed) })
 	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 		args := fmt.Sprint(cmd.Args())
 		switch {
@@ -36,9 +36,10 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 			begin()
 			select {
 			case <-released: // long enough ago for the renewal to be granted
+				defer again()
 				minIdle := cmd.Args()[4].(int64)
 				time.Sleep(time.Duration(minIdle+5) * time.Millisecond)
-			case <-time.After(300 * time.Millisecond): // Close waits for it, as it must
+			case <-time.After(300 * time.Millisecond): // Close waits for it, as it must; one that does not takes a fraction of that
 			}
 		case strings.HasPrefix(args, "[xclaim") && strings.Contains(args, " released "):
 			defer end()
@@ -55,8 +56,7 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 	eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) > 1 })
 	<-renewing
 	go func() {
-		<-released
-		time.Sleep(200 * time.Millisecond) // while a handler is at work, leases are renewed
+		<-renewed // while a handler is at work, leases are renewed
 		inHand.Ack()
 	}()
 	require.NoError(t, sub.Close())
