@@ -110,15 +110,13 @@ func TestLine_Strands(t *testing.T) {
 	t.Logf("three calls in %s beside one that hangs", time.Since(began))
 }
 
-// TestLine_LeaderContext: the pipeline of several calls is sent under the context of
-// one of them. When that ended while the pipeline waited for a connection, the
-// others failed with it, and their topics reported an outage that was none.
-func TestLine_LeaderContext(t *testing.T) {
+// shareFlight has a call under ctx and another one, under its own, wait together
+// while a first one is under way, and lets them go: they are sent as one pipeline,
+// for which led is called, under ctx.
+func shareFlight(t *testing.T, ctx, others context.Context, led func(other <-chan error)) (l *line, leader, other <-chan error) {
+	t.Helper()
 	client := testserver.Client(t)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
 	hold := make(chan struct{})
-	var led atomic.Bool
 	client.AddHook(lineHook{
 		process: func(cmd redis.Cmder, next func() error) error {
 			if isEcho(cmd, "first") {
@@ -127,13 +125,13 @@ func TestLine_LeaderContext(t *testing.T) {
 			return next()
 		},
 		pipeline: func(cmds []redis.Cmder, next func() error) error {
-			if isEcho(cmds[0], "leader") && led.CompareAndSwap(false, true) {
-				cancel()
+			if isEcho(cmds[0], "leader") {
+				led(other)
 			}
 			return next()
 		},
 	})
-	l := newLine(client, 1)
+	l = newLine(client, 1)
 	queued := func(n int) func() bool {
 		return func() bool {
 			l.mu.Lock()
@@ -143,12 +141,26 @@ func TestLine_LeaderContext(t *testing.T) {
 	}
 	first := echo(context.Background(), l, "first")
 	lineEventually(t, queued(0), "the first one is on its way")
-	leader := echo(ctx, l, "leader")
+	leader = echo(ctx, l, "leader")
 	lineEventually(t, queued(1), "the leader waits")
-	other := echo(context.Background(), l, "other")
+	other = echo(others, l, "other")
 	lineEventually(t, queued(2), "the other one waits")
 	close(hold)
 	lineDone(t, first, "first")
+	return l, leader, other
+}
+
+// TestLine_LeaderContext: the pipeline of several calls is sent under the context of
+// one of them. When that ended while the pipeline waited for a connection, the
+// others failed with it, and their topics reported an outage that was none.
+func TestLine_LeaderContext(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var led atomic.Bool
+	l, leader, other := shareFlight(t, ctx, context.Background(), func(<-chan error) {
+		led.Store(true)
+		cancel()
+	})
 	lineDone(t, other, "other")
 	require.ErrorIs(t, <-leader, context.Canceled)
 	require.True(t, led.Load(), "they were not sent together")
@@ -261,42 +273,13 @@ func TestHub_OrdinalsPileUp(t *testing.T) {
 // the queue when its pipeline had failed by its leader's context. It was given the
 // lane then, and kept it for good: all further calls hung.
 func TestLine_LeftUnderWay(t *testing.T) {
-	client := testserver.Client(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	hold, left := make(chan struct{}), make(chan error, 1)
-	var other <-chan error
-	client.AddHook(lineHook{
-		process: func(cmd redis.Cmder, next func() error) error {
-			if isEcho(cmd, "first") {
-				<-hold
-			}
-			return next()
-		},
-		pipeline: func(cmds []redis.Cmder, next func() error) error {
-			if isEcho(cmds[0], "leader") {
-				cancel()
-				left <- <-other
-			}
-			return next()
-		},
+	left := make(chan error, 1)
+	l, leader, _ := shareFlight(t, ctx, ctx, func(other <-chan error) {
+		cancel()
+		left <- <-other
 	})
-	l := newLine(client, 1)
-	queued := func(n int) func() bool {
-		return func() bool {
-			l.mu.Lock()
-			defer l.mu.Unlock()
-			return l.busy == 1 && len(l.queue) == n
-		}
-	}
-	first := echo(context.Background(), l, "first")
-	lineEventually(t, queued(0), "the first one is on its way")
-	leader := echo(ctx, l, "leader")
-	lineEventually(t, queued(1), "the leader waits")
-	other = echo(ctx, l, "other")
-	lineEventually(t, queued(2), "the other one waits")
-	close(hold)
-	lineDone(t, first, "first")
 	require.ErrorIs(t, <-leader, context.Canceled)
 	require.ErrorIs(t, <-left, context.Canceled)
 	lineDone(t, echo(context.Background(), l, "after"), "after")

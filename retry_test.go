@@ -43,7 +43,8 @@ func eachWay(t *testing.T, f func(t *testing.T, consume consumer)) {
 	t.Run("Subscribe", func(t *testing.T) { t.Parallel(); f(t, plainly) })
 }
 
-// eachWayVirtually is eachWay in virtual time.
+// eachWayVirtually is eachWay in virtual time, in which a Sleep takes exactly as
+// long as it says, and ends when all else waits too.
 func eachWayVirtually(t *testing.T, f func(t *testing.T, v *virtualServer, consume consumer)) {
 	t.Helper()
 	t.Run("Router", func(t *testing.T) {
@@ -675,10 +676,7 @@ func TestRetry_ConfigsLimitIsSeen(t *testing.T) {
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
-		limit := quick(1)
-		config := grouped(client)
-		config.Retry = &limit
-		sub := newSubscriber(t, config)
+		sub := newSubscriber(t, limited(client, 1))
 		var seen attempts
 		var err atomic.Pointer[error]
 		consume(t, sub, topic, func(msg *message.Message) error {
@@ -1392,10 +1390,7 @@ func TestRetry_InvalidFields(t *testing.T) {
 			eachWay(t, func(t *testing.T, consume consumer) {
 				client, topic := newClient(t), topic(t)
 				publish(t, client, topic, "x")
-				limit := quick(-1)
-				config := grouped(client)
-				config.Retry = &limit
-				sub := newSubscriber(t, config)
+				sub := newSubscriber(t, limited(client, -1))
 				var seen attempts
 				errs := make(chan error, 10)
 				stop := consume(t, sub, topic, func(msg *message.Message) error {
@@ -1463,10 +1458,7 @@ func TestRetry_SettledEarly(t *testing.T) {
 			eachWay(t, func(t *testing.T, consume consumer) {
 				client, topic := newClient(t), topic(t)
 				publish(t, client, topic, "x")
-				limit := quick(2)
-				config := grouped(client)
-				config.Retry = &limit
-				sub := newSubscriber(t, config)
+				sub := newSubscriber(t, limited(client, 2))
 				var seen attempts
 				died := make(chan struct{})
 				returns := sync.OnceFunc(func() { close(died) })
