@@ -18,6 +18,7 @@ import (
 // With DeleteAcked and one group, what died leaves the stream too, on every
 // server: otherwise nothing ever would take it out.
 func TestBury_DeleteAcked(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	topic := topic(t)
 	client := newClient(t)
@@ -36,6 +37,7 @@ func TestBury_DeleteAcked(t *testing.T) {
 // Redis does not take the count of a dead message for a while, before its worker
 // is asked: that is one outage, which ends once.
 func TestBury_WorkersOutage(t *testing.T) {
+	t.Parallel()
 	topic := topic(t)
 	var refused atomic.Int32
 	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {

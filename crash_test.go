@@ -214,6 +214,7 @@ func crashLoop(t testing.TB, client *redis.Client, processes int, args crashArgs
 // One message kills every process that handles it, several of which run at once,
 // with others in flight. It is dead in the end, and nothing else is.
 func TestCrashLoop(t *testing.T) {
+	t.Parallel()
 	for _, args := range []crashArgs{
 		{Poison: "kill", MaxRetries: -1, MaxConcurrency: 8},
 		{Poison: "exit", MaxRetries: 2, MaxConcurrency: 8},
@@ -264,6 +265,7 @@ func TestCrashLoop(t *testing.T) {
 // that came to its end; then the message is moved without it. Process does not
 // see it again.
 func TestCrashLoop_ProcessDead(t *testing.T) {
+	t.Parallel()
 	const maxRetries = 2
 	for poison, processed := range map[string]int{"fail": maxRetries + 1, "permanent": 1, "kill": maxRetries + 2} {
 		t.Run(poison, func(t *testing.T) {

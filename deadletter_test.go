@@ -115,6 +115,7 @@ func entriesOf(t testing.TB, client redis.UniversalClient, stream string) []rawE
 // TestDeadLetter_WithRetry: DeadLetter and Retry, in either order, with what a
 // handler can return.
 func TestDeadLetter_WithRetry(t *testing.T) {
+	t.Parallel()
 	const maxRetries = 2
 	outcomes := []struct {
 		name string
@@ -205,6 +206,7 @@ func TestDeadLetter_WithRetry(t *testing.T) {
 
 // TestDeadLetter_Composition: other chains than a DeadLetter and a Retry.
 func TestDeadLetter_Composition(t *testing.T) {
+	t.Parallel()
 	type mw = message.HandlerMiddleware
 	deadLetter := func(filter func(error) bool, name string) mw {
 		l := goxstreams.DeadLetter{ShouldDeadLetter: filter}
@@ -302,6 +304,7 @@ func TestDeadLetter_Composition(t *testing.T) {
 // TestDeadLetter_OnDead: every way to die is told, with what is then in the
 // dead-letter stream.
 func TestDeadLetter_OnDead(t *testing.T) {
+	t.Parallel()
 	ack := func(*message.Message) ([]*message.Message, error) { return nil, nil }
 	fail := func(err error) message.HandlerFunc {
 		return func(*message.Message) ([]*message.Message, error) { return nil, err }
@@ -411,6 +414,7 @@ func TestDeadLetter_OnDead(t *testing.T) {
 // TestDeadLetter_Content: the message in a dead letter is the one that was
 // published, byte for byte, whatever its handler did to it; with its story.
 func TestDeadLetter_Content(t *testing.T) {
+	t.Parallel()
 	binary := "\x00\xff\xfe \r\n$5\r\n\xc3"
 	for _, tt := range []struct {
 		name string
@@ -538,6 +542,7 @@ func TestDeadLetter_ReservedMetadata(t *testing.T) {
 
 // TestDeadLetter_Reason: a long text is cut to 1 KiB, between two characters.
 func TestDeadLetter_Reason(t *testing.T) {
+	t.Parallel()
 	const limit = 1024
 	fill := func(n int) string { return strings.Repeat("x", n) }
 	for _, tt := range []struct{ name, text, want string }{
@@ -599,6 +604,7 @@ func TestDeadLetter_OnADeadLetterStream(t *testing.T) {
 // TestDeadLetter_PoisonQueue: Watermill's PoisonQueueWithFilter outside of Retry
 // keeps the dead elsewhere, whatever the Publisher.
 func TestDeadLetter_PoisonQueue(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		errs   []error
@@ -936,6 +942,7 @@ var deaths = []dying{
 // to any of them, there is one dead letter, or none where somebody else has the
 // message.
 func TestDeadLetter_Once(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	for _, d := range deaths {
 		for _, what := range []string{"cut", "claim", "claim and cut", "ack", "ack and cut", "delete", "delete and cut", "destroy"} {
@@ -964,6 +971,7 @@ func TestDeadLetter_Once(t *testing.T) {
 // TestDeadLetter_Resent: each command of a burial runs twice, as when a client
 // sends it again because the answer was lost.
 func TestDeadLetter_Resent(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	for _, d := range deaths {
 		t.Run(d.name, func(t *testing.T) {

@@ -51,6 +51,7 @@ func TestDeleteAcked_Unsupported(t *testing.T) {
 // acked does: when no group needs it any more. Here both ends are tried, the group
 // whose messages die being the first, and the last, to be done.
 func TestDeleteAcked_DeadInOneOfTwoGroups(t *testing.T) {
+	t.Parallel()
 	requireXACKDEL(t)
 	for _, deadFirst := range []bool{true, false} {
 		t.Run(map[bool]string{true: "First", false: "Last"}[deadFirst], func(t *testing.T) {

@@ -211,6 +211,7 @@ func TestFault15_IdleSubscriptionsExhaustThePool(t *testing.T) {
 // and then deletes them. What such a consumer reads in between is lost: deleting
 // a consumer drops its pending entries for good, and nobody ever gets them.
 func TestFault16_ConsumerRemovalLosesMessages(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	admin := newClient(t)
 	topic := topic(t)
@@ -451,6 +452,7 @@ func TestFault19_CallersMaxLensChanged(t *testing.T) {
 // else. A pod's name is new with each start, so what a crashed pod held is never
 // handled again. Here it is claimed, whatever its consumer was called.
 func TestFault21_CrashedConsumersMessages(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	for _, tt := range []struct{ name, dead, ours string }{
 		{"another name", "pod-a", "pod-b"},
@@ -489,6 +491,7 @@ func TestFault21_CrashedConsumersMessages(t *testing.T) {
 // hand; it is lost when main returns. Here Close, and the channel's end, are
 // what to wait for: handlers are done and their acks are in Redis by then.
 func TestFault22_EndCanBeAwaited(t *testing.T) {
+	t.Parallel()
 	for _, byContext := range []bool{false, true} {
 		t.Run(fmt.Sprintf("by context %t", byContext), func(t *testing.T) {
 			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
@@ -657,6 +660,7 @@ func TestFault22_PanicInOnBroken(t *testing.T) {
 // on some of it. Here every command gets the same error for a while, and
 // then the subscription goes on where it was, by itself.
 func TestFault22_ErrorEndsTheProcess(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	for _, fault := range []error{
 		errors.New("no Redis error at all"),
@@ -750,6 +754,7 @@ func (redisError) RedisError()     {}
 // that it is claimed, and counted as another failure, without ever having been
 // handled. Here what is prefetched is kept alive too.
 func TestFault24_WaitingEntriesAge(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	client := newClient(t)
 	topic := topic(t)

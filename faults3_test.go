@@ -23,6 +23,7 @@ import (
 // acked. Here both depends on a verdict: in whatever order the middlewares are,
 // dead is what used its retries up, and a shutdown is no failure.
 func TestFault25_PoisonQueueInsideRetry(t *testing.T) {
+	t.Parallel()
 	const maxRetries = 2
 	ours := quick(maxRetries).Middleware
 	theirs := middleware.Retry{MaxRetries: maxRetries, InitialInterval: time.Millisecond}.Middleware

@@ -77,6 +77,7 @@ func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
 // are one step. The process ends before and after each of its commands in turn,
 // from the handler's error on.
 func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	// What the process has that ends, and the one that takes over.
 	type process func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc)

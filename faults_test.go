@@ -145,9 +145,11 @@ func TestFault03_CloseLeavesTheClientOpen(t *testing.T) {
 // the slow message is shown by what it does claim: an entry that was left
 // pending by a dead process, after the slow handler had begun.
 func TestFault04_SlowHandlerKeepsItsMessage(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	for name, consumer := range map[string]string{"GeneratedNames": "", "SameName": "worker"} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			client := newClient(t)
 			topic := topic(t)
 			config := grouped(client)
@@ -306,6 +308,7 @@ func TestFault06_RedisCountsNacks(t *testing.T) {
 // Here the group is made again. What was in hand then is still this
 // subscription's: nobody gets it a second time, and its ack counts.
 func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	for _, tt := range []struct {
 		name  string
@@ -323,6 +326,7 @@ func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
 		}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			client := testserver.Private(t).Client()
 			topic := topic(t)
 			log := newLogRecorder()
@@ -434,9 +438,11 @@ func TestFault08_CloseDoesNotWaitForARetry(t *testing.T) {
 //
 // Here Close wakes the read and waits until it has ended.
 func TestFault09_NoReadOutlivesClose(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	for _, tt := range []struct{ name, group string }{{"Group", testGroup}, {"FanOut", ""}} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			// A server of its own, so that no blocked read is somebody else's.
 			client := testserver.Private(t).Client()
 			topic := topic(t)
@@ -461,6 +467,7 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 
 	// CLIENT UNBLOCK does nothing if it arrives before the read that it is for.
 	t.Run("WokenTooEarly", func(t *testing.T) {
+		t.Parallel()
 		woken := make(chan struct{})
 		once := sync.Once{}
 		var closing atomic.Bool
@@ -504,6 +511,7 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 // Here more entries than a page has are idle for just long enough to be listed,
 // every time; their holder is alive, so that no claim of them is granted.
 func TestFault10_FullPageStarvesNothing(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	const alive = 520 // a page is 500
 	const minIdle = 6 * time.Second

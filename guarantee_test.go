@@ -126,6 +126,7 @@ func (c *tally) handle(messages <-chan *message.Message, work func(*message.Mess
 // have. Both begin when each has a message, and take as long as the other for
 // each: whoever has most of them says how long all of them take.
 func TestFairness(t *testing.T) {
+	t.Parallel()
 	for _, waiting := range []bool{true, false} {
 		t.Run(fmt.Sprintf("PublishedBefore=%t", waiting), func(t *testing.T) {
 			t.Parallel()
@@ -219,6 +220,7 @@ func TestBounds(t *testing.T) {
 // TestRestart: the server is restarted twice while 10 goroutines publish and a
 // subscription consumes. Everything arrives.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {
 			t.Parallel()
@@ -285,6 +287,7 @@ func TestRestart(t *testing.T) {
 // claiming on idle time alone takes it from living holders, if one of them is a
 // little slower to come back than a claimer. Here all of them are.
 func TestServerAway(t *testing.T) {
+	t.Parallel()
 	for name, away := range map[string]func(s *testserver.Server, d time.Duration){
 		"Frozen": func(s *testserver.Server, d time.Duration) { s.Freeze(); time.Sleep(d); s.Thaw() },
 		"Down":   func(s *testserver.Server, d time.Duration) { s.Kill(); time.Sleep(d); s.Restart() },
@@ -382,6 +385,7 @@ func TestSlowHandler(t *testing.T) {
 // TestTakeover: what a dead consumer held comes to one with a free slot in the
 // time that is guaranteed and not before, whatever the two are named.
 func TestTakeover(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 8} {
 		for _, sameName := range []bool{false, true} {
 			t.Run(fmt.Sprintf("MaxConcurrency=%d/SameName=%t", concurrency, sameName), func(t *testing.T) {
@@ -446,6 +450,7 @@ func leaseLost(t testing.TB, msg *message.Message) {
 
 // TestLeaseLost: somebody else claims a message that is being handled.
 func TestLeaseLost(t *testing.T) {
+	t.Parallel()
 	for _, thief := range []string{"thief", "one"} { // names need not be unique
 		for _, settle := range []string{"Nack", "NackLast", "Ack"} {
 			t.Run("By="+thief+"/"+settle, func(t *testing.T) {
@@ -557,6 +562,7 @@ func isCommand(name string, args ...any) func(redis.Cmder) bool {
 
 // TestLostReplies: commands run, and nobody learns of it.
 func TestLostReplies(t *testing.T) {
+	t.Parallel()
 	t.Run("XREADGROUP/GeneratedName", func(t *testing.T) {
 		t.Parallel()
 		testserver.RequireReal(t)
@@ -733,6 +739,7 @@ func TestLostReplies(t *testing.T) {
 
 // TestGroupLost: the group disappears, in one of the ways in which that happens.
 func TestGroupLost(t *testing.T) {
+	t.Parallel()
 	type server struct{ client *redis.Client }
 	losses := []struct {
 		name     string
@@ -840,6 +847,7 @@ func TestGroupLost(t *testing.T) {
 
 // TestClose is about how long Close takes and what it leaves.
 func TestClose(t *testing.T) {
+	t.Parallel()
 	// An idle subscription is blocked in a read. What wakes it may be slow.
 	for name, when := range map[string]string{"SlowRequest": "before", "SlowAnswer": "after", "Undisturbed": ""} {
 		t.Run("Idle/"+name, func(t *testing.T) {
@@ -1025,6 +1033,7 @@ func setUser(t testing.TB, admin *redis.Client, name string, rules ...string) {
 // TestRetryLimit: a message whose handler fails is handled MaxRetries+1 times,
 // counted by Redis, and is then dead.
 func TestRetryLimit(t *testing.T) {
+	t.Parallel()
 	for _, maxRetries := range []int{-1, 1, 3} {
 		for _, concurrency := range []int{1, 4} {
 			t.Run(fmt.Sprintf("MaxRetries=%d/MaxConcurrency=%d", maxRetries, concurrency), func(t *testing.T) {
@@ -1141,6 +1150,7 @@ func addRaw(t testing.TB, client *redis.Client, topic string, fields ...string) 
 
 // TestBroken: an entry that cannot be unmarshaled stops nothing.
 func TestBroken(t *testing.T) {
+	t.Parallel()
 	fields := []string{"z", "1", "broken", "\x00\xff\r\n", "a", "", "z", "2", "", "empty name", "z", "1"}
 	body := func(s string) []string { return []string{"body", `"` + s + `"`} }
 	open := func(t *testing.T, onBroken func(context.Context, goxstreams.BrokenMessage) error) (*redis.Client, string, *goxstreams.Subscriber, <-chan *message.Message) {
@@ -1257,6 +1267,7 @@ func TestBroken(t *testing.T) {
 // TestTrimmed: an entry is deleted from the stream while it is pending. Nothing
 // can be done about it, but to say so.
 func TestTrimmed(t *testing.T) {
+	t.Parallel()
 	isLost := func(log logRecorder, id string) func() bool {
 		return func() bool {
 			return slices.ContainsFunc(log.Errors(), func(l string) bool {
@@ -1329,6 +1340,7 @@ func hasCommand(t testing.TB, client *redis.Client, name string) bool {
 
 // TestDeleteAcked: acked entries leave the stream, when nobody needs them.
 func TestDeleteAcked(t *testing.T) {
+	t.Parallel()
 	consume := func(t *testing.T, client *redis.Client, topic, group string, n int) *goxstreams.Subscriber {
 		t.Helper()
 		config := grouped(client)
@@ -1428,6 +1440,7 @@ func consumersOf(t testing.TB, client *redis.Client, topic string) []string {
 
 // TestConsumerNames: names that nobody uses leave the group, with nothing lost.
 func TestConsumerNames(t *testing.T) {
+	t.Parallel()
 	t.Run("Close", func(t *testing.T) {
 		t.Parallel()
 		testserver.RequireReal(t)
@@ -1518,6 +1531,7 @@ func eventuallyLogged(t testing.TB, log logRecorder, outages int) {
 
 // TestRecovery: Redis refuses a command for a while.
 func TestRecovery(t *testing.T) {
+	t.Parallel()
 	for _, command := range []string{"xreadgroup", "xack", "xclaim"} {
 		t.Run("NOPERM/"+command, func(t *testing.T) {
 			t.Parallel()
@@ -1603,6 +1617,7 @@ func TestRecovery(t *testing.T) {
 // ten. Two consumers with failing and succeeding handlers lose nothing, bury
 // nothing twice and count right.
 func TestFlakyConnection(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 16} {
 		t.Run(fmt.Sprintf("MaxConcurrency=%d", concurrency), func(t *testing.T) {
 			t.Parallel()

@@ -446,6 +446,7 @@ func TestIdempotence_LostAnswerOnCluster(t *testing.T) {
 // What is remembered outlives the server's restart, from its AOF rewritten in either
 // way: as a snapshot, or as commands, which XIDMPRECORD is there for.
 func TestIdempotence_Restart(t *testing.T) {
+	t.Parallel()
 	requireIdempotence(t)
 	for _, snapshot := range []string{"yes", "no"} {
 		t.Run("Snapshot="+snapshot, func(t *testing.T) {

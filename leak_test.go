@@ -99,6 +99,7 @@ func secretMessages(n int) []*message.Message {
 
 // TestLeak_Connections: passwords in the client's options and in a URL.
 func TestLeak_Connections(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -232,6 +233,7 @@ func TestLeak_Worker(t *testing.T) {
 // TestLeak_Subscription: messages that are broken, nacked, dead, lost, abandoned, or
 // whose handler panics.
 func TestLeak_Subscription(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	admin := testserver.Client(t)
 	for _, unmarshaler := range []goxstreams.Unmarshaler{goxstreams.DefaultMarshaler{}, goxstreams.BodyMarshaler{MetadataField: "meta"}} {

@@ -47,6 +47,7 @@ func deduplicator(key func(*message.Message) string) message.HandlerMiddleware {
 // DeadLetter, in either order of these two. The subscription's own limit is 5
 // retries: that is seen where a middleware keeps messages from ours.
 func TestWatermillsMiddlewares(t *testing.T) {
+	t.Parallel()
 	const (
 		acked    = "acked"
 		dead     = "dead"     // in the dead-letter stream

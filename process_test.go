@@ -273,6 +273,7 @@ func (c *child) handlings(stopped, continued, killed time.Time) map[string][]han
 // TestTwoProcesses: one process of a group is stopped for longer than
 // ClaimMinIdle and continued, the other is killed in mid-work.
 func TestTwoProcesses(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"", "namesake"} {
 		t.Run("Consumer="+name, func(t *testing.T) {
 			t.Parallel()
@@ -362,6 +363,7 @@ func keys[V any](m map[string]V) []string {
 // TestKillerMessage: a message kills every process that handles it. It is dead
 // in the end, and none of those around it is.
 func TestKillerMessage(t *testing.T) {
+	t.Parallel()
 	for _, maxRetries := range []int{-1, 1, 3} {
 		for _, concurrency := range []int{1, 32} {
 			t.Run(fmt.Sprintf("MaxRetries=%d/MaxConcurrency=%d", maxRetries, concurrency), func(t *testing.T) {

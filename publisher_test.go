@@ -287,6 +287,7 @@ func TestPublish_LostAnswer(t *testing.T) {
 
 // The same on a Cluster, whose client has its own way of sending again.
 func TestPublish_LostAnswerOnCluster(t *testing.T) {
+	t.Parallel()
 	client, w := clusterOfOne(t)
 	for _, n := range []int{1, 2, 100} {
 		topic := topic(t)
@@ -326,6 +327,7 @@ func clusterOfOne(t *testing.T) (*redis.ClusterClient, *wire) {
 
 // On a Cluster a call is its own transaction; the guarantees are the same.
 func TestPublish_Cluster(t *testing.T) {
+	t.Parallel()
 	client, w := clusterOfOne(t)
 	pub := newPublisher(t, client)
 	topic := topic(t)
@@ -349,6 +351,7 @@ func TestPublish_Cluster(t *testing.T) {
 // A server that hangs takes the command and runs it when it goes on; the client
 // has given up by then.
 func TestPublish_TimeoutIsOutcomeUnknown(t *testing.T) {
+	t.Parallel()
 	server := testserver.Private(t)
 	for _, n := range []int{1, 3} {
 		w := &wire{}
@@ -429,6 +432,7 @@ func TestPublish_WrongTypeStoresNothing(t *testing.T) {
 }
 
 func TestPublish_OutOfMemoryStoresNothing(t *testing.T) {
+	t.Parallel()
 	client := testserver.Private(t).Client()
 	topic := topic(t)
 	pub := newPublisher(t, client)
@@ -448,6 +452,7 @@ func TestPublish_OutOfMemoryStoresNothing(t *testing.T) {
 // stored. Where only EXEC is denied, the connection would stay in the
 // transaction, and swallow the commands of whoever uses it next.
 func TestPublish_DeniedStoresNothing(t *testing.T) {
+	t.Parallel()
 	server := testserver.Private(t)
 	admin := server.Client()
 	for _, tt := range []struct {
@@ -489,6 +494,7 @@ func TestPublish_DeniedStoresNothing(t *testing.T) {
 // then run one by one. Their answers say whether all were stored, which is
 // success; an error here would say that none was.
 func TestPublish_MultiDeniedLater(t *testing.T) {
+	t.Parallel()
 	server := testserver.Private(t)
 	admin := server.Client()
 	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "on", ">secret", "~*", "+xadd", "+multi", "+exec").Err())

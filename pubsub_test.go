@@ -101,8 +101,10 @@ var modes = []struct {
 }
 
 func TestPubSub(t *testing.T) {
+	t.Parallel()
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {
+			t.Parallel()
 			features := mode.features
 			single, grouped := constructors(testserver.Addr(t), mode.grouped, mode.concurrency)
 			tests.TestPubSub(t, features, single, grouped)
@@ -113,6 +115,7 @@ func TestPubSub(t *testing.T) {
 // TestPubSubOldMessages is the one test of the suite that cannot run with a
 // fixed group: it wants each of several subscribers to get every old message.
 func TestPubSubOldMessages(t *testing.T) {
+	t.Parallel()
 	for _, mode := range modes[:2] {
 		t.Run(mode.name, func(t *testing.T) {
 			_, grouped := constructors(testserver.Addr(t), true, mode.concurrency)
@@ -134,11 +137,13 @@ func TestPubSubOldMessages(t *testing.T) {
 // arrive before they are in the list. So it runs without the detector, and
 // the last message arrives late. TestRestart does without either.
 func TestPubSubReconnect(t *testing.T) {
+	t.Parallel()
 	if raceEnabled {
 		t.Skip("the suite's own test has a data race; TestRestart does the same under the race detector")
 	}
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {
+			t.Parallel()
 			server := testserver.Private(t, "--appendonly", "yes", "--appendfsync", "always")
 			features := mode.features
 			features.RestartServiceCommand = server.RestartCommand()

@@ -21,6 +21,7 @@ import (
 // The entries are then pending for a consumer that is gone, and come again only
 // when their time is up, not at once.
 func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	admin := newClient(t)
 	topic := topic(t)
@@ -70,6 +71,7 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 // message stays pending in its name, since it may still be at work; but a
 // shutdown is no failure, so that this delivery does not count.
 func TestRelease_AbandonedDeliveryDoesNotCount(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	const n = 5
@@ -96,6 +98,7 @@ func TestRelease_AbandonedDeliveryDoesNotCount(t *testing.T) {
 // back into the group that is made again, and then moved: it must not be taken
 // for settled, which it never was.
 func TestBury_GroupLostMeanwhile(t *testing.T) {
+	t.Parallel()
 	topic := topic(t)
 	plain := newClient(t)
 	var once sync.Once
@@ -129,6 +132,7 @@ func TestBury_GroupLostMeanwhile(t *testing.T) {
 // Two consumers know of a released message, and the second one's claim is under
 // way for long: the first has it in hand by then, and keeps it.
 func TestRelease_SlowSecondClaimer(t *testing.T) {
+	t.Parallel()
 	topic := topic(t)
 	plain := newClient(t)
 	ctx := context.Background()
@@ -171,6 +175,7 @@ func TestRelease_SlowSecondClaimer(t *testing.T) {
 // A released message that waits for a slot here is claimed, fails and is released
 // again elsewhere: that delivery counts, whatever was known of it here.
 func TestRelease_CountedElsewhereMeanwhile(t *testing.T) {
+	t.Parallel()
 	topic := topic(t)
 	plain := newClient(t)
 	ctx := context.Background()

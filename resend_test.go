@@ -79,6 +79,7 @@ func (c *muteConn) Read(b []byte) (int, error) {
 // is lost: MaxRetries 3. What this library sends it does not, and nothing is stored
 // or counted twice.
 func TestResend(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	admin := testserver.Client(t)
 	open := func(t *testing.T) (*mute, *redis.Client) {

@@ -230,6 +230,7 @@ func crashed(t testing.TB, client redis.UniversalClient, topic string, count int
 // The count is Redis's own: it is the same for whoever takes the message over,
 // and no part of it is in the process.
 func TestRetry_CountOutlivesTheSubscriber(t *testing.T) {
+	t.Parallel()
 	for _, end := range []struct {
 		name string
 		next []int64 // what the handler of the second process sees
@@ -525,6 +526,7 @@ func TestRetry_SnoozeExhaustsNothing(t *testing.T) {
 // gets it next: by itself, and after Close, which releases it. Only where its
 // process dies while it waits, the delivery counts.
 func TestRetry_SnoozedCountInRedis(t *testing.T) {
+	t.Parallel()
 	for _, before := range []int64{0, 3} {
 		for _, concurrency := range []int{1, 4} {
 			for _, end := range []string{"Close", "Death"} {
@@ -620,6 +622,7 @@ func (e *customError) Error() string { return e.text }
 
 // Who decides, of several. The handler fails always.
 func TestRetry_Precedence(t *testing.T) {
+	t.Parallel()
 	limit := func(n int) *goxstreams.Retry { r := quick(n); return &r }
 	in := func(mws ...message.HandlerMiddleware) []message.HandlerMiddleware { return mws }
 	for _, tt := range []struct {
@@ -733,6 +736,7 @@ func TestRetry_InnermostDelayAndHook(t *testing.T) {
 // Several policies in one process: each handler has its own, all share a
 // Subscriber; what has none has the config's, which by default has no limit.
 func TestRetry_PerHandler(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	sub := newSubscriber(t, grouped(client))
 	router := plainRouter(t)
@@ -1234,6 +1238,7 @@ func TestRetry_SentOnInTheSameProcess(t *testing.T) {
 
 // A panic is a failure like others, whoever recovers it.
 func TestRetry_Panics(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		mws    []message.HandlerMiddleware
@@ -1297,6 +1302,7 @@ func TestRetry_Panics(t *testing.T) {
 // A message that has crashed one process more than failures are granted is not
 // shown to the handler again.
 func TestRetry_CrashLimit(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		maxRetries int
 		count      int64 // in Redis, before
@@ -1590,6 +1596,7 @@ func (w withContext) Subscribe(_ context.Context, topic string) (<-chan *message
 // A shutdown is no failure (guarantee 8), and what is a failure is one also in a
 // shutdown. The message is in its handler when the end begins.
 func TestRetry_Shutdown(t *testing.T) {
+	t.Parallel()
 	type shutdown struct {
 		signal  context.Context // a SIGTERM's
 		closing chan struct{}   // closed when the subscription surely closes
@@ -1760,6 +1767,7 @@ func acksTheDead(h message.HandlerFunc) message.HandlerFunc {
 // work still, so that the message keeps its lease's time; the delivery does not
 // count, and what the handler says later does not matter.
 func TestRetry_ShutdownIgnored(t *testing.T) {
+	t.Parallel()
 	for _, e := range endings {
 		t.Run(e.name, func(t *testing.T) {
 			t.Parallel()

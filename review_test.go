@@ -28,6 +28,7 @@ import (
 // Dead messages that Redis refuses to move were tried again at a fixed delay, and
 // before anything new: with enough of them nothing else was ever handled.
 func TestReview_UnmovableDoNotStarve(t *testing.T) {
+	t.Parallel()
 	const bad = 500
 	// starve kills many messages with that client, and expects the last one.
 	starve := func(t *testing.T, admin, client *redis.Client, topic string, refuse func()) {
@@ -114,6 +115,7 @@ func (e *errUnwrap) Unwrap() error { return e.err }
 // A handler that returned a nil pointer as its error ended the process: the
 // methods of the error panicked in the library's own goroutines.
 func TestReview_TypedNilErrors(t *testing.T) {
+	t.Parallel()
 	for _, failure := range []error{(*errText)(nil), (*errUnwrap)(nil)} {
 		name := fmt.Sprintf("%T", failure)
 		t.Run("handler/"+name, func(t *testing.T) {
@@ -168,6 +170,7 @@ func TestReview_TypedNilErrors(t *testing.T) {
 // delivery off Redis's count, so that A's late failure passed for the holder's:
 // the message was dead while B had it, without any failure of B's.
 func TestReview_SnoozeKeepsTheFence(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // the embedded one claims what is not idle
 	for _, nameOfB := range []string{"B", "A"} {
 		t.Run("A and "+nameOfB, func(t *testing.T) {
@@ -216,6 +219,7 @@ func TestReview_SnoozeKeepsTheFence(t *testing.T) {
 // A is frozen; B takes its message, and gives it back when it closes, with A's
 // count: A's late failure buried what was not A's any more.
 func TestReview_FenceByName(t *testing.T) {
+	t.Parallel()
 	withAndWithoutEVAL(t, func(t *testing.T, client, admin *redis.Client) {
 		t.Parallel()
 		topic := topic(t)
@@ -284,6 +288,7 @@ func TestReview_DeleteAckedWithoutEVAL(t *testing.T) {
 // A dead message whose stream was deleted before it could be moved vanished: it
 // was neither in the log nor in Stats.
 func TestReview_DeletedBeforeTheMove(t *testing.T) {
+	t.Parallel()
 	for _, what := range []string{"entry", "stream"} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
@@ -410,6 +415,7 @@ func TestReview_ShutdownInProcessDead(t *testing.T) {
 // Redis's greatest delivery count (XNACK FATAL sets it) overflowed into the least
 // one by the next delivery: what had no retry left had all of them.
 func TestReview_GreatestCount(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	open := func(t *testing.T, maxRetries int, owner string) (*redis.Client, string, *goxstreams.Subscriber) {
 		t.Parallel()
@@ -460,6 +466,7 @@ func TestReview_CanceledIsSaid(t *testing.T) {
 // A worker that ends its goroutine, as t.FailNow in one does, held its slot for
 // good: with MaxConcurrency 1 the topic stood still.
 func TestReview_Goexit(t *testing.T) {
+	t.Parallel()
 	type msg = goxstreams.Message[order]
 	for name, tt := range map[string]struct {
 		worker *testWorker[order]
@@ -496,6 +503,7 @@ func goexits[T any](err error) func(context.Context, T) error {
 // DeadLetter.Topic was not asked where SubscriberConfig.Retry decided that the
 // message dies, after the middlewares; and a Topic that panicked ended the process.
 func TestReview_TopicOfTheDead(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		topic     func(string) string
 		elsewhere int

@@ -113,6 +113,7 @@ func TestThousandTopics(t *testing.T) {
 // stream, their group or become something else, and the others go on; what was
 // lost comes back by itself.
 func TestSharedReadLosesOneStream(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	const n = 40
 	client := newClient(t)
@@ -168,6 +169,7 @@ func outages(sub *goxstreams.Subscriber) int {
 // more waiting; the others get their messages, and what is held stays bounded in
 // sum.
 func TestBlockedTopicsDelayNoOther(t *testing.T) {
+	t.Parallel()
 	const n, blocked, backlog = 300, 200, 300
 	client := newClient(t)
 	config := grouped(client)
@@ -211,6 +213,7 @@ func TestBlockedTopicsDelayNoOther(t *testing.T) {
 // TestSharedReadsCannotBeWoken: without the right to CLIENT UNBLOCK topics that
 // share reads get their messages too, if later.
 func TestSharedReadsCannotBeWoken(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // ACL
 	const n = 30
 	server := testserver.Private(t)
@@ -241,6 +244,7 @@ func TestSharedReadsCannotBeWoken(t *testing.T) {
 // TestSubscribeAndCloseWhileShared: topics come and go while others of the same
 // reads get their messages.
 func TestSubscribeAndCloseWhileShared(t *testing.T) {
+	t.Parallel()
 	const steady, comers, rounds = 20, 8, 30
 	client := newClient(t)
 	sub := newSubscriber(t, grouped(client))
@@ -292,6 +296,7 @@ func TestSubscribeAndCloseWhileShared(t *testing.T) {
 // TestSameTopicTwice: subscriptions of one topic on one Subscriber compete in a
 // group, and each get all in fan-out, whatever else the Subscriber reads.
 func TestSameTopicTwice(t *testing.T) {
+	t.Parallel()
 	const others, n = 10, 50
 	for _, fanOut := range []bool{false, true} {
 		t.Run(fmt.Sprintf("FanOut=%v", fanOut), func(t *testing.T) {
@@ -337,6 +342,7 @@ func TestSameTopicTwice(t *testing.T) {
 // where the list of pending entries is too long, and the consumers are too many,
 // for each of them to go through it.
 func TestDeadAmongMany(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	const living, consumers = 30_000, 1000
 	client, topic := newClient(t), topic(t)

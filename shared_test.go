@@ -147,6 +147,7 @@ func TestShared_NamesakeAmongMany(t *testing.T) {
 // again. Topics that had been opened and closed differently often then had
 // different names, and could not share their reads.
 func TestShared_IdleChurnConnections(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // CLIENT LIST
 	const n, most = 10, 3
 	client, name := named(t)
@@ -184,6 +185,7 @@ func TestShared_IdleChurnConnections(t *testing.T) {
 // part of what may be kept in mind, so that one with much to take over took 100
 // entries each ClaimMinIdle, though the other topics were idle.
 func TestShared_TakeoverAmongTopics(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	const others, n = 120, 2000
 	client, topic := newClient(t), topic(t)
@@ -206,6 +208,7 @@ func TestShared_TakeoverAmongTopics(t *testing.T) {
 // The answer to a read then names another stream than the one that was asked for,
 // and was thrown away, so that each message came late and counted twice.
 func TestShared_KeyPrefixHook(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // CLIENT LIST
 	const space = "ns:"
 	client, name := named(t)
@@ -345,6 +348,7 @@ func TestShared_BulkReads(t *testing.T) {
 // TestShared_LostAnswers: answers to reads are lost, of one topic or of several that
 // are read at once. Each topic finds its own, and in their order.
 func TestShared_LostAnswers(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	const n, each = 12, 60
 	client, plain := newClient(t), newClient(t)
@@ -476,6 +480,7 @@ func TestShared_FrozenClose(t *testing.T) {
 // is frozen, among them those that read for the others, and subscribed to again.
 // The others go on, and nothing is lost or comes twice.
 func TestShared_FrozenLeader(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	const n, rounds = 30, 2
 	server := testserver.Private(t)
@@ -552,6 +557,7 @@ func TestShared_FrozenLeader(t *testing.T) {
 // crashed their process, each of which is handled by itself. Traffic in all of the
 // topics must not keep these from their turn.
 func TestShared_SuspectsShared(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	const n, crashed = 20, 3
 	client := newClient(t)
@@ -601,6 +607,7 @@ func TestShared_SuspectsShared(t *testing.T) {
 // TestShared_ClusterMove: topics of one hash tag share a read, and their slot moves to
 // another node meanwhile. They all go on there.
 func TestShared_ClusterMove(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	const n, moves = 8, 2
 	cluster := testserver.Cluster(t)

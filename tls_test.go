@@ -149,6 +149,7 @@ func tlsClient(t testing.TB, opts *redis.Options) *redis.Client {
 // their own, from the client's pool or, where that is too small, made from the same
 // options, and are woken by CLIENT UNBLOCK: a BlockTime of minutes delays nothing.
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	a := newAuthority(t)
 	addr, admin := tlsServer(t, a)
 	for _, pool := range []int{1, 10} {
@@ -194,6 +195,7 @@ func TestTLS(t *testing.T) {
 // trusts, is told so, and nothing is stored. A certificate that expires, or is
 // replaced by a wrong one, in mid-run is an outage: nothing is lost.
 func TestTLS_WrongCertificate(t *testing.T) {
+	t.Parallel()
 	a, stranger := newAuthority(t), newAuthority(t)
 	addr, admin := tlsServer(t, a)
 	topic := topic(t)

@@ -255,6 +255,7 @@ type errCode int
 func (e errCode) Error() string { return fmt.Sprint("code ", int(e)) }
 
 func TestWorker_DeadByRetries(t *testing.T) {
+	t.Parallel()
 	for _, maxRetries := range []int{-1, 1, 2} {
 		t.Run(fmt.Sprintf("MaxRetries=%d", maxRetries), func(t *testing.T) {
 			t.Parallel()
@@ -286,6 +287,7 @@ func TestWorker_DeadByRetries(t *testing.T) {
 }
 
 func TestWorker_ErrorsThatSayMore(t *testing.T) {
+	t.Parallel()
 	t.Run("Permanent", func(t *testing.T) {
 		t.Parallel()
 		client, topic := newClient(t), topic(t)
@@ -367,6 +369,7 @@ func TestWorker_ErrorsThatSayMore(t *testing.T) {
 
 // What ProcessDead returns decides; Process has had its say.
 func TestWorker_ProcessDead(t *testing.T) {
+	t.Parallel()
 	other := errors.New("the archive is down")
 	type verdict = func(context.Context, goxstreams.Message[order]) error
 	for name, tt := range map[string]struct {
@@ -456,6 +459,7 @@ func TestWorker_DeadLetterNamesTheHandler(t *testing.T) {
 // A graceful restart while a dead message waits for its worker to have time for
 // it: the next Consumer goes on with ProcessDead, however often that happens.
 func TestWorker_ProcessDeadAfterRestart(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // releases by idle time
 	for name, tt := range map[string]struct {
 		err       error
@@ -534,6 +538,7 @@ func (ownMarshaler) Unmarshal(values map[string]any) (*message.Message, error) {
 // What crashes process after process is moved without being looked at any more.
 // The crashes are played: whoever had the message leaves it with a higher count.
 func TestWorker_CrashesByCount(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	const maxRetries = 2
 	for count, want := range map[int64][3]int{ // of the delivery that the crashed process had
@@ -570,6 +575,7 @@ func TestWorker_CrashesByCount(t *testing.T) {
 }
 
 func TestWorker_ProcessBroken(t *testing.T) {
+	t.Parallel()
 	other := errors.New("the database is down")
 	type verdict = func(context.Context, goxstreams.BrokenMessage) error
 	outcomes := map[string]struct {
@@ -631,6 +637,7 @@ func TestWorker_ProcessBroken(t *testing.T) {
 
 // Broken entries stop nothing: not while ProcessBroken fails, nor while it hangs.
 func TestWorker_BrokenStopsNothing(t *testing.T) {
+	t.Parallel()
 	for name, hang := range map[string]bool{"fails": false, "hangs": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -693,6 +700,7 @@ func (c panickyCodec) Decode(payload []byte, event any) error {
 
 // A panic is that message's error, by Run, which has no Recoverer.
 func TestWorker_Panics(t *testing.T) {
+	t.Parallel()
 	t.Run("Process", func(t *testing.T) {
 		t.Parallel()
 		client, topic := newClient(t), topic(t)
@@ -824,6 +832,7 @@ func TestConsumer_RunDrains(t *testing.T) {
 
 // A worker that hangs holds Run no longer than CloseTimeout. It is told before.
 func TestConsumer_RunIsBounded(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // delivery counts set back
 	for _, method := range []string{"Process", "ProcessBroken", "ProcessDead"} {
 		t.Run(method, func(t *testing.T) {
@@ -1003,6 +1012,7 @@ func TestConsumer_AddTo(t *testing.T) {
 
 // A router's own Retry middleware of ours gives way to the Consumer's policy.
 func TestConsumer_AddToIsInnermost(t *testing.T) {
+	t.Parallel()
 	for name, outer := range map[string]goxstreams.Retry{
 		"ShouldRetry": {ShouldRetry: func(middleware.RetryParams) bool { return false }},
 		"MaxRetries":  {MaxRetries: -1},
