@@ -11,6 +11,7 @@ import (
 // SubscriptionStats is what one subscription is doing, and has done.
 type SubscriptionStats struct {
 	Topic string
+	Group string // empty in fan-out
 
 	InFlight int // pending and held here: prefetched, handed out, or waiting for a retry
 	Waiting  int // of these, waiting for a retry
@@ -48,7 +49,7 @@ type counters struct {
 
 func (s *subscription) snapshot() SubscriptionStats {
 	st := SubscriptionStats{
-		Topic:     s.topic,
+		Topic: s.topic, Group: s.stream.group,
 		Delivered: s.stats.delivered.Load(), Retried: s.stats.retried.Load(),
 		Acked: s.stats.acked.Load(), Nacked: s.stats.nacked.Load(),
 		Claimed: s.stats.claimed.Load(), Released: s.stats.released.Load(), Broken: s.stats.broken.Load(),

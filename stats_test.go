@@ -93,4 +93,5 @@ func TestStats_Retried(t *testing.T) {
 	got := stats(t, sub)
 	require.Equal(t, int64(4), got.Delivered)
 	require.Equal(t, int64(2), got.Retried)
+	require.Equal(t, testGroup, got.Group)
 }

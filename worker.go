@@ -362,3 +362,9 @@ func (c *Consumer[E]) context(ctx context.Context, metadata message.Metadata) (c
 	}
 	return ctx, nil
 }
+
+// TopicStats asks Redis for the state of the Consumer's topic: see
+// Subscriber.TopicStats.
+func (c *Consumer[E]) TopicStats(ctx context.Context, topic string) (TopicStats, error) {
+	return c.subscriber.TopicStats(ctx, topic)
+}

@@ -93,7 +93,7 @@ func (s *shop) watch(spans sdktrace.SpanExporter, handler message.HandlerFunc) e
 	s.registry = prometheus.NewRegistry()
 	metrics.NewPrometheusMetricsBuilder(s.registry, "", "").AddPrometheusRouterMetrics(s.router)
 	collector := goxprom.NewCollector(goxprom.Config{})
-	collector.Add(group, subscriber)
+	collector.Add(subscriber)
 	if err := s.registry.Register(collector); err != nil {
 		return err
 	}

@@ -4,7 +4,7 @@
 //	config.OnDead = telemetry.OnDead(config.OnDead)     // the SubscriberConfig's
 //	router.AddPublisherDecorators(telemetry.Publisher)  // or wrap a publisher: telemetry.Publisher(publisher)
 //	router.AddMiddleware(telemetry.Middleware)          // first, so that it sees what the others return
-//	telemetry.Add("billing", subscriber)                // for the metrics
+//	telemetry.Add(subscriber)                           // for the metrics
 //
 // The trace's context travels in the message's metadata. So one trace spans a
 // message's publication, all of its deliveries, its way to the dead-letter
@@ -28,6 +28,8 @@ import (
 	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/semconv/v1.43.0/messagingconv"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
 )
 
 // scope is the name of what makes the spans and metrics.
@@ -69,15 +71,13 @@ type Config struct {
 	TopicTimeout time.Duration
 }
 
-const defaultTimeout = 2 * time.Second
-
 // Telemetry is what New returns. It may be used by several goroutines at once,
 // and for all Publishers, routers and Subscribers of a process.
 type Telemetry struct {
 	tracer        trace.Tracer
 	propagator    propagation.TextMapPropagator
 	omitErrorText bool
-	watcher       *watcher
+	watcher       *statswatch.Watcher
 	timeout       time.Duration
 
 	processed messagingconv.ProcessDuration
@@ -101,8 +101,8 @@ func New(config Config) (*Telemetry, error) {
 		tracer:        config.TracerProvider.Tracer(scope, trace.WithSchemaURL(semconv.SchemaURL)),
 		propagator:    config.Propagator,
 		omitErrorText: config.OmitErrorText,
-		watcher:       newWatcher(),
-		timeout:       cmp.Or(config.TopicTimeout, defaultTimeout),
+		watcher:       statswatch.New(),
+		timeout:       cmp.Or(config.TopicTimeout, statswatch.DefaultTimeout),
 	}
 	// The boundaries that the semantic conventions ask for.
 	buckets := metric.WithExplicitBucketBoundaries(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"go/build"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -471,7 +470,7 @@ func TestTypedWorker(t *testing.T) {
 		Context: r.Context,
 	}, nil)
 	require.NoError(t, err)
-	r.Add("g", consumer)
+	r.Add(consumer)
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- consumer.Run(ctx) }()
@@ -526,7 +525,7 @@ func TestMetrics(t *testing.T) {
 		}
 		return nil, nil
 	})
-	r.Add("billing", subscriber)
+	r.Add(subscriber)
 	require.NoError(t, r.publisher().Publish("orders", message.NewMessage("good", nil), message.NewMessage("bad", nil)))
 	r.ended(3 + 4 + 1)
 
@@ -571,15 +570,6 @@ func TestMetrics(t *testing.T) {
 	published := metrics["messaging.client.operation.duration"].Data.(metricdata.Histogram[float64]).DataPoints
 	require.Len(t, published, 1)
 	require.Equal(t, uint64(1), published[0].Count)
-}
-
-// See the comment in watch.go.
-func TestWatchIsTheSameInBothPlugins(t *testing.T) {
-	ours, err := os.ReadFile("watch.go")
-	require.NoError(t, err)
-	theirs, err := os.ReadFile("../goxprom/watch.go")
-	require.NoError(t, err)
-	require.Equal(t, strings.Replace(string(theirs), "package goxprom", "package goxotel", 1), string(ours))
 }
 
 // Which SDK a process uses is its own business.

@@ -13,6 +13,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
 )
 
 type deliveryKey struct{}
@@ -59,16 +60,16 @@ func (t *Telemetry) startDelivery(delivery goxstreams.Delivery, msg *message.Mes
 	attributes := append(destination(delivery.Topic, delivery.Group),
 		semconv.MessagingSystemKey.String(string(system)),
 		semconv.MessagingOperationName("process"), semconv.MessagingOperationTypeProcess,
-		semconv.MessagingMessageID(label(msg.UUID)), EntryIDKey.String(delivery.ID),
+		semconv.MessagingMessageID(statswatch.Label(msg.UUID)), EntryIDKey.String(delivery.ID),
 		DeliveryCountKey.Int64(delivery.Count), RetryCountKey.Int64(delivery.RetryCount()),
 	)
 	if delivery.Consumer != "" {
-		attributes = append(attributes, semconv.MessagingClientID(label(delivery.Consumer)))
+		attributes = append(attributes, semconv.MessagingClientID(statswatch.Label(delivery.Consumer)))
 	}
 	if name := message.HandlerNameFromCtx(ctx); name != "" {
 		attributes = append(attributes, HandlerKey.String(name))
 	}
-	ctx, span := t.tracer.Start(ctx, "process "+label(delivery.Topic),
+	ctx, span := t.tracer.Start(ctx, "process "+statswatch.Label(delivery.Topic),
 		trace.WithSpanKind(trace.SpanKindConsumer), trace.WithAttributes(attributes...))
 	return context.WithValue(ctx, deliveryKey{}, true), span
 }
@@ -89,9 +90,9 @@ func (t *Telemetry) endDelivery(ctx context.Context, span trace.Span, delivery g
 // destination returns the attributes of a topic and a group; in fan-out there is
 // none.
 func destination(topic, group string) []attribute.KeyValue {
-	attributes := []attribute.KeyValue{semconv.MessagingDestinationName(label(topic))}
+	attributes := []attribute.KeyValue{semconv.MessagingDestinationName(statswatch.Label(topic))}
 	if group != "" {
-		attributes = append(attributes, semconv.MessagingConsumerGroupName(label(group)))
+		attributes = append(attributes, semconv.MessagingConsumerGroupName(statswatch.Label(group)))
 	}
 	return attributes
 }
@@ -106,7 +107,7 @@ func (t *Telemetry) OnDead(next func(context.Context, goxstreams.DeadMessage)) f
 		attributes := append(destination(dead.Topic, dead.Group),
 			semconv.MessagingSystemKey.String(string(system)),
 			semconv.MessagingOperationName("dead_letter"), semconv.MessagingOperationTypeSettle,
-			semconv.MessagingClientID(label(dead.Consumer)), EntryIDKey.String(dead.EntryID),
+			semconv.MessagingClientID(statswatch.Label(dead.Consumer)), EntryIDKey.String(dead.EntryID),
 			DeliveryCountKey.Int64(dead.Deliveries), RetryCountKey.Int64(max(dead.Deliveries-1, 0)),
 			DeadKindKey.String(dead.Kind.String()), ReplaysKey.Int(dead.Replays),
 		)
@@ -114,10 +115,10 @@ func (t *Telemetry) OnDead(next func(context.Context, goxstreams.DeadMessage)) f
 			attributes = append(attributes, HandlerKey.String(dead.Handler))
 		}
 		if dead.Message != nil {
-			attributes = append(attributes, semconv.MessagingMessageID(label(dead.Message.UUID)))
+			attributes = append(attributes, semconv.MessagingMessageID(statswatch.Label(dead.Message.UUID)))
 			ctx = t.propagator.Extract(ctx, propagation.MapCarrier(dead.Message.Metadata))
 		}
-		ctx, span := t.tracer.Start(ctx, "dead_letter "+label(dead.Topic),
+		ctx, span := t.tracer.Start(ctx, "dead_letter "+statswatch.Label(dead.Topic),
 			trace.WithSpanKind(trace.SpanKindClient), trace.WithAttributes(attributes...))
 		defer span.End()
 		reason := strings.ToValidUTF8(dead.Reason, "\uFFFD")

@@ -11,6 +11,8 @@ import (
 	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/semconv/v1.43.0/messagingconv"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
 )
 
 // Publisher returns a Publisher that sends copies of messages, with the trace's
@@ -46,7 +48,7 @@ func (p *publisher) Publish(topic string, messages ...*message.Message) error {
 		return p.Publisher.Publish(topic)
 	}
 	began := time.Now()
-	destination := semconv.MessagingDestinationName(label(topic))
+	destination := semconv.MessagingDestinationName(statswatch.Label(topic))
 	attributes := []attribute.KeyValue{
 		semconv.MessagingSystemKey.String(string(system)), destination,
 		semconv.MessagingOperationName("send"), semconv.MessagingOperationTypeSend,
@@ -69,7 +71,7 @@ func (p *publisher) Publish(topic string, messages ...*message.Message) error {
 			links = append(links, trace.Link{SpanContext: span.SpanContext()})
 		}
 		var call trace.Span
-		ctx, call = p.t.tracer.Start(ctx, "send "+label(topic), trace.WithSpanKind(trace.SpanKindClient), trace.WithLinks(links...),
+		ctx, call = p.t.tracer.Start(ctx, "send "+statswatch.Label(topic), trace.WithSpanKind(trace.SpanKindClient), trace.WithLinks(links...),
 			trace.WithAttributes(append(attributes, semconv.MessagingBatchMessageCount(len(messages)))...))
 		spans = append(spans, call)
 	}
@@ -94,8 +96,8 @@ func (p *publisher) Publish(topic string, messages ...*message.Message) error {
 // create starts a message's span, and returns a copy of the message with the
 // span's context in its metadata.
 func (p *publisher) create(what, topic string, msg *message.Message, attributes []attribute.KeyValue) (context.Context, trace.Span, *message.Message) {
-	ctx, span := p.t.tracer.Start(p.parent(msg), what+label(topic), trace.WithSpanKind(trace.SpanKindProducer),
-		trace.WithAttributes(append(attributes[:len(attributes):len(attributes)], semconv.MessagingMessageID(label(msg.UUID)))...))
+	ctx, span := p.t.tracer.Start(p.parent(msg), what+statswatch.Label(topic), trace.WithSpanKind(trace.SpanKindProducer),
+		trace.WithAttributes(append(attributes[:len(attributes):len(attributes)], semconv.MessagingMessageID(statswatch.Label(msg.UUID)))...))
 	sent := msg.CopyWithContext()
 	p.t.propagator.Inject(ctx, propagation.MapCarrier(sent.Metadata))
 	return ctx, span, sent

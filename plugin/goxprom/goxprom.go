@@ -2,7 +2,7 @@
 // for it, as Prometheus metrics.
 //
 //	collector := goxprom.NewCollector(goxprom.Config{})
-//	collector.Add("billing", subscriber) // the Subscriber's ConsumerGroup
+//	collector.Add(subscriber)
 //	prometheus.MustRegister(collector)
 //
 // All metrics have the labels topic and group, and are sums over the
@@ -15,10 +15,12 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
 )
 
-// defaultTimeout leaves most of Prometheus's 10s for a scrape to others.
-const defaultTimeout = 2 * time.Second
+// A Source is a *goxstreams.Subscriber, or a *goxstreams.Consumer of any type.
+type Source = statswatch.Source
 
 // Config configures a Collector. The zero value is fine.
 type Config struct {
@@ -41,7 +43,7 @@ type Config struct {
 // that. Where one topic's name stands for streams on two servers, give each a
 // Collector, and tell them apart by prometheus.WrapRegistererWith.
 type Collector struct {
-	watcher *watcher
+	watcher *statswatch.Watcher
 	timeout time.Duration
 }
 
@@ -49,17 +51,16 @@ var _ prometheus.Collector = (*Collector)(nil)
 
 // NewCollector returns a Collector that watches nothing yet.
 func NewCollector(config Config) *Collector {
-	return &Collector{newWatcher(), cmp.Or(config.TopicTimeout, defaultTimeout)}
+	return &Collector{statswatch.New(), cmp.Or(config.TopicTimeout, statswatch.DefaultTimeout)}
 }
 
-// Add makes the Collector watch Subscribers of a consumer group, whatever topics
-// they subscribe to; empty: fan-out. A Subscriber that is added twice counts
-// twice.
-func (c *Collector) Add(group string, sources ...Source) { c.watcher.add(group, sources) }
+// Add makes the Collector watch Subscribers, whatever topics they subscribe to. A
+// Subscriber that is added twice counts twice.
+func (c *Collector) Add(sources ...Source) { c.watcher.Add(sources...) }
 
 // descs are of the counters, and of the gauges by their names there.
 var (
-	counterDescs [len(allCounters)]*prometheus.Desc
+	counterDescs [len(statswatch.Counters)]*prometheus.Desc
 	gaugeDescs   = map[string]*prometheus.Desc{}
 )
 
@@ -67,15 +68,15 @@ func init() {
 	desc := func(name, help string) *prometheus.Desc {
 		return prometheus.NewDesc("goxstreams_"+strings.ReplaceAll(name, ".", "_"), help, []string{"topic", "group"}, nil)
 	}
-	for i, c := range allCounters {
-		counterDescs[i] = desc(c.name+"_total", c.help)
+	for i, c := range statswatch.Counters {
+		counterDescs[i] = desc(c.Name+"_total", c.Help)
 	}
-	for _, g := range gaugesWithin(defaultTimeout) {
+	for _, g := range statswatch.Gauges(statswatch.DefaultTimeout) {
 		suffix := ""
-		if g.unit == "s" {
+		if g.Unit == "s" {
 			suffix = "_seconds"
 		}
-		gaugeDescs[g.name] = desc(g.name+suffix, g.help)
+		gaugeDescs[g.Name] = desc(g.Name+suffix, g.Help)
 	}
 }
 
@@ -84,21 +85,21 @@ func (c *Collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range counterDescs {
 		descs <- d
 	}
-	for _, g := range gaugesWithin(c.timeout) {
-		descs <- gaugeDescs[g.name]
+	for _, g := range statswatch.Gauges(c.timeout) {
+		descs <- gaugeDescs[g.Name]
 	}
 }
 
 // Collect implements prometheus.Collector.
 func (c *Collector) Collect(metrics chan<- prometheus.Metric) {
-	for _, s := range c.watcher.look(c.timeout) {
-		topic, group := label(s.topic), label(s.group)
-		for i, total := range s.total {
+	for _, s := range c.watcher.Look(c.timeout) {
+		topic, group := statswatch.Label(s.Topic), statswatch.Label(s.Group)
+		for i, total := range s.Total {
 			metrics <- prometheus.MustNewConstMetric(counterDescs[i], prometheus.CounterValue, float64(total), topic, group)
 		}
-		for _, g := range gaugesWithin(c.timeout) {
-			if v, ok := g.value(s); ok {
-				metrics <- prometheus.MustNewConstMetric(gaugeDescs[g.name], prometheus.GaugeValue, v, topic, group)
+		for _, g := range statswatch.Gauges(c.timeout) {
+			if v, ok := g.Value(s); ok {
+				metrics <- prometheus.MustNewConstMetric(gaugeDescs[g.Name], prometheus.GaugeValue, v, topic, group)
 			}
 		}
 	}

@@ -1,4 +1,6 @@
-package goxotel
+// Package statswatch is what goxprom and goxotel have in common: which metrics
+// there are, and how they are summed up.
+package statswatch
 
 import (
 	"context"
@@ -11,29 +13,26 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// This file is the same in goxprom and goxotel, but for the package's name; a
-// test of goxotel holds the two together. Neither module can import the other's
-// dependencies.
+// DefaultTimeout of questions to Redis leaves most of Prometheus's 10s for a scrape
+// to others.
+const DefaultTimeout = 2 * time.Second
 
 // A Source is a *goxstreams.Subscriber, or a *goxstreams.Consumer of any type.
 type Source interface {
 	Stats() []goxstreams.SubscriptionStats
-}
-
-// asker is a Source that also asks Redis.
-type asker interface {
 	TopicStats(ctx context.Context, topic string) (goxstreams.TopicStats, error)
 }
 
-// counter is a metric that only grows.
-type counter struct {
-	name, help string
+// Counter is a metric that only grows.
+type Counter struct {
+	Name, Help string
 	value      func(stats) int64
 }
 
 type stats = goxstreams.SubscriptionStats
 
-var allCounters = [...]counter{
+// Counters are all counters.
+var Counters = [...]Counter{
 	{"delivered", "Messages handed out, retries included.", func(s stats) int64 { return s.Delivered }},
 	{"retried", "Messages handed out that had been delivered before, as Redis counts.", func(s stats) int64 { return s.Retried }},
 	{"acked", "Messages acked.", func(s stats) int64 { return s.Acked }},
@@ -45,31 +44,31 @@ var allCounters = [...]counter{
 	{"lost", "Messages trimmed or deleted while pending.", func(s stats) int64 { return s.Lost }},
 }
 
-// gauge is a metric of a state; ok is false where there is none.
-type gauge struct {
-	name, unit, help string
-	value            func(*state) (v float64, ok bool)
+// Gauge is a metric of a state; ok is false where there is none.
+type Gauge struct {
+	Name, Unit, Help string
+	Value            func(*State) (v float64, ok bool)
 }
 
-var gauges = []gauge{
+var gauges = []Gauge{
 	{"subscriptions", "{subscription}", "Open subscriptions.",
-		func(s *state) (float64, bool) { return float64(s.open), true }},
+		func(s *State) (float64, bool) { return float64(s.open), true }},
 	{"in_flight", "{message}", "Messages pending and held by this process: prefetched, handed out, or waiting for a retry.",
-		func(s *state) (float64, bool) { return float64(s.inFlight), true }},
+		func(s *State) (float64, bool) { return float64(s.inFlight), true }},
 	{"waiting", "{message}", "Messages in flight that wait for a retry.",
-		func(s *state) (float64, bool) { return float64(s.waiting), true }},
+		func(s *State) (float64, bool) { return float64(s.waiting), true }},
 	{"up", "1", "1 if Redis serves all open subscriptions, 0 during an outage; absent if none is open.",
-		func(s *state) (float64, bool) { return number(!s.failing), s.open > 0 }},
+		func(s *State) (float64, bool) { return number(!s.failing), s.open > 0 }},
 	{"outage", "s", "Time since the outage under way began; 0 if there is none.",
-		func(s *state) (float64, bool) { return s.outage.Seconds(), true }},
+		func(s *State) (float64, bool) { return s.outage.Seconds(), true }},
 }
 
 // topicGauges are what Redis is asked for.
-var topicGauges = []gauge{
+var topicGauges = []Gauge{
 	{"topic.stats_success", "1", "1 if Redis answered the questions about the topic in time, 0 if not.",
-		func(s *state) (float64, bool) { return number(s.redis != nil), s.asked }},
+		func(s *State) (float64, bool) { return number(s.redis != nil), s.asked }},
 	{"topic.length", "{message}", "Entries in the stream, handled ones included.",
-		func(s *state) (float64, bool) {
+		func(s *State) (float64, bool) {
 			if s.redis == nil {
 				return 0, false
 			}
@@ -88,8 +87,8 @@ var topicGauges = []gauge{
 }
 
 // inGroup is of what Redis knows of a group: not in fan-out.
-func inGroup(value func(*goxstreams.TopicStats) (float64, bool)) func(*state) (float64, bool) {
-	return func(s *state) (float64, bool) {
+func inGroup(value func(*goxstreams.TopicStats) (float64, bool)) func(*State) (float64, bool) {
+	return func(s *State) (float64, bool) {
 		if s.redis == nil || s.redis.Group == "" {
 			return 0, false
 		}
@@ -104,30 +103,31 @@ func number(b bool) float64 {
 	return 0
 }
 
-func gaugesWithin(timeout time.Duration) []gauge {
+// Gauges are all, but those that Redis is asked for if the timeout is negative.
+func Gauges(timeout time.Duration) []Gauge {
 	if timeout < 0 {
 		return gauges
 	}
 	return slices.Concat(gauges, topicGauges)
 }
 
-// counters are the values of allCounters.
-type counters [len(allCounters)]int64
+// counters are the values of Counters.
+type counters [len(Counters)]int64
 
 func countersOf(s stats) (values counters) {
-	for i, c := range allCounters {
+	for i, c := range Counters {
 		values[i] = c.value(s)
 	}
 	return values
 }
 
 // pair is what all is summed up by.
-type pair struct{ topic, group string }
+type pair struct{ Topic, Group string }
 
-// state is what is known of a topic and a group.
-type state struct {
+// State is what is known of a topic and a group.
+type State struct {
 	pair
-	total counters // since the first look
+	Total counters // since the first look
 
 	open, inFlight, waiting int
 	failing                 bool
@@ -137,10 +137,10 @@ type state struct {
 	redis *goxstreams.TopicStats // nil: no answer
 }
 
-// watcher sums up what Sources say. Its counters only grow: a subscription that
+// Watcher sums up what Sources say. Its counters only grow: a subscription that
 // closes takes its counters along, and a sum that falls by one subscription of
 // several would look as if all of them had begun anew.
-type watcher struct {
+type Watcher struct {
 	mu      sync.Mutex
 	sources []*watched
 	totals  map[pair]counters
@@ -149,8 +149,7 @@ type watcher struct {
 
 type watched struct {
 	source Source
-	group  string
-	last   map[string]sum // by topic
+	last   map[pair]sum
 }
 
 // sum is of a Source's open subscriptions of a topic.
@@ -159,19 +158,21 @@ type sum struct {
 	counters counters
 }
 
-func (w *watcher) add(group string, sources []Source) {
+// Add makes it watch Sources.
+func (w *Watcher) Add(sources ...Source) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, source := range sources {
-		w.sources = append(w.sources, &watched{source, group, map[string]sum{}})
+		w.sources = append(w.sources, &watched{source, map[pair]sum{}})
 	}
 }
 
-func newWatcher() *watcher { return &watcher{totals: map[pair]counters{}} }
+// New returns a Watcher of nothing yet.
+func New() *Watcher { return &Watcher{totals: map[pair]counters{}} }
 
-// look returns the state of every topic and group that ever was subscribed to.
+// Look returns the state of every topic and group that ever was subscribed to.
 // Redis is asked unless the timeout is negative.
-func (w *watcher) look(timeout time.Duration) map[pair]*state {
+func (w *Watcher) Look(timeout time.Duration) map[pair]*State {
 	states := w.count()
 	if timeout > 0 {
 		w.ask(states, timeout)
@@ -179,38 +180,37 @@ func (w *watcher) look(timeout time.Duration) map[pair]*state {
 	return states
 }
 
-func (w *watcher) count() map[pair]*state {
+func (w *Watcher) count() map[pair]*State {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	states := map[pair]*state{}
+	states := map[pair]*State{}
 	for key := range w.totals {
-		states[key] = &state{pair: key}
+		states[key] = &State{pair: key}
 	}
 	for _, s := range w.sources {
-		now := map[string]sum{}
+		now := map[pair]sum{}
 		for _, sub := range s.source.Stats() {
-			key := pair{sub.Topic, s.group}
+			key := pair{sub.Topic, sub.Group}
 			if states[key] == nil {
-				states[key] = &state{pair: key}
+				states[key] = &State{pair: key}
 			}
 			states[key].add(sub)
-			now[sub.Topic] = now[sub.Topic].plus(sub)
+			now[key] = now[key].plus(sub)
 		}
-		for topic, sum := range now {
-			key := pair{topic, s.group}
-			grown, seen := sum.since(s.last[topic])
+		for key, sum := range now {
+			grown, seen := sum.since(s.last[key])
 			w.totals[key] = w.totals[key].plus(grown)
-			now[topic] = seen
+			now[key] = seen
 		}
 		s.last = now
 	}
 	for key, total := range w.totals {
-		states[key].total = total
+		states[key].Total = total
 	}
 	return states
 }
 
-func (s *state) add(sub stats) {
+func (s *State) add(sub stats) {
 	s.open++
 	s.inFlight += sub.InFlight
 	s.waiting += sub.Waiting
@@ -265,7 +265,7 @@ type round struct {
 // within the timeout. What is not answered by then goes on: go-redis may wait for
 // an answer longer than its context lives. The next call waits for that, rather
 // than asking once more a server that does not answer.
-func (w *watcher) ask(states map[pair]*state, timeout time.Duration) {
+func (w *Watcher) ask(states map[pair]*State, timeout time.Duration) {
 	w.mu.Lock()
 	questions := w.questionsLocked()
 	r := w.round
@@ -294,21 +294,19 @@ func (w *watcher) ask(states map[pair]*state, timeout time.Duration) {
 
 // questionsLocked returns whom to ask: of several Sources of a topic and group
 // the first.
-func (w *watcher) questionsLocked() map[pair]asker {
-	questions := map[pair]asker{}
+func (w *Watcher) questionsLocked() map[pair]Source {
+	questions := map[pair]Source{}
 	for _, s := range w.sources {
-		source, ok := s.source.(asker)
-		for topic := range s.last {
-			key := pair{topic, s.group}
-			if ok && questions[key] == nil {
-				questions[key] = source
+		for key := range s.last {
+			if questions[key] == nil {
+				questions[key] = s.source
 			}
 		}
 	}
 	return questions
 }
 
-func (w *watcher) run(r *round, questions map[pair]asker, timeout time.Duration) {
+func (w *Watcher) run(r *round, questions map[pair]Source, timeout time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	var running sync.WaitGroup
@@ -317,7 +315,7 @@ func (w *watcher) run(r *round, questions map[pair]asker, timeout time.Duration)
 		places <- struct{}{}
 		running.Go(func() {
 			defer func() { <-places }()
-			answer, err := source.TopicStats(ctx, key.topic)
+			answer, err := source.TopicStats(ctx, key.Topic)
 			if err != nil {
 				return
 			}
@@ -333,9 +331,9 @@ func (w *watcher) run(r *round, questions map[pair]asker, timeout time.Duration)
 	close(r.done)
 }
 
-// label returns a topic's or a group's name as a label's value, which must be
+// Label returns a topic's or a group's name as a label's value, which must be
 // UTF-8.
-func label(name string) string {
+func Label(name string) string {
 	if utf8.ValidString(name) {
 		return name
 	}
