@@ -30,7 +30,7 @@ func onEachMaster(t *testing.T, test func(t *testing.T, client *redis.ClusterCli
 	client := testserver.Cluster(t).Client()
 	var masters []string
 	for len(masters) < 3 {
-		topic := topic(t)
+		topic := topicOfOwnSlot(t, client)
 		master := masterOf(t, client, topic)
 		if slices.Contains(masters, master) {
 			continue
@@ -42,6 +42,22 @@ func onEachMaster(t *testing.T, test func(t *testing.T, client *redis.ClusterCli
 		})
 	}
 }
+
+// topicOfOwnSlot is topic, in a slot that no other test of this process has got:
+// a slot moves with all that is in it.
+func topicOfOwnSlot(t testing.TB, client *redis.ClusterClient) string {
+	t.Helper()
+	for {
+		topic := topic(t)
+		slot, err := client.ClusterKeySlot(context.Background(), topic).Result()
+		require.NoError(t, err)
+		if _, taken := ownSlots.LoadOrStore(slot, true); !taken {
+			return topic
+		}
+	}
+}
+
+var ownSlots sync.Map
 
 // masterOf returns the address of the key's master, as far as the client knows.
 func masterOf(t testing.TB, client *redis.ClusterClient, key string) string {
@@ -306,7 +322,8 @@ func TestCluster_SlotMoves(t *testing.T) {
 			t.Parallel()
 			const maxRetries = 3
 			cluster := testserver.Cluster(t)
-			client, topic := cluster.Client(), topic(t)
+			client := cluster.Client()
+			topic := topicOfOwnSlot(t, client)
 			config := claiming(client)
 			config.MaxConcurrency = concurrency
 			config.Retry = &goxstreams.Retry{MaxRetries: maxRetries, InitialInterval: time.Millisecond, MaxInterval: 5 * time.Millisecond}
@@ -411,8 +428,8 @@ func TestCluster_SlotMovesIdle(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			cluster := testserver.Cluster(t)
-			client, topic := cluster.Client(), topic(t)
-			log := newLogRecorder()
+			client, log := cluster.Client(), newLogRecorder()
+			topic := topicOfOwnSlot(t, client)
 			sub := newSubscriberLog(t, goxstreams.SubscriberConfig{Client: cluster.Client(), ConsumerGroup: group}, log)
 			messages := subscribe(t, sub, topic)
 			publish(t, client, topic, "before")
@@ -434,7 +451,8 @@ func TestCluster_SlotMovesIdle(t *testing.T) {
 func TestCluster_SlotMovesInHand(t *testing.T) {
 	t.Parallel()
 	cluster := testserver.Cluster(t)
-	client, topic := cluster.Client(), topic(t)
+	client := cluster.Client()
+	topic := topicOfOwnSlot(t, client)
 	dead := make(chan goxstreams.DeadMessage, 10)
 	config := claiming(cluster.Client())
 	config.MaxConcurrency = 4
@@ -489,7 +507,8 @@ func TestCluster_Stale(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			cluster := testserver.Cluster(t)
-			client, stale, topic := cluster.Client(), cluster.Client(), topic(t)
+			client, stale := cluster.Client(), cluster.Client()
+			topic := topicOfOwnSlot(t, client)
 			before := masterOf(t, stale, topic)
 			cluster.MoveSlot(topic, nil)
 			require.Equal(t, before, masterOf(t, stale, topic), "the client is not stale")

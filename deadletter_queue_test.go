@@ -1172,7 +1172,7 @@ func TestDeadLetterQueue_Cluster(t *testing.T) {
 		})
 	}
 	t.Run("while the slot moves", func(t *testing.T) {
-		topic := topic(t)
+		topic := topicOfOwnSlot(t, client)
 		stream := goxstreams.DeadLetterTopic(topic)
 		// Each with a client of its own, which nothing else makes look for the slot.
 		q := queueOf(t, cluster.Client(), stream)

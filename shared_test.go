@@ -612,7 +612,7 @@ func TestShared_ClusterMove(t *testing.T) {
 	const n, moves = 8, 2
 	cluster := testserver.Cluster(t)
 	sub := newSubscriber(t, grouped(cluster.Client()))
-	tag := "{" + watermill.NewShortUUID() + "}"
+	tag := "{" + topicOfOwnSlot(t, cluster.Client()) + "}"
 	handled := newTally()
 	topics := make([]string, n)
 	for i := range topics {
