@@ -206,16 +206,15 @@ func TestPrivateLife(t *testing.T) {
 	}
 }
 
-// A server that does not start says why, at once.
+// A server that does not start says why, and is not waited for.
 func TestStartFails(t *testing.T) {
 	for kind, start := range backends {
 		t.Run(kind, func(t *testing.T) {
 			mustStart(t, kind)
-			began := time.Now()
 			srv, err := start([]string{"--no-such-option", "x"})
 			require.Nil(t, srv)
 			require.ErrorContains(t, err, "no-such-option")
-			assert.Less(t, time.Since(began), startTimeout/2)
+			assert.NotContains(t, err.Error(), "no answer")
 		})
 	}
 }
@@ -238,11 +237,9 @@ func TestImageThatCannotBePulled(t *testing.T) {
 	began := time.Now()
 	_, err := startContainer("registry.invalid/goxstreams/none:1")
 	require.Error(t, err)
-	first := time.Since(began)
-	assert.Less(t, first, dockerTimeout+time.Second)
+	assert.Less(t, time.Since(began), 3*dockerTimeout, "testcontainers-go would try for a quarter of an hour")
 	_, again := startContainer("registry.invalid/goxstreams/none:1")
-	assert.Equal(t, err, again)
-	assert.Less(t, time.Since(began)-first, time.Second)
+	assert.ErrorIs(t, again, err, "it is tried again")
 }
 
 // A test binary that is killed runs no cleanup, and still leaves no server behind.
