@@ -197,11 +197,12 @@ func (s *subscription) entomb(h *held, dead DeadMessage) {
 	default:
 		topic = h.doom.topic
 	}
+	unsure := s.leases.maybeMoved(h) // by a try before, the answer of which was lost
 	s.leases.burying(h, true)
 	id, err := s.moveToDeadLetters(s.ctx, topic, h, dead.letter())
 	if err != nil {
 		err = fmt.Errorf("moving %s to %s: %w", h.id, topic, err)
-		s.leases.burying(h, !isReply(err))
+		s.leases.burying(h, unsure || !isReply(err))
 		if topic != s.deadLetters && replyHas(err, "CROSSSLOT") {
 			s.log.Error("DeadLetter.Topic is in another slot of the Cluster than the topic; using "+s.deadLetters, err, s.entryFields(h))
 			h.doom.topic = ""
@@ -209,6 +210,11 @@ func (s *subscription) entomb(h *held, dead DeadMessage) {
 			return
 		}
 		s.buryFailed(h, err)
+		return
+	}
+	if id == "" && s.stream.unknown(s.ctx) { // nobody settled it: the group was made anew
+		s.leases.burying(h, false)
+		s.buryFailed(h, errNoGroup)
 		return
 	}
 	s.works(dutyBury)

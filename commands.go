@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -31,10 +32,6 @@ type onceRawCmd struct{ *redis.RawCmd }
 
 // NoRetry overrides go-redis's answer, which is no.
 func (onceRawCmd) NoRetry() bool { return true }
-
-func newOnceRaw(ctx context.Context, args ...any) onceRawCmd {
-	return onceRawCmd{redis.NewRawCmd(ctx, args...)}
-}
 
 // onceStringCmd is onceCmd for a reply that is a string.
 type onceStringCmd struct{ *redis.StringCmd }
@@ -225,14 +222,7 @@ func (s *stream) read(ctx context.Context, p processor, buf *replyBuffer, from [
 // through too.
 func (s *stream) readNow(ctx context.Context, from cursor, count int, noAck bool) ([]entry, error) {
 	read := func() ([]reading, error) {
-		if s.via != s.client {
-			return s.read(ctx, s.via, new(replyBuffer), []cursor{from}, count, -1, noAck)
-		}
-		node, err := s.node(ctx)
-		if err != nil {
-			return nil, err
-		}
-		return s.read(ctx, node, new(replyBuffer), []cursor{from}, count, -1, noAck)
+		return s.read(ctx, s.via, new(replyBuffer), []cursor{from}, count, -1, noAck)
 	}
 	readings, err := read()
 	if replyHas(err, "MOVED ") && s.reroute(ctx) {
@@ -254,27 +244,15 @@ func (s *stream) claim(ctx context.Context, id string, minIdle time.Duration, co
 
 // firstEntry sends a command that answers with entries.
 func (s *stream) firstEntry(ctx context.Context, args ...any) (*entry, error) {
-	entries, err := s.entriesOf(ctx, args...)
+	v, err := doOnce(ctx, s.via, args...)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := parseEntries(v)
 	if err != nil || len(entries) == 0 {
 		return nil, err
 	}
 	return &entries[0], nil
-}
-
-func (s *stream) entriesOf(ctx context.Context, args ...any) ([]entry, error) {
-	if _, single := s.client.(*redis.Client); !single {
-		v, err := doOnce(ctx, s.via, args...) // a Cluster's client follows redirections that it reads
-		if err != nil {
-			return nil, err
-		}
-		return parseEntries(v)
-	}
-	cmd := newOnceRaw(ctx, args...)
-	if err := s.via.Process(ctx, cmd); err != nil {
-		return nil, discreet(err) // and cmd may be still under way
-	}
-	reply := resp(cmd.Val())
-	return reply.entries()
 }
 
 // claimFromScript claims an entry while it is in the name of a certain consumer,
@@ -373,11 +351,14 @@ func (s *stream) groupCount(ctx context.Context) (int, error) {
 // ackDeleteScript is ackAndDelete for a server without XACKDEL. Only where
 // there is one group can it know that no other one needs the entry. Deleting
 // only what XACK took keeps an entry that was acked in vain (its lease was
-// lost, say) for whoever has it.
+// lost, say) for whoever has it. A stream that is gone is no error for XACK either.
 const ackDeleteScript = deniedFunction + `
-if #redis.call('XINFO', 'GROUPS', KEYS[1]) > 1 then
-  return redis.error_reply('SEVERALGROUPS')
+local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+if groups.err then
+  if string.find(groups.err, 'no such key') then return redis.status_reply('OK') end
+  return groups
 end
+if #groups > 1 then return redis.error_reply('SEVERALGROUPS') end
 local missing = denied('XDEL', KEYS[1], '0-1')
 if missing then return missing end
 for i = 2, #ARGV do
@@ -515,6 +496,13 @@ func (s *stream) consumers(ctx context.Context) ([]consumerInfo, error) {
 		all[i].idle = time.Duration(idle) * time.Millisecond
 	}
 	return all, nil
+}
+
+// unknown reports whether the group does not know the consumer, which had something
+// pending a moment ago: it was made anew since, by somebody else.
+func (s *stream) unknown(ctx context.Context) bool {
+	consumers, err := s.consumers(ctx)
+	return err == nil && !slices.ContainsFunc(consumers, func(c consumerInfo) bool { return c.name == s.consumer })
 }
 
 // errNoGroup stands for NOGROUP where the server says it by leaving out.

@@ -23,17 +23,17 @@ import (
 // A topic with a "}" but no tag has no such name; on Cluster, Subscribe refuses
 // it unless SubscriberConfig.DeadLetterTopic knows one.
 func DeadLetterTopic(topic string) string {
-	if hasHashTag(topic) {
+	if hashTag(topic) != "" {
 		return topic + ".dead"
 	}
 	return topic + ".dead{" + topic + "}"
 }
 
-// hasHashTag is Redis's rule: what stands between the first "{" and the first
-// "}" after it, if that is not empty.
-func hasHashTag(key string) bool {
-	_, rest, ok := strings.Cut(key, "{")
-	return ok && strings.Index(rest, "}") > 0
+// hashTag is Redis's rule: what stands between the first "{" and the first "}"
+// after it; "" if there is none.
+func hashTag(key string) string {
+	_, rest, _ := strings.Cut(key, "{")
+	return rest[:max(0, strings.Index(rest, "}"))]
 }
 
 // DeadLetter is a middleware that chooses, by a handler's error, what goes to the

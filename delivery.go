@@ -159,11 +159,13 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 	if e == nil {
 		return false, s.acquireRefused(h)
 	}
+	s.works(dutyClaim)
 	if h.state == found {
 		s.stats.claimed.Add(1)
 	}
-	s.leases.claimed(h, time.Now(), h.next)
-	s.works(dutyClaim)
+	if !s.leases.claimed(h, time.Now(), h.next) {
+		return false, false
+	}
 	h.fields = e.fields
 	return true, false
 }

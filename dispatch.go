@@ -16,7 +16,7 @@ func (s *subscription) enqueue(entries []entry, at time.Time) {
 	batch := make([]held, len(entries)) // one allocation for the whole batch
 	hs := make([]*held, len(entries))
 	for i, e := range entries {
-		batch[i] = held{id: e.id, fields: e.fields, count: 1, next: 2, state: queued, since: at}
+		batch[i] = held{id: e.id, fields: e.fields, count: 1, next: 2, state: queued, since: at, begun: at}
 		if e.fields == nil {
 			batch[i].fields = []string{}
 		}

@@ -71,8 +71,8 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 
 // restoreIfRemade asks whether the group was made anew by someone who did not
 // know what this subscription holds: the entry was ours a moment ago, nobody
-// can have claimed it since, and nothing of ours is pending any more. It then
-// puts all back.
+// can have claimed it since, and nothing of ours is pending any more that was then.
+// It then puts all back.
 func (s *subscription) restoreIfRemade(h *held) (bool, error) {
 	if s.leases.idle(h) >= s.cfg.ClaimMinIdle {
 		return false, nil
@@ -88,8 +88,8 @@ func (s *subscription) restoreIfRemade(h *held) (bool, error) {
 		if p.id == h.id {
 			return true, nil // put back meanwhile
 		}
-		if s.leases.has(p.id) {
-			return false, nil
+		if s.leases.hasBefore(p.id, h) {
+			return false, nil // what came later may be of the new group
 		}
 	}
 	if !s.leases.stillOurs(h) {

@@ -40,6 +40,8 @@ type held struct {
 
 	released bool // its last holder gave it back: it crashed nobody
 
+	begun time.Time // when it was read, or taken over; guarded by leases.mu
+
 	stuck bool // it has died on a dead-letter stream, which was said
 
 	doom *doom     // decided to be dead, not yet moved
@@ -103,6 +105,15 @@ func (l *leases) has(id string) bool {
 	return ok
 }
 
+// hasBefore reports whether the entry with the ID is held, and was before the other
+// one was ours for the last time.
+func (l *leases) hasBefore(id string, other *held) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h, ok := l.m[id]
+	return ok && !h.begun.After(other.since)
+}
+
 // move sets the entry's state, and cancel for as long as it is handed out. It
 // returns false if the lease is lost.
 func (l *leases) move(h *held, to state, cancel context.CancelCauseFunc) bool {
@@ -126,11 +137,16 @@ func (l *leases) lapsed(h *held) (lost, gone bool) {
 	return h.lost, h.gone
 }
 
-// claimed notes that the entry is ours with a new delivery count.
-func (l *leases) claimed(h *held, at time.Time, count int64) {
+// claimed notes that the entry is ours with a new delivery count. It returns false
+// if a read has brought the entry meanwhile: what was read is in the queue.
+func (l *leases) claimed(h *held, at time.Time, count int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if h.state == found {
+		h.begun = at
+	}
 	h.state, h.since, h.count, h.next, h.asked = out, at, count, oneMore(count), false
+	return l.m[h.id] == h
 }
 
 // snooze makes the entry's next delivery count for this one.

@@ -287,7 +287,7 @@ func (p *Publisher) share(call *publishing) error {
 		_ = p.line.Process(call.ctx, call.adds[0])
 		return call.bareResult()
 	}
-	call.multi, call.exec = newOnce(call.ctx, "multi"), newOnceRaw(call.ctx, "exec")
+	call.multi, call.exec = newOnce(call.ctx, "multi"), onceRawCmd{redis.NewRawCmd(call.ctx, "exec")}
 	cmds := make([]redis.Cmder, 0, len(call.adds)+2)
 	cmds = append(cmds, call.multi)
 	for _, add := range call.adds {
@@ -322,6 +322,9 @@ func (c *publishing) executed() error {
 			}
 		}
 		return err
+	}
+	if n < len(c.adds) { // EXEC's nil: somebody had left a WATCH on the connection
+		return redis.TxFailedErr
 	}
 	for range n {
 		id, err := reply.bulk()

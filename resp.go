@@ -148,8 +148,7 @@ func (r resp) readings() ([]reading, error) {
 	return all, nil
 }
 
-// entries takes a list of entries off: [[id, [name, value, ...]], ...]. Before 7.0
-// XCLAIM has nothing in the place of a deleted one.
+// entries takes a list of entries off: [[id, [name, value, ...]], ...].
 func (r *resp) entries() ([]entry, error) {
 	n, err := r.list()
 	if err != nil {
@@ -158,11 +157,7 @@ func (r *resp) entries() ([]entry, error) {
 	entries := make([]entry, 0, n)
 	var fields []string // of several entries
 	for i := range n {
-		pair, err := r.list()
-		if err == nil && pair == 0 {
-			continue
-		}
-		if err != nil || pair != 2 {
+		if pair, err := r.list(); err != nil || pair != 2 {
 			return nil, malformed(err, "an entry's ID and fields expected")
 		}
 		id, err := r.bulk()

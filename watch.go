@@ -1,11 +1,11 @@
 package goxstreams
 
 import (
+	"cmp"
 	"errors"
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -185,11 +185,7 @@ func (h *hub) keyLocked(s *subscription) watchKey {
 	if _, single := h.client.(*redis.Client); single && !h.split {
 		return key
 	}
-	key.tag = s.topic
-	if hasHashTag(s.topic) {
-		_, rest, _ := strings.Cut(s.topic, "{")
-		key.tag, _, _ = strings.Cut(rest, "}")
-	}
+	key.tag = cmp.Or(hashTag(s.topic), s.topic)
 	return key
 }
 

@@ -1,0 +1,212 @@
+package goxstreams_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// A claim loses its answer, so that the next tick looks for orphans. It sees what a read took just now, whose answer is on its
+// way, and comes before the slot has claimed the supposed orphan.
+func TestLostReplies_ReadUnderWay(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	createGroup(t, admin, topic, testGroup)
+	var claimLost, slowRead atomic.Bool
+	underway, arrives, enqueued := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var read, look sync.Once
+	var fresh atomic.Value
+	h := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if id, ok := fresh.Load().(string); ok && cmd.Name() == "xrange" && cmd.Args()[2] == id {
+			look.Do(func() { close(arrives); <-enqueued })
+		}
+		if cmd.Name() == "xpending" && claimLost.Load() && len(cmd.Args()) == 7 && cmd.Args()[3] == "-" {
+			<-underway // the look for orphans
+		}
+		err := next()
+		switch {
+		case cmd.Name() == "xclaim" && claimLost.CompareAndSwap(false, true):
+			return io.EOF
+		case cmd.Name() == "xreadgroup" && slowRead.Load() && err == nil:
+			read.Do(func() {
+				fresh.Store(pendingOf(t, admin, topic, testGroup)[1].ID)
+				close(underway)
+				<-arrives
+				time.AfterFunc(100*time.Millisecond, func() { close(enqueued) })
+			})
+		}
+		return err
+	}}
+	config := claiming(newClient(t, h))
+	config.MaxConcurrency = 4
+	sub := newSubscriber(t, config)
+	publish(t, admin, topic, "abandoned")
+	readAs(t, admin, topic, testGroup, "dead", 1)
+	messages := subscribe(t, sub, topic)
+	eventually(t, claimLost.Load)
+	slowRead.Store(true)
+	publish(t, admin, topic, "new")
+	first, second := next(t, messages), next(t, messages)
+	require.ElementsMatch(t, []string{"abandoned", "new"}, payloads([]*message.Message{first, second}))
+	select {
+	case msg := <-messages:
+		t.Errorf("%s comes twice at once", msg.Payload)
+	case <-time.After(minIdle): // a longer time would find more
+	}
+	first.Ack()
+	second.Ack()
+}
+
+// The group is made anew by somebody else while a message is in hand that then dies.
+func TestGroupRemade_Dies(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, how := range []string{"permanent", "exhausted"} {
+		t.Run(how, func(t *testing.T) {
+			topic, admin := topic(t), newClient(t)
+			config := grouped(newClient(t)) // ClaimMinIdle 60s: a renewal is far away
+			config.Retry = quickRetry()
+			if how == "exhausted" {
+				config.Retry.MaxRetries = -1
+			}
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, admin, topic, "in hand")
+			msg := next(t, messages)
+			_, err := admin.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+				p.XGroupDestroy(t.Context(), topic, testGroup)
+				p.XGroupCreate(t.Context(), topic, testGroup, "$")
+				return nil
+			})
+			require.NoError(t, err)
+			if how == "permanent" {
+				_, err = goxstreams.Retry{}.Middleware(func(*message.Message) ([]*message.Message, error) {
+					return nil, goxstreams.Permanent(errors.New("bad"))
+				})(msg)
+				require.Error(t, err)
+			}
+			msg.Nack()
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+			letters := admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val()
+			pending := len(pendingOf(t, admin, topic, testGroup))
+			assert.EqualValues(t, 1, letters+int64(pending), "lost")
+		})
+	}
+}
+
+// The answer to a burial is lost, and the next tries are refused (a replica, OOM); renewals go on meanwhile.
+func TestBury_LostAnswerThenRefused(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	var evals atomic.Int64
+	h := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if cmd.Name() != "eval" || !strings.Contains(cmd.String(), "XADD") {
+			return next()
+		}
+		switch n := evals.Add(1); {
+		case n == 1:
+			_ = next()
+			return io.EOF
+		case n < 7:
+			return redisError("READONLY You can't write against a read only replica.")
+		}
+		return next()
+	}}
+	config := claiming(newClient(t, h))
+	config.Retry = quickRetry()
+	config.Retry.MaxRetries = -1
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "dies")
+	next(t, messages).Nack()
+	eventually(t, func() bool { return evals.Load() >= 1 })
+	eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+	assert.EqualValues(t, 1, admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val())
+}
+
+// The group is made anew by somebody else; this consumer reads something new before it renews what it has.
+func TestGroupRemade_ReadsOn(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	config := claiming(newClient(t))
+	config.MaxConcurrency = 2
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "old")
+	old := next(t, messages)
+	_, err := admin.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+		p.XGroupDestroy(t.Context(), topic, testGroup)
+		p.XGroupCreate(t.Context(), topic, testGroup, "$")
+		p.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{goxstreams.UUIDHeaderKey, "x", "payload", "new"}})
+		return nil
+	})
+	require.NoError(t, err)
+	fresh := next(t, messages)
+	require.Equal(t, "new", string(fresh.Payload))
+	select { // until a renewal found it missing, or put it back
+	case <-old.Context().Done():
+	case <-time.After(2 * minIdle):
+	}
+	old.Nack()
+	fresh.Ack()
+	assert.Equal(t, []string{"old"}, payloads(collect(messages, 1, patience)), "lost")
+}
+
+// A pooled connection that somebody left with a WATCH: EXEC answers nil.
+func TestPublish_WatchLeftBehind(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	client := redis.NewClient(&redis.Options{Addr: admin.Options().Addr, PoolSize: 1})
+	t.Cleanup(func() { client.Close() })
+	pub := newPublisher(t, client)
+	two := func() error {
+		return pub.Publish(topic, message.NewMessage("a", nil), message.NewMessage("b", nil))
+	}
+	require.NoError(t, two())
+	_, err := client.Pipelined(t.Context(), func(p redis.Pipeliner) error { return p.Do(t.Context(), "watch", topic).Err() })
+	require.NoError(t, err)
+	publish(t, admin, topic, "by somebody else")
+	require.ErrorIs(t, two(), redis.TxFailedErr)
+	require.Len(t, stored(t, admin, topic), 3)
+	require.NoError(t, two(), "EXEC ends the WATCH")
+	require.Len(t, stored(t, admin, topic), 5)
+}
+
+// DeleteAcked by script: the stream is deleted while the last message is in hand and the subscription closes.
+func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, client := topic(t), newClient(t)
+	config := grouped(client)
+	config.DeleteAcked = true
+	config.CloseTimeout = 10 * time.Second
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	messages := subscribe(t, sub, topic)
+	publish(t, client, topic, "x")
+	msg := next(t, messages)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = sub.Close() }()
+	eventually(t, func() bool { return blocked(t, client) == 0 }) // nobody reads who would make the group again
+	require.NoError(t, client.Del(t.Context(), topic).Err())
+	msg.Ack()
+	<-done
+	require.Empty(t, log.Errors(), "it waits for acks that nothing can take")
+}
