@@ -183,6 +183,9 @@ func (c *claimer) tick(ctx context.Context) error {
 	if s.offerClaims(c.ripe()) {
 		s.reader.interrupt(s.readerParked)
 	}
+	if len(c.seen) == 0 && !s.leases.claiming() {
+		s.works(dutyClaim) // what could not be claimed is settled, or in other hands
+	}
 	c.patience()
 	return nil
 }
@@ -232,6 +235,9 @@ func (c *claimer) answer(sent time.Time) {
 // findReleased offers what was released by consumers that closed.
 func (c *claimer) findReleased(ctx context.Context) error {
 	s := c.s
+	if s.claimRoom() == 0 {
+		return nil
+	}
 	rows, err := s.stream.pending(ctx, releasedMinAge, "-", "+", max(s.cfg.BatchSize, s.cfg.MaxConcurrency), releasedConsumer)
 	if err != nil {
 		return err
@@ -399,7 +405,6 @@ func (c *claimer) ripe() []*held {
 			continue
 		}
 		if min(c.answered-first.answered, now.Sub(first.at)) >= s.cfg.ClaimMinIdle/renewalsPerLease {
-			c.drop(id)
 			hs = append(hs, &held{
 				id: id, count: first.count, next: oneMore(first.count),
 				since: first.at.Add(-s.cfg.ClaimMinIdle),
@@ -407,6 +412,10 @@ func (c *claimer) ripe() []*held {
 		}
 	}
 	slices.SortFunc(hs, func(a, b *held) int { return compareIDs(a.id, b.id) })
+	hs = hs[:min(len(hs), s.claimRoom())] // the rest stays sighted
+	for _, h := range hs {
+		c.drop(h.id)
+	}
 	return hs
 }
 

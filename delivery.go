@@ -143,8 +143,8 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 		if err != nil {
 			return false, s.acquireFailed(h, err)
 		}
-		s.works(dutyClaim)
 		if p == nil || e == nil {
+			s.works(dutyClaim)
 			if p != nil {
 				s.ackTrimmed(h)
 			}
@@ -156,10 +156,10 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 	if err != nil {
 		return false, s.acquireFailed(h, err)
 	}
+	s.works(dutyClaim)
 	if e == nil {
 		return false, s.acquireRefused(h)
 	}
-	s.works(dutyClaim)
 	if h.state == found {
 		s.stats.claimed.Add(1)
 	}

@@ -68,6 +68,13 @@ func (s *subscription) offerClaims(hs []*held) (suspects bool) {
 	return len(s.suspects) > 0
 }
 
+// claimRoom returns how many more entries may wait to be claimed.
+func (s *subscription) claimRoom() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return max(0, maxSightings-len(s.claims)-len(s.suspects))
+}
+
 // readerParked reports whether the reader has stopped for the suspects, or need not.
 func (s *subscription) readerParked() bool {
 	s.mu.Lock()
@@ -233,6 +240,7 @@ func (s *subscription) awaitRoom(r *reader) int {
 			s.rouseLocked(1)
 		}
 		s.mu.Unlock()
+		s.works(dutyRead) // who has no need to read does not fail at it
 		select {
 		case <-s.room:
 		case <-s.closing:
@@ -316,6 +324,7 @@ func (s *subscription) pushRetry(h *held) bool {
 	s.hub.waiting.used.Add(1)
 	if most := s.hub.most(&s.hub.waiting, len(s.retries)); len(s.retries) > most && s.leased() {
 		s.hub.waiting.used.Add(-1)
+		s.overflowed.Store(true)
 		s.leases.remove(s.retries.dropLatest())
 		s.once.overflow.Do(func() {
 			s.log.Error("Very many messages wait for a retry", fmt.Errorf(

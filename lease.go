@@ -312,6 +312,19 @@ func (l *leases) active() int {
 	return n
 }
 
+// claiming reports whether an entry is still to be claimed, or its claim has no
+// answer.
+func (l *leases) claiming() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range l.m {
+		if h.state == found || h.asked {
+			return true
+		}
+	}
+	return false
+}
+
 // renewal is a set of entries renewed by one command. Its min-idle is the time
 // since the youngest was confirmed.
 type renewal struct {

@@ -231,8 +231,9 @@ func (p *Publisher) node(ctx context.Context, topic string) (*redis.Client, erro
 // denied, what follows it in a pipeline runs all the same, but not as one.
 func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 	p.probe.Lock()
-	defer p.probe.Unlock()
-	if node == nil || p.multi[node.Options().Addr] {
+	known := node == nil || p.multi[node.Options().Addr]
+	p.probe.Unlock() // not over the question: where there is no answer, calls would wait for each other
+	if known {
 		return nil
 	}
 	multi, exec := newOnce(ctx, "multi"), newOnce(ctx, "exec")
@@ -245,6 +246,8 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 			return err
 		}
 	}
+	p.probe.Lock()
+	defer p.probe.Unlock()
 	if p.multi == nil {
 		p.multi = make(map[string]bool)
 	}

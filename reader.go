@@ -97,8 +97,8 @@ func (r *reader) fetch(count int) error {
 		if err != nil {
 			return err
 		}
+		r.serves()
 		if r.took(entries, 1, time.Now()); len(entries) > 0 {
-			r.serves()
 			return nil
 		}
 	}
@@ -160,10 +160,10 @@ func (r *reader) serves() {
 
 // findOrphans offers what is pending in this consumer's name and not held: the
 // answer to a read or claim was lost, so that nobody knows of these entries.
-// Only a generated name says that they are ours; with a given one the claimer
-// finds them when their time is up.
+// Only a generated name says that they are ours; with a given one, and once too many
+// waited for a retry, the claimer finds them when their time is up.
 func (s *subscription) findOrphans(ctx context.Context) error {
-	if !s.leased() || !s.uniqueName {
+	if !s.leased() || !s.uniqueName || s.overflowed.Load() {
 		return nil
 	}
 	var orphans []*held

@@ -62,6 +62,7 @@ type subscription struct {
 
 	ackDelByScript bool
 	noScripts      atomic.Bool
+	overflowed     atomic.Bool // something of ours is pending that is not held: see pushRetry
 	once           struct{ unwakable, severalGroups, overflow, janitor sync.Once }
 
 	closing   chan struct{} // nothing new is taken
