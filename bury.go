@@ -299,6 +299,7 @@ func (s *subscription) engrave(h *held) bool {
 	}
 	count := int64(max(s.retry.MaxRetries, 0)) + 3
 	s.leases.recounting(h, count)
+	sent := time.Now()
 	ours, err := s.setCount(h, count)
 	switch {
 	case err != nil:
@@ -306,7 +307,7 @@ func (s *subscription) engrave(h *held) bool {
 	case !ours:
 		s.leases.remove(h)
 	default:
-		s.leases.claimed(h, time.Now(), count)
+		s.leases.claimed(h, sent, count)
 		return true
 	}
 	return false

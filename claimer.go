@@ -485,6 +485,7 @@ func (c *claimer) renew(age time.Duration) error {
 		for i, h := range r.held {
 			ids[i] = h.id
 		}
+		sent := time.Now()
 		got, err := s.stream.renew(s.ctx, time.Since(r.youngest), ids)
 		if err != nil {
 			return err // the others would wait for the same answer
@@ -492,7 +493,7 @@ func (c *claimer) renew(age time.Duration) error {
 		now := time.Now()
 		for _, h := range r.held {
 			if got[h.id] {
-				s.leases.confirm(now, h)
+				s.leases.confirm(sent, now, h)
 			} else if s.leases.stillOurs(h) {
 				if _, err := s.verify(h); err != nil {
 					return err

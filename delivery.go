@@ -152,6 +152,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 			return false, false
 		}
 	}
+	sent := time.Now()
 	e, err := s.claim(h)
 	if err != nil {
 		return false, s.acquireFailed(h, err)
@@ -163,7 +164,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 	if h.state == found {
 		s.stats.claimed.Add(1)
 	}
-	if !s.leases.claimed(h, time.Now(), h.next) {
+	if !s.leases.claimed(h, sent, h.next) {
 		return false, false
 	}
 	h.fields = e.fields
@@ -431,12 +432,13 @@ func (s *subscription) abandoned(h *held) {
 // setCount sets the entry's delivery count, while the entry stays ours.
 func (s *subscription) setCount(h *held, count int64) (ours bool, err error) {
 	for range 2 { // a renewal may cross the first: then the entry is younger than we knew
+		sent := time.Now()
 		got, err := s.stream.assign(s.ctx, s.stream.consumer, s.leases.idle(h), count, []string{h.id})
 		if err != nil {
 			return false, err
 		}
 		if got[h.id] {
-			s.leases.confirm(time.Now(), h)
+			s.leases.confirm(sent, time.Now(), h)
 			return true, nil
 		}
 		if ours, err = s.verify(h); !ours || err != nil {
@@ -461,6 +463,7 @@ func (s *subscription) ackTrimmed(h *held) {
 // anybody else raises the count. (The server's clock may have been set back,
 // or two commands of ours have crossed.)
 func (s *subscription) verify(h *held) (ours bool, err error) {
+	sent := time.Now()
 	e, p, err := s.stream.look(s.ctx, h.id)
 	if err != nil {
 		return false, err
@@ -477,7 +480,7 @@ func (s *subscription) verify(h *held) (ours bool, err error) {
 	}
 	switch {
 	case p != nil && p.consumer == s.stream.consumer && s.leases.counted(h, p.count):
-		s.leases.confirm(time.Now().Add(-p.idle), h)
+		s.leases.confirm(sent.Add(-p.idle), time.Now().Add(-p.idle), h)
 		return true, nil
 	case p == nil && e == nil && !s.cfg.DeleteAcked: // with it, settled elsewhere looks the same
 		s.leases.bereave(h)

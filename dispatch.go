@@ -8,15 +8,15 @@ import (
 // This file decides who does what next: what a slot takes, whether there is room
 // for a read, and when a nacked message is due.
 
-// enqueue takes what the reader read at the moment given.
-func (s *subscription) enqueue(entries []entry, at time.Time) {
+// enqueue takes what the reader read: when it asked, and when it had the answer.
+func (s *subscription) enqueue(entries []entry, sent, at time.Time) {
 	if len(entries) == 0 {
 		return
 	}
 	batch := make([]held, len(entries)) // one allocation for the whole batch
 	hs := make([]*held, len(entries))
 	for i, e := range entries {
-		batch[i] = held{id: e.id, fields: e.fields, count: 1, next: 2, state: queued, since: at, begun: at}
+		batch[i] = held{id: e.id, fields: e.fields, count: 1, next: 2, state: queued, since: at, sent: sent, begun: at}
 		if e.fields == nil {
 			batch[i].fields = []string{}
 		}

@@ -61,7 +61,7 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 			}
 			for _, h := range ours {
 				if got[h.id] {
-					s.leases.confirm(now, h)
+					s.leases.confirm(now, now, h)
 				}
 			}
 		}
@@ -74,7 +74,7 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 // can have claimed it since, and nothing of ours is pending any more that was then.
 // It then puts all back.
 func (s *subscription) restoreIfRemade(h *held) (bool, error) {
-	if s.leases.idle(h) >= s.cfg.ClaimMinIdle {
+	if s.leases.claimable(h, s.cfg.ClaimMinIdle) {
 		return false, nil
 	}
 	s.regrouping.Lock()

@@ -49,11 +49,12 @@ type held struct {
 
 	// Guarded by leases.mu.
 	state  state
-	asked  bool // a claim to next was sent, and may have happened
-	moving bool // a move to the dead-letter stream was sent, and may have happened
-	since  time.Time
-	lost   bool // somebody else may have it
-	gone   bool // deleted from the stream while pending
+	asked  bool      // a claim to next was sent, and may have happened
+	moving bool      // a move to the dead-letter stream was sent, and may have happened
+	since  time.Time // when it was last known to be ours
+	sent   time.Time // when we asked for that: until ClaimMinIdle later nobody can claim it
+	lost   bool      // somebody else may have it
+	gone   bool      // deleted from the stream while pending
 	cancel context.CancelCauseFunc
 }
 
@@ -78,7 +79,7 @@ func (l *leases) add(hs []*held) []*held {
 		// What was to be claimed, and is delivered to us instead, is ours already.
 		if old, ok := l.m[h.id]; ok && (old.state != found || h.state == found) {
 			if h.state != found {
-				old.since = h.since
+				old.since, old.sent = h.since, h.sent
 			}
 			continue
 		}
@@ -130,6 +131,15 @@ func (l *leases) idle(h *held) time.Duration {
 	return time.Since(h.since)
 }
 
+// claimable reports whether somebody else can have claimed the entry. By since that
+// cannot be told: the answer may have been read long after it came, by a process
+// that was stopped.
+func (l *leases) claimable(h *held, minIdle time.Duration) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Since(h.sent) >= minIdle
+}
+
 // lapsed reports whether the lease is lost, or its entry deleted.
 func (l *leases) lapsed(h *held) (lost, gone bool) {
 	l.mu.Lock()
@@ -137,15 +147,17 @@ func (l *leases) lapsed(h *held) (lost, gone bool) {
 	return h.lost, h.gone
 }
 
-// claimed notes that the entry is ours with a new delivery count. It returns false
-// if a read has brought the entry meanwhile: what was read is in the queue.
-func (l *leases) claimed(h *held, at time.Time, count int64) bool {
+// claimed notes that the entry is ours with a new delivery count, by a command sent
+// at that moment and answered now. It returns false if a read has brought the entry
+// meanwhile: what was read is in the queue.
+func (l *leases) claimed(h *held, sent time.Time, count int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	at := time.Now()
 	if h.state == found {
 		h.begun = at
 	}
-	h.state, h.since, h.count, h.next, h.asked = out, at, count, oneMore(count), false
+	h.state, h.sent, h.since, h.count, h.next, h.asked = out, sent, at, count, oneMore(count), false
 	return l.m[h.id] == h
 }
 
@@ -209,12 +221,13 @@ func (l *leases) byCount(hs []*held) map[int64][]string {
 	return ids
 }
 
-// confirm notes that the entries were ours at the moment given.
-func (l *leases) confirm(at time.Time, hs ...*held) {
+// confirm notes that the entries were ours at the moment given, by a command sent
+// at another one.
+func (l *leases) confirm(sent, at time.Time, hs ...*held) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, h := range hs {
-		h.since = at
+		h.sent, h.since = sent, at
 	}
 }
 

@@ -93,24 +93,26 @@ func (r *reader) fetch(count int) error {
 	}
 	if r.failed || r.shy {
 		// Whether it works is to be known at once, and of this stream.
+		sent := time.Now()
 		entries, err := s.stream.readNow(s.ctx, r.cursor(), 1, s.cfg.NoAck)
 		if err != nil {
 			return err
 		}
 		r.serves()
-		if r.took(entries, 1, time.Now()); len(entries) > 0 {
+		if r.took(entries, 1, sent, time.Now()); len(entries) > 0 {
 			return nil
 		}
 	}
 	if r.alone {
 		s.hub.ahead.Add(int64(count)) // so that others do not count on the same room
+		sent := time.Now()
 		entries, err := r.group.readAlone(r, count)
 		s.hub.ahead.Add(-int64(count))
 		if err != nil {
 			return err
 		}
 		r.alone = len(entries) == count
-		if r.took(entries, count, time.Now()); len(entries) > 0 {
+		if r.took(entries, count, sent, time.Now()); len(entries) > 0 {
 			r.serves()
 			return nil
 		}
@@ -133,7 +135,7 @@ func (r *reader) cursor() cursor {
 }
 
 // took enqueues what was read.
-func (r *reader) took(entries []entry, asked int, at time.Time) {
+func (r *reader) took(entries []entry, asked int, sent, at time.Time) {
 	if len(entries) == 0 {
 		return
 	}
@@ -146,7 +148,7 @@ func (r *reader) took(entries []entry, asked int, at time.Time) {
 	}
 	r.size = size / len(entries)
 	r.asked, r.got, r.last = asked, len(entries), at
-	r.s.enqueue(entries, at)
+	r.s.enqueue(entries, sent, at)
 }
 
 // fits returns how many entries like the last ones are read at a time, and ahead.

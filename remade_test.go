@@ -210,3 +210,84 @@ func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
 	<-done
 	require.Empty(t, log.Errors(), "it waits for acks that nothing can take")
 }
+
+// A claim fails; others settle the entry meanwhile. That is no outage any more.
+func TestStats_FailedClaimSettledElsewhere(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	createGroup(t, admin, topic, testGroup)
+	publish(t, admin, topic, "x")
+	readAs(t, admin, topic, testGroup, "dead", 1)
+	var fail atomic.Bool
+	fail.Store(true)
+	sub := newSubscriber(t, claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if cmd.Name() == "xrange" && fail.Load() {
+			return io.EOF
+		}
+		return next()
+	}})))
+	subscribe(t, sub, topic)
+	eventually(t, func() bool { return stats(t, sub).Err != nil })
+	next(t, subscribe(t, newSubscriber(t, claiming(admin)), topic)).Ack()
+	eventuallySettled(t, admin, topic, testGroup)
+	fail.Store(false)
+	eventually(t, func() bool { return stats(t, sub).Err == nil })
+}
+
+// A read fails while the only slot is taken. Nobody needs to read until it is free.
+func TestStats_FailedReadWithoutRoom(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	createGroup(t, admin, topic, testGroup)
+	publish(t, admin, topic, "x")
+	readAs(t, admin, topic, testGroup, "dead", 1)
+	var fail atomic.Bool
+	config := claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		err := next()
+		if cmd.Name() == "xreadgroup" && fail.CompareAndSwap(true, false) {
+			return io.EOF
+		}
+		return err
+	}}))
+	config.BlockTime = 50 * time.Millisecond
+	sub := newSubscriber(t, config)
+	msg := next(t, subscribe(t, sub, topic))
+	fail.Store(true)
+	eventually(t, func() bool { return !fail.Load() || stats(t, sub).Err != nil })
+	eventually(t, func() bool { return stats(t, sub).Err == nil })
+	msg.Ack()
+	eventuallySettled(t, admin, topic, testGroup)
+}
+
+// What waits beyond the bound is left to its lease. A read that fails must not take it for an orphan, which would come again
+// at once, and not be counted.
+func TestOverflow_IsNoOrphan(t *testing.T) {
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	var fail atomic.Bool
+	config := grouped(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if cmd.Name() == "xreadgroup" && fail.CompareAndSwap(true, false) {
+			return io.EOF
+		}
+		return next()
+	}}))
+	config.BlockTime = 50 * time.Millisecond
+	config.MaxConcurrency = 200
+	config.Retry = &goxstreams.Retry{MaxRetries: 1, InitialInterval: time.Hour, MaxInterval: time.Hour}
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	const n = 10_020
+	publishN(t, admin, topic, n)
+	for range n {
+		next(t, messages).Nack()
+	}
+	eventually(t, func() bool { return stats(t, sub).Waiting == 10_000 })
+	fail.Store(true)
+	eventually(t, func() bool { return !fail.Load() })
+	publish(t, admin, topic, "later")
+	msg := next(t, messages)
+	require.Equal(t, "later", string(msg.Payload), "an hour early, with Count %d", delivery(t, msg).Count)
+	msg.Ack()
+}

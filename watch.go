@@ -346,6 +346,7 @@ func (w *watch) lead(r *reader) error {
 			w.pass()
 			return nil
 		}
+		sent := time.Now()
 		readings, err := w.read(r, count, block)
 		if err != nil {
 			return w.fail(r, err)
@@ -357,7 +358,7 @@ func (w *watch) lead(r *reader) error {
 			h.mu.Unlock()
 			return w.fail(r, errors.New("goxstreams: an answer names other streams than were asked for (a hook that renames keys?)"))
 		}
-		w.deal(readings, count)
+		w.deal(readings, count, sent)
 		if len(w.set) > 1 {
 			// Handlers that are quick make room first, or their topics would have to
 			// wake the next read.
@@ -479,7 +480,7 @@ func (w *watch) disconnect() {
 }
 
 // deal gives each reader what was read of its stream.
-func (w *watch) deal(readings []reading, count int) {
+func (w *watch) deal(readings []reading, count int, sent time.Time) {
 	at := time.Now()
 	for _, m := range w.set {
 		m.pause.reset()
@@ -490,7 +491,7 @@ func (w *watch) deal(readings []reading, count int) {
 				continue
 			}
 			if len(w.set) == 1 {
-				m.took(got.entries, count, at)
+				m.took(got.entries, count, sent, at)
 				break
 			}
 			// Full twice in a row: there is more than a read for all should wait for.
@@ -499,7 +500,7 @@ func (w *watch) deal(readings []reading, count int) {
 			if full {
 				m.full = w.round
 			}
-			m.took(got.entries, 0, at)
+			m.took(got.entries, 0, sent, at)
 			break
 		}
 	}
