@@ -193,10 +193,11 @@ func TestPublish_WatchLeftBehind(t *testing.T) {
 func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
-	topic, client := topic(t), newClient(t)
+	topic, admin := topic(t), newClient(t)
+	client, name := named(t)
 	config := grouped(client)
 	config.DeleteAcked = true
-	config.CloseTimeout = 10 * time.Second
+	config.CloseTimeout = patience
 	log := newLogRecorder()
 	sub := newSubscriberLog(t, config, log)
 	messages := subscribe(t, sub, topic)
@@ -204,8 +205,8 @@ func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
 	msg := next(t, messages)
 	done := make(chan struct{})
 	go func() { defer close(done); _ = sub.Close() }()
-	eventually(t, func() bool { return blocked(t, client) == 0 }) // nobody reads who would make the group again
-	require.NoError(t, client.Del(t.Context(), topic).Err())
+	eventually(t, func() bool { return blockedReads(t, admin, name) == 0 }) // nobody reads who would make the group again
+	require.NoError(t, admin.Del(t.Context(), topic).Err())
 	msg.Ack()
 	<-done
 	require.Empty(t, log.Errors(), "it waits for acks that nothing can take")
@@ -243,19 +244,27 @@ func TestStats_FailedReadWithoutRoom(t *testing.T) {
 	createGroup(t, admin, topic, testGroup)
 	publish(t, admin, topic, "x")
 	readAs(t, admin, topic, testGroup, "dead", 1)
-	var fail atomic.Bool
+	taken, failed := make(chan struct{}), make(chan struct{})
+	var first sync.Once
 	config := claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 		err := next()
-		if cmd.Name() == "xreadgroup" && fail.CompareAndSwap(true, false) {
-			return io.EOF
+		if cmd.Name() == "xreadgroup" {
+			first.Do(func() {
+				select {
+				case <-taken:
+				case <-time.After(patience):
+				}
+				close(failed)
+				err = io.EOF
+			})
 		}
 		return err
 	}}))
 	config.BlockTime = 50 * time.Millisecond
 	sub := newSubscriber(t, config)
-	msg := next(t, subscribe(t, sub, topic))
-	fail.Store(true)
-	eventually(t, func() bool { return !fail.Load() || stats(t, sub).Err != nil })
+	msg := next(t, subscribe(t, sub, topic)) // claimed, while the first read goes on
+	close(taken)
+	<-failed
 	eventually(t, func() bool { return stats(t, sub).Err == nil })
 	msg.Ack()
 	eventuallySettled(t, admin, topic, testGroup)
