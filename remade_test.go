@@ -261,11 +261,13 @@ func TestStats_FailedReadWithoutRoom(t *testing.T) {
 		return err
 	}}))
 	config.BlockTime = 50 * time.Millisecond
-	sub := newSubscriber(t, config)
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
 	msg := next(t, subscribe(t, sub, topic)) // claimed, while the first read goes on
 	close(taken)
 	<-failed
-	eventually(t, func() bool { return stats(t, sub).Err == nil })
+	eventuallyLogged(t, log, 1)
+	require.NoError(t, stats(t, sub).Err)
 	msg.Ack()
 	eventuallySettled(t, admin, topic, testGroup)
 }
