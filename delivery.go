@@ -463,10 +463,13 @@ func (s *subscription) ackTrimmed(h *held) {
 // anybody else raises the count. (The server's clock may have been set back,
 // or two commands of ours have crossed.)
 func (s *subscription) verify(h *held) (ours bool, err error) {
-	sent := time.Now()
+	sent, count := time.Now(), s.leases.countOf(h)
 	e, p, err := s.stream.look(s.ctx, h.id)
 	if err != nil {
 		return false, err
+	}
+	if s.leases.countOf(h) != count {
+		return true, nil // we have claimed it meanwhile: the answer may be older than that
 	}
 	if p == nil && e != nil && !s.leases.maybeMoved(h) {
 		// Not pending, not deleted: acked elsewhere, or the group was made anew.

@@ -161,6 +161,13 @@ func (l *leases) claimed(h *held, sent time.Time, count int64) bool {
 	return l.m[h.id] == h
 }
 
+// countOf returns the entry's delivery count.
+func (l *leases) countOf(h *held) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return h.count
+}
+
 // snooze makes the entry's next delivery count for this one.
 func (l *leases) snooze(h *held) {
 	l.mu.Lock()
