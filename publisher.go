@@ -72,7 +72,7 @@ type Publisher struct {
 	quiet  bool // the logger discards everything
 
 	probe sync.Mutex
-	multi map[string]bool // nodes, by address, where MULTI is known to be allowed; guarded by probe
+	multi map[string]*question // whether MULTI is allowed, by the node's address; guarded by probe
 
 	prepared sync.Map // topics whose streams are set for Idempotence
 
@@ -227,15 +227,43 @@ func (p *Publisher) node(ctx context.Context, topic string) (*redis.Client, erro
 	return node, err
 }
 
+// A question is asked once: who comes meanwhile waits for its answer. A question
+// without an error stays.
+type question struct {
+	answered chan struct{}
+	err      error
+}
+
 // probeMulti makes sure, once for each node, that MULTI is allowed: where it is
 // denied, what follows it in a pipeline runs all the same, but not as one.
 func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
-	p.probe.Lock()
-	known := node == nil || p.multi[node.Options().Addr]
-	p.probe.Unlock() // not over the question: where there is no answer, calls would wait for each other
-	if known {
+	if node == nil {
 		return nil
 	}
+	addr := node.Options().Addr
+	p.probe.Lock()
+	if q := p.multi[addr]; q != nil {
+		p.probe.Unlock()
+		<-q.answered
+		return q.err
+	}
+	q := &question{answered: make(chan struct{}), err: errors.New("goxstreams: MULTI was not asked for: a panic")}
+	if p.multi == nil {
+		p.multi = make(map[string]*question)
+	}
+	p.multi[addr] = q
+	p.probe.Unlock()
+	defer close(q.answered)
+	defer func() {
+		if q.err != nil {
+			p.forgetMulti(node)
+		}
+	}()
+	q.err = askMulti(ctx, node)
+	return q.err
+}
+
+func askMulti(ctx context.Context, node *redis.Client) error {
 	multi, exec := newOnce(ctx, "multi"), newOnce(ctx, "exec")
 	execPipeline(ctx, node, []redis.Cmder{multi, exec})
 	for _, err := range []error{multi.Err(), exec.Err()} {
@@ -246,12 +274,6 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 			return err
 		}
 	}
-	p.probe.Lock()
-	defer p.probe.Unlock()
-	if p.multi == nil {
-		p.multi = make(map[string]bool)
-	}
-	p.multi[node.Options().Addr] = true
 	return nil
 }
 
