@@ -176,6 +176,7 @@ func TestRelease_SlowSecondClaimer(t *testing.T) {
 // again elsewhere: that delivery counts, whatever was known of it here.
 func TestRelease_CountedElsewhereMeanwhile(t *testing.T) {
 	t.Parallel()
+	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
 	topic := topic(t)
 	plain := newClient(t)
 	ctx := context.Background()

@@ -24,6 +24,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
 // Retry as a middleware, and the errors that it obeys. SubscriberConfig.Retry
@@ -231,6 +232,7 @@ func crashed(t testing.TB, client redis.UniversalClient, topic string, count int
 // and no part of it is in the process.
 func TestRetry_CountOutlivesTheSubscriber(t *testing.T) {
 	t.Parallel()
+	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
 	for _, end := range []struct {
 		name string
 		next []int64 // what the handler of the second process sees
@@ -527,6 +529,7 @@ func TestRetry_SnoozeExhaustsNothing(t *testing.T) {
 // process dies while it waits, the delivery counts.
 func TestRetry_SnoozedCountInRedis(t *testing.T) {
 	t.Parallel()
+	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
 	for _, before := range []int64{0, 3} {
 		for _, concurrency := range []int{1, 4} {
 			for _, end := range []string{"Close", "Death"} {
@@ -1303,6 +1306,7 @@ func TestRetry_Panics(t *testing.T) {
 // shown to the handler again.
 func TestRetry_CrashLimit(t *testing.T) {
 	t.Parallel()
+	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
 	for _, tt := range []struct {
 		maxRetries int
 		count      int64 // in Redis, before
