@@ -28,6 +28,7 @@ type acker struct {
 
 	mu      sync.Mutex
 	waiting []*held
+	ended   bool // what comes now, of a call that outlived CloseTimeout, is too late
 
 	wake chan struct{}
 	stop chan struct{} // no more acks come
@@ -40,6 +41,10 @@ func newAcker(s *subscription) *acker {
 
 func (a *acker) add(h *held) {
 	a.mu.Lock()
+	if a.ended {
+		a.mu.Unlock()
+		return
+	}
 	a.waiting = append(a.waiting, h)
 	a.mu.Unlock()
 	a.s.hub.unacked.used.Add(1)
@@ -59,6 +64,18 @@ func (a *acker) full() bool {
 func (a *acker) backlog() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	return len(a.waiting)
+}
+
+// end waits until all has arrived, or CloseTimeout is over. It returns how many
+// acks have not.
+func (a *acker) end() int {
+	close(a.stop)
+	<-a.done
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.ended = true
+	a.s.hub.unacked.used.Add(-int64(len(a.waiting)))
 	return len(a.waiting)
 }
 

@@ -1382,6 +1382,7 @@ func TestDeleteAcked(t *testing.T) {
 			config.DeleteAcked = true
 			_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
 			require.ErrorIs(t, err, goxstreams.ErrUnsupported)
+			assert.Empty(t, client.XInfoConsumers(t.Context(), topic, "a").Val(), "a name is left of a refused Subscribe")
 			return
 		}
 		require.NoError(t, consume(t, client, topic, "a", 50).Close())

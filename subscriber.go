@@ -398,12 +398,14 @@ func (s *subscription) open(ctx context.Context) error {
 	if err := s.stream.createGroup(ctx, s.cfg.StartID); err != nil {
 		return err
 	}
+	if s.cfg.DeleteAcked {
+		if err := s.checkDeleteAcked(ctx); err != nil {
+			return err
+		}
+	}
 	// The others count the consumers, to share what sweeping may cost.
 	if err := s.stream.createConsumer(ctx); err != nil && !denied(err) {
 		return err
-	}
-	if s.cfg.DeleteAcked {
-		return s.checkDeleteAcked(ctx)
 	}
 	return nil
 }

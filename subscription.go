@@ -228,10 +228,7 @@ func (s *subscription) drain() {
 	s.claimer.halt()
 
 	if s.leased() {
-		close(s.acker.stop)
-		<-s.acker.done
-		if n := s.acker.backlog(); n > 0 {
-			s.hub.unacked.used.Add(-int64(n))
+		if n := s.acker.end(); n > 0 {
 			s.log.Error("Closed before all acks reached Redis; their messages will be handled again",
 				fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.logFields)
 		}
