@@ -216,12 +216,17 @@ func (c *box) lastWords(ctx context.Context) string {
 	return strings.TrimSpace(string(text))
 }
 
-// call runs one call of Docker's API on the container.
+// call runs one call of Docker's API on the container, with a client of its own: to close the shared one's idle connections
+// can hit another test's, whose call is about to be written to it.
 func (c *box) call(f func(ctx context.Context, docker client.APIClient, id string) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
 	defer cancel()
-	defer c.docker.Close() // idle connections would outlive the test
-	return f(ctx, c.docker.Client(), c.GetContainerID())
+	docker, err := testcontainers.NewDockerClientWithOpts(ctx)
+	if err != nil {
+		return err
+	}
+	defer docker.Close() // idle connections would outlive the test
+	return f(ctx, docker, c.GetContainerID())
 }
 
 func (c *box) freeze() error {
