@@ -270,15 +270,15 @@ func (s *subscription) readableLocked(r *reader) int {
 }
 
 // roomLocked returns how many entries may be read now: one for each free slot,
-// and the prefetch once half of the last one is consumed, so that the handlers
-// have the other half meanwhile. One and a half times BatchSize, and the slots,
-// bound what is held.
+// and the prefetch while no more than that is queued, so that the handlers have work
+// while the next read is under way (with half of it they waited for the server: a
+// tenth of the rate). Twice BatchSize, and the slots, bound what is held.
 func (s *subscription) roomLocked() int {
 	prefetch := s.prefetch
 	if s.hub.ahead.Load() >= maxAhead {
 		prefetch = 0
 	}
-	if s.alone || len(s.suspects) > 0 || len(s.queue) > prefetch/2 {
+	if s.alone || len(s.suspects) > 0 || len(s.queue) > prefetch {
 		return 0
 	}
 	if len(s.claims) >= s.cfg.MaxConcurrency { // they go first

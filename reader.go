@@ -7,16 +7,16 @@ import (
 )
 
 const (
-	// The prefetch doubles while the half of it that makes the reader read again
-	// is consumed within prefetchFast, and halves when that takes longer than
-	// prefetchSlow: what is prefetched is then 50 to 200 ms of work. More would
+	// The prefetch doubles while as much is consumed within prefetchFast, and halves
+	// when that takes longer than prefetchSlow: what is read ahead, twice the
+	// prefetch at most, is then 50 to 200 ms of work. More would
 	// keep it from consumers that have nothing to do; less would make a fast
 	// handler wait for the server.
 	prefetchFast = 25 * time.Millisecond
 	prefetchSlow = 100 * time.Millisecond
 
-	// maxRead is about how many bytes one read takes, and how many are read ahead,
-	// where that is more than one entry.
+	// maxRead is about how many bytes one read takes, and twice that is read ahead,
+	// where it is more than one entry.
 	maxRead = 1 << 20
 
 	// sharedPrefetch is the prefetch of a fast handler whose topic is read with others.

@@ -61,7 +61,8 @@ type SubscriberConfig struct {
 	MaxConcurrency int
 
 	// BatchSize is the most entries that one read takes. What is read ahead of
-	// the handlers adapts below that: a tenth of a second of work. Default 100.
+	// the handlers adapts: a tenth of a second of work, and twice BatchSize at
+	// most. Default 100.
 	BatchSize int
 
 	// BlockTime is how long one read waits for entries, in whole milliseconds.

@@ -53,28 +53,28 @@ var (
 
 // scenarios are all that `go run .` measures, in order.
 var scenarios = []*scenario{
-	{publishGroup, "publish, calls of 1", options{}, counts(15_000, 15_000, 20_000, 10_000, 0), publish(1, 1)},
-	{publishGroup, "publish, calls of 100", options{}, counts(300_000, 20_000, 400_000, 0, 0), publish(100, 1)},
-	{publishGroup, "publish, calls of 1 from 64 goroutines", options{}, counts(100_000, 40_000, 150_000, 20_000, 0), publish(1, 64)},
+	{publishGroup, "publish, calls of 1", options{}, counts(15_000, 15_000, 20_000, 20_000, 10_000, 0), publish(1, 1)},
+	{publishGroup, "publish, calls of 100", options{}, counts(300_000, 20_000, 400_000, 300_000, 0, 0), publish(100, 1)},
+	{publishGroup, "publish, calls of 1 from 64 goroutines", options{}, counts(100_000, 40_000, 150_000, 0, 20_000, 0), publish(1, 64)},
 
-	{subscribeGroup, "subscribe, MC 1", options{}, counts(200_000, 15_000, 400_000, 0, 0), consume},
-	{subscribeGroup, "subscribe, MC 100", options{concurrency: 100}, counts(200_000, 0, 400_000, 0, 0), consume},
-	{subscribeGroup, "subscribe, MC 100, 100 goroutines", options{concurrency: 100, workers: 100}, counts(200_000, 0, 300_000, 0, 0), consume},
+	{subscribeGroup, "subscribe, MC 1", options{}, counts(200_000, 15_000, 400_000, 200_000, 0, 0), consume},
+	{subscribeGroup, "subscribe, MC 100", options{concurrency: 100}, counts(200_000, 0, 400_000, 0, 0, 0), consume},
+	{subscribeGroup, "subscribe, MC 100, 100 goroutines", options{concurrency: 100, workers: 100}, counts(200_000, 0, 300_000, 0, 0, 0), consume},
 
-	{routerGroup, "router, MC 1", options{router: true}, counts(100_000, 12_000, 0, 3_000, 100_000), consume},
-	{routerGroup, "router, MC 100", options{router: true, concurrency: 100}, counts(100_000, 0, 0, 10_000, 0), consume},
+	{routerGroup, "router, MC 1", options{router: true}, counts(100_000, 12_000, 0, 100_000, 3_000, 100_000), consume},
+	{routerGroup, "router, MC 100", options{router: true, concurrency: 100}, counts(100_000, 0, 0, 0, 10_000, 0), consume},
 
-	{slowGroup, "5 ms handlers, MC 100", options{concurrency: 100, workers: 100}, counts(20_000, 200, 20_000, 10_000, 0), slowly},
+	{slowGroup, "5 ms handlers, MC 100", options{concurrency: 100, workers: 100}, counts(20_000, 200, 20_000, 0, 10_000, 0), slowly},
 
-	{latencyGroup, "latency at 200/s", options{}, counts(600, 600, 600, 600, 0), latencySlow},
-	{latencyGroup, "latency at 200/s, polling fast", options{fastCheck: true}, counts(0, 0, 0, 600, 0), latencySlow},
-	{latencyGroup, "latency at half of the maximum", options{}, counts(100_000, 10_000, 100_000, 0, 0), latencyHalf},
+	{latencyGroup, "latency at 200/s", options{}, counts(600, 600, 600, 0, 600, 0), latencySlow},
+	{latencyGroup, "latency at 200/s, polling fast", options{fastCheck: true}, counts(0, 0, 0, 0, 600, 0), latencySlow},
+	{latencyGroup, "latency at half of the maximum", options{}, counts(100_000, 10_000, 100_000, 0, 0, 0), latencyHalf},
 
-	{nackGroup, "redelivery, MC 1", options{fastRetry: true}, counts(10_000, 10_000, 0, 2_000, 0), nacked},
-	{nackGroup, "redelivery, MC 100", options{fastRetry: true, concurrency: 100}, counts(10_000, 0, 0, 10_000, 0), nacked},
+	{nackGroup, "redelivery, MC 1", options{fastRetry: true}, counts(10_000, 10_000, 0, 0, 2_000, 0), nacked},
+	{nackGroup, "redelivery, MC 100", options{fastRetry: true, concurrency: 100}, counts(10_000, 0, 0, 0, 10_000, 0), nacked},
 
-	{memoryGroup, "memory", options{}, counts(100_000, 100_000, 100_000, 0, 0), memory},
-	{topicsGroup, "1,000 topics", options{}, counts(100_000, 100_000, 0, 0, 0), manyTopics},
+	{memoryGroup, "memory", options{}, counts(100_000, 100_000, 100_000, 0, 0, 0), memory},
+	{topicsGroup, "1,000 topics", options{}, counts(100_000, 100_000, 0, 0, 0, 0), manyTopics},
 }
 
 // counts are numbers of messages in systemOrder; 0: not for this one.

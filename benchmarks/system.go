@@ -51,12 +51,13 @@ var systems = map[string]func(*env, options) (backend, error){
 	"ours":        newOurs,
 	"redisstream": newRedisstream,
 	"raw":         newRaw,
+	"bare":        newBare,
 	"asynq":       newAsynq,
 	"gochannel":   newGoChannel,
 }
 
 // systemOrder is the order within a round and in the tables.
-var systemOrder = []string{"ours", "redisstream", "raw", "asynq", "gochannel"}
+var systemOrder = []string{"ours", "redisstream", "raw", "bare", "asynq", "gochannel"}
 
 // stream is what the systems on Redis Streams have in common.
 type stream struct{ admin *redis.Client }
