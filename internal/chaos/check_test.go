@@ -497,3 +497,16 @@ func TestExcusedOverlaps(t *testing.T) {
 	r.process(Continued, "consumer-1").end(first, Lost)
 	assert.Equal(t, 1, r.check().ExcusedOverlaps)
 }
+
+// TestRecovery ends when each consumer has been given something; what other faults take meanwhile is not the first one's.
+func TestRecovery(t *testing.T) {
+	r := newRecord()
+	cut := Effect{Fault: "client-kill"}
+	r.fault(cut, time.Second).wait(time.Second)
+	r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked)
+	r.fault(cut, time.Minute).wait(2 * time.Second)
+	r.publish(Published, true, 2).handle("consumer-2", 2, 1, Acked).publish(Published, true, 3).handle("consumer-1", 3, 1, Acked)
+	e := sift(Rules{ClaimMinIdle: testMinIdle}, r.events, r.final)
+	assert.InDelta(t, 3*time.Second, e.recovery(e.Faults[0]), float64(50*time.Millisecond))
+	assert.InDelta(t, 2*time.Second, e.recovery(e.Faults[1]), float64(50*time.Millisecond))
+}

@@ -191,7 +191,8 @@ func (e *Evidence) timeOf(v Violation) time.Duration {
 }
 
 // recovery returns the time from the fault's end until each consumer that lives on has been given a message again, and a
-// message published since has been handled. Of faults that overlap it is the last one's.
+// message published since has been handled. Of faults that overlap it is the last one's. A consumer that had nothing to do
+// until the next fault began does not wait for the end of that: the time of other faults does not count.
 func (e *Evidence) recovery(w *Window) time.Duration {
 	if slices.ContainsFunc(e.Faults, func(other *Window) bool { return other.From <= w.To && other.To > w.To }) {
 		return unmeasured
@@ -210,9 +211,9 @@ func (e *Evidence) recovery(w *Window) time.Duration {
 			continue
 		}
 		if _, ok := began[r.life()]; !ok {
-			began[r.life()] = r.Start.Mono - w.To
+			began[r.life()] = e.calm(w.To, r.Start.Mono)
 		}
-		m, took := e.Messages[r.Start.UUID], r.End-w.To
+		m, took := e.Messages[r.Start.UUID], e.calm(w.To, r.End)
 		if m != nil && m.From > w.To && r.Ending == Acked && (flows == 0 || took < flows) {
 			flows = took
 		}
@@ -224,6 +225,20 @@ func (e *Evidence) recovery(w *Window) time.Duration {
 		}
 	}
 	return longest
+}
+
+// calm returns how much of the time from one moment to another no fault was under way that began in it.
+func (e *Evidence) calm(from, to time.Duration) time.Duration {
+	var calm time.Duration
+	at := from
+	for _, f := range e.Faults { // in the order of their beginnings
+		if f.From <= from || f.From >= to {
+			continue
+		}
+		calm += max(0, f.From-at)
+		at = max(at, f.To)
+	}
+	return calm + max(0, to-at)
 }
 
 func printTable(out io.Writer, rows []Row) {
