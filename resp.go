@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unsafe"
 )
 
 // What a read brings is the bulk of what goes through this library, and go-redis's
@@ -17,9 +18,29 @@ import (
 // replyBuffer takes a reply as it comes (redis.RawWriteToCmd). It is used again for
 // the next one: go-redis's RawCmd begins with nothing each time, and grows it step by
 // step to five times of what is needed.
-type replyBuffer struct{ b []byte }
+type replyBuffer struct {
+	b     []byte
+	small []byte // what is used again, while b is a larger one
+	large int    // the size of the last large reply
+}
+
+// keepBuffer is the most that an idle buffer keeps.
+const keepBuffer = 256 << 10
+
+// grow makes room for n more bytes: for a large reply at once as much as the last
+// one had.
+func (r *replyBuffer) grow(n int) {
+	need := len(r.b) + n
+	if need <= keepBuffer || cap(r.b) > keepBuffer {
+		r.b = slices.Grow(r.b, n)
+		return
+	}
+	r.small = r.b
+	r.b = append(make([]byte, 0, max(need, min(r.large, 2*maxRead))), r.b...)
+}
 
 func (r *replyBuffer) Write(p []byte) (int, error) {
+	r.grow(len(p))
 	r.b = append(r.b, p...)
 	return len(p), nil
 }
@@ -31,23 +52,28 @@ func (r *replyBuffer) ReadFrom(src io.Reader) (int64, error) {
 		return 0, fmt.Errorf("goxstreams: a reply comes from a %T", src)
 	}
 	n, size := int(limited.N), len(r.b)
-	r.b = slices.Grow(r.b, n)[:size+n]
+	r.grow(n)
+	r.b = r.b[:size+n]
 	read, err := io.ReadFull(limited.R, r.b[size:])
 	r.b = r.b[:size+read]
 	limited.N -= int64(read)
 	return int64(read), err
 }
 
-// keepBuffer is the most that an idle buffer keeps.
-const keepBuffer = 256 << 10
-
 // take returns what has come, and empties the buffer.
 func (r *replyBuffer) take() resp {
-	reply := resp(r.b)
-	r.b = r.b[:0]
-	if cap(r.b) > keepBuffer {
-		r.b = nil
+	if cap(r.b) <= keepBuffer {
+		reply := resp(r.b)
+		r.b = r.b[:0]
+		return reply
 	}
+	// A copy of a large one would cost more than all else: nobody writes to it again.
+	reply := resp(unsafe.String(unsafe.SliceData(r.b), len(r.b)))
+	if len(r.b) < cap(r.b)/2 {
+		reply = resp(strings.Clone(string(reply))) // not to keep what is empty
+	}
+	r.large = len(r.b)
+	r.b, r.small = r.small[:0], nil
 	return reply
 }
 

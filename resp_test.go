@@ -123,5 +123,28 @@ func TestReplyBuffer(t *testing.T) {
 	assert.Error(t, err)
 	read(strings.Repeat("x", 2*keepBuffer))
 	assert.Len(t, buf.take(), len("short")+2*keepBuffer)
-	assert.Nil(t, buf.b, "a buffer for rare large replies is not kept")
+	assert.LessOrEqual(t, cap(buf.b), keepBuffer, "a buffer for rare large replies is not kept")
+}
+
+// What was taken stays as it is, whatever comes next and however large each is: a large
+// buffer goes with its reply.
+func TestReplyBuffer_SmallAndLarge(t *testing.T) {
+	var buf replyBuffer
+	var want []string
+	var got []resp
+	for i, size := range []int{10, keepBuffer - 1, keepBuffer + 1, 10, 4 * keepBuffer, keepBuffer + 1, keepBuffer + 1, 1, 4 * keepBuffer} {
+		reply := strings.Repeat(string(rune('a'+i)), size)
+		want = append(want, reply)
+		for rest := reply; rest != ""; { // in pieces, as its fields come
+			n := min(len(rest), 100_000)
+			_, err := io.CopyN(&buf, strings.NewReader(rest), int64(n))
+			require.NoError(t, err)
+			rest = rest[n:]
+		}
+		got = append(got, buf.take())
+		assert.LessOrEqual(t, cap(buf.b), keepBuffer)
+	}
+	for i := range want {
+		assert.True(t, want[i] == string(got[i]), "reply %d", i)
+	}
 }
