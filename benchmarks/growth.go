@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -73,17 +75,27 @@ func growth(args []string) error {
 	redraw := f.Bool("draw", false, "only draw the pictures from data.json")
 	rounds := f.Int("rounds", 3, "rounds, of which the median is drawn")
 	size := f.Float64("size", 1, "`factor` of message counts and durations")
+	only := f.String("sweep", "", "measure the sweeps that match the `regexp`; the others stay as data.json has them")
 	if err := f.Parse(args); err != nil {
 		return err
+	}
+	matching, err := regexp.Compile(*only)
+	if err != nil {
+		return fmt.Errorf("-sweep: %w", err)
 	}
 	if *rounds < 1 || *size <= 0 {
 		return errors.New("-rounds and -size must be positive")
 	}
 	file := filepath.Join(*dir, "data.json")
 	if !*redraw {
-		data, err := growAll(where, *rounds, *size)
+		data, err := grow(where, matching, *rounds, *size)
 		if err != nil {
 			return err
+		}
+		if *only != "" {
+			if err := data.keep(file, matching); err != nil {
+				return err
+			}
 		}
 		if err := os.MkdirAll(*dir, 0o755); err != nil {
 			return err
@@ -95,7 +107,25 @@ func growth(args []string) error {
 	return drawAll(file, *dir)
 }
 
-func growAll(where target, rounds int, size float64) (*growthData, error) {
+// keep adds the points of the sweeps that were not measured.
+func (d *growthData) keep(file string, measured *regexp.Regexp) error {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var old growthData
+	if err := json.Unmarshal(text, &old); err != nil {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	for _, p := range old.Points {
+		if !measured.MatchString(p.Sweep) {
+			d.Points = append(d.Points, p)
+		}
+	}
+	return nil
+}
+
+func grow(where target, matching *regexp.Regexp, rounds int, size float64) (*growthData, error) {
 	e, closeAll, err := where.open(size)
 	if err != nil {
 		return nil, err
@@ -106,6 +136,9 @@ func growAll(where target, rounds int, size float64) (*growthData, error) {
 		return nil, err
 	}
 	for i := range sweeps {
+		if !matching.MatchString(sweeps[i].name) {
+			continue
+		}
 		for _, x := range sweeps[i].xs {
 			points, err := sweeps[i].measure(e, x, rounds)
 			if err != nil {
@@ -113,6 +146,9 @@ func growAll(where target, rounds int, size float64) (*growthData, error) {
 			}
 			data.Points = append(data.Points, points...)
 		}
+	}
+	if len(data.Points) == 0 {
+		return nil, fmt.Errorf("-sweep: none of them matches %s", matching)
 	}
 	return data, nil
 }

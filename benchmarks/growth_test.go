@@ -4,6 +4,7 @@ import (
 	"image/png"
 	"os"
 	"path/filepath"
+	"regexp"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -44,4 +45,14 @@ func TestShort(t *testing.T) {
 	for want, x := range map[string]float64{"0": 0, "0.5": 0.5, "256": 256, "1Ki": 1024, "64Ki": 65536, "1Mi": 1 << 20, "10k": 10_000, "1M": 1_000_000} {
 		assert.Equal(t, want, short(x))
 	}
+}
+
+// TestGrowth_Keep: what was not measured anew stays, what was is there once.
+func TestGrowth_Keep(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "data.json")
+	old := growthData{Points: []point{{"payload-publish", rate, "ours", 16, 1}, {"topics", rate, "ours", 1, 2}}}
+	require.NoError(t, writeJSON(file, old))
+	anew := growthData{Points: []point{{"payload-publish", rate, "ours", 16, 3}}}
+	require.NoError(t, anew.keep(file, regexp.MustCompile("payload")))
+	assert.Equal(t, []point{{"payload-publish", rate, "ours", 16, 3}, {"topics", rate, "ours", 1, 2}}, anew.Points)
 }
