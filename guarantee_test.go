@@ -198,7 +198,7 @@ func TestBounds(t *testing.T) {
 					require.NoError(t, err)
 					return int(p.Count)
 				}
-				const most = batchSize + batchSize/2 // the prefetch
+				const most = 2 * batchSize // a prefetch, and the one that was read while that was queued
 				// Acks on their way, and a read that their arrival makes room for, come
 				// to an end, since no handler answers any more.
 				steady := func() bool {
