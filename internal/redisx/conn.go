@@ -1,0 +1,180 @@
+package redisx
+
+import (
+	"context"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+)
+
+// Conn is a connection of its own for reads that block, and what it takes to wake
+// such a read: it does not heed its context.
+//
+// It lies beside the client's pool, so that reads that wait starve nobody who uses
+// the client, and is made from the client's options. (One of the pool's own, held by
+// redis.Conn, would follow neither StreamingCredentialsProvider, which go-redis
+// 9.23 answers with a nil dereference, nor Sentinel's +switch-master.)
+type Conn struct {
+	Processor
+	node   *redis.Client // whose server it leads to; nil of a wrapped client
+	own    *redis.Client // the connection; nil of a wrapped client, whose pool is used
+	waker  Processor     // to the same server, for CLIENT UNBLOCK; nil: cannot wake
+	id     int64
+	remote atomic.Pointer[string] // the address that it was dialed at
+
+	noWake atomic.Bool // the right to CLIENT UNBLOCK was taken away
+}
+
+const (
+	// A read's answer may come as late after its BLOCK as the client's ReadTimeout
+	// has it, within these bounds. A connection that was dropped without a word, by
+	// a balancer say, is noticed by then. (go-redis's own blocking calls wait 10s.)
+	minGrace = time.Second
+	maxGrace = 10 * time.Second
+)
+
+func grace(readTimeout time.Duration) time.Duration {
+	if readTimeout <= 0 {
+		return maxGrace
+	}
+	return min(max(readTimeout, minGrace), maxGrace)
+}
+
+// OpenConn opens a connection to the key's server for reads that block up to
+// block. Commands run through the client's hooks. via is where CLIENT UNBLOCK goes
+// if the client has one server.
+func (c Client) OpenConn(ctx context.Context, via Processor, key string, block time.Duration) (*Conn, error) {
+	node, err := c.Node(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if node == nil {
+		return &Conn{Processor: c.UniversalClient}, nil
+	}
+	l := &Conn{node: node, waker: node}
+	if c.Single() != nil {
+		l.waker = via
+	}
+	l.own = redis.NewClient(l.options(block))
+	l.Processor = hooked(node, l.own)
+	v, err := DoOnce(ctx, l, "client", "id")
+	if err == nil {
+		l.id, _ = v.(int64)
+		_, err = l.unblock(ctx) // nothing blocks yet: it only asks for the right
+	}
+	switch {
+	case err == nil:
+	case IsDenied(err):
+		l.waker = nil
+	default:
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// options are the client's, for one connection that nobody replaces.
+func (l *Conn) options(block time.Duration) *redis.Options {
+	// WithTimeout copies under go-redis's lock: the client writes to what its
+	// options point to when it connects.
+	opt := *l.node.WithTimeout(block).Options()
+	theirs := l.node.Options()
+	wait := grace(theirs.ReadTimeout)
+	opt.ReadTimeout = block + wait
+	if opt.WriteTimeout = theirs.WriteTimeout; opt.WriteTimeout <= 0 {
+		opt.WriteTimeout = wait
+	}
+	opt.PoolSize, opt.MinIdleConns, opt.MaxIdleConns, opt.MaxActiveConns = 1, 0, 0, 0
+	// The pool must not replace the connection, whose ID is known.
+	opt.ConnMaxIdleTime, opt.ConnMaxLifetime, opt.ConnMaxLifetimeJitter = -1, -1, 0
+	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	// Nothing that is read here can be cached; and another client's cache, or the
+	// processor that feeds it, is not to be shared.
+	opt.ClientSideCacheConfig, opt.ClientSideCache, opt.PushNotificationProcessor = nil, nil, nil
+	opt.AutoPipelineOptions = nil
+	dial := opt.Dialer
+	opt.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err == nil {
+			remote := remoteOf(conn)
+			l.remote.Store(&remote)
+		}
+		return conn, err
+	}
+	return &opt
+}
+
+func remoteOf(conn net.Conn) string {
+	if addr := conn.RemoteAddr(); addr != nil {
+		return addr.String()
+	}
+	return ""
+}
+
+// hooked returns a processor that runs commands on p, through the client's
+// hooks: whoever traces or meters the client sees the reads too. The Conn in
+// between is there for its hooks and never takes a connection.
+func hooked(client *redis.Client, p Processor) Processor {
+	conn := client.EphemeralConn()
+	conn.AddHook(divert{p})
+	return conn
+}
+
+// divert is the innermost hook: it sends commands another way.
+type divert struct{ to Processor }
+
+func (divert) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (d divert) ProcessHook(redis.ProcessHook) redis.ProcessHook { return d.to.Process }
+
+func (d divert) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		client, ok := d.to.(Pipeliner)
+		if !ok {
+			return redis.ErrClosed
+		}
+		pipe := client.Pipeline()
+		for _, cmd := range cmds {
+			_ = pipe.Process(ctx, cmd)
+		}
+		_, err := pipe.Exec(ctx)
+		return err
+	}
+}
+
+// Pipeline returns a pipeline on the connection.
+func (l *Conn) Pipeline() redis.Pipeliner { return l.Processor.(Pipeliner).Pipeline() }
+
+// Close closes the connection: a read under way ends with an error.
+func (l *Conn) Close() {
+	if l.own != nil {
+		_ = l.own.Close()
+	}
+}
+
+// Wakable reports whether Wake can end a read.
+func (l *Conn) Wakable() bool { return l.waker != nil && l.id != 0 && !l.noWake.Load() }
+
+// Wake ends the read that blocks on the connection, and returns whether one did:
+// sent too early, it does nothing.
+func (l *Conn) Wake(ctx context.Context) bool {
+	if !l.Wakable() {
+		return false
+	}
+	woken, err := l.unblock(ctx)
+	switch {
+	case IsDenied(err):
+		l.noWake.Store(true)
+	case IsClosed(err): // the client: nobody can wake the read any more
+		l.Close()
+	}
+	return woken
+}
+
+func (l *Conn) unblock(ctx context.Context) (bool, error) {
+	v, err := DoOnce(ctx, l.waker, "client", "unblock", l.id)
+	return v == int64(1), err
+}

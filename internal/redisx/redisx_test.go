@@ -1,0 +1,132 @@
+package redisx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+func TestMain(m *testing.M) { testserver.Main(m) }
+
+// The slots are those that Redis names, hash tags included.
+func TestSlot(t *testing.T) {
+	cluster := testserver.Cluster(t).Client()
+	for _, key := range []string{
+		"", "orders", "123456789", "{orders}.dead", "orders.dead{orders}", "a{b}c", "a{}b", "a{b", "a}b{c}", "foo{{bar}}zap", "\x00\xff",
+	} {
+		want, err := cluster.ClusterKeySlot(t.Context(), key).Result()
+		require.NoError(t, err)
+		assert.EqualValues(t, want, slot(key), "%q", key)
+	}
+}
+
+func TestSent_Outcome(t *testing.T) {
+	written := func() *Sent {
+		s := NewSent("*")
+		b, err := s.MarshalBinary()
+		require.NoError(t, err)
+		require.Equal(t, "*", string(b))
+		return s
+	}
+	dial := &net.OpError{Op: "dial", Err: io.EOF}
+	for _, tt := range []struct {
+		name    string
+		sent    *Sent
+		err     error
+		unknown bool
+	}{
+		{"no error", written(), nil, false},
+		{"not written", NewSent("*"), io.EOF, false},
+		{"written", written(), io.EOF, true},
+		{"an answer", written(), ReplyError("ERR no"), false},
+		{"redirected, and not reached there", written(), fmt.Errorf("node: %w", dial), false},
+		{"no turn", written(), redis.ErrPoolTimeout, false},
+		{"closed", written(), redis.ErrClosed, false},
+	} {
+		err := tt.sent.Outcome(tt.err)
+		assert.Equal(t, tt.unknown, errors.Is(err, ErrOutcomeUnknown), tt.name)
+		if tt.err == nil {
+			assert.NoError(t, err, tt.name)
+		} else {
+			assert.ErrorIs(t, err, tt.err, tt.name)
+		}
+	}
+}
+
+func TestRedacted(t *testing.T) {
+	const secret = "ERR unknown command 'XACKDEL', with args beginning with: 'secret' "
+	assert.NotContains(t, Redacted(ReplyError(secret)).Error(), "secret")
+	assert.True(t, IsDenied(Redacted(ReplyError(secret))))
+	assert.Equal(t, io.EOF, Redacted(io.EOF))
+}
+
+func TestNotReady(t *testing.T) {
+	for err, want := range map[error]bool{
+		io.EOF: true, context.DeadlineExceeded: true, redis.ErrPoolTimeout: true, redis.ErrClosed: false,
+		ReplyError("LOADING Redis is loading the dataset in memory"):        true,
+		ReplyError("READONLY You can't write against a read only replica."): true,
+		ReplyError("ERR max number of clients reached"):                     true,
+		ReplyError("WRONGPASS invalid username-password pair"):              false,
+		ReplyError("NOAUTH Authentication required."):                       false,
+		ReplyError("NOPERM no"):                                             false,
+		ReplyError("WRONGTYPE Operation against a key"):                     false,
+		ErrTwoServers: false,
+	} {
+		assert.Equal(t, want, NotReady(err), "%v", err)
+	}
+	assert.False(t, NotReady(nil))
+}
+
+// What leads elsewhere is opened anew; but a name with several addresses leads
+// elsewhere each time.
+func TestRoute_Follow(t *testing.T) {
+	r := NewRoute(Client{}, time.Second, nil)
+	at := func(addr string) *Conn {
+		l := &Conn{}
+		l.remote.Store(&addr)
+		return l
+	}
+	assert.False(t, r.Follow(&Conn{}, "b:1"), "not connected yet")
+	assert.False(t, r.Follow(at("a:1"), "a:1"))
+	for range maxMoves {
+		assert.True(t, r.Follow(at("a:1"), "b:1"))
+		r.Followed()
+	}
+	assert.False(t, r.Follow(at("b:1"), "a:1"), "again and again")
+	r.moves[0] = time.Now().Add(-2 * time.Minute)
+	assert.True(t, r.Follow(at("b:1"), "a:1"))
+}
+
+// A connection of its own neither takes one of the pool nor needs one.
+func TestOpenConn(t *testing.T) {
+	testserver.RequireReal(t)
+	client := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), PoolSize: 1, PoolTimeout: time.Second})
+	t.Cleanup(func() { require.NoError(t, client.Close()) })
+	c := Client{client}
+	l, err := c.OpenConn(t.Context(), client, "key", 10*time.Second)
+	require.NoError(t, err)
+	defer l.Close()
+	require.True(t, l.Wakable())
+	read := make(chan error, 1)
+	go func() {
+		read <- l.Process(context.Background(), redis.NewCmd(context.Background(), "blpop", t.Name(), 10))
+	}()
+	for woken := false; !woken; {
+		woken = l.Wake(t.Context()) // through the pool, which the read does not occupy
+		select {
+		case err := <-read:
+			require.True(t, woken, "the read has ended by itself: %v", err)
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
