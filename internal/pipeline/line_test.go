@@ -1,4 +1,4 @@
-package goxstreams
+package pipeline
 
 import (
 	"context"
@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ThreeDotsLabs/watermill"
-	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -66,10 +66,10 @@ func lineDone(t *testing.T, done <-chan error, what string) {
 }
 
 // echo sends a command of its own in the background.
-func echo(ctx context.Context, l *line, what string) <-chan error {
+func echo(ctx context.Context, l *Line, what string) <-chan error {
 	done := make(chan error, 1)
 	go func() {
-		_, err := doOnce(ctx, l, "echo", what)
+		_, err := redisx.DoOnce(ctx, l, "echo", what)
 		done <- err
 	}()
 	return done
@@ -91,7 +91,7 @@ func TestLine_Strands(t *testing.T) {
 		}
 		return next()
 	}})
-	l := newLine(client, 2)
+	l := New(redisx.Client{UniversalClient: client}, 2, false)
 	ctx := context.Background()
 	hung := echo(ctx, l, "hang")
 	defer func() {
@@ -112,8 +112,8 @@ func TestLine_Strands(t *testing.T) {
 
 // shareFlight has a call under ctx and another one, under its own, wait together
 // while a first one is under way, and lets them go: they are sent as one pipeline,
-// for which led is called, under ctx.
-func shareFlight(t *testing.T, ctx, others context.Context, led func(other <-chan error)) (l *line, leader, other <-chan error) {
+// for which led is called.
+func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func(other <-chan error)) (l *Line, leader, other <-chan error) {
 	t.Helper()
 	client := testserver.Client(t)
 	hold := make(chan struct{})
@@ -131,7 +131,7 @@ func shareFlight(t *testing.T, ctx, others context.Context, led func(other <-cha
 			return next()
 		},
 	})
-	l = newLine(client, 1)
+	l = New(redisx.Client{UniversalClient: client}, 1, leave)
 	queued := func(n int) func() bool {
 		return func() bool {
 			l.mu.Lock()
@@ -150,19 +150,19 @@ func shareFlight(t *testing.T, ctx, others context.Context, led func(other <-cha
 	return l, leader, other
 }
 
-// TestLine_LeaderContext: the pipeline of several calls is sent under the context of
+// TestLine_LeaderContext: the pipeline of several calls was sent under the context of
 // one of them. When that ended while the pipeline waited for a connection, the
 // others failed with it, and their topics reported an outage that was none.
 func TestLine_LeaderContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var led atomic.Bool
-	l, leader, other := shareFlight(t, ctx, context.Background(), func(<-chan error) {
+	l, leader, other := shareFlight(t, true, ctx, context.Background(), func(<-chan error) {
 		led.Store(true)
 		cancel()
 	})
 	lineDone(t, other, "other")
-	require.ErrorIs(t, <-leader, context.Canceled)
+	require.ErrorIs(t, <-leader, context.Canceled, "with leave a caller goes when its context ends")
 	require.True(t, led.Load(), "they were not sent together")
 	lineEventually(t, func() bool {
 		l.mu.Lock()
@@ -171,116 +171,46 @@ func TestLine_LeaderContext(t *testing.T) {
 	}, "the line is free")
 }
 
-// TestHub_AheadDrifts: the answer to a NoAck read came after Close had given it up.
-// Its entries stayed counted as read ahead for as long as the Subscriber lived, at
-// the cost of its other topics.
-func TestHub_AheadDrifts(t *testing.T) {
-	testserver.RequireReal(t)
-	client := testserver.Client(t)
-	hold, holding := make(chan struct{}), make(chan struct{})
-	var published, held atomic.Bool
-	client.AddHook(lineHook{process: func(cmd redis.Cmder, next func() error) error {
-		err := next()
-		if cmd.Name() == "xreadgroup" && err == nil && published.Load() && held.CompareAndSwap(false, true) {
-			close(holding)
-			<-hold
-		}
-		return err
-	}})
-	sub, err := NewSubscriber(SubscriberConfig{
-		Client: client, ConsumerGroup: "group", NoAck: true, CloseTimeout: 200 * time.Millisecond,
-	}, nil)
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, sub.Close()) })
-	topic := t.Name() + watermill.NewShortUUID()
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	messages, err := sub.Subscribe(ctx, topic)
-	require.NoError(t, err)
-	plain := testserver.Client(t)
-	delivered := func() string {
-		groups, err := plain.XInfoGroups(t.Context(), topic).Result()
-		require.NoError(t, err)
-		require.Len(t, groups, 1)
-		return groups[0].LastDeliveredID
-	}
-	before := delivered()
-	pub, err := NewPublisher(PublisherConfig{Client: plain}, nil)
-	require.NoError(t, err)
-	published.Store(true)
-	require.NoError(t, pub.Publish(topic, message.NewMessage("a", nil), message.NewMessage("b", nil)))
-	select {
-	case <-holding:
-	case <-time.After(linePatience):
-		require.FailNow(t, "the messages are not read")
-	}
-	require.NotEqual(t, before, delivered(), "the answer that is held has none of them")
-	cancel()
-	for msg := range messages {
-		assert.Fail(t, "a message that was not read", msg.UUID)
-	}
-	readers := func() int {
-		sub.hub.mu.Lock()
-		defer sub.hub.mu.Unlock()
-		return len(sub.hub.groups)
-	}
-	require.Equal(t, 1, readers(), "the reader waits for the answer")
-	close(hold)
-	lineEventually(t, func() bool { return readers() == 0 }, "the reader ends")
-	assert.Zero(t, sub.hub.ahead.Load(), "entries read ahead, and no subscription")
-}
-
-// TestHub_OrdinalsPileUp: the consumer of an idle subscription does not exist before
-// Redis 7.2, so that Close could not remove it. Its ordinal was then never used
-// again, and each further subscription had a name and connections of its own.
-func TestHub_OrdinalsPileUp(t *testing.T) {
-	testserver.RequireReal(t)
-	sub, err := NewSubscriber(SubscriberConfig{Client: testserver.Client(t), ConsumerGroup: "group"}, nil)
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, sub.Close()) })
-	topic := t.Name() + watermill.NewShortUUID()
-	reads := func() bool {
-		sub.hub.mu.Lock()
-		defer sub.hub.mu.Unlock()
-		for _, g := range sub.hub.groups {
-			for _, w := range g.watches {
-				if w.round > 0 {
-					return true
-				}
-			}
-		}
-		return false
-	}
-	for range 10 {
-		ctx, cancel := context.WithCancel(context.Background())
-		messages, err := sub.Subscribe(ctx, topic)
-		if err != nil {
-			cancel()
-		}
-		require.NoError(t, err)
-		lineEventually(t, reads, "it reads")
-		cancel()
-		for msg := range messages {
-			assert.Fail(t, "nobody sent one", msg.UUID)
-		}
-	}
-	sub.hub.mu.Lock()
-	defer sub.hub.mu.Unlock()
-	assert.Empty(t, sub.hub.topics[topic], "ordinals of a topic without subscriptions")
-}
-
-// TestLine_LeftUnderWay: a call that nobody waited for any more was put back into
-// the queue when its pipeline had failed by its leader's context. It was given the
-// lane then, and kept it for good: all further calls hung.
+// TestLine_LeftUnderWay: a call whose caller had gone was put back into the queue. It
+// was given the lane then, and kept it for good: all further calls hung.
 func TestLine_LeftUnderWay(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	left := make(chan error, 1)
-	l, leader, _ := shareFlight(t, ctx, ctx, func(other <-chan error) {
+	l, leader, _ := shareFlight(t, false, context.Background(), ctx, func(other <-chan error) {
 		cancel()
 		left <- <-other
 	})
-	require.ErrorIs(t, <-leader, context.Canceled)
+	lineDone(t, leader, "leader")
 	require.ErrorIs(t, <-left, context.Canceled)
+	lineDone(t, echo(context.Background(), l, "after"), "after")
+}
+
+// TestLine_Patience: calls that wait behind one without an answer wait no longer than
+// they would for a connection, and say that nothing was sent.
+func TestLine_Patience(t *testing.T) {
+	hang, hanging := make(chan struct{}), make(chan struct{})
+	client := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), PoolTimeout: 50 * time.Millisecond})
+	t.Cleanup(func() { require.NoError(t, client.Close()) })
+	client.AddHook(lineHook{process: func(cmd redis.Cmder, next func() error) error {
+		if isEcho(cmd, "hang") {
+			close(hanging)
+			<-hang
+		}
+		return next()
+	}})
+	l := New(redisx.Client{UniversalClient: client}, 1, false)
+	hung := echo(context.Background(), l, "hang")
+	<-hanging
+	for range 2 { // the timer is set again
+		select {
+		case err := <-echo(context.Background(), l, "waits"):
+			require.ErrorIs(t, err, redis.ErrPoolTimeout)
+		case <-time.After(linePatience):
+			require.FailNow(t, "it waits for ever")
+		}
+	}
+	close(hang)
+	lineDone(t, hung, "hang")
 	lineDone(t, echo(context.Background(), l, "after"), "after")
 }
