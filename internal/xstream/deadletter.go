@@ -1,0 +1,231 @@
+package xstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// maxPiece is what a value is cut into on its way to a script. A server refuses an
+// argument above proto-max-bulk-len, which is 1 MiB at least, and the connection
+// with it; a script may store more.
+const maxPiece = 512 << 10
+
+// joinFunction returns the arguments from the i-th on, put together again: pieces
+// says of how many pieces each of them is; empty: of one.
+const joinFunction = `
+local function join(i, pieces)
+  if pieces == '' then return unpack(ARGV, i) end
+  local out = {}
+  for n in string.gmatch(pieces, '%d+') do
+    n = tonumber(n)
+    out[#out + 1] = table.concat(ARGV, '', i, i + n - 1)
+    i = i + n
+  end
+  return unpack(out)
+end`
+
+// cut appends the values to a script's arguments, for join: in pieces where they are
+// large.
+func cut(args []any, values []string) []any {
+	large := slices.ContainsFunc(values, func(v string) bool { return len(v) > maxPiece })
+	pieces := len(args)
+	args = append(args, "")
+	var counts strings.Builder
+	for _, v := range values {
+		n := 1
+		for ; len(v) > maxPiece; n++ {
+			args = append(args, v[:maxPiece])
+			v = v[maxPiece:]
+		}
+		args = append(args, v)
+		if large {
+			fmt.Fprintf(&counts, "%d ", n)
+		}
+	}
+	args[pieces] = counts.String()
+	return args
+}
+
+// deadLetterScript moves an entry to the dead-letter stream, once: only while it is
+// pending in the caller's name, with the delivery count that it knows. Run again after a lost
+// answer it finds the entry acked and stores nothing. The rights to what follows
+// XADD are asked for before.
+const deadLetterScript = deniedFunction + joinFunction + `
+local p = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
+if #p == 0 or p[1][2] ~= ARGV[4] or p[1][4] ~= tonumber(ARGV[3]) then return false end
+local missing, groups
+if ARGV[5] == 'xackdel' then
+  missing = denied('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, ARGV[2])
+else
+  missing = denied('XACK', KEYS[1], ARGV[1], ARGV[2])
+end
+if ARGV[5] == 'xdel' then
+  missing = missing or denied('XDEL', KEYS[1], ARGV[2])
+  groups = #redis.call('XINFO', 'GROUPS', KEYS[1])
+end
+if missing then return missing end
+local fanOuts = ARGV[5] ~= 'xack' and #redis.call('HGETALL', KEYS[3]) > 0
+local id = redis.call('XADD', KEYS[2], '*', join(7, ARGV[6]))
+if fanOuts then
+  redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) -- a fan-out may need it still: TrimAcked sees to that
+elseif ARGV[5] == 'xackdel' then
+  redis.call('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, ARGV[2])
+else
+  redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+  if groups == 1 then redis.call('XDEL', KEYS[1], ARGV[2]) end
+end
+return id`
+
+// DeadLetter moves an entry to the dead-letter stream and returns its ID there, or ""
+// if it is not the consumer's to move any more.
+func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, count int64, by Delete, fields []string) (string, error) {
+	keys := []any{3, s.Key, deadLetters, PositionsKey(s.Key)}
+	script := deadLetterScript
+	if by == DeleteNever {
+		keys = []any{2, s.Key, deadLetters} // one key less to have a right to
+	}
+	args := append(append([]any{"eval", script}, keys...), s.Group, id, count, s.Consumer, string(by))
+	args = cut(args, fields)
+	v, err := s.once(ctx, args...)
+	if err == redis.Nil {
+		return "", nil
+	}
+	deadID, _ := v.(string)
+	return deadID, err
+}
+
+// Entries returns those of the entries that are in the stream.
+func (s *Stream) Entries(ctx context.Context, ids []string) (map[string]Entry, error) {
+	cmds := make([]redis.Cmder, len(ids))
+	for i, id := range ids {
+		cmds[i] = redis.NewCmd(ctx, "xrange", s.Key, id, id)
+	}
+	if err := s.pipeline(ctx, cmds); err != nil {
+		return nil, err
+	}
+	found := make(map[string]Entry, len(ids))
+	for _, cmd := range cmds {
+		if err := cmd.Err(); err != nil {
+			return nil, redisx.Redacted(err)
+		}
+		entries, err := parseEntries(cmd.(*redis.Cmd).Val())
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range entries {
+			found[e.ID] = e
+		}
+	}
+	return found, nil
+}
+
+// pipeline sends the commands together, to the master. Each has its own error then.
+func (s *Stream) pipeline(ctx context.Context, cmds []redis.Cmder) error {
+	node, err := s.Client.Node(ctx, s.Key)
+	switch {
+	case err != nil:
+		return err
+	case len(cmds) == 0:
+	case node != nil:
+		redisx.ExecPipeline(ctx, node, cmds)
+	default:
+		redisx.ExecPipeline(ctx, s.Client, cmds)
+	}
+	return nil
+}
+
+// Delete deletes the entries and returns what became of each.
+func (s *Stream) Delete(ctx context.Context, ids []string) ([]error, error) {
+	cmds := make([]redis.Cmder, len(ids))
+	sent := make([]*redisx.Sent, len(ids))
+	for i, id := range ids {
+		sent[i] = redisx.NewSent(id)
+		cmds[i] = redisx.NewOnce(ctx, "xdel", s.Key, sent[i])
+	}
+	if err := s.pipeline(ctx, cmds); err != nil {
+		return nil, err
+	}
+	errs := make([]error, len(ids))
+	for i, cmd := range cmds {
+		errs[i] = sent[i].Outcome(cmd.Err())
+		if errs[i] == nil && cmd.(redisx.OnceCmd).Val() == int64(0) {
+			errs[i] = ErrMissing
+		}
+	}
+	return errs, nil
+}
+
+// replayScript moves a dead letter to its topic, while it is there. XADD comes
+// first: it can fail, and nothing undoes what a script has done before. The right
+// to XDEL is asked for before that.
+const replayScript = deniedFunction + joinFunction + `
+if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return false end
+local missing = denied('XDEL', KEYS[1], ARGV[1])
+if missing then return missing end
+local id = redis.call('XADD', KEYS[2], '*', join(3, ARGV[2]))
+redis.call('XDEL', KEYS[1], ARGV[1])
+return id`
+
+// maxUnpack is below what Lua's unpack takes, 8,000 values less what a call needs.
+const maxUnpack = 7_900
+
+// Replay is a dead letter on its way back to a topic.
+type Replay struct {
+	ID     string
+	Topic  string
+	Fields []string
+	Err    error // what became of it; ErrMissing if it is not there
+}
+
+// Replay moves dead letters.
+func (s *Stream) Replay(ctx context.Context, moves []*Replay) error {
+	var cmds []redis.Cmder
+	var scripted []*Replay
+	var sent []*redisx.Sent
+	for _, m := range moves {
+		if len(m.Fields) > maxUnpack {
+			m.Err = s.replayInTwo(ctx, m)
+			continue
+		}
+		id := redisx.NewSent(m.ID)
+		args := []any{"eval", replayScript, 2, s.Key, m.Topic, id}
+		args = cut(args, m.Fields)
+		cmds, scripted, sent = append(cmds, redisx.NewOnce(ctx, args...)), append(scripted, m), append(sent, id)
+	}
+	if err := s.pipeline(ctx, cmds); err != nil {
+		return err
+	}
+	for i, m := range scripted {
+		if m.Err = sent[i].Outcome(cmds[i].Err()); errors.Is(m.Err, redis.Nil) {
+			m.Err = ErrMissing
+		}
+	}
+	return nil
+}
+
+// replayInTwo is for what has more fields than a script can pass on.
+func (s *Stream) replayInTwo(ctx context.Context, m *Replay) error {
+	sent := redisx.NewSent("*")
+	args := []any{"xadd", m.Topic, sent}
+	for _, f := range m.Fields {
+		args = append(args, f)
+	}
+	if _, err := redisx.Do(ctx, s.Via, "xdel", s.Key, "0-1"); err != nil {
+		return err // without that right it would stay in both
+	}
+	if _, err := s.once(ctx, args...); err != nil {
+		return sent.Outcome(err)
+	}
+	_, err := s.once(ctx, "xdel", s.Key, m.ID)
+	if err != nil && !redisx.IsReply(err) {
+		return fmt.Errorf("%w: it is in the topic, and may be a dead letter still: %w", redisx.ErrOutcomeUnknown, err)
+	}
+	return err
+}

@@ -1,0 +1,231 @@
+package xstream
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// Pending is a row of XPENDING.
+type Pending struct {
+	ID       string
+	Consumer string
+	Idle     time.Duration
+	Count    int64
+}
+
+func (s *Stream) pendingArgs(idle time.Duration, start, end string, count int, consumer string) []any {
+	args := []any{"xpending", s.Key, s.Group}
+	if idle > 0 {
+		args = append(args, "idle", idle.Milliseconds())
+	}
+	args = append(args, start, end, count)
+	if consumer != "" {
+		args = append(args, consumer)
+	}
+	return args
+}
+
+// Pending returns the entries that have been idle for idle at least, from the
+// ID start on ("(" before an ID: after it), at most count. A consumer's name
+// limits it to that consumer's.
+func (s *Stream) Pending(ctx context.Context, idle time.Duration, start, end string, count int, consumer string) ([]Pending, error) {
+	v, err := s.ask(ctx, s.pendingArgs(idle, start, end, count, consumer)...)
+	if err != nil {
+		return nil, err
+	}
+	return parsePending(v)
+}
+
+// PendingOn is Pending of all of a consumer's, a page of count at a time, on a
+// connection of the caller's.
+func (s *Stream) PendingOn(ctx context.Context, p redisx.Processor, consumer string, count int) (all []Pending, err error) {
+	for start := "-"; ; {
+		v, err := redisx.DoOnce(ctx, p, s.pendingArgs(0, start, "+", count, consumer)...)
+		if err != nil {
+			return nil, err
+		}
+		rows, err := parsePending(v)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, rows...)
+		if len(rows) < count {
+			return all, nil
+		}
+		start = "(" + rows[len(rows)-1].ID
+	}
+}
+
+func parsePending(v any) ([]Pending, error) {
+	rows, _ := v.([]any)
+	out := make([]Pending, 0, len(rows))
+	for _, row := range rows {
+		cols, ok := row.([]any)
+		if !ok || len(cols) != 4 {
+			return nil, fmt.Errorf("goxstreams: XPENDING: unexpected row %v", row)
+		}
+		id, _ := cols[0].(string)
+		name, _ := cols[1].(string)
+		idle, _ := cols[2].(int64)
+		n, _ := cols[3].(int64)
+		out = append(out, Pending{id, name, time.Duration(idle) * time.Millisecond, n})
+	}
+	return out, nil
+}
+
+// PendingSummary returns how many entries of the group are pending, and the
+// first of their IDs. Unlike GroupInfo its cost does not grow with the stream's
+// groups.
+func (s *Stream) PendingSummary(ctx context.Context) (count int64, first string, err error) {
+	v, err := s.ask(ctx, "xpending", s.Key, s.Group)
+	if err != nil {
+		return 0, "", err
+	}
+	if cols, ok := v.([]any); ok && len(cols) > 1 {
+		if n, ok := cols[0].(int64); ok {
+			first, _ = cols[1].(string) // nil if there is none
+			return n, first, nil
+		}
+	}
+	return 0, "", fmt.Errorf("goxstreams: XPENDING: unexpected reply %v", v)
+}
+
+// Look returns the entry as the stream holds it, and its row among the pending
+// ones; nil for what is not there. The stream is asked first: an entry that is
+// acked and deleted in between does not look deleted while pending.
+func (s *Stream) Look(ctx context.Context, id string) (*Entry, *Pending, error) {
+	e, err := s.Entry(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	rows, err := s.Pending(ctx, 0, id, id, 1, "")
+	if err != nil || len(rows) == 0 {
+		return e, nil, err
+	}
+	return e, &rows[0], nil
+}
+
+// GroupInfo is what XINFO GROUPS says of a group.
+type GroupInfo struct {
+	LastDelivered string
+	Pending       int64
+	Consumers     int64
+	Lag           int64 // -1 if the server cannot tell
+}
+
+// GroupInfo returns what the server knows of the group. It is for rare moments: the
+// answer has all groups of the stream in it.
+func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
+	v, err := s.ask(ctx, "xinfo", "groups", s.Key)
+	if err != nil {
+		if redisx.ReplyHas(err, "no such key") {
+			return GroupInfo{}, ErrNoGroup
+		}
+		return GroupInfo{}, err
+	}
+	groups, _ := v.([]any)
+	for _, g := range groups {
+		if lookup(g, "name") != s.Group {
+			continue
+		}
+		var info GroupInfo
+		info.LastDelivered, _ = lookup(g, "last-delivered-id").(string)
+		info.Pending, _ = lookup(g, "pending").(int64)
+		info.Consumers, _ = lookup(g, "consumers").(int64)
+		lag, known := lookup(g, "lag").(int64)
+		if info.Lag = lag; !known {
+			info.Lag = -1
+		}
+		return info, nil
+	}
+	return GroupInfo{}, ErrNoGroup
+}
+
+// Groups returns how many groups the stream has.
+func (s *Stream) Groups(ctx context.Context) (int, error) {
+	v, err := s.ask(ctx, "xinfo", "groups", s.Key)
+	groups, _ := v.([]any)
+	return len(groups), err
+}
+
+// GroupExists returns an error if the server knows that the group is not there.
+func (s *Stream) GroupExists(ctx context.Context) error {
+	_, err := s.GroupInfo(ctx)
+	switch {
+	case GroupLost(err):
+		return fmt.Errorf("group %q of topic %q does not exist any more", s.Group, s.Key)
+	case redisx.IsDenied(err):
+		return nil
+	}
+	return err
+}
+
+// ConsumerInfo is what XINFO CONSUMERS says of one of them.
+type ConsumerInfo struct {
+	Name    string
+	Pending int64
+	Idle    time.Duration // since it took or renewed something, at least
+}
+
+// Consumers returns the group's.
+func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
+	v, err := s.ask(ctx, "xinfo", "consumers", s.Key, s.Group)
+	if err != nil {
+		return nil, err
+	}
+	rows, _ := v.([]any)
+	all := make([]ConsumerInfo, len(rows))
+	for i, row := range rows {
+		all[i].Name, _ = lookup(row, "name").(string)
+		all[i].Pending, _ = lookup(row, "pending").(int64)
+		idle, _ := lookup(row, "idle").(int64)
+		all[i].Idle = time.Duration(idle) * time.Millisecond
+	}
+	return all, nil
+}
+
+// ConsumerUnknown reports whether the group does not know the consumer, which had
+// something pending a moment ago: it was made anew since, by somebody else.
+func (s *Stream) ConsumerUnknown(ctx context.Context) bool {
+	consumers, err := s.Consumers(ctx)
+	return err == nil && !slices.ContainsFunc(consumers, func(c ConsumerInfo) bool { return c.Name == s.Consumer })
+}
+
+// removeConsumersScript removes consumers with nothing pending: the one named
+// in ARGV[2], or if that is empty all that are idle for ARGV[3] milliseconds.
+// XGROUP DELCONSUMER drops what is pending for good, so that asking and
+// removing must be one step. It returns how many; -1 if that named has something.
+const removeConsumersScript = `
+local removed = 0
+for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local f = {}
+  for i = 1, #c, 2 do f[c[i]] = c[i + 1] end
+  if f['pending'] == 0 and (f['name'] == ARGV[2] or (ARGV[2] == '' and f['idle'] >= tonumber(ARGV[3]))) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], f['name'])
+    removed = removed + 1
+  elseif f['name'] == ARGV[2] then
+    return -1
+  end
+end
+return removed`
+
+// RemoveConsumer removes the consumer, unless something is pending in its name.
+func (s *Stream) RemoveConsumer(ctx context.Context) error {
+	_, err := s.eval(ctx, removeConsumersScript, s.Group, s.Consumer, 0)
+	if GroupLost(err) {
+		return nil
+	}
+	return err
+}
+
+// RemoveIdleConsumers removes those that have been idle for so long and have
+// nothing pending.
+func (s *Stream) RemoveIdleConsumers(ctx context.Context, idle time.Duration) (int64, error) {
+	v, err := s.eval(ctx, removeConsumersScript, s.Group, "", idle.Milliseconds())
+	n, _ := v.(int64)
+	return n, err
+}

@@ -1,0 +1,251 @@
+package xstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// AddPrefix returns the arguments that are the same for all messages of a topic. A
+// positive maxLen trims the stream to about as many entries; noMake does not make it.
+func AddPrefix(key string, maxLen int64, noMake bool) []any {
+	args := []any{"xadd", key}
+	if noMake {
+		args = append(args, "nomkstream")
+	}
+	if maxLen > 0 {
+		args = append(args, "maxlen", "~", maxLen)
+	}
+	return args
+}
+
+// Publishing is one call of Publish: a bare XADD, or several within MULTI and EXEC.
+type Publishing struct {
+	ctx   context.Context
+	sent  redisx.Sent // the ID of each: "*"
+	adds  []redisx.OnceStringCmd
+	multi redisx.OnceCmd // around several
+	exec  redisx.OnceRawCmd
+}
+
+// NewPublishing returns a call of n messages. The context is there for its values.
+func NewPublishing(ctx context.Context, n int) *Publishing {
+	c := &Publishing{ctx: context.WithoutCancel(ctx), adds: make([]redisx.OnceStringCmd, 0, n)}
+	c.sent.Asterisk()
+	return c
+}
+
+// usualArgs is the room for an ID, the UUID to remember, and what DefaultMarshaler
+// returns.
+const usualArgs = 1 + 3 + 6
+
+// Begin returns the arguments of the next message up to its fields. A producer ID has
+// the server store the UUID once.
+func (c *Publishing) Begin(prefix []any, producerID, uuid string) []any {
+	args := make([]any, len(prefix), len(prefix)+usualArgs)
+	copy(args, prefix)
+	if producerID != "" {
+		args = append(args, "idmp", producerID, uuid)
+	}
+	return append(args, &c.sent)
+}
+
+// Add adds a message, given all of its arguments.
+func (c *Publishing) Add(args []any) {
+	c.adds = append(c.adds, redisx.OnceStringCmd{StringCmd: redis.NewStringCmd(context.Background(), args...)})
+}
+
+// Len returns how many messages there are.
+func (c *Publishing) Len() int { return len(c.adds) }
+
+// Context returns what the call's commands run in.
+func (c *Publishing) Context() context.Context { return c.ctx }
+
+// Again returns the call anew, to be sent once more.
+func (c *Publishing) Again() *Publishing {
+	call := NewPublishing(c.ctx, len(c.adds))
+	for _, add := range c.adds {
+		args := add.Args()
+		for i, arg := range args {
+			if arg == any(&c.sent) {
+				args[i] = &call.sent
+			}
+		}
+		call.Add(args)
+	}
+	return call
+}
+
+// ErrNoMulti is what MultiRefused reports.
+var errNoMulti = errors.New("MULTI was refused")
+
+// MultiRefused reports whether a call failed for want of the right to MULTI or EXEC.
+func MultiRefused(err error) bool { return errors.Is(err, errNoMulti) }
+
+// Send sends the call over the line, in one round trip, with others that come at the
+// same time.
+func (c *Publishing) Send(line *pipeline.Line) error {
+	if len(c.adds) == 1 {
+		return c.single(line.Process(c.ctx, c.adds[0]))
+	}
+	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.OnceRawCmd{RawCmd: redis.NewRawCmd(c.ctx, "exec")}
+	cmds := make([]redis.Cmder, 0, len(c.adds)+2)
+	cmds = append(cmds, c.multi)
+	for _, add := range c.adds {
+		cmds = append(cmds, add)
+	}
+	if err := line.Do(c.ctx, append(cmds, c.exec)...); err != nil {
+		return c.sent.Outcome(err)
+	}
+	if c.multi.Err() != nil {
+		err := c.separately()
+		if redisx.IsDenied(c.multi.Err()) {
+			err = mark(err)
+		}
+		return err
+	}
+	err := c.executed()
+	if redisx.IsDenied(c.exec.Err()) {
+		err = mark(err)
+	}
+	return err
+}
+
+func mark(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", errNoMulti, err)
+}
+
+// errQueued says that a command was queued in a transaction that nobody can
+// execute: EXEC was denied to whoever began it on this connection. It is then
+// never executed, so that nothing is stored.
+var errQueued = redisx.ReplyError("ERR queued on a connection whose EXEC was denied")
+
+// single returns the outcome of a message that was sent by itself.
+func (c *Publishing) single(err error) error {
+	if err == nil && c.adds[0].Val() == "QUEUED" {
+		err = errQueued
+	}
+	return c.sent.Outcome(err)
+}
+
+// executed reads EXEC's reply, which has the errors of the commands in it. Their
+// IDs are of no use here, but a missing one is redis.Nil, as of a bare XADD.
+func (c *Publishing) executed() error {
+	if err := c.exec.Err(); err != nil {
+		return c.sent.Outcome(err)
+	}
+	reply := resp(c.exec.Val())
+	n, err := reply.list()
+	if err != nil {
+		// EXECABORT says that a command was refused, but not why.
+		for _, add := range c.adds {
+			if add.Err() != nil && redisx.IsReply(add.Err()) && redisx.IsReply(err) {
+				return redisx.Redacted(add.Err())
+			}
+		}
+		return redisx.Redacted(err)
+	}
+	if n < len(c.adds) { // EXEC's nil: somebody had left a WATCH on the connection
+		return redis.TxFailedErr
+	}
+	outcomes := make([]error, len(c.adds))
+	for i := range outcomes {
+		id, err := reply.bulk()
+		if err == nil && id == "" {
+			err = redis.Nil
+		}
+		if err != nil && !redisx.IsReply(err) {
+			return fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, err)
+		}
+		outcomes[i] = err
+	}
+	return summary(outcomes)
+}
+
+// separately reads the answers to several messages that ran one by one, since MULTI
+// was refused: the right to it was taken away after the Publisher had asked.
+func (c *Publishing) separately() error {
+	outcomes := make([]error, len(c.adds))
+	for i, add := range c.adds {
+		outcomes[i] = add.Err()
+		if add.Err() == nil && add.Val() == "QUEUED" {
+			outcomes[i] = errQueued
+		}
+	}
+	if err := summary(outcomes); err != nil {
+		return c.sent.Outcome(err)
+	}
+	return nil
+}
+
+// summary returns nil if all messages are stored, the first error if none is, and
+// what it is if only some are: Redis's transactions undo nothing.
+func summary(outcomes []error) error {
+	stored := 0
+	var first error
+	for _, err := range outcomes {
+		switch {
+		case err == nil:
+			stored++
+		case first == nil, redisx.IsReply(first) && !redisx.IsReply(err): // which says less of what happened
+			first = redisx.Redacted(err)
+		}
+	}
+	if first == nil || stored == 0 {
+		return first
+	}
+	return fmt.Errorf("%w: %d of %d messages are stored: %w", redisx.ErrOutcomeUnknown, stored, len(outcomes), first)
+}
+
+// SendTo sends the call by itself, where a pipeline is not one connection: the
+// client routes the transaction to the key's node.
+func (c *Publishing) SendTo(client redisx.Client) error {
+	if len(c.adds) == 1 {
+		return c.single(client.Process(c.ctx, c.adds[0]))
+	}
+	_, err := client.TxPipelined(c.ctx, func(pipe redis.Pipeliner) error {
+		for _, add := range c.adds {
+			_ = pipe.Process(c.ctx, add)
+		}
+		return nil
+	})
+	if redisx.ReplyHas(err, "'multi'") && redisx.IsDenied(err) {
+		// The messages run one by one then, and go-redis does not say what became of each.
+		return mark(fmt.Errorf("%w: the messages ran one by one: %w", redisx.ErrOutcomeUnknown, redisx.Redacted(err)))
+	}
+	if err == nil || !redisx.IsReply(err) {
+		return c.sent.Outcome(err)
+	}
+	outcomes := make([]error, len(c.adds))
+	for i, add := range c.adds {
+		outcomes[i] = add.Err()
+	}
+	if sum := summary(outcomes); sum != nil {
+		return sum
+	}
+	return redisx.Redacted(err)
+}
+
+// AskMulti returns an error if the node does not allow MULTI: what follows it in a
+// pipeline would run all the same, but not as one.
+func AskMulti(ctx context.Context, node *redis.Client) error {
+	multi, exec := redisx.NewOnce(ctx, "multi"), redisx.NewOnce(ctx, "exec")
+	redisx.ExecPipeline(ctx, node, []redis.Cmder{multi, exec})
+	for _, err := range []error{multi.Err(), exec.Err()} {
+		if redisx.IsDenied(err) {
+			return fmt.Errorf("several messages in one call need the right to MULTI and EXEC: %w", err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,58 @@
+package xstream
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// deniedFunction is for scripts of which one half must not happen without the other:
+// a command that is denied to a script ends it, and undoes nothing. It returns an
+// error if the command would be denied. (To try it on an ID that no entry has would
+// be a write, after which a server that is full of memory refuses nothing. The
+// embedded server has neither the function nor ACLs.)
+const deniedFunction = `
+local function denied(...)
+  if not redis.acl_check_cmd or redis.acl_check_cmd(...) then return nil end
+  return redis.error_reply('NOPERM no permissions to run ' .. (...) .. ': nothing is done')
+end`
+
+// rightsScript names the commands that are denied, of those that its arguments
+// name. The server looks at the command and at its keys.
+const rightsScript = deniedFunction + `
+local missing = {}
+local function need(name, ...)
+  if denied(...) then missing[#missing + 1] = name end
+end
+local key, group = KEYS[1], ARGV[1]
+need('XREADGROUP', 'XREADGROUP', 'GROUP', group, 'c', 'STREAMS', key, '>')
+need('XACK', 'XACK', key, group, '0-1')
+need('XCLAIM', 'XCLAIM', key, group, 'c', 0, '0-1')
+need('XPENDING', 'XPENDING', key, group)
+need('XRANGE', 'XRANGE', key, '-', '+')
+return missing`
+
+// CheckRights returns an error that names the rights which a consumer of the group
+// lacks.
+func (s *Stream) CheckRights(ctx context.Context) error {
+	v, err := redisx.Do(ctx, s.Via, "eval", rightsScript, 1, s.Key, s.Group)
+	if redisx.ReplyHas(err, "'eval'", "unknown command") {
+		return fmt.Errorf("the right to EVAL is missing: %w", err)
+	}
+	if err != nil && err != redis.Nil {
+		return err
+	}
+	rows, _ := v.([]any)
+	var names []string
+	for _, row := range rows {
+		names = append(names, fmt.Sprint(row))
+	}
+	if len(names) > 0 {
+		return redisx.ReplyError("NOPERM the right to " + strings.Join(names, ", ") + " is missing")
+	}
+	return nil
+}

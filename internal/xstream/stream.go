@@ -1,0 +1,323 @@
+package xstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// Entry is what a stream holds. Its fields are name, value, name, value, ... in
+// the stream's order, duplicates included, which go-redis's map would lose.
+type Entry struct {
+	ID     string
+	Fields []string
+}
+
+// Stream is a topic, as one consumer of one group sees it if these are set.
+type Stream struct {
+	Client   redisx.Client
+	Via      redisx.Processor // what commands go through: the client, or a line over it
+	Key      string
+	Group    string
+	Consumer string
+}
+
+// New returns a stream whose commands go to the client by themselves.
+func New(client redisx.Client, key, group string) Stream {
+	return Stream{Client: client, Via: client, Key: key, Group: group}
+}
+
+// ask sends a command to the master that only reads, or else may run twice.
+func (s *Stream) ask(ctx context.Context, args ...any) (any, error) {
+	send := func() (any, error) {
+		master, err := s.Client.Master(ctx, s.Via, s.Key)
+		if err != nil {
+			return nil, err
+		}
+		if s.Client.Single() == nil {
+			master = redisx.Leaving{Processor: master}
+		}
+		return redisx.Do(ctx, master, args...)
+	}
+	v, err := send()
+	if s.Client.Rerouted(ctx, err) {
+		v, err = send()
+	}
+	return v, err
+}
+
+func (s *Stream) once(ctx context.Context, args ...any) (any, error) {
+	return redisx.DoOnce(ctx, s.Via, args...)
+}
+
+// eval runs a script on the stream, once.
+func (s *Stream) eval(ctx context.Context, script string, args ...any) (any, error) {
+	return s.once(ctx, append([]any{"eval", script, 1, s.Key}, args...)...)
+}
+
+// ErrNoGroup stands for NOGROUP where the server says it by leaving out.
+var ErrNoGroup error = redisx.ReplyError("NOGROUP no such group")
+
+// GroupLost reports whether err says that the group, or the whole stream, is
+// gone. UNBLOCKED is what Redis 7.0 says to a read that was waiting then.
+func GroupLost(err error) bool {
+	return redisx.ReplyHas(err, "NOGROUP", "UNBLOCKED the stream key no longer exists")
+}
+
+// Cursor is a stream and the ID after which to read it: ">" is what the group has
+// not delivered yet.
+type Cursor struct{ Key, After string }
+
+// Reading is what was read of one stream.
+type Reading struct {
+	Key     string
+	Entries []Entry
+}
+
+// Read is a read of several streams of one group in one consumer's name, or
+// without a group.
+type Read struct {
+	Group, Consumer string
+	NoAck           bool
+	From            []Cursor
+	Count           int           // entries of each stream
+	Block           time.Duration // negative: does not wait
+}
+
+func (r *Read) args() []any {
+	args := make([]any, 0, 10+2*len(r.From))
+	if r.Group == "" {
+		args = append(args, "xread")
+	} else {
+		args = append(args, "xreadgroup", "group", r.Group, r.Consumer)
+	}
+	args = append(args, "count", r.Count)
+	if r.Block >= 0 {
+		args = append(args, "block", r.Block.Milliseconds())
+	}
+	if r.NoAck {
+		args = append(args, "noack")
+	}
+	args = append(args, "streams")
+	for _, c := range r.From {
+		args = append(args, c.Key)
+	}
+	for _, c := range r.From {
+		args = append(args, c.After)
+	}
+	return args
+}
+
+// Do reads on the connection given. It returns none, without an error, when there
+// are none. The buffer is there to be used again.
+func (r *Read) Do(ctx context.Context, p redisx.Processor, buf *Buffer) ([]Reading, error) {
+	buf.b = buf.b[:0] // what a failed read has left
+	if err := p.Process(ctx, redis.NewRawWriteToCmd(ctx, buf, r.args()...)); err != nil {
+		return nil, redisx.Redacted(err)
+	}
+	readings, err := buf.take().readings()
+	return readings, redisx.Redacted(err)
+}
+
+// CreateGroup makes the group, and the stream with it, to deliver what comes
+// after start. That the group exists already is success.
+func (s *Stream) CreateGroup(ctx context.Context, start string) (made bool, err error) {
+	_, err = redisx.Do(ctx, s.Via, "xgroup", "create", s.Key, s.Group, start, "mkstream")
+	if redisx.ReplyHas(err, "BUSYGROUP") {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// CreateConsumer makes the consumer known to the group. Before 7.2 one that waits
+// for its first entry is not.
+func (s *Stream) CreateConsumer(ctx context.Context) error {
+	_, err := redisx.Do(ctx, s.Via, "xgroup", "createconsumer", s.Key, s.Group, s.Consumer)
+	return err
+}
+
+// Length returns the number of entries.
+func (s *Stream) Length(ctx context.Context) (int64, error) {
+	v, err := s.ask(ctx, "xlen", s.Key)
+	n, _ := v.(int64)
+	return n, err
+}
+
+// Page returns at most count entries from start to end.
+func (s *Stream) Page(ctx context.Context, start, end string, count int) ([]Entry, error) {
+	v, err := s.ask(ctx, "xrange", s.Key, start, end, "count", count)
+	if err != nil {
+		return nil, err
+	}
+	return parseEntries(v)
+}
+
+// Entry returns the entry; nil if the stream does not have it.
+func (s *Stream) Entry(ctx context.Context, id string) (*Entry, error) {
+	entries, err := s.Page(ctx, id, id, 1)
+	if err != nil || len(entries) == 0 {
+		return nil, err
+	}
+	return &entries[0], nil
+}
+
+// Newest returns the ID of the last entry; "" without any.
+func (s *Stream) Newest(ctx context.Context) (string, error) {
+	v, err := s.ask(ctx, "xrevrange", s.Key, "+", "-", "count", 1)
+	if err != nil {
+		return "", err
+	}
+	entries, err := parseEntries(v)
+	if err != nil || len(entries) == 0 {
+		return "", err
+	}
+	return entries[0].ID, nil
+}
+
+// Info is what XINFO STREAM says. Without a stream its IDs are "0-0".
+type Info struct {
+	Last       string // the greatest ID that the stream ever had
+	First      string // of the first entry; "0-0" without entries
+	MaxDeleted string // the greatest ID that was deleted by XDEL
+	Added      int64  // entries, since the stream was made; -1 if the server does not say
+}
+
+// infoScript is XINFO STREAM without the entries in its answer.
+const infoScript = `
+local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
+if info.err then return info end
+for i = 1, #info, 2 do
+  local name = info[i]
+  if name == 'first-entry' and info[i + 1] then info[i + 1] = {info[i + 1][1]} end
+  if name == 'last-entry' then info[i + 1] = false end
+end
+return info`
+
+// Info asks for it.
+func (s *Stream) Info(ctx context.Context) (Info, error) {
+	info := Info{Last: "0-0", First: "0-0", MaxDeleted: "0-0"}
+	v, err := s.ask(ctx, "eval", infoScript, 1, s.Key)
+	if redisx.IsDenied(err) { // a fan-out needs no right to EVAL
+		v, err = s.ask(ctx, "xinfo", "stream", s.Key)
+	}
+	if redisx.ReplyHas(err, "no such key") {
+		return info, nil
+	}
+	if err != nil {
+		return info, err
+	}
+	last, ok := lookup(v, "last-generated-id").(string)
+	if !ok {
+		return info, fmt.Errorf("goxstreams: XINFO STREAM %s: no last-generated-id", s.Key)
+	}
+	info.Last = last
+	if first, ok := lookup(v, "first-entry").([]any); ok && len(first) > 0 {
+		info.First, _ = first[0].(string)
+	}
+	if id, ok := lookup(v, "max-deleted-entry-id").(string); ok {
+		info.MaxDeleted = id
+	}
+	added, ok := lookup(v, "entries-added").(int64)
+	if info.Added = added; !ok {
+		info.Added = -1
+	}
+	return info, nil
+}
+
+// lookup finds a name in a reply that is a map (RESP3) or a flat list (RESP2).
+func lookup(v any, name string) any {
+	switch v := v.(type) {
+	case map[any]any:
+		return v[name]
+	case []any:
+		for i := 0; i+1 < len(v); i += 2 {
+			if v[i] == name {
+				return v[i+1]
+			}
+		}
+	}
+	return nil
+}
+
+// Version is what the server says that it is. It is for messages only: Valkey says
+// that it is Redis 7.2.4 as well, and services have features of their own.
+func (s *Stream) Version(ctx context.Context) string {
+	v, _ := s.ask(ctx, "info", "server")
+	info, _ := v.(string)
+	for _, server := range []struct{ field, name string }{{"valkey_version:", "Valkey "}, {"redis_version:", "Redis "}} {
+		if _, after, ok := strings.Cut(info, server.field); ok {
+			version, _, _ := strings.Cut(after, "\r\n")
+			return server.name + version
+		}
+	}
+	return "a server that does not say its version"
+}
+
+// parseEntries reads the entries of an answer that go-redis has parsed.
+func parseEntries(v any) ([]Entry, error) {
+	rows, ok := v.([]any)
+	if !ok && v != nil {
+		return nil, fmt.Errorf("goxstreams: entries expected, got %T", v)
+	}
+	entries := make([]Entry, 0, len(rows))
+	for _, row := range rows {
+		pair, ok := row.([]any)
+		if !ok || len(pair) != 2 {
+			continue // before 7.0 XCLAIM answers nil for what was deleted
+		}
+		id, ok := pair[0].(string)
+		if !ok {
+			return nil, fmt.Errorf("goxstreams: an entry's ID expected, got %T", pair[0])
+		}
+		values, _ := pair[1].([]any)
+		fields := make([]string, len(values))
+		for i, v := range values {
+			fields[i], _ = v.(string)
+		}
+		entries = append(entries, Entry{id, fields})
+	}
+	return entries, nil
+}
+
+// stringSet is a list of strings in a reply.
+func stringSet(v any) map[string]bool {
+	rows, _ := v.([]any)
+	set := make(map[string]bool, len(rows))
+	for _, row := range rows {
+		if s, ok := row.(string); ok {
+			set[s] = true
+		}
+	}
+	return set
+}
+
+// ErrMissing says that an ID is not in the stream.
+var ErrMissing = errors.New("not found")
+
+// CompareIDs orders entry IDs. A missing sequence number is zero.
+func CompareIDs(a, b string) int {
+	am, as := SplitID(a)
+	bm, bs := SplitID(b)
+	switch {
+	case am < bm || am == bm && as < bs:
+		return -1
+	case am == bm && as == bs:
+		return 0
+	}
+	return 1
+}
+
+// SplitID returns the two numbers of an entry ID.
+func SplitID(id string) (ms, seq uint64) {
+	head, tail, _ := strings.Cut(id, "-")
+	ms, _ = strconv.ParseUint(head, 10, 64)
+	seq, _ = strconv.ParseUint(tail, 10, 64)
+	return ms, seq
+}
