@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 const (
@@ -47,7 +49,7 @@ func (a *acker) add(h *held) {
 	}
 	a.waiting = append(a.waiting, h)
 	a.mu.Unlock()
-	a.s.hub.unacked.used.Add(1)
+	a.s.shared.unacked.used.Add(1)
 	select {
 	case a.wake <- struct{}{}:
 	default:
@@ -57,7 +59,7 @@ func (a *acker) add(h *held) {
 // full reports whether so many acks have not arrived that nothing more is read.
 func (a *acker) full() bool {
 	n := a.backlog()
-	return n >= minShare && n >= a.s.hub.most(&a.s.hub.unacked, n)
+	return n >= minShare && n >= a.s.shared.most(&a.s.shared.unacked, n)
 }
 
 // backlog returns how many acks have not arrived.
@@ -75,7 +77,7 @@ func (a *acker) end() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.ended = true
-	a.s.hub.unacked.used.Add(-int64(len(a.waiting)))
+	a.s.shared.unacked.used.Add(-int64(len(a.waiting)))
 	return len(a.waiting)
 }
 
@@ -92,7 +94,7 @@ func (a *acker) confirmed(n int) {
 	rest := copy(a.waiting, a.waiting[n:])
 	clear(a.waiting[rest:])
 	a.waiting = a.waiting[:rest]
-	a.s.hub.unacked.used.Add(-int64(n))
+	a.s.shared.unacked.used.Add(-int64(n))
 }
 
 // run acks until stop is closed and all has arrived, or the subscription's
@@ -126,18 +128,22 @@ func (a *acker) run() {
 		}
 		lingered = false
 		ids = ids[:0]
-		for _, h := range hs {
+		for _, h := range s.leases.there(hs) {
 			ids = append(ids, &h.id) // an interface of it is no allocation
 		}
-		if err := s.ack(s.ctx, ids...); err != nil {
-			s.failing(dutyAck, err)
+		var err error
+		if len(ids) > 0 {
+			err = s.ack(s.ctx, ids...)
+		}
+		if err != nil {
+			s.markFailed(dutyAck, err)
 			if !pause.wait(s.abandon) {
 				return
 			}
 			continue
 		}
 		pause.reset()
-		s.works(dutyAck)
+		s.markHealthy(dutyAck)
 		s.leases.remove(hs...)
 		a.confirmed(len(hs))
 		s.settled()
@@ -146,23 +152,23 @@ func (a *acker) run() {
 
 // ack acks in the way that the config asks for.
 func (s *subscription) ack(ctx context.Context, ids ...any) error {
-	switch {
-	case !s.cfg.DeleteAcked:
-		return s.stream.ack(ctx, ids...)
-	case s.ackDelByScript:
-		err := s.stream.ackAndDeleteByScript(ctx, ids...)
-		if replyHas(err, "SEVERALGROUPS") {
-			// A group was added since Subscribe looked. Its messages matter more
-			// than the memory.
-			s.once.severalGroups.Do(func() {
-				s.log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay",
-					fmt.Errorf("%w: %s", ErrUnsupported, needsAckDel), s.logFields)
-			})
-			return s.stream.ack(ctx, ids...)
-		}
-		return err
+	if s.deletes == xstream.DeleteNever {
+		return s.stream.Ack(ctx, ids...)
 	}
-	return s.stream.ackAndDelete(ctx, ids...)
+	kept, err := s.stream.AckAndDelete(ctx, s.deletes, ids...)
+	if xstream.SeveralGroups(err) {
+		// A group was added since Subscribe looked. Its messages matter more
+		// than the memory.
+		s.once.severalGroups.Do(func() {
+			s.log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay",
+				fmt.Errorf("%w: %s", ErrUnsupported, needsAckDel), s.logFields)
+		})
+		return s.stream.Ack(ctx, ids...)
+	}
+	if kept > 0 {
+		s.kept.Store(true)
+	}
+	return err
 }
 
 // backoff is the pause after a failure: it doubles up to a second, with jitter,

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // This file is about what cannot be handled: broken entries, and dead messages.
@@ -42,6 +44,7 @@ func (s *subscription) handleBroken(h *held, err error) {
 		s.giveBack(h, h.count-1)
 		return
 	}
+	h.slot = nil // the call may outlast its slot
 	done := make(chan struct{})
 	s.calls.Go(func() {
 		defer close(done)
@@ -119,7 +122,7 @@ func (d *doom) cause() error {
 // those that are for such errors; "" for the subscription's.
 func (s *subscription) route(h *held, letters []DeadLetter) (topic string) {
 	for _, l := range letters {
-		err := guard(func() error {
+		err := h.user(func() error {
 			if l.Topic != nil && l.matches(h.doom.cause()) {
 				topic = l.Topic(s.topic)
 			}
@@ -156,7 +159,7 @@ func (s *subscription) bury(h *held) {
 		s.log.Error("Dead message; without a group it is not stored, since every subscriber would", h.doom.err, s.entryFields(h))
 		s.leases.remove(h)
 	case isDeadLetter(fields): // it is where the dead go already
-		s.works(dutyBury)
+		s.markHealthy(dutyBury)
 		if !h.stuck {
 			s.log.Error("A message died on a dead-letter stream; it stays pending there", h.doom.err, s.entryFields(h))
 		}
@@ -171,17 +174,20 @@ func (s *subscription) bury(h *held) {
 // nothing to be moved, it sees to what becomes of the entry.
 func (s *subscription) deadFields(h *held) (fields []string, there bool) {
 	h.fields = nil
-	e, p, err := s.stream.look(s.ctx, h.id)
+	e, p, err := s.stream.Look(s.ctx, h.id)
 	if err != nil {
 		s.buryFailed(h, err)
 		return nil, false
 	}
 	if e != nil {
-		return e.fields, true
+		return e.Fields, true
 	}
-	s.works(dutyBury)
-	if p != nil || !s.cfg.DeleteAcked && !s.leases.maybeMoved(h) { // as in verify
+	s.markHealthy(dutyBury)
+	switch {
+	case p != nil:
 		s.ackTrimmed(h)
+	case !s.cfg.DeleteAcked && !s.leases.maybeMoved(h): // as in verify
+		s.trimmed(h)
 	}
 	s.leases.remove(h)
 	return nil, false
@@ -202,8 +208,8 @@ func (s *subscription) entomb(h *held, dead DeadMessage) {
 	id, err := s.moveToDeadLetters(s.ctx, topic, h, dead.letter())
 	if err != nil {
 		err = fmt.Errorf("moving %s to %s: %w", h.id, topic, err)
-		s.leases.burying(h, unsure || !isReply(err))
-		if topic != s.deadLetters && replyHas(err, "CROSSSLOT") {
+		s.leases.burying(h, unsure || !redisx.IsReply(err))
+		if topic != s.deadLetters && redisx.ReplyHas(err, "CROSSSLOT") {
 			s.log.Error("DeadLetter.Topic is in another slot of the Cluster than the topic; using "+s.deadLetters, err, s.entryFields(h))
 			h.doom.topic = ""
 			s.entomb(h, dead)
@@ -212,12 +218,12 @@ func (s *subscription) entomb(h *held, dead DeadMessage) {
 		s.buryFailed(h, err)
 		return
 	}
-	if id == "" && s.stream.unknown(s.ctx) { // nobody settled it: the group was made anew
+	if id == "" && s.stream.ConsumerUnknown(s.ctx) { // nobody settled it: the group was made anew
 		s.leases.burying(h, false)
-		s.buryFailed(h, errNoGroup)
+		s.buryFailed(h, xstream.ErrNoGroup)
 		return
 	}
-	s.works(dutyBury)
+	s.markHealthy(dutyBury)
 	s.leases.remove(h)
 	s.settled()
 	if id == "" {
@@ -249,7 +255,7 @@ func (s *subscription) process(h *held, dead DeadMessage) (move bool) {
 	if !s.engrave(h) {
 		return false
 	}
-	s.works(dutyBury)
+	s.markHealthy(dutyBury)
 	ctx, cancel := context.WithCancelCause(s.calling)
 	if !s.leases.move(h, out, cancel) {
 		cancel(nil)
@@ -328,43 +334,19 @@ func (s *subscription) callOnDead(h *held, dead DeadMessage) {
 	}
 }
 
-// acking is how a dead entry leaves its topic: as acked ones do.
-func (s *subscription) acking() string {
-	switch {
-	case !s.cfg.DeleteAcked:
-		return "xack"
-	case s.ackDelByScript:
-		return "xdel"
-	}
-	return "xackdel"
-}
-
-func (s *subscription) moveToDeadLetters(ctx context.Context, topic string, h *held, fields []any) (string, error) {
-	if !s.noScripts.Load() {
-		id, err := s.stream.bury(ctx, topic, h.id, h.count, s.acking(), fields)
-		if !noScripts(err) {
-			return id, err
-		}
-		s.withoutScripts()
-	}
-	id, err := s.stream.addIfPending(ctx, topic, h.id, h.count, fields)
-	if err == nil && id != "" {
-		err = s.ack(ctx, h.id)
+func (s *subscription) moveToDeadLetters(ctx context.Context, topic string, h *held, fields []string) (string, error) {
+	id, err := s.stream.DeadLetter(ctx, topic, h.id, h.count, s.deletes, fields)
+	if err == nil && s.deletes != xstream.DeleteNever {
+		s.kept.Store(true) // a fan-out may need it still
 	}
 	return id, err
-}
-
-func (s *subscription) withoutScripts() {
-	if !s.noScripts.Swap(true) {
-		s.log.Info("No right to EVAL: dead letters are moved by XADD, then XACK, which can store one twice if the connection breaks in between", s.logFields)
-	}
 }
 
 // buryFailed keeps the dead entry, for the move to be tried again; its handler
 // does not see it again.
 func (s *subscription) buryFailed(h *held, err error) {
-	s.failing(dutyBury, err)
-	if groupLost(err) {
+	s.markFailed(dutyBury, err)
+	if xstream.GroupLost(err) {
 		_ = s.regroup()
 	}
 	if s.isClosing() {

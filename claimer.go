@@ -5,10 +5,11 @@ import (
 	"math"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 const (
@@ -16,14 +17,8 @@ const (
 	// process reads in it.
 	releasedConsumer = "released"
 
-	// releasedMinAge keeps two claimers that found the same released entry
-	// apart where there are no scripts: the second one's min-idle is what it saw
-	// plus the time since, which an entry that was claimed in between does not
-	// show unless the second command took longer than this to arrive.
-	releasedMinAge = 100 * time.Millisecond
-
-	// maxSightings bounds the entries that a Subscriber's claimers keep in mind.
-	maxSightings = 10_000
+	// maxCandidates bounds the entries that a Subscriber's claimers keep in mind.
+	maxCandidates = 10_000
 
 	// sweepPage is the rows of one XPENDING.
 	sweepPage = 500
@@ -42,6 +37,15 @@ const (
 	// sweepLimit * ClaimMinIdle is the longest rest.
 	sweepLimit = 10
 
+	// XINFO GROUPS, of which the cost grows with the stream's groups, takes a
+	// thousandth of the server's time at most, over all consumers; and is asked once
+	// in groupLimit at least.
+	groupRest  = 1000
+	groupLimit = time.Minute
+
+	// maxTrims bounds what one tick deletes for DeleteAcked: a hundred entries each.
+	maxTrims = 50
+
 	// reconnectTime is what a living holder may need after an outage until it
 	// renews, where a third of ClaimMinIdle is less: go-redis dials once a second
 	// after many failures, and the keeper pauses for up to 1.5 s.
@@ -57,6 +61,7 @@ type sighting struct {
 	count    int64
 	at       time.Time     // not before the server looked
 	answered time.Duration // the claimer's answered time then
+	own      bool          // in our own name, by a command whose answer was lost
 }
 
 // claimer looks for pending entries whose holders are gone, and keeps the
@@ -83,11 +88,13 @@ type claimer struct {
 	resumeAt  time.Time     // after an outage: nothing is claimed before
 
 	nextJanitor time.Time
+	nextGroup   time.Time // XINFO GROUPS is asked again
+	consumers   int64     // by its last answer
+
+	trimmed int // entries that the sweep under way found deleted
 
 	waitedSince  time.Time // a suspect waits for its turn since then
 	nextSuspects time.Time // no suspect is offered before
-
-	orphaned atomic.Bool // a claim failed, and may have happened
 
 	// Held by each round of renewals: what is released after it is in nobody's
 	// renewal any more.
@@ -132,14 +139,14 @@ func (c *claimer) run() {
 		}
 		if err := c.tick(s.ctx); err != nil {
 			c.lastReply = time.Time{}
-			s.failing(dutyLook, err)
-			if groupLost(err) {
+			s.markFailed(dutyLook, err)
+			if xstream.GroupLost(err) {
 				_ = s.regroup() // tried again at the next tick
 			}
 		} else {
-			s.works(dutyLook)
+			s.markHealthy(dutyLook)
 		}
-		timer.Reset(s.hub.untilTick())
+		timer.Reset(s.shared.untilTick())
 	}
 }
 
@@ -147,46 +154,84 @@ func (c *claimer) run() {
 func (c *claimer) tick(ctx context.Context) error {
 	s := c.s
 	start := time.Now()
-	info, err := s.stream.groupInfo(ctx)
-	switch {
-	case err == nil:
-		s.sawGroup(info.lastDelivered)
-	case denied(err): // then without what it tells
-		if info.pending, _, err = s.stream.pendingSummary(ctx); err != nil {
-			return err
-		}
-	default:
+	pending, _, err := s.stream.PendingSummary(ctx)
+	if err != nil {
 		return err
 	}
 	c.answer(start)
+	if err := c.group(ctx); err != nil {
+		return err
+	}
 	c.janitor(ctx)
 	if !s.leased() {
 		return nil
 	}
-
-	if c.orphaned.Swap(false) {
-		if err := s.findOrphans(ctx); err != nil {
-			c.orphaned.Store(true)
-			return err
-		}
+	if err := c.trim(ctx); err != nil {
+		return err
 	}
-	if info.pending > s.leases.pendingSince(start) { // else all that is pending is ours
+	if pending > s.leases.pendingSince(start) { // else all that is pending is ours
+		defer c.sayTrimmed()
 		if err := c.findReleased(ctx); err != nil {
 			return err
 		}
-		if err := c.sweep(ctx, info); err != nil {
+		if err := c.sweep(ctx, pending); err != nil {
 			return err
 		}
 	} else {
 		c.forget()
 	}
 	if s.offerClaims(c.ripe()) {
-		s.reader.interrupt(s.readerParked)
+		s.reader.seat.Wake() // the reader stops for suspects
 	}
 	if len(c.seen) == 0 && !s.leases.claiming() {
-		s.works(dutyClaim) // what could not be claimed is settled, or in other hands
+		s.markHealthy(dutyClaim) // what could not be claimed is settled, or in other hands
 	}
 	c.patience()
+	return nil
+}
+
+// group looks at how far the group has got, and how many consumers it has.
+func (c *claimer) group(ctx context.Context) error {
+	start := time.Now()
+	if start.Before(c.nextGroup) {
+		return nil
+	}
+	info, err := c.s.stream.GroupInfo(ctx)
+	if redisx.IsDenied(err) { // then without what it tells
+		c.nextGroup = start.Add(groupLimit)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	c.consumers = info.Consumers
+	c.s.sawGroup(info.LastDelivered)
+	c.nextGroup = start.Add(min(groupRest*time.Since(start)*time.Duration(max(1, info.Consumers)), groupLimit))
+	return nil
+}
+
+// trim deletes what DeleteAcked had to keep for a fan-out, once that has come to it.
+func (c *claimer) trim(ctx context.Context) error {
+	s := c.s
+	if s.deletes == xstream.DeleteNever || !s.kept.Swap(false) {
+		return nil
+	}
+	for range maxTrims {
+		more, later, err := s.stream.TrimAcked(ctx)
+		if redisx.IsDenied(err) {
+			s.once.trim.Do(func() {
+				s.log.Info("No right to delete by a script what a fan-out needed longer than the group did; it stays in the stream: "+err.Error(), s.logFields)
+			})
+			return nil
+		}
+		if err != nil || later {
+			s.kept.Store(true)
+		}
+		if err != nil || !more {
+			return err
+		}
+	}
+	s.kept.Store(true) // there is more
 	return nil
 }
 
@@ -238,15 +283,22 @@ func (c *claimer) findReleased(ctx context.Context) error {
 	if s.claimRoom() == 0 {
 		return nil
 	}
-	rows, err := s.stream.pending(ctx, releasedMinAge, "-", "+", max(s.cfg.BatchSize, s.cfg.MaxConcurrency), releasedConsumer)
+	rows, err := s.stream.Pending(ctx, 0, "-", "+", max(s.cfg.BatchSize, s.cfg.MaxConcurrency), releasedConsumer)
+	if err != nil {
+		return err
+	}
+	trimmed, err := c.ackTrimmed(ctx, rows)
 	if err != nil {
 		return err
 	}
 	now := time.Now()
 	hs := make([]*held, 0, len(rows))
 	for _, p := range rows {
-		c.drop(p.id)
-		hs = append(hs, &held{id: p.id, count: p.count, next: oneMore(p.count), since: now.Add(-p.idle), released: true})
+		c.drop(p.ID)
+		if trimmed[p.ID] {
+			continue
+		}
+		hs = append(hs, &held{id: p.ID, count: p.Count, next: oneMore(p.Count), since: now.Add(-p.Idle), released: true})
 	}
 	s.offerClaims(hs)
 	return nil
@@ -254,7 +306,7 @@ func (c *claimer) findReleased(ctx context.Context) error {
 
 // sweep sights what has been idle for ClaimMinIdle: in the whole list of pending
 // entries, as often as that may be, else among those of consumers that are gone.
-func (c *claimer) sweep(ctx context.Context, group groupInfo) error {
+func (c *claimer) sweep(ctx context.Context, pending int64) error {
 	s := c.s
 	start, third := time.Now(), s.cfg.ClaimMinIdle/renewalsPerLease
 	longest := sweepLimit * s.cfg.ClaimMinIdle
@@ -263,9 +315,9 @@ func (c *claimer) sweep(ctx context.Context, group groupInfo) error {
 	}
 	// By the consumers that there are now: many may have come since.
 	rest := func(took time.Duration) time.Duration {
-		return min(sweepRest*took*time.Duration(max(1, group.consumers)), longest)
+		return min(sweepRest*took*time.Duration(max(1, c.consumers)), longest)
 	}
-	estimate := time.Duration(group.pending) * sweepCost
+	estimate := time.Duration(pending) * sweepCost
 	if c.sweptAt.IsZero() && rest(estimate) > third {
 		// As if there had been one: those that come together must not sweep together.
 		c.sweptAt, c.sweepTook = start, jitter(estimate)
@@ -279,7 +331,7 @@ func (c *claimer) sweep(ctx context.Context, group groupInfo) error {
 		c.sweptAt, c.sweepTook = time.Now(), min(time.Since(start), 10*(estimate+time.Millisecond))
 	case !c.noConsumers && start.Sub(c.goneAt) >= min(rest(c.goneTook), third):
 		err := c.sweepGone(ctx)
-		if denied(err) {
+		if redisx.IsDenied(err) {
 			c.noConsumers = true // then in the whole list all the same
 			return nil
 		}
@@ -304,7 +356,7 @@ func (c *claimer) sweepAll(ctx context.Context) error {
 	}
 	c.cursor = next
 	if whole && next == "" {
-		c.s.hub.sightings.used.Add(int64(len(again) - len(c.seen)))
+		c.s.shared.candidates.used.Add(int64(len(again) - len(c.seen)))
 		c.seen = again // what was not seen again was renewed, settled or claimed
 	} else {
 		c.remember(again)
@@ -313,26 +365,24 @@ func (c *claimer) sweepAll(ctx context.Context) error {
 }
 
 // sweepGone looks at the entries of consumers that have done nothing for
-// ClaimMinIdle: a holder would have renewed. Of living ones only a namesake of ours
-// can have left something, but for what foreign libraries do. What this costs does
-// not grow with what the living hold.
+// ClaimMinIdle: a holder would have renewed. What this costs does not grow with what
+// the living hold.
 func (c *claimer) sweepGone(ctx context.Context) error {
 	s := c.s
 	// An idle one may have been removed: see sweep, and createConsumer.
-	if err := s.stream.createConsumer(ctx); err != nil && !denied(err) {
+	if err := s.stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
 		return err
 	}
-	consumers, err := s.stream.consumers(ctx)
+	consumers, err := s.stream.Consumers(ctx)
 	if err != nil {
 		return err
 	}
 	again := make(map[string]sighting)
 	for _, other := range consumers {
-		namesake := !s.uniqueName && other.name == s.stream.consumer // may have died, and left something
-		if other.pending == 0 || other.idle < s.cfg.ClaimMinIdle && !namesake || other.name == releasedConsumer {
+		if other.Pending == 0 || other.Idle < s.cfg.ClaimMinIdle || other.Name == releasedConsumer {
 			continue
 		}
-		if _, err := c.sight(ctx, "-", other.name, again); err != nil {
+		if _, err := c.sight(ctx, "-", other.Name, again); err != nil {
 			return err
 		}
 	}
@@ -340,27 +390,35 @@ func (c *claimer) sweepGone(ctx context.Context) error {
 	return nil
 }
 
+// sayTrimmed logs what ackTrimmed has found in a sweep.
+func (c *claimer) sayTrimmed() {
+	if c.trimmed > 0 {
+		c.s.log.Error("Messages lost", errTrimmed, c.s.logFields.Add(watermill.LogFields{"entries": c.trimmed}))
+		c.trimmed = 0
+	}
+}
+
 func (c *claimer) remember(again map[string]sighting) {
 	for id, first := range again {
 		if _, ok := c.seen[id]; !ok && len(c.seen) < c.mostSeen() {
-			c.s.hub.sightings.used.Add(1)
+			c.s.shared.candidates.used.Add(1)
 			c.seen[id] = first
 		}
 	}
 }
 
-func (c *claimer) mostSeen() int { return c.s.hub.most(&c.s.hub.sightings, len(c.seen)) }
+func (c *claimer) mostSeen() int { return c.s.shared.most(&c.s.shared.candidates, len(c.seen)) }
 
 func (c *claimer) drop(id string) {
 	if _, ok := c.seen[id]; ok {
-		c.s.hub.sightings.used.Add(-1)
+		c.s.shared.candidates.used.Add(-1)
 		delete(c.seen, id)
 	}
 }
 
 // forget is said of the sightings that are not kept any more.
 func (c *claimer) forget() {
-	c.s.hub.sightings.used.Add(-int64(len(c.seen)))
+	c.s.shared.candidates.used.Add(-int64(len(c.seen)))
 	clear(c.seen)
 }
 
@@ -369,27 +427,49 @@ func (c *claimer) forget() {
 func (c *claimer) sight(ctx context.Context, start, consumer string, again map[string]sighting) (next string, err error) {
 	s := c.s
 	for most := c.mostSeen(); len(again) < most; {
-		rows, err := s.stream.pending(ctx, s.cfg.ClaimMinIdle, start, "+", sweepPage, consumer)
+		rows, err := s.stream.Pending(ctx, s.cfg.ClaimMinIdle, start, "+", sweepPage, consumer)
 		if err != nil {
 			return "", err
 		}
 		at := time.Now()
+		trimmed, err := c.ackTrimmed(ctx, rows)
+		if err != nil {
+			return "", err
+		}
 		for _, p := range rows {
-			if p.consumer == releasedConsumer || s.leases.has(p.id) {
+			if p.Consumer == releasedConsumer || trimmed[p.ID] || s.leases.has(p.ID) {
 				continue
 			}
-			first, ok := c.seen[p.id]
-			if !ok || first.count != p.count {
-				first = sighting{p.count, at, c.answered}
+			first, ok := c.seen[p.ID]
+			if !ok || first.count != p.Count {
+				first = sighting{p.Count, at, c.answered, p.Consumer == s.stream.Consumer}
 			}
-			again[p.id] = first
+			again[p.ID] = first
 		}
 		if len(rows) < sweepPage {
 			return "", nil
 		}
-		start = "(" + rows[len(rows)-1].id
+		start = "(" + rows[len(rows)-1].ID
 	}
 	return start, nil
+}
+
+// ackTrimmed acks what was deleted from the stream while it was pending, of all that
+// a dead consumer left at once: nobody can handle it any more.
+func (c *claimer) ackTrimmed(ctx context.Context, rows []xstream.Pending) (map[string]bool, error) {
+	s := c.s
+	ids := make([]string, 0, len(rows))
+	for _, p := range rows {
+		if !s.leases.has(p.ID) {
+			ids = append(ids, p.ID)
+		}
+	}
+	trimmed, err := s.stream.AckTrimmed(ctx, ids)
+	if n := len(trimmed); n > 0 {
+		c.trimmed += n
+		s.stats.lost.Add(int64(n))
+	}
+	return trimmed, err
 }
 
 // ripe takes from the sightings those that are old enough.
@@ -407,11 +487,11 @@ func (c *claimer) ripe() []*held {
 		if min(c.answered-first.answered, now.Sub(first.at)) >= s.cfg.ClaimMinIdle/renewalsPerLease {
 			hs = append(hs, &held{
 				id: id, count: first.count, next: oneMore(first.count),
-				since: first.at.Add(-s.cfg.ClaimMinIdle),
+				since: first.at.Add(-s.cfg.ClaimMinIdle), orphan: first.own,
 			})
 		}
 	}
-	slices.SortFunc(hs, func(a, b *held) int { return compareIDs(a.id, b.id) })
+	slices.SortFunc(hs, func(a, b *held) int { return xstream.CompareIDs(a.id, b.id) })
 	hs = hs[:min(len(hs), s.claimRoom())] // the rest stays sighted
 	for _, h := range hs {
 		c.drop(h.id)
@@ -430,9 +510,9 @@ func (c *claimer) janitor(ctx context.Context) {
 		return
 	}
 	c.nextJanitor = now.Add(jitter(s.cfg.ConsumerTimeout / 2))
-	n, err := s.stream.removeIdleConsumers(ctx, s.cfg.ConsumerTimeout)
+	n, err := s.stream.RemoveIdleConsumers(ctx, s.cfg.ConsumerTimeout)
 	switch {
-	case noScripts(err) || replyHas(err, "script"):
+	case redisx.IsDenied(err) || redisx.ReplyHas(err, "script"):
 		s.once.janitor.Do(func() {
 			s.log.Info("No right to remove idle consumers by a script; their names stay in the group", s.logFields)
 		})
@@ -461,15 +541,15 @@ func (c *claimer) keep() {
 		}
 		next := every
 		if err := c.renew(every * 9 / 10); err != nil {
-			s.failing(dutyRenew, err)
-			if groupLost(err) {
+			s.markFailed(dutyRenew, err)
+			if xstream.GroupLost(err) {
 				_ = s.regroup()
 			}
 			pause.d = min(max(minBackoff, 2*pause.d), maxBackoff)
 			next = min(every, jitter(pause.d))
 		} else {
 			pause.reset()
-			s.works(dutyRenew)
+			s.markHealthy(dutyRenew)
 		}
 		timer.Reset(next)
 	}
@@ -480,26 +560,32 @@ func (c *claimer) renew(age time.Duration) error {
 	s := c.s
 	c.renewing.Lock()
 	defer c.renewing.Unlock()
-	for _, r := range s.leases.renewals(age) {
-		ids := make([]string, len(r.held))
-		for i, h := range r.held {
+	for hs := range slices.Chunk(s.leases.renewals(age), xstream.MaxRenewal) {
+		ids := make([]string, len(hs))
+		for i, h := range hs {
 			ids[i] = h.id
 		}
 		sent := time.Now()
-		got, err := s.stream.renew(s.ctx, time.Since(r.youngest), ids)
+		renewed, trimmed, err := s.stream.Renew(s.ctx, ids)
 		if err != nil {
 			return err // the others would wait for the same answer
 		}
 		now := time.Now()
-		for _, h := range r.held {
-			if got[h.id] {
+		var gone []*held
+		for _, h := range hs {
+			switch {
+			case renewed[h.id]:
 				s.leases.confirm(sent, now, h)
-			} else if s.leases.stillOurs(h) {
+			case trimmed[h.id]:
+				gone = append(gone, h)
+			case s.leases.stillOurs(h):
 				if _, err := s.verify(h); err != nil {
+					s.trimmed(gone...)
 					return err
 				}
 			}
 		}
+		s.trimmed(gone...)
 	}
 	return nil
 }

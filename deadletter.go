@@ -12,6 +12,8 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // DeadLetterTopic returns the default name of a topic's dead-letter stream:
@@ -23,17 +25,10 @@ import (
 // A topic with a "}" but no tag has no such name; on Cluster, Subscribe refuses
 // it unless SubscriberConfig.DeadLetterTopic knows one.
 func DeadLetterTopic(topic string) string {
-	if hashTag(topic) != "" {
+	if redisx.HashTag(topic) != "" {
 		return topic + ".dead"
 	}
 	return topic + ".dead{" + topic + "}"
-}
-
-// hashTag is Redis's rule: what stands between the first "{" and the first "}"
-// after it; "" if there is none.
-func hashTag(key string) string {
-	_, rest, _ := strings.Cut(key, "{")
-	return rest[:max(0, strings.Index(rest, "}"))]
 }
 
 // DeadLetter is a middleware that chooses, by a handler's error, what goes to the
@@ -179,7 +174,7 @@ func isDeadLetter(fields []string) bool {
 func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
 	fields, replays, _ := cutReplay(fields)
 	d := DeadMessage{
-		EntryID: h.id, Topic: s.topic, Group: s.stream.group, Consumer: s.stream.consumer,
+		EntryID: h.id, Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
 		Handler: h.doom.handler, Reason: shorten(h.doom.err.Error()), Kind: h.doom.kind, Deliveries: cmp.Or(h.doom.deliveries, h.count),
 		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Replays: replays, Fields: fields,
 	}
@@ -195,7 +190,7 @@ func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
 		return d
 	}
 	// Unmarshaled once more: the handler may have changed what it was given.
-	if msg, err := s.message(h.id, fields); err == nil {
+	if msg, err := s.message(h, fields); err == nil {
 		d.Message = msg
 	}
 	return d
@@ -205,7 +200,7 @@ func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
 // with the story in its metadata, and the original fields. A message that
 // cannot be unmarshaled is represented by its packed fields as the payload
 // (see UnpackFields), under the entry's ID.
-func (d DeadMessage) letter() []any {
+func (d DeadMessage) letter() []string {
 	msg := message.NewMessage(d.EntryID, nil)
 	packed := packFields(d.Fields)
 	if d.Message != nil {
@@ -237,25 +232,33 @@ func (d DeadMessage) letter() []any {
 	if err != nil {
 		panic(fmt.Sprintf("goxstreams: DefaultMarshaler refuses a dead letter: %v", err)) // its only reason was removed
 	}
-	return append(fields, deadFieldsField, packed)
+	letter := make([]string, 0, len(fields)+2)
+	for _, f := range fields {
+		if b, ok := f.([]byte); ok {
+			letter = append(letter, string(b))
+		} else {
+			letter = append(letter, fmt.Sprint(f))
+		}
+	}
+	return append(letter, deadFieldsField, packed)
 }
 
 // readLetter is letter's inverse.
-func readLetter(e entry) (DeadMessage, error) {
-	if !isDeadLetter(e.fields) {
-		return DeadMessage{ID: e.id, Fields: e.fields}, fmt.Errorf("entry %s is no dead letter of this library", e.id)
+func readLetter(e xstream.Entry) (DeadMessage, error) {
+	if !isDeadLetter(e.Fields) {
+		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is no dead letter of this library", e.ID)
 	}
-	msg, err := DefaultMarshaler{}.unmarshalFields(e.fields)
+	msg, err := DefaultMarshaler{}.unmarshalFields(e.Fields)
 	var fields []string
 	if err == nil {
-		fields, err = UnpackFields([]byte(e.fields[7]))
+		fields, err = UnpackFields([]byte(e.Fields[7]))
 	}
 	if err != nil {
-		return DeadMessage{ID: e.id, Fields: e.fields}, fmt.Errorf("entry %s is a broken dead letter: %w", e.id, err)
+		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is a broken dead letter: %w", e.ID, err)
 	}
 	get := msg.Metadata.Get
 	d := DeadMessage{
-		ID: e.id, EntryID: get(DeadEntryIDKey), Topic: get(middleware.PoisonedTopicKey), Group: get(DeadGroupKey),
+		ID: e.ID, EntryID: get(DeadEntryIDKey), Topic: get(middleware.PoisonedTopicKey), Group: get(DeadGroupKey),
 		Consumer: get(DeadConsumerKey), Handler: get(middleware.PoisonedHandlerKey),
 		Reason: get(middleware.ReasonForPoisonedKey), Kind: DeadKind(get(DeadKindKey)), Fields: fields,
 	}
@@ -263,7 +266,7 @@ func readLetter(e entry) (DeadMessage, error) {
 	d.Deliveries, _ = strconv.ParseInt(get(DeadDeliveriesKey), 10, 64)
 	d.Replays, _ = strconv.Atoi(get(DeadReplaysKey))
 	d.DiedAt, _ = time.Parse(time.RFC3339Nano, get(DeadDiedAtKey))
-	if msg.UUID == d.EntryID && string(msg.Payload) == e.fields[7] {
+	if msg.UUID == d.EntryID && string(msg.Payload) == e.Fields[7] {
 		return d, nil // no message: see letter
 	}
 	for _, key := range deadKeys {

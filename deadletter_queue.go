@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -15,7 +17,7 @@ import (
 // keeps no state, and may be used by several goroutines at once. Dead letters can
 // also be subscribed to: the stream is a topic like any other.
 type DeadLetterQueue struct {
-	stream stream
+	stream xstream.Stream
 }
 
 // deadPage is how many dead letters are read, or sent, in one round trip.
@@ -25,7 +27,7 @@ const deadPage = 100
 // DeadLetterTopic("orders"). The client stays the caller's.
 func NewDeadLetterQueue(c redis.UniversalClient, deadLetterTopic string) (*DeadLetterQueue, error) {
 	errs := configErrors{typeName: "NewDeadLetterQueue"}
-	if isNilClient(c) {
+	if redisx.IsNil(c) {
 		errs.add("c", "a client is required")
 	}
 	if deadLetterTopic == "" {
@@ -34,12 +36,12 @@ func NewDeadLetterQueue(c redis.UniversalClient, deadLetterTopic string) (*DeadL
 	if err := errs.err(); err != nil {
 		return nil, err
 	}
-	return &DeadLetterQueue{newStream(c, deadLetterTopic, "")}, nil
+	return &DeadLetterQueue{xstream.New(redisx.Client{UniversalClient: c}, deadLetterTopic, "")}, nil
 }
 
 // Count returns the number of dead letters, of all groups of the topic.
 func (q *DeadLetterQueue) Count(ctx context.Context) (int64, error) {
-	n, err := q.stream.length(ctx)
+	n, err := q.stream.Length(ctx)
 	return n, q.wrap("count", err)
 }
 
@@ -71,10 +73,10 @@ func (q *DeadLetterQueue) all(ctx context.Context, after string, yield func(Dead
 		}
 		start = "(" + id
 	}
-	last, err := q.stream.newest(ctx)
+	last, err := q.stream.Newest(ctx)
 	for err == nil && last != "" {
-		var entries []entry
-		entries, err = q.stream.page(ctx, start, last, deadPage)
+		var entries []xstream.Entry
+		entries, err = q.stream.Page(ctx, start, last, deadPage)
 		for _, e := range entries {
 			if !yield(readLetter(e)) {
 				return nil
@@ -83,7 +85,7 @@ func (q *DeadLetterQueue) all(ctx context.Context, after string, yield func(Dead
 		if len(entries) < deadPage {
 			break
 		}
-		start = "(" + entries[len(entries)-1].id
+		start = "(" + entries[len(entries)-1].ID
 	}
 	return err
 }
@@ -95,11 +97,10 @@ func (q *DeadLetterQueue) all(ctx context.Context, after string, yield func(Dead
 // were put back.
 //
 // Each is moved in one step, so that it is in one of the two streams, whatever
-// breaks. Two windows: without the right to EVAL, or with more than 3,900 fields,
-// it is in both if the connection breaks in between, and twice in the topic if two
-// calls replay it at once; and after ErrOutcomeUnknown
-// the last ones, 100 at most, may have been moved: those are missing when asked
-// for again.
+// breaks. Two windows: with more than 3,900 fields it is in both if the connection
+// breaks in between, and twice in the topic if two calls replay it at once; and after
+// ErrOutcomeUnknown the last ones, 100 at most, may have been moved: those are missing
+// when asked for again.
 //
 // IDs that are not there give a *NotFoundError; the others are replayed. What
 // cannot be replayed stays: an entry that is no dead letter of this library
@@ -120,24 +121,26 @@ func (q *DeadLetterQueue) ReplayToAll(ctx context.Context, ids ...string) (int, 
 func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) (int, error) {
 	known := make(map[[2]string]error) // topics and groups
 	send := func(ctx context.Context, ids []string) ([]error, error) {
-		found, err := q.stream.entries(ctx, ids)
+		found, err := q.stream.Entries(ctx, ids)
 		if err != nil {
 			return nil, err
 		}
 		errs := make([]error, len(ids))
-		moves := make([]move, 0, len(ids))
+		moves := make([]*xstream.Replay, 0, len(ids))
+		var at []int // which of the IDs these are
 		for i, id := range ids {
 			e, ok := found[id]
 			if !ok {
-				errs[i] = errMissing
+				errs[i] = xstream.ErrMissing
 				continue
 			}
 			d, err := readLetter(e)
-			group := newStream(q.stream.client, d.Topic, d.Group)
+			group := d.Group
 			if err == nil && !toAll {
 				key := [2]string{d.Topic, d.Group}
 				if _, ok := known[key]; !ok {
-					known[key] = group.exists(ctx)
+					topic := xstream.New(q.stream.Client, d.Topic, d.Group)
+					known[key] = topic.GroupExists(ctx)
 				}
 				err = known[key]
 			}
@@ -145,11 +148,17 @@ func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) 
 				continue
 			}
 			if toAll {
-				group.group = ""
+				group = ""
 			}
-			moves = append(moves, move{id, d.Topic, append(d.Fields, replayMark(d.Replays+1, group.group)...), &errs[i]})
+			moves = append(moves, &xstream.Replay{ID: id, Topic: d.Topic, Fields: append(d.Fields, replayMark(d.Replays+1, group)...)})
+			at = append(at, i)
 		}
-		q.stream.replay(ctx, moves)
+		if err := q.stream.Replay(ctx, moves); err != nil {
+			return nil, err
+		}
+		for i, m := range moves {
+			errs[at[i]] = m.Err
+		}
 		return errs, nil
 	}
 	return q.each(ctx, ids, send)
@@ -159,7 +168,7 @@ func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) 
 // *NotFoundError; the others are deleted. An ID that is none gives an error,
 // before anything is done.
 func (q *DeadLetterQueue) Delete(ctx context.Context, ids ...string) (int, error) {
-	n, err := q.each(ctx, ids, q.stream.delete)
+	n, err := q.each(ctx, ids, q.stream.Delete)
 	return n, q.wrap("delete", err)
 }
 
@@ -193,7 +202,7 @@ func (q *DeadLetterQueue) each(ctx context.Context, ids []string, do func(contex
 			switch {
 			case err == nil:
 				done++
-			case errors.Is(err, errMissing):
+			case errors.Is(err, xstream.ErrMissing):
 				missing = append(missing, page[i])
 			default:
 				failed = append(failed, fmt.Errorf("%s: %w", page[i], err))
@@ -204,7 +213,7 @@ func (q *DeadLetterQueue) each(ctx context.Context, ids []string, do func(contex
 		}
 	}
 	if len(missing) > 0 {
-		failed = append(failed, &NotFoundError{Topic: q.stream.key, IDs: missing})
+		failed = append(failed, &NotFoundError{Topic: q.stream.Key, IDs: missing})
 	}
 	return done, errors.Join(failed...)
 }
@@ -213,12 +222,9 @@ func (q *DeadLetterQueue) wrap(what string, err error) error {
 	if err == nil {
 		return nil
 	}
-	lookAgain(q.stream.client, err)
-	return fmt.Errorf("goxstreams: dead letters in %q: %s: %w", q.stream.key, what, err)
+	q.stream.Client.Refresh(err)
+	return fmt.Errorf("goxstreams: dead letters in %q: %s: %w", q.stream.Key, what, err)
 }
-
-// errMissing says that an ID is not in the stream.
-var errMissing = errors.New("not found")
 
 // NotFoundError names the dead letters that were asked for and are not there:
 // replayed or deleted before, maybe by somebody else.
@@ -241,6 +247,6 @@ func entryID(id string) (string, error) {
 	if id == "$" || !isStartID(id) {
 		return "", fmt.Errorf("%q is no entry ID such as 1700000000000-0", id)
 	}
-	ms, seq := splitID(id)
+	ms, seq := xstream.SplitID(id)
 	return fmt.Sprintf("%d-%d", ms, seq), nil
 }

@@ -8,8 +8,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // Delivery is what a handler can know of the delivery that it handles; it takes
@@ -35,7 +38,7 @@ func (d Delivery) RetryCount() int64 { return max(d.Count-1, 0) }
 // Time returns when the entry was added, by its ID: the server's clock, in
 // milliseconds. The zero time if the ID was given by hand and is no time.
 func (d Delivery) Time() time.Time {
-	ms, _ := splitID(d.ID)
+	ms, _ := xstream.SplitID(d.ID)
 	if ms == 0 || ms > 1<<53 {
 		return time.Time{}
 	}
@@ -75,16 +78,6 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 	return d.delivery, true
 }
 
-// slot is a goroutine that takes one entry at a time all the way to its
-// outcome. There are MaxConcurrency of them at most: that is the bound on
-// unsettled messages, and with one, the order.
-func (s *subscription) slot() {
-	for h := s.next(); h != nil; h = s.next() {
-		s.handle(h)
-		s.free()
-	}
-}
-
 // handle brings an entry to its outcome: acked, waiting for its retry, moved to
 // the dead-letter stream, released, or not ours any more.
 func (s *subscription) handle(h *held) {
@@ -97,7 +90,7 @@ func (s *subscription) handle(h *held) {
 			return
 		}
 		published, _, group := cutReplay(h.fields)
-		if group != "" && group != s.stream.group {
+		if group != "" && group != s.stream.Group {
 			s.settle(h) // a replay for another group
 			return
 		}
@@ -131,7 +124,7 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 		if s.leases.move(h, out, nil) {
 			return true, false
 		}
-		s.works(dutyBury) // somebody else's to move
+		s.markHealthy(dutyBury) // somebody else's to move
 		s.leases.remove(h)
 		return false, false
 	}
@@ -139,12 +132,12 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 	if h.state == found {
 		// Looked at first, because a claim of a deleted entry would remove the
 		// trace of it.
-		e, p, err := s.stream.look(ctx, h.id)
+		e, p, err := s.stream.Look(ctx, h.id)
 		if err != nil {
 			return false, s.acquireFailed(h, err)
 		}
 		if p == nil || e == nil {
-			s.works(dutyClaim)
+			s.markHealthy(dutyClaim)
 			if p != nil {
 				s.ackTrimmed(h)
 			}
@@ -157,46 +150,42 @@ func (s *subscription) acquire(h *held) (ready, again bool) {
 	if err != nil {
 		return false, s.acquireFailed(h, err)
 	}
-	s.works(dutyClaim)
+	s.markHealthy(dutyClaim)
 	if e == nil {
 		return false, s.acquireRefused(h)
 	}
-	if h.state == found {
+	if h.state == found && !h.orphan {
 		s.stats.claimed.Add(1)
 	}
 	if !s.leases.claimed(h, sent, h.next) {
 		return false, false
 	}
-	h.fields = e.fields
+	h.fields = e.Fields
 	return true, false
 }
 
 // claim asks for the entry. Of what was released each claimer knows, and the
 // least idle time keeps them apart only if the command is under way for less than
 // that: so there the owner's name is the condition.
-func (s *subscription) claim(h *held) (*entry, error) {
+func (s *subscription) claim(h *held) (*xstream.Entry, error) {
 	minIdle := s.leases.asking(h)
-	if h.released && h.state == found && !s.noScripts.Load() {
-		e, err := s.stream.claimFrom(s.ctx, releasedConsumer, h.id, h.next)
-		if !noScripts(err) {
-			return e, err
-		}
-		s.withoutScripts()
+	if h.released && h.state == found {
+		return s.stream.ClaimFrom(s.ctx, releasedConsumer, h.id, h.next)
 	}
-	return s.stream.claim(s.ctx, h.id, minIdle, h.next)
+	return s.stream.Claim(s.ctx, h.id, minIdle, h.next)
 }
 
 // acquireFailed handles a claim without an answer. It may have happened, which
 // the next try finds out.
 func (s *subscription) acquireFailed(h *held, err error) (again bool) {
-	s.failing(dutyClaim, err)
-	if groupLost(err) {
+	s.markFailed(dutyClaim, err)
+	if xstream.GroupLost(err) {
 		_ = s.regroup() // if that fails, the claimer tries again
 	}
 	if h.state == found && !h.readHere() {
 		// Nobody's yet, or an orphan of ours: the claimer finds it either way.
 		s.leases.remove(h)
-		s.claimer.orphaned.Store(true)
+		s.shared.poller.Unsure(s.topic)
 		return false
 	}
 	return s.again(h, max(s.retry.InitialInterval, minBackoff))
@@ -223,9 +212,9 @@ func (s *subscription) acquireRefused(h *held) (again bool) {
 // unmarshal turns the entry into a message, and for a Consumer its payload into
 // the body.
 func (s *subscription) unmarshal(h *held) (msg *message.Message, body any, err error) {
-	msg, err = s.message(h.id, h.fields)
+	msg, err = s.message(h, h.fields)
 	if err == nil && s.typed != nil {
-		err = guard(func() error { body, err = s.typed.decode(msg.Payload); return err })
+		err = h.user(func() error { body, err = s.typed.decode(msg.Payload); return err })
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrBroken, err)
@@ -235,14 +224,19 @@ func (s *subscription) unmarshal(h *held) (msg *message.Message, body any, err e
 
 // message unmarshals an entry. A dead letter is decoded the way this library
 // wrote it, whatever the topic's format.
-func (s *subscription) message(id string, fields []string) (*message.Message, error) {
+func (s *subscription) message(h *held, fields []string) (msg *message.Message, err error) {
 	u := s.cfg.Unmarshaler
 	if isDeadLetter(fields) {
 		u = DefaultMarshaler{}
 	}
-	msg, err := unmarshalFields(u, fields)
+	switch u.(type) {
+	case DefaultMarshaler, BodyMarshaler:
+		msg, err = unmarshalFields(u, fields)
+	default:
+		err = h.user(func() error { msg, err = unmarshalFields(u, fields); return err })
+	}
 	if err == nil && msg.UUID == "" {
-		msg.UUID = id
+		msg.UUID = h.id
 	}
 	return msg, err
 }
@@ -252,7 +246,7 @@ func (s *subscription) message(id string, fields []string) (*message.Message, er
 // a nacked message keeps its place.
 func (s *subscription) deliver(h *held, msg *message.Message, body any) (again bool) {
 	d := &deliveryContext{Context: s.base, sub: s, msg: msg, delivery: Delivery{
-		Topic: s.topic, Group: s.stream.group, Consumer: s.stream.consumer,
+		Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
 		ID: h.id, Count: h.count, MaxRetries: s.retry.MaxRetries,
 	}}
 	if body != nil {
@@ -300,6 +294,10 @@ func (s *subscription) deliver(h *held, msg *message.Message, body any) (again b
 // offer waits for somebody to take the message. It returns false if the
 // subscription closes or the lease is lost before.
 func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message) bool {
+	ended := ctx.Done()
+	if s.cfg.NoAck {
+		ended = nil // there is no lease to be lost, and a second left before CloseTimeout
+	}
 	select {
 	case s.output <- msg:
 		return true
@@ -309,7 +307,7 @@ func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message)
 			s.log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), s.entryFields(h))
 		}
 		s.giveBack(h, h.count-1)
-	case <-ctx.Done():
+	case <-ended:
 		s.leases.remove(h)
 	}
 	return false
@@ -323,6 +321,7 @@ func (s *subscription) acked(h *held) {
 // settle is the end of an entry that nobody needs any more.
 func (s *subscription) settle(h *held) {
 	if !s.leased() {
+		h.fields = nil // one that waits keeps the others of its read
 		s.leases.remove(h)
 		return
 	}
@@ -369,7 +368,7 @@ func (s *subscription) nacked(h *held, d *deliveryContext) (comesAgain bool) {
 		return false
 	}
 	if v.hook != nil {
-		if err := guard(func() error { v.hook(int(h.count), v.delay); return nil }); err != nil {
+		if err := h.user(func() error { v.hook(int(h.count), v.delay); return nil }); err != nil {
 			s.log.Error("Retry.OnRetryHook panicked", err, s.entryFields(h))
 		}
 	}
@@ -407,7 +406,7 @@ func (s *subscription) apply(h *held, v verdict) *verdict {
 		params.Err = ErrNacked
 	}
 	retry := true
-	if err := guard(func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
+	if err := h.user(func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
 		s.log.Error("Retry.ShouldRetry panicked; the message is tried again", err, s.entryFields(h))
 	}
 	if !retry {
@@ -421,8 +420,9 @@ func (s *subscription) apply(h *held, v verdict) *verdict {
 // consumer's name until its time is up. This delivery does not count.
 func (s *subscription) abandoned(h *held) {
 	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.entryFields(h))
-	if s.leased() {
-		if _, err := s.setCount(h, s.parkCount(h, h.count-1)); err != nil {
+	if _, gone := s.leases.lapsed(h); s.leased() && !gone {
+		s.shared.poller.Disown(s.topic, h.id) // it is no orphan while its handler is at work
+		if _, err := s.setCount(h, s.parkCount(h, h.count-1)); err != nil && !redisx.IsClosed(err) {
 			s.log.Error("The message keeps a delivery that was not to count", err, s.entryFields(h))
 		}
 	}
@@ -433,7 +433,7 @@ func (s *subscription) abandoned(h *held) {
 func (s *subscription) setCount(h *held, count int64) (ours bool, err error) {
 	for range 2 { // a renewal may cross the first: then the entry is younger than we knew
 		sent := time.Now()
-		got, err := s.stream.assign(s.ctx, s.stream.consumer, s.leases.idle(h), count, []string{h.id})
+		got, err := s.stream.Assign(s.ctx, s.stream.Consumer, s.leases.idle(h), count, []string{h.id})
 		if err != nil {
 			return false, err
 		}
@@ -448,13 +448,32 @@ func (s *subscription) setCount(h *held, count int64) (ours bool, err error) {
 	return false, errors.New("refused, though the entry is ours")
 }
 
-// ackTrimmed acks an entry away that was deleted from the stream while it was
-// pending: its message is lost, and that is said.
+var errTrimmed = errors.New("trimmed or deleted while pending")
+
+// trimmed notes that entries were deleted from the stream while they were pending,
+// and are not pending any more: their messages are lost. Handlers may finish.
+func (s *subscription) trimmed(hs ...*held) {
+	hs = s.leases.there(hs) // each is counted once
+	if len(hs) == 0 {
+		return
+	}
+	s.leases.bereave(hs...)
+	s.stats.lost.Add(int64(len(hs)))
+	fields := s.entryFields(hs[0])
+	if len(hs) > 1 {
+		fields = s.logFields.Add(watermill.LogFields{"entries": len(hs)})
+	}
+	s.log.Error("Message lost", errTrimmed, fields)
+}
+
+// ackTrimmed acks such an entry away, if it is still pending.
 func (s *subscription) ackTrimmed(h *held) {
-	s.stats.lost.Add(1)
-	s.log.Error("Message lost", errors.New("the entry was trimmed or deleted while it was pending"), s.entryFields(h))
-	if err := s.stream.ack(s.ctx, h.id); err != nil {
+	trimmed, err := s.stream.AckTrimmed(s.ctx, []string{h.id})
+	if err != nil {
 		s.log.Debug("XACK of a deleted entry failed: "+err.Error(), s.entryFields(h))
+	}
+	if trimmed[h.id] {
+		s.trimmed(h)
 	}
 }
 
@@ -464,7 +483,7 @@ func (s *subscription) ackTrimmed(h *held) {
 // or two commands of ours have crossed.)
 func (s *subscription) verify(h *held) (ours bool, err error) {
 	sent, count := time.Now(), s.leases.countOf(h)
-	e, p, err := s.stream.look(s.ctx, h.id)
+	e, p, err := s.stream.Look(s.ctx, h.id)
 	if err != nil {
 		return false, err
 	}
@@ -482,12 +501,14 @@ func (s *subscription) verify(h *held) (ours bool, err error) {
 		return false, nil // settled meanwhile
 	}
 	switch {
-	case p != nil && p.consumer == s.stream.consumer && s.leases.counted(h, p.count):
-		s.leases.confirm(sent.Add(-p.idle), time.Now().Add(-p.idle), h)
+	case p != nil && p.Consumer == s.stream.Consumer && s.leases.counted(h, p.Count):
+		s.leases.confirm(sent.Add(-p.Idle), time.Now().Add(-p.Idle), h)
 		return true, nil
-	case p == nil && e == nil && !s.cfg.DeleteAcked: // with it, settled elsewhere looks the same
-		s.leases.bereave(h)
+	case p != nil && e == nil:
+		s.leases.lose(h)
 		s.ackTrimmed(h)
+	case p == nil && e == nil && !s.cfg.DeleteAcked: // with it, settled elsewhere looks the same
+		s.trimmed(h)
 	default:
 		s.leases.lose(h)
 		s.log.Info("Lease lost: another consumer has the message, or settled it", s.entryFields(h))

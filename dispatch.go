@@ -2,31 +2,36 @@ package goxstreams
 
 import (
 	"fmt"
+	"strings"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/poll"
 )
 
 // This file decides who does what next: what a slot takes, whether there is room
 // for a read, and when a nacked message is due.
 
-// enqueue takes what the reader read: when it asked, and when it had the answer.
-func (s *subscription) enqueue(entries []entry, sent, at time.Time) {
-	if len(entries) == 0 {
-		return
+// enqueue takes what the reader read.
+func (s *subscription) enqueue(b poll.Batch) {
+	entries := b.Entries
+	if s.fanOut() {
+		if entries = s.position.unseen(entries); len(entries) == 0 {
+			return
+		}
 	}
 	batch := make([]held, len(entries)) // one allocation for the whole batch
 	hs := make([]*held, len(entries))
 	for i, e := range entries {
-		batch[i] = held{id: e.id, fields: e.fields, count: 1, next: 2, state: queued, since: at, sent: sent, begun: at}
-		if e.fields == nil {
+		batch[i] = held{id: e.ID, fields: e.Fields, count: 1, next: 2, state: queued, since: b.At, sent: b.Sent, begun: b.At}
+		switch {
+		case e.Fields == nil:
 			batch[i].fields = []string{}
+		case s.fanOut(): // kept until the message is acked
+			batch[i].fields = own(e.Fields)
 		}
 		hs[i] = &batch[i]
 	}
-	s.regrouping.Lock()
-	if id := entries[len(entries)-1].id; compareIDs(id, s.lastRead) > 0 {
-		s.lastRead = id
-	}
-	s.regrouping.Unlock()
+	s.sawEntry(entries[len(entries)-1])
 	hs = s.leases.add(hs)
 	s.mu.Lock()
 	late := s.drained // an answer that Close did not wait for
@@ -72,14 +77,7 @@ func (s *subscription) offerClaims(hs []*held) (suspects bool) {
 func (s *subscription) claimRoom() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return max(0, maxSightings-len(s.claims)-len(s.suspects))
-}
-
-// readerParked reports whether the reader has stopped for the suspects, or need not.
-func (s *subscription) readerParked() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.parked || s.stopping || len(s.suspects) == 0
+	return max(0, maxCandidates-len(s.claims)-len(s.suspects))
 }
 
 // suspectsWait reports whether a suspect waits for its turn.
@@ -96,7 +94,7 @@ func (s *subscription) dropSuspects() int {
 	dropped := s.suspects
 	s.suspects = nil
 	s.leases.remove(dropped...)
-	s.rouseLocked(s.cfg.MaxConcurrency)
+	s.rouseForAllLocked()
 	s.signalRoomLocked()
 	return len(dropped)
 }
@@ -112,7 +110,6 @@ func (s *subscription) next() *held {
 			return h
 		}
 		if s.stopping && (s.drained || !s.cfg.NoAck) {
-			s.started--
 			return nil
 		}
 		s.idle++
@@ -141,7 +138,7 @@ func (s *subscription) takeLocked() *held {
 		}
 		return nil
 	case len(s.retries) > 0 && !time.Now().Before(s.retries[0].due):
-		s.hub.waiting.used.Add(-1)
+		s.shared.waiting.used.Add(-1)
 		if len(s.claims)+len(s.queue) > 0 {
 			s.rouseLocked(1) // this slot may have been roused for one of them, a moment before the retry's own timer
 		}
@@ -155,13 +152,13 @@ func (s *subscription) takeLocked() *held {
 // queueLocked queues entries that are ours, for a slot to take.
 func (s *subscription) queueLocked(hs ...*held) {
 	s.queue = append(s.queue, hs...)
-	s.hub.ahead.Add(int64(len(hs)))
+	s.shared.ahead.Add(int64(len(hs)))
 }
 
 func (s *subscription) unqueueLocked() *held {
 	h := shift(&s.queue)
 	if h != nil {
-		s.hub.ahead.Add(-1)
+		s.shared.ahead.Add(-1)
 	}
 	return h
 }
@@ -184,7 +181,7 @@ func (s *subscription) free() {
 	s.busy--
 	if s.alone {
 		s.alone = false
-		s.rouseLocked(s.cfg.MaxConcurrency)
+		s.rouseForAllLocked()
 	}
 	s.signalRoomLocked()
 }
@@ -208,65 +205,45 @@ func (s *subscription) rouseLocked(n int) {
 	if s.stopping && (s.drained || !s.cfg.NoAck) {
 		return
 	}
-	for ; n > 0 && s.started < s.cfg.MaxConcurrency; n-- {
-		s.started++
-		s.slots.Go(s.slot)
+	for ; n > 0 && len(s.slots) < s.cfg.MaxConcurrency; n-- {
+		s.startSlotLocked()
 	}
+}
+
+// rouseForAllLocked sees to it that slots look for all the work there is.
+func (s *subscription) rouseForAllLocked() {
+	s.rouseLocked(len(s.queue) + len(s.claims) + len(s.suspects) + s.retries.due(time.Now()))
 }
 
 // signalRoomLocked makes the reader look again, if there is room now.
 func (s *subscription) signalRoomLocked() {
-	if !s.parked || s.roomLocked() == 0 {
-		return
-	}
-	select {
-	case s.room <- struct{}{}:
-	default:
+	if s.parked && s.roomLocked() > 0 {
+		s.parked = false
+		s.reader.seat.Wake()
 	}
 }
 
-// awaitRoom waits until there is room for a read, and returns for how many
-// entries; 0 when the subscription stops.
-func (s *subscription) awaitRoom(r *reader) int {
+// Room returns how many entries the reader may read now. After 0 the reader is
+// parked: it is told when there is room again.
+func (r *reader) Room() int {
+	s := r.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for !s.stopping {
-		if room := s.readableLocked(r); room > 0 {
-			s.parked = false
-			return room
-		}
-		s.parked = true
-		if len(s.suspects) > 0 {
-			s.rouseLocked(1)
-		}
-		s.mu.Unlock()
-		s.works(dutyRead) // who has no need to read does not fail at it
-		select {
-		case <-s.room:
-		case <-s.closing:
-		}
-		s.mu.Lock()
-	}
-	return 0
-}
-
-// roomFor is awaitRoom for a reader that does not stop to wait.
-func (s *subscription) roomFor(r *reader) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.parked = false
 	if s.stopping {
 		return 0
 	}
-	return s.readableLocked(r)
-}
-
-// readableLocked returns how many entries the reader may read now.
-func (s *subscription) readableLocked(r *reader) int {
-	if s.roomLocked() == 0 {
-		return 0
+	if s.roomLocked() > 0 {
+		s.prefetch = min(r.adaptLocked(s.prefetch, s.cfg.BatchSize), r.fitsLocked())
+		if room := min(s.roomLocked(), s.cfg.BatchSize, r.fitsLocked()); room > 0 {
+			return room
+		}
 	}
-	s.prefetch = min(r.adapt(s.prefetch, s.cfg.BatchSize), r.fits())
-	return min(s.roomLocked(), s.cfg.BatchSize, r.fits())
+	s.parked = true
+	if len(s.suspects) > 0 {
+		s.rouseLocked(1)
+	}
+	return 0
 }
 
 // roomLocked returns how many entries may be read now: one for each free slot,
@@ -275,7 +252,7 @@ func (s *subscription) readableLocked(r *reader) int {
 // tenth of the rate). Twice BatchSize, and the slots, bound what is held.
 func (s *subscription) roomLocked() int {
 	prefetch := s.prefetch
-	if s.hub.ahead.Load() >= maxAhead {
+	if s.shared.ahead.Load() >= maxAhead {
 		prefetch = 0
 	}
 	if s.alone || len(s.suspects) > 0 || len(s.queue) > prefetch {
@@ -314,6 +291,16 @@ func (s *subscription) rest(h *held) bool {
 	return s.leases.move(h, waiting, nil)
 }
 
+// own returns the fields in memory of their own: what was read is a part of its whole
+// reply, and would keep that for as long as it waits.
+func own(fields []string) []string {
+	clones := make([]string, len(fields))
+	for i, f := range fields {
+		clones[i] = strings.Clone(f)
+	}
+	return clones
+}
+
 func (s *subscription) pushRetry(h *held) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -321,9 +308,9 @@ func (s *subscription) pushRetry(h *held) bool {
 		return false
 	}
 	s.retries.push(h)
-	s.hub.waiting.used.Add(1)
-	if most := s.hub.most(&s.hub.waiting, len(s.retries)); len(s.retries) > most && s.leased() {
-		s.hub.waiting.used.Add(-1)
+	s.shared.waiting.used.Add(1)
+	if most := s.shared.most(&s.shared.waiting, len(s.retries)); len(s.retries) > most && s.leased() {
+		s.shared.waiting.used.Add(-1)
 		s.overflowed.Store(true)
 		s.leases.remove(s.retries.dropLatest())
 		s.once.overflow.Do(func() {
@@ -340,7 +327,7 @@ func (s *subscription) pushRetry(h *held) bool {
 func (s *subscription) manyWait() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.retries) >= s.hub.most(&s.hub.waiting, len(s.retries))
+	return len(s.retries) >= s.shared.most(&s.shared.waiting, len(s.retries))
 }
 
 // again sees to the entry's next delivery: with MaxConcurrency 1 in this very

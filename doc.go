@@ -40,12 +40,13 @@
 //     arrive, the rest is released for others at once. That counts for no
 //     delivery, and a handler that fails because of it has not failed.
 //   - Dead-lettering is one step, and happens once.
-//   - Redis may restart, fail over, be flushed, lose the group or refuse
-//     commands: the subscription goes on by itself, and Stats shows the outage.
+//   - Subscriptions recover when Redis restarts, fails over, is flushed, loses the
+//     group or refuses commands, and Stats shows the outage.
 //   - The client stays the caller's, and so does the process.
 //
 // Without a ConsumerGroup a subscription is a fan-out: it gets every message
-// that is published after Subscribe returned, and nothing is stored about it.
+// that is published after Subscribe returned. Redis remembers for a minute how far
+// it has read, for the sake of consumers with DeleteAcked, and nothing else.
 //
 // # The states of an entry
 //
@@ -69,11 +70,11 @@
 // # The way of the data
 //
 //	Publish:    Marshaler -> MULTI XADD.. EXEC -> result
-//	Consume:    reader (XREADGROUP) -> unmarshal -> output channel -> Ack | Nack
+//	Consume:    poller (XREADGROUP) -> unmarshal -> output channel -> Ack | Nack
 //	Acked:      acker: what has gathered while the last XACK was under way
 //	Nacked:     waits, ID and due time only -> XCLAIM to itself
 //	Abandoned:  claimer: XPENDING IDLE -> seen twice -> XCLAIM
-//	Alive:      keeper: guarded XCLAIM .. JUSTID of what is held
+//	Alive:      keeper: one script: still ours? then XCLAIM .. JUSTID
 //	Released:   XCLAIM .. JUSTID to the consumer named "released"
 //	Dead:       one script: still ours? then XADD and XACK
 //

@@ -1,12 +1,12 @@
 package goxstreams
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"net"
-	"strings"
 
-	"github.com/redis/go-redis/v9"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // Sentinels, to be compared with errors.Is.
@@ -15,12 +15,14 @@ var (
 	// cause of a message context that ends because its subscription closes.
 	ErrSubscriberClosed = errors.New("goxstreams: subscriber closed")
 
-	// ErrOutcomeUnknown means that the connection broke between a command and
-	// its answer: all of the call's messages are stored, or none is. The
+	// ErrOutcomeUnknown means that a command was written, or begun to be, and that
+	// the connection broke before its answer: all of the call's messages are stored,
+	// or none is. (Or that Redis has stored some of a call's messages and refused
+	// others, which its transactions do not undo; the error says how many.) The
 	// library does not send them again, because the second copy could not be
 	// told from the first. With PublisherConfig.Idempotence the caller may publish
 	// them again.
-	ErrOutcomeUnknown = errors.New("goxstreams: outcome unknown")
+	ErrOutcomeUnknown = redisx.ErrOutcomeUnknown
 
 	// ErrLeaseLost is the cause of a message context that ended because
 	// another consumer may have the message by now.
@@ -64,63 +66,7 @@ func (c *configErrors) add(field, format string, args ...any) {
 
 func (c *configErrors) err() error { return errors.Join(c.errs...) }
 
-// isReply reports whether err is an answer of the server, as opposed to a
-// broken connection: the command arrived, and this is what became of it.
-func isReply(err error) bool {
-	var reply redis.Error
-	return errors.As(err, &reply)
-}
-
-// replyHas reports whether err is the server's answer with one of these error
-// codes or beginnings.
-func replyHas(err error, prefixes ...string) bool {
-	if err == nil || !isReply(err) {
-		return false
-	}
-	for _, p := range prefixes {
-		if strings.Contains(err.Error(), p) {
-			return true
-		}
-	}
-	return false
-}
-
-// discreet returns err without what a server quotes of a command that it does not
-// know: its arguments, among them a payload, or the password of HELLO and AUTH.
-func discreet(err error) error {
-	const quote = ", with args beginning with"
-	if !replyHas(err, quote) {
-		return err
-	}
-	text, _, _ := strings.Cut(err.Error(), quote)
-	return redisReply(text)
-}
-
-// groupLost reports whether err says that the group, or the whole stream, is
-// gone. UNBLOCKED is what Redis 7.0 says to a read that was waiting then.
-func groupLost(err error) bool {
-	return replyHas(err, "NOGROUP", "UNBLOCKED the stream key no longer exists")
-}
-
-// denied reports whether err says that this server does not let us use the
-// command: by its ACL, because it does not know it, or because scripts are not
-// offered. Trying again later is of no use then, another way is.
-func denied(err error) bool {
-	return replyHas(err, "NOPERM", "unknown command", "unknown subcommand", "Unknown subcommand")
-}
-
-// noScripts reports whether err says that scripts cannot be had, as opposed to
-// what a script wanted to do.
-func noScripts(err error) bool {
-	return replyHas(err, "unknown command", "'eval'")
-}
-
-// neverSent reports whether err came before the command could reach the
-// server: then nothing of it has happened.
-func neverSent(err error) bool {
-	if errors.Is(err, redis.ErrPoolTimeout) || errors.Is(err, redis.ErrPoolExhausted) || errors.Is(err, redis.ErrClosed) {
-		return true
-	}
-	var op *net.OpError
-	return errors.As(err, &op) && op.Op == "dial"
+// unsupported is the error for what this server does not have.
+func unsupported(ctx context.Context, s *xstream.Stream, what string) error {
+	return fmt.Errorf("%w: %s; this is %s", ErrUnsupported, what, s.Version(ctx))
 }

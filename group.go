@@ -3,11 +3,88 @@ package goxstreams
 import (
 	"context"
 	"errors"
+	"hash/maphash"
 	"slices"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
+
+// progress is how far the group has come, as far as this subscription knows: where
+// to go on if the group is lost, and by which entry to know the stream again.
+type progress struct {
+	read  string // the greatest ID that was read here
+	print uint64 // of that entry
+	known string // the group's last-delivered-id when last seen
+}
+
+var printSeed = maphash.MakeSeed()
+
+func fingerprint(fields []string) uint64 {
+	var h maphash.Hash
+	h.SetSeed(printSeed)
+	for _, f := range fields {
+		_, _ = h.WriteString(f)
+		_ = h.WriteByte(0)
+	}
+	return h.Sum64()
+}
+
+// sawEntry remembers the last entry of a read.
+func (s *subscription) sawEntry(e xstream.Entry) {
+	if !s.leased() {
+		return
+	}
+	print := fingerprint(e.Fields)
+	s.regrouping.Lock()
+	defer s.regrouping.Unlock()
+	if xstream.CompareIDs(e.ID, s.progress.read) > 0 {
+		s.progress.read, s.progress.print = e.ID, print
+	}
+}
+
+// sawGroup remembers how far the group has got.
+func (s *subscription) sawGroup(lastDelivered string) {
+	s.regrouping.Lock()
+	defer s.regrouping.Unlock()
+	s.progress.known = lastDelivered
+}
+
+// beganAnew reports whether the stream is another one than that which was read: it
+// was deleted, and made again. Its IDs may be smaller than those of the old one, or
+// even the same.
+func (s *subscription) beganAnew(ctx context.Context) (bool, error) {
+	last := s.progress.read
+	if xstream.CompareIDs(s.progress.known, last) > 0 {
+		last = s.progress.known
+	}
+	if last == "" {
+		return false, nil
+	}
+	info, err := s.stream.Info(ctx)
+	if redisx.IsDenied(err) {
+		return false, nil
+	}
+	if err != nil || xstream.CompareIDs(info.Last, last) < 0 {
+		return err == nil, err
+	}
+	if s.progress.read != "" {
+		last = s.progress.read
+	}
+	e, err := s.stream.Entry(ctx, last)
+	switch {
+	case err != nil:
+		return false, err
+	case e != nil:
+		return last == s.progress.read && fingerprint(e.Fields) != s.progress.print, nil
+	case info.First == "0-0", xstream.CompareIDs(info.First, last) > 0:
+		return false, nil // trimmed: nothing that is there was read
+	}
+	return xstream.CompareIDs(info.MaxDeleted, last) < 0, nil
+}
 
 // regroup makes the group again after it was lost, and puts what this
 // subscription holds back into it.
@@ -15,32 +92,47 @@ func (s *subscription) regroup() error {
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
 	ctx := s.ctx
-	if _, err := s.stream.groupInfo(ctx); err == nil {
-		return s.restoreLocked(ctx) // another consumer was faster
-	} else if !groupLost(err) && !denied(err) {
-		return err
-	}
-	start := s.lastKnown
-	if compareIDs(s.lastRead, start) > 0 {
-		start = s.lastRead
-	}
-	last, err := s.stream.lastID(ctx)
-	if denied(err) {
-		last, err = start, nil
-	}
+	anew, err := s.beganAnew(ctx)
 	if err != nil {
 		return err
 	}
-	if start == "" || compareIDs(last, start) < 0 {
-		start = "0" // the stream began anew, and all that is in it is new
-		s.lastRead, s.lastKnown = "", ""
+	start := s.progress.known
+	if xstream.CompareIDs(s.progress.read, start) > 0 {
+		start = s.progress.read
 	}
-	if err := s.stream.createGroup(ctx, start); err != nil {
+	if anew || start == "" {
+		start = "0" // all that is in it is new
+	}
+	if anew {
+		s.forgetAll()
+	}
+	if _, err := s.stream.GroupInfo(ctx); err == nil {
+		return s.restoreLocked(ctx) // another consumer was faster, or the loss was another server's
+	} else if !xstream.GroupLost(err) && !redisx.IsDenied(err) {
 		return err
 	}
-	s.log.Error("The consumer group was lost and is made again; what dead consumers held is not pending any more",
-		errors.New("group lost"), s.logFields.Add(watermill.LogFields{"start_id": start}))
+	made, err := s.stream.CreateGroup(ctx, start)
+	if err != nil {
+		return err
+	}
+	if made {
+		s.log.Error("The consumer group was lost and is made again; what dead consumers held is not pending any more",
+			errors.New("group lost"), s.logFields.Add(watermill.LogFields{"start_id": start}))
+	}
 	return s.restoreLocked(ctx)
+}
+
+// forgetAll gives up what is held of a stream that is gone. Handlers may finish; what
+// they settle is not acked, since the ID may be another entry's by now.
+func (s *subscription) forgetAll() {
+	s.progress = progress{}
+	ours := s.leases.ours()
+	s.leases.bereave(ours...)
+	if len(ours) > 0 {
+		s.stats.lost.Add(int64(len(ours)))
+		s.log.Error("Messages lost", errors.New("the stream was deleted, and began anew, while they were pending"),
+			s.logFields.Add(watermill.LogFields{"entries": len(ours)}))
+	}
 }
 
 // restoreLocked puts what is ours back among the pending entries. An entry that
@@ -54,8 +146,8 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 	now := time.Now()
 	ours := s.leases.ours()
 	for count, ids := range s.leases.byCount(ours) {
-		for chunk := range slices.Chunk(ids, maxRenewal) {
-			got, err := s.stream.restore(ctx, s.cfg.ClaimMinIdle, count, chunk)
+		for chunk := range slices.Chunk(ids, maxAssigned) {
+			got, err := s.stream.Restore(ctx, s.cfg.ClaimMinIdle, count, chunk)
 			if err != nil {
 				return err
 			}
@@ -69,7 +161,7 @@ func (s *subscription) restoreLocked(ctx context.Context) error {
 	return nil
 }
 
-// restoreIfRemade asks whether the group was made anew by someone who did not
+// restoreIfRemade asks whether the group was made anew by a consumer that did not
 // know what this subscription holds: the entry was ours a moment ago, nobody
 // can have claimed it since, and nothing of ours is pending any more that was then.
 // It then puts all back.
@@ -80,28 +172,29 @@ func (s *subscription) restoreIfRemade(h *held) (bool, error) {
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
 	ctx := s.ctx
-	rows, err := s.stream.pending(ctx, 0, "-", "+", maxRenewal, s.stream.consumer)
+	rows, err := s.stream.Pending(ctx, 0, "-", "+", maxAssigned, s.stream.Consumer)
 	if err != nil {
 		return false, err
 	}
 	for _, p := range rows {
-		if p.id == h.id {
+		if p.ID == h.id {
 			return true, nil // put back meanwhile
 		}
-		if s.leases.hasBefore(p.id, h) {
+		if s.leases.hasBefore(p.ID, h) {
 			return false, nil // what came later may be of the new group
 		}
 	}
 	if !s.leases.stillOurs(h) {
 		return false, nil
 	}
+	anew, err := s.beganAnew(ctx)
+	if err != nil {
+		return false, err
+	}
+	if anew {
+		s.forgetAll()
+		return false, nil
+	}
 	s.log.Error("The consumer group was made anew, or all that is held here was acked elsewhere; putting it back", errors.New("group lost"), s.logFields)
 	return true, s.restoreLocked(ctx)
-}
-
-// sawGroup remembers how far the group has got, for regroup.
-func (s *subscription) sawGroup(lastDelivered string) {
-	s.regrouping.Lock()
-	defer s.regrouping.Unlock()
-	s.lastKnown = lastDelivered
 }

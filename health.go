@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
 // What the subscription does that can fail by itself.
 const (
+	dutyOpen  = "open"
 	dutyRead  = "read"
 	dutyAck   = "ack"
 	dutyRenew = "renew leases"
@@ -25,8 +28,8 @@ type health struct {
 	since   time.Time
 }
 
-func (s *subscription) failing(duty string, err error) {
-	lookAgain(s.client, err)
+func (s *subscription) markFailed(duty string, err error) {
+	s.client.Refresh(err)
 	h := &s.health
 	h.mu.Lock()
 	first := len(h.failing) == 0
@@ -37,12 +40,15 @@ func (s *subscription) failing(duty string, err error) {
 	err = fmt.Errorf("%s: %w", duty, err)
 	h.failing[duty] = err
 	h.mu.Unlock()
+	if redisx.IsClosed(err) && s.isClosing() {
+		s.giveUp() // it never serves again
+	}
 	if first && !s.isClosing() {
 		s.log.Error("Redis does not serve the subscription; trying again", err, s.logFields)
 	}
 }
 
-func (s *subscription) works(duty string) {
+func (s *subscription) markHealthy(duty string) {
 	h := &s.health
 	h.mu.Lock()
 	_, failed := h.failing[duty]
@@ -63,7 +69,7 @@ func (h *health) outage() (time.Time, error) {
 		return time.Time{}, nil
 	}
 	var errs []error
-	for _, duty := range []string{dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyBury} {
+	for _, duty := range []string{dutyOpen, dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyBury} {
 		if err := h.failing[duty]; err != nil {
 			errs = append(errs, err)
 		}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -107,22 +109,22 @@ const maxRemade = 10
 // sendIdempotent is send for a stream that is set to remember. Its XADDs do not make
 // the stream (NOMKSTREAM), or a deleted one would come back with the server's own
 // settings. An answer of nil says that it is gone, and that nothing is stored.
-func (p *Publisher) sendIdempotent(call *publishing) error {
-	if err := p.config.Idempotence.takes(len(call.adds)); err != nil {
+func (p *Publisher) sendIdempotent(topic string, call *xstream.Publishing) error {
+	if err := p.config.Idempotence.takes(call.Len()); err != nil {
 		return err
 	}
 	for range maxRemade {
-		if err := p.prepare(call.ctx, call.topic); err != nil {
+		if err := p.prepare(call.Context(), topic); err != nil {
 			return fmt.Errorf("nothing is stored: %w", err)
 		}
-		err := p.send(call)
+		err := p.send(topic, call)
 		if errors.Is(err, redis.Nil) {
-			p.prepared.Delete(call.topic)
-			call = call.again()
+			p.prepared.Delete(topic)
+			call = call.Again()
 			continue
 		}
-		if replyHas(err, "Invalid stream ID") { // a server that does not know IDMP has taken over
-			p.prepared.Delete(call.topic)
+		if redisx.ReplyHas(err, "Invalid stream ID") { // a server that does not know IDMP has taken over
+			p.prepared.Delete(topic)
 		}
 		return err
 	}
@@ -136,20 +138,20 @@ func (p *Publisher) prepare(ctx context.Context, topic string) error {
 	if _, ok := p.prepared.Load(topic); ok {
 		return nil
 	}
-	s := newStream(p.client, topic, "")
-	known, err := s.knowsIdempotence(ctx)
+	s := xstream.New(p.client, topic, "")
+	known, err := s.KnowsIdempotence(ctx)
 	if err == nil && !known {
-		return s.unsupported(ctx, "PublisherConfig.Idempotence needs XADD IDMP and XIDMPRECORD (Redis 8.6.2)")
+		return unsupported(ctx, &s, "PublisherConfig.Idempotence needs XADD IDMP and XIDMPRECORD (Redis 8.6.2)")
 	}
 	if err == nil {
-		err = s.setIdempotence(ctx, p.config.Idempotence.Window, p.config.Idempotence.MaxIDs)
+		err = s.SetIdempotence(ctx, p.config.Idempotence.Window, p.config.Idempotence.MaxIDs)
 	}
-	if denied(err) {
-		return fmt.Errorf("%w: PublisherConfig.Idempotence: %w", ErrUnsupported, discreet(err))
+	if redisx.IsDenied(err) {
+		return fmt.Errorf("%w: PublisherConfig.Idempotence: %w", ErrUnsupported, redisx.Redacted(err))
 	}
 	if err != nil {
-		lookAgain(p.client, err)
-		return fmt.Errorf("PublisherConfig.Idempotence: %w", discreet(err))
+		p.client.Refresh(err)
+		return fmt.Errorf("PublisherConfig.Idempotence: %w", redisx.Redacted(err))
 	}
 	p.prepared.Store(topic, struct{}{})
 	return nil

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // state is where an entry is on its way through this process.
@@ -39,8 +41,11 @@ type held struct {
 	next int64
 
 	released bool // its last holder gave it back: it crashed nobody
+	orphan   bool // pending in our own name, by a command whose answer was lost
 
 	begun time.Time // when it was read, or taken over; guarded by leases.mu
+
+	slot *slot // that has it in hand; nil: another goroutine has
 
 	stuck bool // it has died on a dead-letter stream, which was said
 
@@ -64,8 +69,9 @@ func (h *held) readHere() bool { return h.next == h.count && h.count == 1 }
 
 // leases is the register of what a subscription holds.
 type leases struct {
-	mu sync.Mutex
-	m  map[string]*held
+	mu     sync.Mutex
+	m      map[string]*held
+	strays []*held // deleted from the stream, handled still, and their IDs used anew
 }
 
 // add registers entries and returns those that were not held yet. An entry can
@@ -77,7 +83,10 @@ func (l *leases) add(hs []*held) []*held {
 	added := hs[:0]
 	for _, h := range hs {
 		// What was to be claimed, and is delivered to us instead, is ours already.
-		if old, ok := l.m[h.id]; ok && (old.state != found || h.state == found) {
+		old, ok := l.m[h.id]
+		if ok && old.gone {
+			l.strays = append(l.strays, old) // another entry with the same ID
+		} else if ok && (old.state != found || h.state == found) {
 			if h.state != found {
 				old.since, old.sent = h.since, h.sent
 			}
@@ -93,8 +102,11 @@ func (l *leases) remove(hs ...*held) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, h := range hs {
+		h.cancel = nil // with its message: one that waits keeps the others of its read
 		if l.m[h.id] == h {
 			delete(l.m, h.id)
+		} else if h.gone {
+			l.strays = slices.DeleteFunc(l.strays, func(other *held) bool { return other == h })
 		}
 	}
 }
@@ -102,8 +114,8 @@ func (l *leases) remove(hs ...*held) {
 func (l *leases) has(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_, ok := l.m[id]
-	return ok
+	h, ok := l.m[id]
+	return ok && !h.gone
 }
 
 // hasBefore reports whether the entry with the ID is held, and was before the other
@@ -249,11 +261,20 @@ func (l *leases) lose(h *held) {
 }
 
 // bereave notes that the entry is not in the stream any more: nobody can claim
-// it, so whoever handles it may finish.
-func (l *leases) bereave(h *held) {
+// it, so whoever handles it may finish. What is added under its ID is another entry.
+func (l *leases) bereave(hs ...*held) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h.gone = true
+	for _, h := range hs {
+		h.gone = true
+	}
+}
+
+// there returns those of the entries that were not found deleted.
+func (l *leases) there(hs []*held) []*held {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(hs), func(h *held) bool { return h.gone })
 }
 
 // cancelAll ends the contexts of all messages that are handed out.
@@ -261,6 +282,11 @@ func (l *leases) cancelAll(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, h := range l.m {
+		if h.cancel != nil {
+			h.cancel(cause)
+		}
+	}
+	for _, h := range l.strays {
 		if h.cancel != nil {
 			h.cancel(cause)
 		}
@@ -345,28 +371,14 @@ func (l *leases) claiming() bool {
 	return false
 }
 
-// renewal is a set of entries renewed by one command. Its min-idle is the time
-// since the youngest was confirmed.
-type renewal struct {
-	held     []*held
-	youngest time.Time
-}
-
-// maxRenewal keeps one renewal below a millisecond of the server's time.
-const maxRenewal = 1000
-
-// renewals returns what was not confirmed for age, oldest first.
-func (l *leases) renewals(age time.Duration) []renewal {
+// renewals returns what was not confirmed for age, in the order of the IDs.
+func (l *leases) renewals(age time.Duration) []*held {
 	hs := l.ours()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	hs = slices.DeleteFunc(hs, func(h *held) bool { return time.Since(h.since) < age })
-	slices.SortFunc(hs, func(a, b *held) int { return a.since.Compare(b.since) })
-	var rs []renewal
-	for chunk := range slices.Chunk(hs, maxRenewal) {
-		rs = append(rs, renewal{chunk, chunk[len(chunk)-1].since})
-	}
-	return rs
+	slices.SortFunc(hs, func(a, b *held) int { return xstream.CompareIDs(a.id, b.id) })
+	return hs
 }
 
 // waitHeap orders entries by when they are due.
@@ -382,6 +394,17 @@ func (w *waitHeap) Pop() any {
 	old[len(old)-1] = nil
 	*w = old[:len(old)-1]
 	return h
+}
+
+// due returns how many are due.
+func (w waitHeap) due(now time.Time) int {
+	n := 0
+	for _, h := range w {
+		if !h.due.After(now) {
+			n++
+		}
+	}
+	return n
 }
 
 func (w *waitHeap) push(h *held) { heap.Push(w, h) }

@@ -7,9 +7,13 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -39,7 +43,7 @@ type PublisherConfig struct {
 
 func (c PublisherConfig) validate() error {
 	errs := configErrors{typeName: "PublisherConfig"}
-	if isNilClient(c.Client) {
+	if redisx.IsNil(c.Client) {
 		errs.add("Client", "is required")
 	}
 	if c.DefaultMaxLen < 0 {
@@ -66,8 +70,7 @@ func (c PublisherConfig) validate() error {
 // pipeline.
 type Publisher struct {
 	config PublisherConfig
-	client redis.UniversalClient
-	single *redis.Client // nil: no raw MULTI in a pipeline (Cluster, Ring)
+	client redisx.Client
 	logger watermill.LoggerAdapter
 	quiet  bool // the logger discards everything
 
@@ -76,9 +79,9 @@ type Publisher struct {
 
 	prepared sync.Map // topics whose streams are set for Idempotence
 
-	line *line // what gathers while a pipeline is under way shares the next
+	line *pipeline.Line // what gathers while a pipeline is under way shares the next
 
-	calls sync.RWMutex // held by each call; Close waits for it
+	calls calls
 }
 
 var _ message.Publisher = (*Publisher)(nil)
@@ -99,9 +102,9 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 	if logger == nil {
 		logger = watermill.NopLogger{}
 	}
-	single, _ := config.Client.(*redis.Client)
+	client := redisx.Client{UniversalClient: config.Client}
 	_, quiet := logger.(watermill.NopLogger)
-	return &Publisher{config: config, client: config.Client, single: single, line: newLine(config.Client, 1), logger: logger, quiet: quiet}, nil
+	return &Publisher{config: config, client: client, line: pipeline.New(client, 1, false), logger: logger, quiet: quiet}, nil
 }
 
 // String names the Publisher in Watermill's logs and metadata.
@@ -110,14 +113,18 @@ func (p *Publisher) String() string { return "goxstreams.Publisher" }
 // Publish adds the messages to the topic's stream, in their order, in one round
 // trip: all of them, or none. It returns nil when Redis has stored them, and an
 // error when it has not, with one exception: errors.Is(err, ErrOutcomeUnknown)
-// says that the connection broke before the answer. Nothing is sent a second
-// time. (The first call of several messages asks for the right to MULTI before.)
+// says that the messages were written to a connection which then broke before the
+// answer. Nothing is sent a second time. (The first call of several messages asks
+// for the right to MULTI before.)
+//
+// However many callers wait, it ends within what the client's options allow for one
+// command: PoolTimeout for its turn, then the dial, the write and the read. A call
+// that did not get its turn has redis.ErrPoolTimeout in its error.
 //
 // The messages' contexts are there for their values (tracing); their end is
-// ignored, the client's timeouts bound the call. To publish nothing does nothing.
+// ignored, the client's timeouts bound the call. Calls that share a pipeline have
+// nobody's values. To publish nothing does nothing.
 func (p *Publisher) Publish(topic string, messages ...*message.Message) error {
-	p.calls.RLock()
-	defer p.calls.RUnlock()
 	if len(messages) == 0 {
 		return nil
 	}
@@ -141,20 +148,24 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 	if err != nil {
 		return err
 	}
+	// The Marshaler is over: it may have published, or closed, through this Publisher.
+	p.calls.begin()
+	defer p.calls.end()
 	if p.config.Idempotence != nil {
-		return p.sendIdempotent(call)
+		return p.sendIdempotent(topic, call)
 	}
-	return p.send(call)
+	return p.send(topic, call)
 }
 
 // marshal returns the call's commands.
-func (p *Publisher) marshal(topic string, messages []*message.Message) (*publishing, error) {
-	call := &publishing{topic: topic, adds: make([]onceStringCmd, len(messages))}
-	prefix := p.addArgs(topic)
+func (p *Publisher) marshal(topic string, messages []*message.Message) (*xstream.Publishing, error) {
+	var call *xstream.Publishing
+	prefix := p.addPrefix(topic)
 	for i, msg := range messages {
-		args := make([]any, len(prefix), len(prefix)+usualArgs)
-		copy(args, prefix)
-		args, err := p.appendMessage(args, topic, msg)
+		if call == nil && msg != nil {
+			call = xstream.NewPublishing(msg.Context(), len(messages))
+		}
+		err := p.add(call, prefix, topic, msg)
 		if err != nil {
 			uuid := ""
 			if msg != nil {
@@ -162,73 +173,62 @@ func (p *Publisher) marshal(topic string, messages []*message.Message) (*publish
 			}
 			return nil, fmt.Errorf("marshal message %d of %d (UUID %q): %w", i+1, len(messages), uuid, err)
 		}
-		call.adds[i] = onceStringCmd{redis.NewStringCmd(context.Background(), args...)}
 	}
-	call.ctx = context.WithoutCancel(messages[0].Context())
 	return call, nil
 }
 
-func (p *Publisher) send(call *publishing) error {
-	if len(call.adds) > 1 {
-		node, err := p.node(call.ctx, call.topic)
-		if err == nil {
-			err = p.probeMulti(call.ctx, node)
-		}
-		if err != nil {
-			lookAgain(p.client, err)
-			return fmt.Errorf("nothing is stored: %w", discreet(err))
-		}
-		call.node = node
+func (p *Publisher) add(call *xstream.Publishing, prefix []any, topic string, msg *message.Message) error {
+	if msg == nil {
+		_, err := appendFields(nil, p.config.Marshaler, topic, nil)
+		return err
 	}
-	if p.single == nil {
-		return p.publishTx(call)
-	}
-	return p.share(call)
-}
-
-// usualArgs is the room for an ID, the UUID to remember, and what DefaultMarshaler
-// returns.
-const usualArgs = 1 + 3 + 6
-
-// appendMessage appends what differs from message to message.
-func (p *Publisher) appendMessage(args []any, topic string, msg *message.Message) ([]any, error) {
+	producerID := ""
 	if i := p.config.Idempotence; i != nil {
-		if msg != nil && msg.UUID == "" {
-			return nil, errNoUUID
+		if msg.UUID == "" {
+			return errNoUUID
 		}
-		if msg != nil {
-			args = append(args, "idmp", i.ProducerID, msg.UUID)
-		}
+		producerID = i.ProducerID
 	}
-	return appendFields(append(args, "*"), p.config.Marshaler, topic, msg)
+	args, err := appendFields(call.Begin(prefix, producerID, msg.UUID), p.config.Marshaler, topic, msg)
+	if err == nil {
+		call.Add(args)
+	}
+	return err
 }
 
-// addArgs returns what is the same for all of a topic's messages.
-func (p *Publisher) addArgs(topic string) []any {
+// addPrefix returns what is the same for all of a topic's messages.
+func (p *Publisher) addPrefix(topic string) []any {
 	maxLen, ok := p.config.MaxLens[topic]
 	if !ok {
 		maxLen = p.config.DefaultMaxLen
 	}
-	args := []any{"xadd", topic}
-	if p.config.Idempotence != nil {
-		args = append(args, "nomkstream") // see sendIdempotent
-	}
-	if maxLen > 0 {
-		args = append(args, "maxlen", "~", maxLen)
-	}
-	return args
+	return xstream.AddPrefix(topic, maxLen, p.config.Idempotence != nil) // see sendIdempotent
 }
 
-// node returns the topic's; nil if the client is of a type that does not say.
-func (p *Publisher) node(ctx context.Context, topic string) (*redis.Client, error) {
-	s := newStream(p.client, topic, "")
-	c, err := s.node(ctx)
-	node, _ := c.(*redis.Client)
-	return node, err
+func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
+	var node *redis.Client
+	if call.Len() > 1 {
+		if node, err = p.client.Node(call.Context(), topic); err == nil {
+			err = p.probeMulti(call.Context(), node)
+		}
+		if err != nil {
+			p.client.Refresh(err)
+			return fmt.Errorf("nothing is stored: %w", redisx.Redacted(err))
+		}
+	}
+	if p.client.Single() == nil {
+		err = call.SendTo(p.client)
+	} else {
+		err = call.Send(p.line)
+	}
+	if xstream.MultiRefused(err) {
+		p.forgetMulti(node)
+	}
+	return err
 }
 
-// A question is asked once: who comes meanwhile waits for its answer. A question
-// without an error stays.
+// A question is asked once: callers that come meanwhile wait for its answer. A
+// question without an error stays.
 type question struct {
 	answered chan struct{}
 	err      error
@@ -259,22 +259,8 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 			p.forgetMulti(node)
 		}
 	}()
-	q.err = askMulti(ctx, node)
+	q.err = xstream.AskMulti(ctx, node)
 	return q.err
-}
-
-func askMulti(ctx context.Context, node *redis.Client) error {
-	multi, exec := newOnce(ctx, "multi"), newOnce(ctx, "exec")
-	execPipeline(ctx, node, []redis.Cmder{multi, exec})
-	for _, err := range []error{multi.Err(), exec.Err()} {
-		if denied(err) {
-			return fmt.Errorf("several messages in one call need the right to MULTI and EXEC: %w", err)
-		}
-		if err != nil { // nothing of the call was sent: not unknown
-			return err
-		}
-	}
-	return nil
 }
 
 // forgetMulti makes the next call ask again.
@@ -286,150 +272,54 @@ func (p *Publisher) forgetMulti(node *redis.Client) {
 	}
 }
 
-// publishing is one call of Publish on its way: a bare XADD, or several within
-// MULTI and EXEC.
-type publishing struct {
-	ctx   context.Context
-	topic string
-	node  *redis.Client // of several messages
-	multi onceCmd       // around several
-	adds  []onceStringCmd
-	exec  onceRawCmd
-}
-
-// again returns the call's commands anew, to be sent once more.
-func (c *publishing) again() *publishing {
-	call := &publishing{ctx: c.ctx, topic: c.topic, adds: make([]onceStringCmd, len(c.adds))}
-	for i, add := range c.adds {
-		call.adds[i] = onceStringCmd{redis.NewStringCmd(context.Background(), add.Args()...)}
-	}
-	return call
-}
-
-// share sends the call in one round trip, with others that come at the same time.
-func (p *Publisher) share(call *publishing) error {
-	if len(call.adds) == 1 {
-		_ = p.line.Process(call.ctx, call.adds[0])
-		return call.bareResult()
-	}
-	call.multi, call.exec = newOnce(call.ctx, "multi"), onceRawCmd{redis.NewRawCmd(call.ctx, "exec")}
-	cmds := make([]redis.Cmder, 0, len(call.adds)+2)
-	cmds = append(cmds, call.multi)
-	for _, add := range call.adds {
-		cmds = append(cmds, add)
-	}
-	if err := p.line.do(call.ctx, append(cmds, call.exec)...); err != nil {
-		return outcome(err)
-	}
-	err := call.executed()
-	if denied(call.multi.Err()) || denied(err) {
-		p.forgetMulti(call.node)
-	}
-	if call.multi.Err() != nil {
-		return call.bareResult()
-	}
-	return outcome(err)
-}
-
-// executed reads EXEC's reply, which has the errors of the commands in it. Their
-// IDs are of no use here, but a missing one is redis.Nil, as of a bare XADD.
-func (c *publishing) executed() error {
-	if err := c.exec.Err(); err != nil {
-		return err
-	}
-	reply := resp(c.exec.Val())
-	n, err := reply.list()
-	if err != nil {
-		// EXECABORT says that a command was refused, but not why.
-		for _, add := range c.adds {
-			if add.Err() != nil && isReply(add.Err()) && isReply(err) {
-				return add.Err()
-			}
-		}
-		return err
-	}
-	if n < len(c.adds) { // EXEC's nil: somebody had left a WATCH on the connection
-		return redis.TxFailedErr
-	}
-	for range n {
-		id, err := reply.bulk()
-		if err != nil {
-			return err
-		}
-		if id == "" {
-			return redis.Nil
-		}
-	}
-	return nil
-}
-
-// errQueued says that a command was queued in a transaction that nobody can
-// execute: EXEC was denied to whoever began it on this connection. It is then
-// never executed, so that nothing is stored.
-var errQueued = redisReply("ERR queued on a connection whose EXEC was denied")
-
-// bareResult reads the answers to messages that ran by themselves: a single
-// one, or several whose MULTI was refused (the right to it was taken away since
-// probeMulti asked).
-func (c *publishing) bareResult() error {
-	stored := 0
-	var first error
-	for _, add := range c.adds {
-		err := add.Err()
-		if err == nil && add.Val() == "QUEUED" {
-			err = errQueued
-		}
-		if err == nil {
-			stored++
-		} else if first == nil {
-			first = err
-		}
-	}
-	switch stored {
-	case len(c.adds):
-		return nil
-	case 0:
-		return outcome(first)
-	}
-	return fmt.Errorf("%w: MULTI was refused, and %d of %d messages are stored: %w", ErrOutcomeUnknown, stored, len(c.adds), discreet(first))
-}
-
-// publishTx publishes a call by itself, where a pipeline is not one connection:
-// the client routes the transaction to the key's node.
-func (p *Publisher) publishTx(call *publishing) error {
-	if len(call.adds) == 1 {
-		return outcome(p.client.Process(call.ctx, call.adds[0]))
-	}
-	_, err := p.client.TxPipelined(call.ctx, func(pipe redis.Pipeliner) error {
-		for _, add := range call.adds {
-			_ = pipe.Process(call.ctx, add)
-		}
-		return nil
-	})
-	if replyHas(err, "'multi'") && denied(err) {
-		// Taken away since probeMulti asked. The messages run one by one then, and
-		// go-redis does not say what became of each.
-		p.forgetMulti(call.node)
-		return fmt.Errorf("%w: MULTI was refused, and the messages ran one by one: %w", ErrOutcomeUnknown, discreet(err))
-	}
-	return outcome(err)
-}
-
-// outcome tells an answer of the server, and what never reached it, from a
-// connection that broke in between.
-func outcome(err error) error {
-	if err == nil || isReply(err) || neverSent(err) {
-		return discreet(err)
-	}
-	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
-}
-
-// Close waits for the calls under way. It does not close the client, and since
-// there is nothing else to close, the Publisher can be used again: Watermill's
-// router closes a handler's publisher when that handler ends, and one that other
-// handlers share must outlive it.
+// Close waits for the calls under way: for as long at most as the client's options
+// allow for one command. It does not close the client, and since there is nothing
+// else to close, the Publisher can be used again: Watermill's router closes a
+// handler's publisher when that handler ends, and one that other handlers share must
+// outlive it.
 func (p *Publisher) Close() error {
-	p.calls.Lock()
-	defer p.calls.Unlock()
+	timer := time.NewTimer(p.client.CallTimeout())
+	defer timer.Stop()
+	select {
+	case <-p.calls.idle():
+	case <-timer.C: // of a hook that waits for this, say
+	}
 	return nil
+}
+
+// calls counts what is under way.
+type calls struct {
+	mu   sync.Mutex
+	n    int
+	none chan struct{} // closed when none is; nil: nobody waits for that
+}
+
+func (c *calls) begin() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.n++
+}
+
+func (c *calls) end() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n--; c.n == 0 && c.none != nil {
+		close(c.none)
+		c.none = nil
+	}
+}
+
+// idle returns a channel that is closed as soon as nothing is under way.
+func (c *calls) idle() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n == 0 {
+		none := make(chan struct{})
+		close(none)
+		return none
+	}
+	if c.none == nil {
+		c.none = make(chan struct{})
+	}
+	return c.none
 }

@@ -1,9 +1,10 @@
 package goxstreams
 
 import (
-	"context"
-	"sync/atomic"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/poll"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 const (
@@ -21,175 +22,92 @@ const (
 
 	// sharedPrefetch is the prefetch of a fast handler whose topic is read with others.
 	sharedPrefetch = 2
-
-	// orphanPage is how many pending entries one look for orphans sees.
-	orphanPage = 1000
 )
 
-// reader is the goroutine that reads what is new in the stream. While it waits in
-// a watch, its fields are those of whoever leads there.
+// reader is the subscription's side of its poller (a poll.Member), and the goroutine
+// that sees to it when reading fails.
 type reader struct {
-	s     *subscription
-	after string // fan-out: the last ID read
-
-	last   time.Time // of the last read
-	asked  int       // entries; 0: with other streams, of which one entry is read at a time
-	got    int
-	size   int  // of an entry of the last read, in bytes
-	failed bool // the answer to the last read may be lost
-	alone  bool // reads by itself, since there is more in the stream
-	shy    bool // a read with others was refused: not again at once
-	full   int  // the watch's last round that left more in the stream
-	pause  backoff
-
-	watch atomic.Pointer[watch] // set while the reader waits in one
-	turn  chan turn
-	key   watchKey
-	group *watchGroup // set under hub.mu
-
+	s    *subscription
+	seat *poll.Seat
 	done chan struct{}
+
+	// Guarded by subscription.mu.
+	last  time.Time // of the last read
+	asked int       // entries; 0: with other streams, of which one entry is read at a time
+	got   int
+	size  int // of an entry of the last read, in bytes
 }
 
-func newReader(s *subscription) *reader {
-	return &reader{s: s, turn: make(chan turn, 1), done: make(chan struct{})}
-}
+func newReader(s *subscription) *reader { return &reader{s: s, done: make(chan struct{})} }
 
-// run reads until the subscription stops.
+// run has the poller read until the subscription leaves.
 func (r *reader) run() {
 	defer close(r.done)
 	s := r.s
-	defer s.hub.part(r)
+	pause := backoff{}
 	for {
-		count := s.awaitRoom(r)
-		if count == 0 {
+		began := time.Now()
+		err := r.seat.Serve()
+		if err == nil {
 			return
 		}
-		switch err := r.fetch(count); {
-		case err == nil:
-		case err == errLookAlone:
-			r.shy = true
-		default:
-			r.failed = true
-			s.failing(dutyRead, err)
-			if groupLost(err) {
-				_ = s.regroup() // if that fails, the next read says so again
-			}
-			if !r.pause.wait(s.closing) {
-				return
-			}
+		if time.Since(began) > 2*maxBackoff {
+			pause.reset() // it has worked meanwhile
+		}
+		s.markFailed(dutyRead, err)
+		if xstream.GroupLost(err) {
+			_ = s.regroup() // if that fails, the next read says so again
+		}
+		if !pause.wait(s.closing) {
+			return
 		}
 	}
 }
 
-// fetch enqueues entries: what is there at once if the reader is by itself, or
-// what comes while it waits for more.
-func (r *reader) fetch(count int) error {
+// Take enqueues what was read.
+func (r *reader) Take(b poll.Batch) {
 	s := r.s
-	if r.failed {
-		// The answer to the failed read may be lost, but not what it took.
-		if err := s.findOrphans(s.ctx); err != nil {
-			return err
-		}
-	}
-	if r.failed || r.shy {
-		// Whether it works is to be known at once, and of this stream.
-		sent := time.Now()
-		entries, err := s.stream.readNow(s.ctx, r.cursor(), 1, s.cfg.NoAck)
-		if err != nil {
-			return err
-		}
-		r.serves()
-		if r.took(entries, 1, sent, time.Now()); len(entries) > 0 {
-			return nil
-		}
-	}
-	if r.alone {
-		s.hub.ahead.Add(int64(count)) // so that others do not count on the same room
-		sent := time.Now()
-		entries, err := r.group.readAlone(r, count)
-		s.hub.ahead.Add(-int64(count))
-		if err != nil {
-			return err
-		}
-		r.alone = len(entries) == count
-		if r.took(entries, count, sent, time.Now()); len(entries) > 0 {
-			r.serves()
-			return nil
-		}
-	}
-	if r.shy {
-		r.shy = false
-		if !r.pause.wait(s.closing) {
-			return nil
-		}
-	}
-	return s.hub.wait(r)
-}
-
-// cursor is where the reader goes on.
-func (r *reader) cursor() cursor {
-	if r.s.fanOut() {
-		return cursor{r.s.topic, r.after}
-	}
-	return cursor{r.s.topic, ">"}
-}
-
-// took enqueues what was read.
-func (r *reader) took(entries []entry, asked int, sent, at time.Time) {
-	if len(entries) == 0 {
-		return
-	}
-	r.after = entries[len(entries)-1].id
 	size := 0
-	for _, e := range entries {
-		for _, f := range e.fields {
+	for _, e := range b.Entries {
+		for _, f := range e.Fields {
 			size += len(f)
 		}
 	}
-	r.size = size / len(entries)
-	r.asked, r.got, r.last = asked, len(entries), at
-	r.s.enqueue(entries, sent, at)
+	s.mu.Lock()
+	r.size = size / len(b.Entries)
+	r.asked, r.got, r.last = b.Asked, len(b.Entries), b.At
+	s.mu.Unlock()
+	s.enqueue(b)
 }
 
-// fits returns how many entries like the last ones are read at a time, and ahead.
-func (r *reader) fits() int { return max(1, maxRead/max(1, r.size)) }
+// Holds reports whether the entry is in this subscription's hands.
+func (r *reader) Holds(id string) bool { return r.s.leases.has(id) }
 
-// serves notes that reading works.
-func (r *reader) serves() {
-	r.failed = false
-	r.s.works(dutyRead)
-}
+// Reading notes that reading works, or that there is no need to.
+func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 
-// findOrphans offers what is pending in this consumer's name and not held: the
-// answer to a read or claim was lost, so that nobody knows of these entries.
-// Only a generated name says that they are ours; with a given one, and once too many
-// waited for a retry, the claimer finds them when their time is up.
-func (s *subscription) findOrphans(ctx context.Context) error {
-	if !s.leased() || !s.uniqueName || s.overflowed.Load() {
-		return nil
+// Orphans offers what is pending in the consumer's name and in nobody's hands: the
+// answer to a read or claim was lost.
+func (r *reader) Orphans(rows []xstream.Pending) {
+	s := r.s
+	if s.overflowed.Load() {
+		return // what was given up waits for its lease to run out
 	}
-	var orphans []*held
-	for start := "-"; ; {
-		rows, err := s.stream.pending(ctx, 0, start, "+", orphanPage, s.stream.consumer)
-		if err != nil {
-			return err
-		}
-		now := time.Now()
-		for _, p := range rows {
-			orphans = append(orphans, &held{id: p.id, count: p.count, next: p.count, since: now.Add(-p.idle)})
-		}
-		if len(rows) < orphanPage {
-			break
-		}
-		start = "(" + rows[len(rows)-1].id
+	now := time.Now()
+	orphans := make([]*held, len(rows))
+	for i, p := range rows {
+		orphans[i] = &held{id: p.ID, count: p.Count, next: p.Count, since: now.Add(-p.Idle), orphan: true}
 	}
-	s.offerClaims(orphans) // but for those that are in flight here
-	return nil
+	s.offerClaims(orphans)
 }
 
-// adapt returns the prefetch for the next read, given the one so far. It is
+// fitsLocked returns how many entries like the last ones are read at a time, and
+// ahead.
+func (r *reader) fitsLocked() int { return max(1, maxRead/max(1, r.size)) }
+
+// adaptLocked returns the prefetch for the next read, given the one so far. It is
 // asked when there is room for a read again.
-func (r *reader) adapt(prefetch, batchSize int) int {
+func (r *reader) adaptLocked(prefetch, batchSize int) int {
 	if r.last.IsZero() {
 		return prefetch
 	}
@@ -202,26 +120,20 @@ func (r *reader) adapt(prefetch, batchSize int) int {
 		prefetch = min(max(1, 2*prefetch), batchSize)
 	case r.asked == 0:
 		// One entry says little; but a topic with room for the next one needs not
-		// leave its watch and wake it to come back.
+		// leave its connection and wake it to come back.
 		prefetch = min(max(prefetch, sharedPrefetch), batchSize)
 	}
 	r.last = time.Time{}
 	return prefetch
 }
 
-// interrupt ends a blocked read, again and again until stopped reports that
-// the reader has noticed.
-func (r *reader) interrupt(stopped func() bool) {
-	var pause wakePause
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for !stopped() {
-		w := r.watch.Load()
-		timer.Reset(pause.next(w != nil && w.wake(r))) // from the answer on, however slow that was
-		select {
-		case <-r.done:
-			return
-		case <-timer.C:
-		}
+// leave ends the reading, before abandon if the server answers.
+func (r *reader) leave() {
+	r.seat.Leave()
+	select {
+	case <-r.done:
+	case <-r.s.abandon:
+		r.seat.Abandon()
+		<-r.done
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"sync/atomic"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // SubscriptionStats is what one subscription is doing, and has done.
@@ -30,7 +32,8 @@ type SubscriptionStats struct {
 	Since time.Time // its beginning
 }
 
-// Stats returns the state of each open subscription, for metrics and readiness
+// Stats returns the state of each subscription that is open, or waits for Redis
+// (SubscriberConfig.WaitForRedis), for metrics and readiness
 // probes. It makes no call to Redis.
 func (s *Subscriber) Stats() []SubscriptionStats {
 	s.mu.Lock()
@@ -49,7 +52,7 @@ type counters struct {
 
 func (s *subscription) snapshot() SubscriptionStats {
 	st := SubscriptionStats{
-		Topic: s.topic, Group: s.stream.group,
+		Topic: s.topic, Group: s.stream.Group,
 		Delivered: s.stats.delivered.Load(), Retried: s.stats.retried.Load(),
 		Acked: s.stats.acked.Load(), Nacked: s.stats.nacked.Load(),
 		Claimed: s.stats.claimed.Load(), Released: s.stats.released.Load(), Broken: s.stats.broken.Load(),
@@ -100,24 +103,24 @@ func (s *Subscriber) topicStats(ctx context.Context, topic string) (st TopicStat
 		return st, errors.New("the topic is empty")
 	}
 	st = TopicStats{Topic: topic, Group: s.config.ConsumerGroup}
-	stream := newStream(s.config.Client, topic, st.Group)
-	if st.Length, err = stream.length(ctx); err != nil || st.Group == "" {
+	stream := xstream.New(s.shared.client, topic, st.Group)
+	if st.Length, err = stream.Length(ctx); err != nil || st.Group == "" {
 		return st, err
 	}
-	group, err := stream.groupInfo(ctx)
+	group, err := stream.GroupInfo(ctx)
 	if err != nil {
 		return st, err
 	}
-	st.Lag, st.Consumers = group.lag, group.consumers
+	st.Lag, st.Consumers = group.Lag, group.Consumers
 	var oldest string
-	if st.Pending, oldest, err = stream.pendingSummary(ctx); err != nil {
+	if st.Pending, oldest, err = stream.PendingSummary(ctx); err != nil {
 		return st, err
 	}
 	if published := (Delivery{ID: oldest}).Time(); !published.IsZero() {
 		st.OldestPending = max(0, time.Since(published))
 	}
 	st.DeadLetterTopic = s.config.DeadLetterTopic(topic)
-	deadLetters := newStream(s.config.Client, st.DeadLetterTopic, "")
-	st.DeadLetters, err = deadLetters.length(ctx)
+	deadLetters := xstream.New(s.shared.client, st.DeadLetterTopic, "")
+	st.DeadLetters, err = deadLetters.Length(ctx)
 	return st, err
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,6 +11,8 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -31,8 +32,11 @@ const (
 // is copied; nothing in it is changed.
 type SubscriberConfig struct {
 	// Client is required. It stays the caller's: the Subscriber does not close
-	// it, and takes half of its connection pool at most for reads that wait
-	// (what more it needs it opens with the same options).
+	// it. Reads that wait take none of its pool: for these the Subscriber opens
+	// connections of its own with the client's options, one for each topic and eight
+	// at most (in a Cluster: for each slot). A client of another type, such as
+	// struct{ redis.UniversalClient }, has no options to be known: reads that wait
+	// take one connection of its pool, for 100ms each.
 	Client redis.UniversalClient
 
 	// Unmarshaler turns an entry into a message. Default: DefaultMarshaler{}.
@@ -44,9 +48,9 @@ type SubscriberConfig struct {
 	// ClaimMinIdle and Retry's place in Redis need a group.
 	ConsumerGroup string
 
-	// Consumer is the name in the group. It need not be unique. Default: the
-	// host's name and a random suffix, for each subscription, removed again when
-	// it closes with nothing pending.
+	// Consumer is how the name in the group begins. A random suffix makes it
+	// unique; the name is removed again on Close, if nothing is pending under it.
+	// All subscriptions of a Subscriber have the same. Default: the host's name.
 	Consumer string
 
 	// StartID is the entry after which a group that does not exist yet, or a
@@ -66,17 +70,29 @@ type SubscriberConfig struct {
 	BatchSize int
 
 	// BlockTime is how long one read waits for entries, in whole milliseconds.
-	// A longer time saves commands on an idle topic and delays nothing. Default
-	// 5s.
+	// A longer time saves commands on an idle topic, and does not delay what comes.
+	// But it is what goes by until a subscription notices that its connection was
+	// dropped without a word, as some balancers do with idle ones (then BlockTime
+	// and the client's ReadTimeout), or that its server is not the master any more
+	// and goes on answering. Stay below the balancer's idle timeout. Default 5s.
 	BlockTime time.Duration
+
+	// WaitForRedis is how long Subscribe waits for a Redis that cannot be reached,
+	// or that is there and not ready (loading, say, or a replica yet), instead of
+	// failing. Meanwhile Stats shows the subscription with its error, and an error is
+	// logged once; Close and the end of Subscribe's context end the wait. What only
+	// a change of the configuration mends, such as a wrong password, fails at once
+	// all the same. 0: it does not wait. Default 0.
+	WaitForRedis time.Duration
 
 	// NoAck reads with XREADGROUP NOACK: at most once. Nothing is pending, so
 	// that nothing is retried, and what was read ahead is lost with the process.
 	NoAck bool
 
-	// DeleteAcked deletes acked entries from the stream, once every group has
-	// acked them (goxstreams' CleaneUp). Several groups on a topic need Redis
-	// 8.2; without, Subscribe fails with ErrUnsupported.
+	// DeleteAcked deletes entries from the stream once every group has acked them and
+	// every fan-out has read them (goxstreams' CleaneUp), also those of before it was
+	// set. Several groups on a topic need Redis 8.2; without, Subscribe fails with
+	// ErrUnsupported.
 	DeleteAcked bool
 
 	// ClaimMinIdle is how long a message that is being handled may go without
@@ -191,7 +207,7 @@ const minLease = 10 * time.Millisecond
 // validate returns every mistake of the config as the caller gave it.
 func (c SubscriberConfig) validate() error {
 	errs := configErrors{typeName: "SubscriberConfig"}
-	if isNilClient(c.Client) {
+	if redisx.IsNil(c.Client) {
 		errs.add("Client", "is required")
 	}
 	if c.StartID != "" && !isStartID(c.StartID) {
@@ -211,6 +227,7 @@ func (c SubscriberConfig) validate() error {
 		least time.Duration
 	}{
 		{"BlockTime", c.BlockTime, time.Millisecond}, // 0 ms would mean forever
+		{"WaitForRedis", c.WaitForRedis, time.Millisecond},
 		{"ClaimMinIdle", c.ClaimMinIdle, minLease},
 		{"ClaimInterval", c.ClaimInterval, time.Millisecond},
 		{"CloseTimeout", c.CloseTimeout, time.Millisecond},
@@ -256,26 +273,7 @@ func (c SubscriberConfig) validate() error {
 	if c.NoAck && c.DeleteAcked {
 		errs.add("NoAck", "excludes DeleteAcked: nothing is acked")
 	}
-	if c.Consumer == releasedConsumer {
-		errs.add("Consumer", "%q is where released messages are parked", releasedConsumer)
-	}
 	return errs.err()
-}
-
-// isNilClient also sees a nil pointer in the interface, which is what
-// forgetting to make the client leaves there.
-func isNilClient(c redis.UniversalClient) bool {
-	switch c := c.(type) {
-	case nil:
-		return true
-	case *redis.Client:
-		return c == nil
-	case *redis.ClusterClient:
-		return c == nil
-	case *redis.Ring:
-		return c == nil
-	}
-	return false
 }
 
 // Subscriber is a Watermill Subscriber over Redis Streams. It may be used by
@@ -283,11 +281,11 @@ func isNilClient(c redis.UniversalClient) bool {
 type Subscriber struct {
 	config SubscriberConfig
 	logger watermill.LoggerAdapter
-	hub    *hub
+	shared *shared
 	typed  *typed // a Consumer's part; nil without
 
 	mu      sync.Mutex
-	subs    map[*subscription]struct{}
+	subs    map[*subscription]struct{} // those that open among them
 	opening sync.WaitGroup
 	closed  bool
 }
@@ -313,7 +311,7 @@ func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Su
 	return &Subscriber{
 		config: config,
 		logger: logger,
-		hub:    newHub(config),
+		shared: newShared(config, logger),
 		subs:   make(map[*subscription]struct{}),
 	}, nil
 }
@@ -338,24 +336,25 @@ func (s *Subscriber) Subscribe(ctx context.Context, topic string) (<-chan *messa
 }
 
 func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription, error) {
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		return nil, ErrSubscriberClosed
-	}
-	s.opening.Add(1)
-	s.mu.Unlock()
-	defer s.opening.Done()
-
 	if topic == "" {
 		return nil, errors.New("the topic is empty")
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	sub := newSubscription(s, ctx, topic)
-	if err := sub.open(ctx); err != nil {
-		s.hub.leave(topic, sub.ordinal, true) // nothing was read
+	sub := newSubscription(s, ctx, topic) // calls DeadLetterTopic, which may call Close
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil, ErrSubscriberClosed
+	}
+	s.opening.Add(1)
+	s.subs[sub] = struct{}{}
+	s.mu.Unlock()
+	defer s.opening.Done()
+
+	if err := sub.openPatiently(ctx); err != nil {
+		s.forget(sub)
 		return nil, err
 	}
 	if sub.fanOut() {
@@ -363,40 +362,74 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	} else {
 		s.logger.Info("Subscribing to Redis stream", sub.logFields)
 	}
-
-	s.mu.Lock()
-	s.subs[sub] = struct{}{}
-	if s.closed { // Close waits for it
-		sub.close()
-	}
 	sub.start()
-	s.mu.Unlock()
 	go func() {
 		<-sub.done
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.subs, sub)
+		s.forget(sub)
 	}()
 	return sub, nil
+}
+
+func (s *Subscriber) forget(sub *subscription) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.subs, sub)
+}
+
+// openPatiently opens the subscription, and waits for Redis if the config says so.
+func (s *subscription) openPatiently(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-s.closing:
+			cancel(ErrSubscriberClosed)
+		case <-ctx.Done():
+		}
+	}()
+	deadline := time.Now().Add(s.cfg.WaitForRedis)
+	for pause := (backoff{}); ; {
+		err := s.open(ctx)
+		switch {
+		case err == nil:
+			s.markHealthy(dutyOpen)
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case !redisx.NotReady(err) || !time.Now().Before(deadline):
+			return err
+		}
+		s.markFailed(dutyOpen, err)
+		pause.wait(ctx.Done())
+	}
 }
 
 // open does what must be done before Subscribe returns.
 func (s *subscription) open(ctx context.Context) error {
 	if s.fanOut() {
-		s.reader.after = s.cfg.StartID
-		if s.cfg.StartID == "$" {
-			last, err := s.stream.lastID(ctx)
-			if err != nil {
-				return err
-			}
-			s.reader.after = last
+		after := s.cfg.StartID
+		info, err := s.stream.Info(ctx)
+		if redisx.IsDenied(err) && after != "$" {
+			info, err = xstream.Info{Last: "0-0", Added: -1}, nil
 		}
+		if err != nil {
+			return err
+		}
+		if after == "$" {
+			after = info.Last
+		}
+		s.reader.seat = s.shared.poller.NewSeat(s.topic, s.reader, after)
+		s.position.begin(ctx, after, info)
 		return nil
+	}
+	s.reader.seat = s.shared.poller.NewSeat(s.topic, s.reader, "")
+	if err := s.stream.CheckRights(ctx); err != nil {
+		return err
 	}
 	if err := s.checkDeadLetters(ctx); err != nil {
 		return err
 	}
-	if err := s.stream.createGroup(ctx, s.cfg.StartID); err != nil {
+	if _, err := s.stream.CreateGroup(ctx, s.cfg.StartID); err != nil {
 		return err
 	}
 	if s.cfg.DeleteAcked {
@@ -405,7 +438,7 @@ func (s *subscription) open(ctx context.Context) error {
 		}
 	}
 	// The others count the consumers, to share what sweeping may cost.
-	if err := s.stream.createConsumer(ctx); err != nil && !denied(err) {
+	if err := s.stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
 		return err
 	}
 	return nil
@@ -417,44 +450,38 @@ func (s *subscription) checkDeadLetters(ctx context.Context) error {
 	if s.deadLetters == "" || s.deadLetters == s.topic {
 		return fmt.Errorf("SubscriberConfig.DeadLetterTopic: returned %q for this topic", s.deadLetters)
 	}
-	cluster, ok := s.client.(*redis.ClusterClient)
-	if !ok {
-		return nil
-	}
-	a, err := cluster.ClusterKeySlot(ctx, s.topic).Result()
-	if denied(err) {
-		return nil // moving a dead letter will tell
-	}
-	if err != nil {
-		return err
-	}
-	b, err := cluster.ClusterKeySlot(ctx, s.deadLetters).Result()
-	if err != nil {
-		return err
-	}
-	if a != b {
-		return fmt.Errorf("SubscriberConfig.DeadLetterTopic: the dead-letter stream %q is in another slot of the Cluster than the topic; "+
+	err := s.client.OneServer(ctx, s.topic, s.deadLetters)
+	if errors.Is(err, redisx.ErrTwoServers) {
+		return fmt.Errorf("SubscriberConfig.DeadLetterTopic: the dead-letter stream %q is in another slot of the Cluster than the topic, or on another shard; "+
 			"give both a common hash tag", s.deadLetters)
 	}
-	return nil
+	return err
 }
 
 const needsAckDel = "SubscriberConfig.DeleteAcked on a topic with several groups needs XACKDEL (Redis 8.2)"
 
 // checkDeleteAcked asks the server whether it has XACKDEL.
 func (s *subscription) checkDeleteAcked(ctx context.Context) error {
-	err := s.stream.hasAckAndDelete(ctx)
-	if err == nil || !denied(err) {
+	if err := s.client.OneServer(ctx, s.topic, xstream.PositionsKey(s.topic)); err != nil {
+		return fmt.Errorf("SubscriberConfig.DeleteAcked: the positions of fan-outs, %q: %w", xstream.PositionsKey(s.topic), err)
+	}
+	s.kept.Store(true) // by a process before this one
+	err := s.stream.HasAckAndDelete(ctx)
+	if err == nil {
+		s.deletes = xstream.DeleteByServer
+		return nil
+	}
+	if !redisx.IsDenied(err) {
 		return err
 	}
-	groups, err := s.stream.groupCount(ctx)
+	groups, err := s.stream.Groups(ctx)
 	if err != nil {
 		return err
 	}
 	if groups > 1 {
-		return s.stream.unsupported(ctx, needsAckDel)
+		return unsupported(ctx, &s.stream, needsAckDel)
 	}
-	s.ackDelByScript = true
+	s.deletes = xstream.DeleteByScript
 	return nil
 }
 
@@ -468,8 +495,8 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 	if s.config.ConsumerGroup == "" {
 		return nil
 	}
-	st := newStream(s.config.Client, topic, s.config.ConsumerGroup)
-	if err := st.createGroup(context.Background(), s.config.StartID); err != nil {
+	st := xstream.New(s.shared.client, topic, s.config.ConsumerGroup)
+	if _, err := st.CreateGroup(context.Background(), s.config.StartID); err != nil {
 		return fmt.Errorf("goxstreams: initialize %q: %w", topic, err)
 	}
 	return nil
@@ -482,6 +509,9 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 func (s *Subscriber) Close() error {
 	s.mu.Lock()
 	s.closed = true
+	for sub := range s.subs {
+		sub.close() // those that open end it, or are closed at once
+	}
 	s.mu.Unlock()
 	s.opening.Wait()
 	s.mu.Lock()
@@ -491,20 +521,7 @@ func (s *Subscriber) Close() error {
 	}
 	s.mu.Unlock()
 	for _, sub := range subs {
-		sub.close()
-	}
-	for _, sub := range subs {
 		<-sub.done
 	}
 	return nil
-}
-
-// generatedConsumer is a name that no one else has: two processes on one host,
-// or two hosts of one name, differ in the suffix.
-func generatedConsumer() string {
-	host, err := os.Hostname()
-	if err != nil || host == "" {
-		host = "consumer"
-	}
-	return host + "-" + watermill.NewShortUUID()
 }

@@ -9,7 +9,8 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
-	"github.com/redis/go-redis/v9"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 const (
@@ -28,19 +29,17 @@ const (
 
 // subscription is one call of Subscribe: its goroutines, and what they share.
 //
-// The reader fills queue; the claimer fills claims and suspects; slots take from
+// The poller fills queue; the claimer fills claims and suspects; slots take from
 // them, and from retries what is due. The acker and the keeper look after what
 // is in leases. All of them end before the output channel closes.
 type subscription struct {
 	cfg         SubscriberConfig
-	client      redis.UniversalClient
+	client      redisx.Client
 	topic       string
 	deadLetters string
 	retry       Retry
-	stream      stream
-	hub         *hub
-	ordinal     int  // of the Subscriber's subscriptions of this topic
-	uniqueName  bool // the consumer's name was generated: no one else has it
+	stream      xstream.Stream
+	shared      *shared
 	log         watermill.LoggerAdapter
 	logFields   watermill.LogFields
 	parent      context.Context // Subscribe's
@@ -50,34 +49,34 @@ type subscription struct {
 	ctx         context.Context // for commands; it ends lastWords after CloseTimeout
 	cancelCtx   context.CancelFunc
 
-	output  chan *message.Message
-	leases  leases
-	reader  *reader
-	acker   *acker
-	claimer *claimer
-	health  health
-	stats   counters
+	output   chan *message.Message
+	leases   leases
+	reader   *reader
+	acker    *acker
+	claimer  *claimer
+	position *position // in fan-out; else nil
+	health   health
+	stats    counters
 
 	typed *typed // a Consumer's part; nil without
 
-	ackDelByScript bool
-	noScripts      atomic.Bool
-	overflowed     atomic.Bool // something of ours is pending that is not held: see pushRetry
-	once           struct{ unwakable, severalGroups, overflow, janitor sync.Once }
+	deletes    xstream.Delete
+	kept       atomic.Bool // DeleteAcked may have kept something for a fan-out
+	overflowed atomic.Bool // something of ours is pending that is not held: see pushRetry
+	once       struct{ severalGroups, overflow, janitor, trim sync.Once }
 
 	closing   chan struct{} // nothing new is taken
 	abandon   chan struct{} // CloseTimeout is over
 	withdraw  chan struct{} // an offered message is taken back: closing, or abandon where it would be lost
 	done      chan struct{} // the output channel is closed
 	closeOnce sync.Once
+	giveUp    func() // closes abandon
 
-	slots       sync.WaitGroup
 	calls       sync.WaitGroup // of OnBroken and OnDead
 	brokenCalls chan struct{}
 
 	regrouping sync.Mutex
-	lastRead   string // the greatest ID read; guarded by regrouping
-	lastKnown  string // the group's last-delivered-id when last seen; guarded by regrouping
+	progress   progress // guarded by regrouping
 
 	mu       sync.Mutex
 	ready    *sync.Cond
@@ -88,50 +87,52 @@ type subscription struct {
 	timer    *time.Timer // for the retry that is due first; nil: none is to come
 	timerAt  time.Time
 	prefetch int
-	started  int           // slots that run
-	idle     int           // slots that wait for work
-	busy     int           // slots that have an entry in hand
-	alone    bool          // a suspect is in hand
-	parked   bool          // the reader waits for room
-	room     chan struct{} // tells the reader to look for room again
-	stopping bool          // nothing new is taken
-	drained  bool          // nothing more comes from the reader
+	slots    map[*slot]struct{} // that run
+	noSlots  chan struct{}      // closed when none runs; nil: nobody waits for that
+	idle     int                // slots that wait for work
+	busy     int                // slots that have an entry in hand
+	alone    bool               // a suspect is in hand
+	parked   bool               // the reader waits for room
+	stopping bool               // nothing new is taken
+	drained  bool               // nothing more comes from the reader
 }
 
 func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscription {
 	sub := &subscription{
 		cfg:         s.config,
-		client:      s.config.Client,
-		hub:         s.hub,
-		ordinal:     s.hub.enter(topic),
+		client:      s.shared.client,
+		shared:      s.shared,
 		topic:       topic,
 		typed:       s.typed,
 		parent:      ctx,
 		base:        context.WithoutCancel(ctx),
 		retry:       *s.config.Retry,
-		uniqueName:  s.config.Consumer == "",
 		log:         s.logger,
 		output:      make(chan *message.Message),
 		leases:      leases{m: make(map[string]*held)},
+		deletes:     xstream.DeleteNever,
 		closing:     make(chan struct{}),
 		abandon:     make(chan struct{}),
 		done:        make(chan struct{}),
 		brokenCalls: make(chan struct{}, maxBrokenCalls),
-		room:        make(chan struct{}, 1),
+		slots:       make(map[*slot]struct{}),
 	}
+	sub.giveUp = sync.OnceFunc(func() {
+		sub.endCalls(ErrSubscriberClosed)
+		sub.leases.cancelAll(ErrSubscriberClosed)
+		close(sub.abandon)
+		time.AfterFunc(lastWords, sub.cancelCtx)
+	})
 	sub.calling, sub.endCalls = context.WithCancelCause(sub.base)
 	sub.ctx, sub.cancelCtx = context.WithCancel(context.Background())
-	sub.stream = stream{client: sub.client, via: sub.hub.line, key: topic, group: s.config.ConsumerGroup}
+	sub.stream = xstream.Stream{Client: sub.client, Via: sub.shared.line, Key: topic, Group: s.config.ConsumerGroup}
 	if !sub.fanOut() {
 		sub.deadLetters = s.config.DeadLetterTopic(topic)
-		sub.stream.consumer = s.config.Consumer
-		if sub.uniqueName {
-			sub.stream.consumer = sub.hub.consumer(sub.ordinal)
-		}
+		sub.stream.Consumer = sub.shared.consumer
 	}
 	sub.logFields = watermill.LogFields{
 		"provider": "redis", "topic": topic,
-		"consumer_group": sub.stream.group, "consumer_uuid": sub.stream.consumer,
+		"consumer_group": sub.stream.Group, "consumer_uuid": sub.stream.Consumer,
 	}
 	sub.withdraw = sub.closing
 	if sub.cfg.NoAck {
@@ -141,6 +142,9 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 	sub.reader = newReader(sub)
 	sub.acker = newAcker(sub)
 	sub.claimer = newClaimer(sub)
+	if sub.fanOut() {
+		sub.position = newPosition(sub)
+	}
 	return sub
 }
 
@@ -152,12 +156,15 @@ func (s *subscription) leased() bool { return !s.fanOut() && !s.cfg.NoAck }
 // start runs the subscription until its parent ends or close is called.
 func (s *subscription) start() {
 	latest.Store(s)
+	s.shared.open.Add(1)
 	go s.reader.run()
 	if s.leased() {
 		go s.acker.run()
 		go s.claimer.keep()
 	}
-	if !s.fanOut() {
+	if s.fanOut() {
+		go s.position.run()
+	} else {
 		go s.claimer.run()
 	}
 	go func() {
@@ -209,22 +216,23 @@ func (s *subscription) drain() {
 		s.endCalls(ErrSubscriberClosed)
 		s.leases.cancelAll(ErrSubscriberClosed)
 	})
-	abandon := time.AfterFunc(s.cfg.CloseTimeout, func() {
-		close(s.abandon)
-		time.AfterFunc(lastWords, s.cancelCtx)
-	})
+	abandon := time.AfterFunc(s.cfg.CloseTimeout, s.giveUp)
 	defer s.cancelCtx()
 	defer s.endCalls(nil)
+	go s.noticeClosed()
 
-	s.reader.interrupt(func() bool { return s.isAbandoned() })
+	s.reader.leave()
 	s.mu.Lock()
 	s.drained = true
 	s.idle = 0
 	s.ready.Broadcast()
 	s.mu.Unlock()
 	s.releaseHeld()
-	s.slots.Wait()
+	s.awaitSlots()
 	s.waitCalls()
+	if s.fanOut() {
+		<-s.position.done
+	}
 	s.claimer.halt()
 
 	if s.leased() {
@@ -235,31 +243,45 @@ func (s *subscription) drain() {
 	}
 	cancel.Stop()
 	abandon.Stop()
-	s.hub.leave(s.topic, s.ordinal, s.removeConsumer())
+	s.removeConsumer()
+	s.shared.open.Add(-1)
 	close(s.output)
 	s.log.Debug("Subscription closed", s.logFields)
 	latest.CompareAndSwap(s, nil)
 	close(s.done)
 }
 
-// removeConsumer takes a generated name out of the group. It returns whether the
-// name may be used again: nothing is pending under it, and nothing comes.
-func (s *subscription) removeConsumer() bool {
-	if s.fanOut() || !s.uniqueName {
-		return true
+// noticeClosed ends the drain at once if the client was closed before the Subscriber:
+// nothing can be acked or released any more.
+func (s *subscription) noticeClosed() {
+	var err error
+	if s.fanOut() {
+		_, err = s.stream.Info(s.ctx)
+	} else {
+		_, _, err = s.stream.PendingSummary(s.ctx)
 	}
+	if redisx.IsClosed(err) {
+		s.giveUp()
+	}
+}
+
+// removeConsumer takes the consumer's name out of the group, unless other
+// subscriptions of the topic have it or something is pending under it; in fan-out
+// it takes the position back.
+func (s *subscription) removeConsumer() {
 	if _, outage := s.health.outage(); outage != nil || s.isAbandoned() {
-		return false // Close does not wait for Redis on account of a name
+		return // Close does not wait for Redis on account of a name
 	}
-	unused, err := s.stream.removeConsumer(s.ctx)
-	if err != nil {
+	if s.fanOut() {
+		s.position.remove()
+		return
+	}
+	if s.shared.poller.Reads(s.topic) {
+		return
+	}
+	if err := s.stream.RemoveConsumer(s.ctx); err != nil {
 		s.log.Debug("The consumer's name stays in the group: "+err.Error(), s.logFields)
-		if denied(err) {
-			rows, err := s.stream.pending(s.ctx, 0, "-", "+", 1, s.stream.consumer)
-			unused = err == nil && len(rows) == 0
-		}
 	}
-	return unused
 }
 
 // waitCalls waits for OnBroken and OnDead, until CloseTimeout.

@@ -1,0 +1,96 @@
+package goxstreams
+
+import (
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
+	"github.com/goxstreams/watermill-goxstreams/internal/poll"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+const (
+	// subscriberLanes: a command that takes long must not hold up the others.
+	subscriberLanes = 2
+
+	// maxAhead bounds the entries that a Subscriber has read ahead, over all its
+	// topics.
+	maxAhead = 10_000
+
+	// minShare is what a subscription may have of each quota, however many others
+	// there are.
+	minShare = 100
+)
+
+// shared is what the subscriptions of a Subscriber have in common: a line for
+// commands, the connections that wait for entries, a consumer's name, and bounds.
+type shared struct {
+	client   redisx.Client
+	line     *pipeline.Line // for all but reads that block
+	poller   *poll.Poller
+	consumer string
+
+	// The looks at all topics come at the same time, to share a pipeline.
+	epoch time.Time
+	tick  time.Duration
+
+	open  atomic.Int64 // subscriptions
+	ahead atomic.Int64 // entries read ahead, by all of them
+
+	waiting, unacked, candidates quota
+}
+
+func newShared(c SubscriberConfig, log watermill.LoggerAdapter) *shared {
+	client := redisx.Client{UniversalClient: c.Client}
+	s := &shared{
+		client: client, line: pipeline.New(client, subscriberLanes, true), consumer: consumerName(c.Consumer),
+		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + jitter(c.ClaimInterval/10),
+		waiting: quota{all: maxWaiting}, unacked: quota{all: maxUnconfirmed}, candidates: quota{all: maxCandidates},
+	}
+	s.poller = poll.New(poll.Config{
+		Client: client, Line: s.line, Group: c.ConsumerGroup, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
+		Unwakable: func() {
+			if client.Wrapped() {
+				log.Info("The client is not one of go-redis's own: its topics share one connection of its pool, and take it for 0.1s at a time", nil)
+				return
+			}
+			log.Info("No right to CLIENT ID and CLIENT UNBLOCK: Close waits for the read under way, 1s at most; "+
+				"of topics that share a connection one may be noticed 0.1s late", nil)
+		},
+	})
+	return s
+}
+
+// consumerName is a name that no one else has: two processes on one host, or two
+// hosts of one name, differ in the suffix.
+func consumerName(prefix string) string {
+	if prefix == "" {
+		if host, err := os.Hostname(); err == nil {
+			prefix = host
+		}
+	}
+	if prefix == "" {
+		prefix = "consumer"
+	}
+	return prefix + "-" + watermill.NewShortUUID()
+}
+
+// quota bounds what all subscriptions of a Subscriber have of something.
+type quota struct {
+	all  int
+	used atomic.Int64
+}
+
+// most returns how many a subscription may have that has own of them: what the
+// others leave, and a part of its own whatever they have.
+func (s *shared) most(q *quota, own int) int {
+	return max(q.all-int(q.used.Load())+own, q.all/int(max(1, s.open.Load())), minShare)
+}
+
+// untilTick returns the time until the next look at the groups.
+func (s *shared) untilTick() time.Duration {
+	return s.tick - time.Since(s.epoch)%s.tick
+}
