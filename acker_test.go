@@ -10,8 +10,8 @@ import (
 // TestAcker_LateAck: what an OnBroken acks that outlived CloseTimeout reaches no
 // one, and takes nothing of what the Subscriber's other topics may have unacked.
 func TestAcker_LateAck(t *testing.T) {
-	h := &hub{unacked: quota{all: maxUnconfirmed}}
-	a := newAcker(&subscription{hub: h})
+	h := &shared{unacked: quota{all: maxUnconfirmed}}
+	a := newAcker(&subscription{shared: h})
 	close(a.done) // as run does when CloseTimeout is over
 	a.add(&held{id: "1-0"})
 	require.EqualValues(t, 1, h.unacked.used.Load())

@@ -98,9 +98,6 @@ func TestSubscriberConfig_Mistakes(t *testing.T) {
 		{"NoAck and Retry", config{Client: client, ConsumerGroup: "g", NoAck: true, Retry: &goxstreams.Retry{}}, []string{"NoAck"}},
 		{"NoAck and DeleteAcked", config{Client: client, ConsumerGroup: "g", NoAck: true, DeleteAcked: true}, []string{"NoAck"}},
 		{"NoAck", config{Client: client, ConsumerGroup: "g", NoAck: true}, nil},
-		// Every claimer takes what that consumer has.
-		{"the name of released messages", config{Client: client, ConsumerGroup: "g", Consumer: "released"}, []string{"Consumer"}},
-
 		{
 			"Retry, negative",
 			config{Client: client, ConsumerGroup: "g", Retry: retry(goxstreams.Retry{
@@ -127,15 +124,14 @@ func TestSubscriberConfig_Mistakes(t *testing.T) {
 		{
 			"all at once",
 			config{
-				StartID: "x", MaxConcurrency: -1, BatchSize: -1, BlockTime: -1, ClaimMinIdle: -1, ClaimInterval: time.Hour, CloseTimeout: -1,
-				ConsumerTimeout: -1, Consumer: "released", NoAck: true, DeleteAcked: true, Retry: retry(goxstreams.Retry{MaxRetries: -2}),
+				StartID: "x", MaxConcurrency: -1, BatchSize: -1, BlockTime: -1, WaitForRedis: -1, ClaimMinIdle: -1, ClaimInterval: time.Hour,
+				CloseTimeout: -1, ConsumerTimeout: -1, Consumer: "c", NoAck: true, DeleteAcked: true, Retry: retry(goxstreams.Retry{MaxRetries: -2}),
 			},
 			[]string{
-				"Client", "StartID", "MaxConcurrency", "BatchSize", "BlockTime", "ClaimMinIdle", "ClaimInterval", "CloseTimeout",
-				"ConsumerTimeout", "Retry.MaxRetries",
+				"Client", "StartID", "MaxConcurrency", "BatchSize", "BlockTime", "WaitForRedis", "ClaimMinIdle", "ClaimInterval",
+				"CloseTimeout", "ConsumerTimeout", "Retry.MaxRetries",
 				"Consumer", "NoAck", "DeleteAcked", "ClaimMinIdle", "Retry", // need a group
 				"NoAck", "NoAck", // exclude Retry and DeleteAcked
-				"Consumer", // is reserved
 			},
 		},
 	} {

@@ -689,17 +689,6 @@ func TestDeadLetterQueue_ReplayBroken(t *testing.T) {
 	}
 }
 
-// withAndWithoutEVAL runs a test with a client that may use scripts, and with
-// one that may not.
-func withAndWithoutEVAL(t *testing.T, test func(t *testing.T, client, admin *redis.Client)) {
-	t.Run("EVAL", func(t *testing.T) { test(t, newClient(t), newClient(t)) })
-	t.Run("no EVAL", func(t *testing.T) {
-		testserver.RequireReal(t) // it has ACLs
-		admin := newClient(t)
-		test(t, aclUser(t, admin, "-eval"), admin)
-	})
-}
-
 // TestDeadLetterQueue_IDs: what is there is done, what is not is named.
 func TestDeadLetterQueue_IDs(t *testing.T) {
 	t.Parallel()
@@ -711,105 +700,101 @@ func TestDeadLetterQueue_IDs(t *testing.T) {
 	}
 	for name, do := range methods {
 		t.Run(name, func(t *testing.T) {
-			withAndWithoutEVAL(t, func(t *testing.T, client, admin *redis.Client) {
-				open := func(t *testing.T, n int) (q *goxstreams.DeadLetterQueue, stream string, ids []string, left func() (letters, replayed int)) {
-					t.Parallel()
-					topic := topic(t)
-					stream = goxstreams.DeadLetterTopic(topic)
-					ids = idsOf(lettersOf(t, admin, topic, n))
-					return queueOf(t, client, stream), stream, ids, func() (int, int) {
-						return len(entriesOf(t, admin, stream)), len(entriesOf(t, admin, topic)) - 1
-					}
+			client := newClient(t)
+			open := func(t *testing.T, n int) (q *goxstreams.DeadLetterQueue, stream string, ids []string, left func() (letters, replayed int)) {
+				t.Parallel()
+				topic := topic(t)
+				stream = goxstreams.DeadLetterTopic(topic)
+				ids = idsOf(lettersOf(t, client, topic, n))
+				return queueOf(t, client, stream), stream, ids, func() (int, int) {
+					return len(entriesOf(t, client, stream)), len(entriesOf(t, client, topic)) - 1
 				}
-				// of is how many there are in the topic, of those that are gone.
-				of := func(n int) int {
-					if name == "Delete" {
-						return 0
-					}
-					return n
+			}
+			// of is how many there are in the topic, of those that are gone.
+			of := func(n int) int {
+				if name == "Delete" {
+					return 0
 				}
+				return n
+			}
 
-				t.Run("missing ones", func(t *testing.T) {
-					q, stream, ids, left := open(t, 250)
-					missing := []string{"1-0", strings.TrimSuffix(ids[0], "0") + "7777", "99999999999999-3"}
-					asked := slices.Concat(missing[:1], ids[:120], missing[1:2], ids[120:240], missing[2:])
-					before := slices.Clone(asked)
-					n, err := do(q, t.Context(), asked...)
-					requireNotFound(t, err, stream, missing...)
-					require.Equal(t, 240, n)
-					require.Equal(t, before, asked, "the caller's slice")
-					letters, replayed := left()
-					require.Equal(t, 10, letters)
-					require.Equal(t, of(240), replayed)
+			t.Run("missing ones", func(t *testing.T) {
+				q, stream, ids, left := open(t, 250)
+				missing := []string{"1-0", strings.TrimSuffix(ids[0], "0") + "7777", "99999999999999-3"}
+				asked := slices.Concat(missing[:1], ids[:120], missing[1:2], ids[120:240], missing[2:])
+				before := slices.Clone(asked)
+				n, err := do(q, t.Context(), asked...)
+				requireNotFound(t, err, stream, missing...)
+				require.Equal(t, 240, n)
+				require.Equal(t, before, asked, "the caller's slice")
+				letters, replayed := left()
+				require.Equal(t, 10, letters)
+				require.Equal(t, of(240), replayed)
 
-					n, err = do(q, t.Context(), ids...) // most of them for the second time
-					requireNotFound(t, err, stream, ids[:240]...)
-					require.ErrorContains(t, err, ids[9])
-					require.NotContains(t, err.Error(), ids[10])
-					require.ErrorContains(t, err, "230 more")
-					require.Equal(t, 10, n)
-					letters, replayed = left()
-					require.Zero(t, letters)
-					require.Equal(t, of(250), replayed)
-				})
-				t.Run("twice in one call", func(t *testing.T) {
-					q, _, ids, left := open(t, 102)
-					same, _ := strings.CutSuffix(ids[0], "-0") // Redis takes it for the same, and more zeros too
-					n, err := do(q, t.Context(), append([]string{ids[1], ids[0], same, "0" + ids[0], ids[1]}, ids...)...)
-					require.NoError(t, err)
-					require.Equal(t, 102, n)
-					letters, replayed := left()
-					require.Zero(t, letters)
-					require.Equal(t, of(102), replayed)
-				})
-				t.Run("what is no ID", func(t *testing.T) {
-					q, _, ids, left := open(t, 3)
-					for _, id := range []string{"", "$", "-", "+", "*", "x", "(" + ids[0], "1-", "-1", "1-2-3", "1-0 ", "99999999999999999999-0"} {
-						n, err := do(q, t.Context(), ids[0], ids[1], id)
-						require.ErrorContains(t, err, fmt.Sprintf("%q", id))
-						require.Zero(t, n)
-						var missing *goxstreams.NotFoundError
-						require.False(t, errors.As(err, &missing))
-						letters, replayed := left()
-						require.Equal(t, 3, letters)
-						require.Zero(t, replayed)
-					}
-				})
-				t.Run("the context has ended", func(t *testing.T) {
-					q, _, ids, left := open(t, 2)
-					ctx, cancel := context.WithCancel(t.Context())
-					cancel()
-					n, err := do(q, ctx, ids...)
-					require.ErrorIs(t, err, context.Canceled)
+				n, err = do(q, t.Context(), ids...) // most of them for the second time
+				requireNotFound(t, err, stream, ids[:240]...)
+				require.ErrorContains(t, err, ids[9])
+				require.NotContains(t, err.Error(), ids[10])
+				require.ErrorContains(t, err, "230 more")
+				require.Equal(t, 10, n)
+				letters, replayed = left()
+				require.Zero(t, letters)
+				require.Equal(t, of(250), replayed)
+			})
+			t.Run("twice in one call", func(t *testing.T) {
+				q, _, ids, left := open(t, 102)
+				same, _ := strings.CutSuffix(ids[0], "-0") // Redis takes it for the same, and more zeros too
+				n, err := do(q, t.Context(), append([]string{ids[1], ids[0], same, "0" + ids[0], ids[1]}, ids...)...)
+				require.NoError(t, err)
+				require.Equal(t, 102, n)
+				letters, replayed := left()
+				require.Zero(t, letters)
+				require.Equal(t, of(102), replayed)
+			})
+			t.Run("what is no ID", func(t *testing.T) {
+				q, _, ids, left := open(t, 3)
+				for _, id := range []string{"", "$", "-", "+", "*", "x", "(" + ids[0], "1-", "-1", "1-2-3", "1-0 ", "99999999999999999999-0"} {
+					n, err := do(q, t.Context(), ids[0], ids[1], id)
+					require.ErrorContains(t, err, fmt.Sprintf("%q", id))
 					require.Zero(t, n)
+					var missing *goxstreams.NotFoundError
+					require.False(t, errors.As(err, &missing))
 					letters, replayed := left()
-					require.Equal(t, 2, letters)
+					require.Equal(t, 3, letters)
 					require.Zero(t, replayed)
-				})
-				if client.Options().Username != "" && name != "Delete" {
-					return // without EVAL two can replay the same one
 				}
-				t.Run("two at once", func(t *testing.T) {
-					q, stream, ids, left := open(t, 300)
-					var done atomic.Int64
-					var wg sync.WaitGroup
-					for range 3 {
-						wg.Go(func() {
-							n, err := do(q, t.Context(), ids...)
-							done.Add(int64(n))
-							var missing *goxstreams.NotFoundError
-							if n < len(ids) && assert.ErrorAs(t, err, &missing) {
-								assert.Len(t, missing.IDs, len(ids)-n)
-								assert.Equal(t, stream, missing.Topic)
-							}
-						})
-					}
-					wg.Wait()
-					require.EqualValues(t, 300, done.Load())
-					letters, replayed := left()
-					require.Zero(t, letters)
-					require.Equal(t, of(300), replayed)
-				})
+			})
+			t.Run("the context has ended", func(t *testing.T) {
+				q, _, ids, left := open(t, 2)
+				ctx, cancel := context.WithCancel(t.Context())
+				cancel()
+				n, err := do(q, ctx, ids...)
+				require.ErrorIs(t, err, context.Canceled)
+				require.Zero(t, n)
+				letters, replayed := left()
+				require.Equal(t, 2, letters)
+				require.Zero(t, replayed)
+			})
+			t.Run("two at once", func(t *testing.T) {
+				q, stream, ids, left := open(t, 300)
+				var done atomic.Int64
+				var wg sync.WaitGroup
+				for range 3 {
+					wg.Go(func() {
+						n, err := do(q, t.Context(), ids...)
+						done.Add(int64(n))
+						var missing *goxstreams.NotFoundError
+						if n < len(ids) && assert.ErrorAs(t, err, &missing) {
+							assert.Len(t, missing.IDs, len(ids)-n)
+							assert.Equal(t, stream, missing.Topic)
+						}
+					})
+				}
+				wg.Wait()
+				require.EqualValues(t, 300, done.Load())
+				letters, replayed := left()
+				require.Zero(t, letters)
+				require.Equal(t, of(300), replayed)
 			})
 		})
 	}
@@ -901,43 +886,33 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 		require.Zero(t, n)
 		require.Equal(t, before, entriesOf(t, admin, stream))
 	}
-	for _, rules := range [][]string{nil, {"-eval"}} {
-		for _, toAll := range []bool{false, true} {
-			name := fmt.Sprintf("/rules=%v/to all %t", rules, toAll)
-			t.Run("WRONGTYPE"+name, func(t *testing.T) {
-				testserver.RequireReal(t)
-				client, topic := newClient(t), topic(t)
-				stream := goxstreams.DeadLetterTopic(topic)
-				bury(t, client, topic, "payload")
-				require.NoError(t, client.Del(t.Context(), topic).Err())
-				require.NoError(t, client.Set(t.Context(), topic, "a string", 0).Err())
-				user := client
-				if rules != nil {
-					user = aclUser(t, client, rules...)
-				}
-				refused(t, client, user, stream, toAll, "WRONGTYPE")
-				require.Equal(t, "a string", client.Get(t.Context(), topic).Val())
-			})
-			t.Run("OOM"+name, func(t *testing.T) {
-				t.Parallel()
-				admin := testserver.Private(t).Client()
-				topic := topic(t)
-				stream := goxstreams.DeadLetterTopic(topic)
-				bury(t, admin, topic, "payload")
-				client := admin
-				if rules != nil {
-					client = aclUser(t, admin, rules...)
-				}
-				require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "1").Err())
-				refused(t, admin, client, stream, toAll, "OOM")
-				require.Len(t, entriesOf(t, admin, topic), 1)
-				require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "0").Err())
-				n, err := queueOf(t, client, stream).Replay(t.Context(), entriesOf(t, admin, stream)[0].id)
-				require.NoError(t, err)
-				require.Equal(t, 1, n)
-				require.Len(t, entriesOf(t, admin, topic), 2)
-			})
-		}
+	for _, toAll := range []bool{false, true} {
+		name := fmt.Sprintf("/to all %t", toAll)
+		t.Run("WRONGTYPE"+name, func(t *testing.T) {
+			testserver.RequireReal(t)
+			client, topic := newClient(t), topic(t)
+			stream := goxstreams.DeadLetterTopic(topic)
+			bury(t, client, topic, "payload")
+			require.NoError(t, client.Del(t.Context(), topic).Err())
+			require.NoError(t, client.Set(t.Context(), topic, "a string", 0).Err())
+			refused(t, client, client, stream, toAll, "WRONGTYPE")
+			require.Equal(t, "a string", client.Get(t.Context(), topic).Val())
+		})
+		t.Run("OOM"+name, func(t *testing.T) {
+			t.Parallel()
+			client := testserver.Private(t).Client()
+			topic := topic(t)
+			stream := goxstreams.DeadLetterTopic(topic)
+			bury(t, client, topic, "payload")
+			require.NoError(t, client.ConfigSet(t.Context(), "maxmemory", "1").Err())
+			refused(t, client, client, stream, toAll, "OOM")
+			require.Len(t, entriesOf(t, client, topic), 1)
+			require.NoError(t, client.ConfigSet(t.Context(), "maxmemory", "0").Err())
+			n, err := queueOf(t, client, stream).Replay(t.Context(), entriesOf(t, client, stream)[0].id)
+			require.NoError(t, err)
+			require.Equal(t, 1, n)
+			require.Len(t, entriesOf(t, client, topic), 2)
+		})
 	}
 	t.Run("NOPERM", func(t *testing.T) {
 		testserver.RequireReal(t)
@@ -946,6 +921,9 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 		bury(t, client, topic, "payload")
 		refused(t, client, aclUser(t, client, "-xadd"), stream, false, "")
 		refused(t, client, aclUser(t, client, "-xrange"), stream, false, "NOPERM")
+		for _, toAll := range []bool{false, true} {
+			refused(t, client, aclUser(t, client, "-eval"), stream, toAll, "'eval'")
+		}
 		_, err := queueOf(t, aclUser(t, client, "-xdel"), stream).Delete(t.Context(), "1-1")
 		requireRefused(t, err, "NOPERM")
 		// The right to look for the group is not needed.
@@ -973,12 +951,12 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 	const letters = 3
-	cut := func(t *testing.T, name string, rules []string, at int, before bool) (commands string, hit bool) {
+	cut := func(t *testing.T, name string, at int, before bool) (commands string, hit bool) {
 		topic, admin := topic(t), newClient(t)
 		stream := goxstreams.DeadLetterTopic(topic)
 		ids := idsOf(bury(t, admin, topic, "0", "1", "2"))
 		s := &scissors{}
-		client := s.client(t, rules...)
+		client := s.client(t)
 		do := func(client redis.UniversalClient) (int, error) {
 			q := queueOf(t, client, stream)
 			switch name {
@@ -1016,12 +994,8 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 		switch {
 		case name == "Delete":
 			require.LessOrEqual(t, len(in), letters-n)
-		case rules == nil:
-			require.Equal(t, each, in, "after: %s", commands)
 		default:
-			for p := range each { // in both, where there are no scripts
-				require.Positive(t, in[p], "%s is lost, after: %s", p, commands)
-			}
+			require.Equal(t, each, in, "after: %s", commands)
 		}
 
 		again, err := do(admin)
@@ -1033,34 +1007,30 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 		switch {
 		case name == "Delete":
 			require.Empty(t, in)
-		case rules == nil:
-			require.Equal(t, each, in)
 		default:
-			require.Len(t, in, letters)
+			require.Equal(t, each, in)
 		}
 		return commands, hit
 	}
 	for _, name := range []string{"Replay", "ReplayToAll", "Delete"} {
-		for _, rules := range [][]string{nil, {"-eval"}} {
-			t.Run(fmt.Sprintf("%s/rules=%v", name, rules), func(t *testing.T) {
-				t.Parallel()
-				const most = 30
-				at := 1
-				for ; at < most; at++ {
-					var hits [2]bool
-					for i, before := range []bool{true, false} {
-						var commands string
-						commands, hits[i] = cut(t, name, rules, at, before)
-						t.Logf("cut at command %d, before it=%t: %s", at, before, commands)
-					}
-					if !hits[0] && !hits[1] {
-						break
-					}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const most = 30
+			at := 1
+			for ; at < most; at++ {
+				var hits [2]bool
+				for i, before := range []bool{true, false} {
+					var commands string
+					commands, hits[i] = cut(t, name, at, before)
+					t.Logf("cut at command %d, before it=%t: %s", at, before, commands)
 				}
-				require.Greater(t, at, 1)
-				require.Less(t, at, most, "there is no end")
-			})
-		}
+				if !hits[0] && !hits[1] {
+					break
+				}
+			}
+			require.Greater(t, at, 1)
+			require.Less(t, at, most, "there is no end")
+		})
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 // takes a retry that fell due meanwhile, before that one's own timer. The other
 // slot must hear of the new entry then, although each was announced once only.
 func TestDispatch_RetryTakesNobodysTurn(t *testing.T) {
-	s := &subscription{hub: &hub{}, cfg: SubscriberConfig{MaxConcurrency: 2}, started: 2, room: make(chan struct{}, 1)}
+	s := &subscription{shared: &shared{}, cfg: SubscriberConfig{MaxConcurrency: 2}, slots: map[*slot]struct{}{new(slot): {}, new(slot): {}}}
 	s.ready = sync.NewCond(&s.mu)
 	taken := make(chan *held, s.cfg.MaxConcurrency)
 	for range s.cfg.MaxConcurrency {
@@ -23,7 +23,7 @@ func TestDispatch_RetryTakesNobodysTurn(t *testing.T) {
 		defer s.mu.Unlock()
 		return s.idle
 	}
-	require.Eventually(t, func() bool { return idle() == s.cfg.MaxConcurrency }, linePatience, time.Millisecond)
+	require.Eventually(t, func() bool { return idle() == s.cfg.MaxConcurrency }, 30*time.Second, time.Millisecond)
 
 	fresh, retry := &held{id: "2-0"}, &held{id: "1-0", due: time.Now()}
 	s.mu.Lock()
@@ -37,7 +37,7 @@ func TestDispatch_RetryTakesNobodysTurn(t *testing.T) {
 		select {
 		case h := <-taken:
 			got[h] = true
-		case <-time.After(linePatience):
+		case <-time.After(30 * time.Second):
 			t.Fatalf("taken: %d; one slot sleeps beside the other entry", len(got))
 		}
 	}

@@ -381,6 +381,23 @@ func (h *hook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Process
 	}
 }
 
+// isScript reports whether the command runs a script in which the text is.
+func isScript(cmd redis.Cmder, text string) bool {
+	return cmd.Name() == "eval" && strings.Contains(fmt.Sprint(cmd.Args()[1]), text)
+}
+
+// isRenewal reports whether the command renews leases.
+func isRenewal(cmd redis.Cmder) bool { return isScript(cmd, "'JUSTID'") }
+
+// isMove reports whether the command moves a message to the dead-letter stream, or
+// back from it.
+func isMove(cmd redis.Cmder) bool { return isScript(cmd, "'XADD'") }
+
+// isClaim reports whether the command claims an entry, to be delivered here.
+func isClaim(cmd redis.Cmder) bool {
+	return cmd.Name() == "xclaim" && !slices.Contains(cmd.Args(), any("justid")) || isScript(cmd, "'RETRYCOUNT'")
+}
+
 // countCommands returns a hook that counts commands by their lower-case names.
 func countCommands() (*hook, *commandCounts) {
 	counts := &commandCounts{n: make(map[string]int)}

@@ -274,7 +274,7 @@ func (c *child) handlings(stopped, continued, killed time.Time) map[string][]han
 // ClaimMinIdle and continued, the other is killed in mid-work.
 func TestTwoProcesses(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"", "namesake"} {
+	for _, name := range []string{"", "given"} {
 		t.Run("Consumer="+name, func(t *testing.T) {
 			t.Parallel()
 			testserver.RequireReal(t)

@@ -219,8 +219,7 @@ func TestVirtualLease(t *testing.T) {
 		var renewals []time.Time
 		var mu sync.Mutex
 		client := v.client(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
-			args := cmd.Args()
-			if cmd.Name() == "xclaim" && args[len(args)-1] == "justid" {
+			if isRenewal(cmd) {
 				mu.Lock()
 				renewals = append(renewals, time.Now())
 				mu.Unlock()

@@ -1063,10 +1063,9 @@ func TestNewConsumer_Errors(t *testing.T) {
 	require.Len(t, strings.Split(err.Error(), "\n"), 10, "%v", err)
 
 	for name, change := range map[string]func(*goxstreams.ConsumerConfig){
-		"ConsumerConfig.Topic":      func(c *goxstreams.ConsumerConfig) { c.Topic = "" },
-		"Subscriber.OnBroken":       func(c *goxstreams.ConsumerConfig) { c.Subscriber.OnBroken = worker.ProcessBroken },
-		"SubscriberConfig.Client":   func(c *goxstreams.ConsumerConfig) { c.Subscriber.Client = nil },
-		"SubscriberConfig.Consumer": func(c *goxstreams.ConsumerConfig) { c.Subscriber.Consumer = "released" },
+		"ConsumerConfig.Topic":    func(c *goxstreams.ConsumerConfig) { c.Topic = "" },
+		"Subscriber.OnBroken":     func(c *goxstreams.ConsumerConfig) { c.Subscriber.OnBroken = worker.ProcessBroken },
+		"SubscriberConfig.Client": func(c *goxstreams.ConsumerConfig) { c.Subscriber.Client = nil },
 	} {
 		config := goxstreams.ConsumerConfig{Subscriber: grouped(client), Topic: "orders"}
 		_, err := goxstreams.NewConsumer(worker, config, nil)
@@ -1317,19 +1316,11 @@ func TestProducer(t *testing.T) {
 		require.ErrorContains(t, producer.Produce(t.Context(), order{}, ""), "the topic is empty")
 	})
 	t.Run("outcome unknown", func(t *testing.T) {
-		unlucky := newClient(t, &hook{
-			process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
-				return errors.New("connection reset")
-			},
-			pipeline: func(_ context.Context, cmds []redis.Cmder, next func() error) error {
-				for _, cmd := range cmds {
-					cmd.SetErr(errors.New("connection reset"))
-				}
-				return errors.New("connection reset")
-			},
-		})
+		hook, lost := loseReply(1, isCommand("xadd"))
+		unlucky := newClient(t, hook)
 		producer := goxstreams.NewProducer[order](newPublisher(t, unlucky), goxstreams.ProducerConfig{})
 		require.ErrorIs(t, producer.Produce(t.Context(), order{}, topic(t)), goxstreams.ErrOutcomeUnknown)
+		require.EqualValues(t, 1, lost.Load())
 	})
 }
 

@@ -1,0 +1,835 @@
+package goxstreams_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// Guarantee 1: at least once. An entry stays pending until its message is acked
+// or dead-lettered; what is trimmed or deleted before is counted and logged. And
+// what it costs to keep that: memory, goroutines, the server's time.
+
+// In fan-out nobody but the subscription has a message that waits for its retry,
+// so it keeps the fields. They are parts of the reply that they came in, a
+// hundred messages and more, and kept all of it, and its neighbors with their
+// contexts and payloads: 1,000 snoozed messages of 9 kB held 1.9 GB.
+//
+// Here what waits, or is in hand for long, takes about as much memory as its payload.
+//
+// [Not parallel: it measures memory.]
+func TestFault31_WaitingMessagesKeepTheirReplies(t *testing.T) {
+	testserver.RequireReal(t) // the embedded server's entries would be in this memory
+	const (
+		n, every = 5_000, 100 // every hundredth message waits
+		size     = 9_000
+		held     = n / every * size
+		allowed  = 3*held + 8<<20
+	)
+	body := strings.Repeat("x", size-16)
+	snoozed := func(*message.Message, <-chan struct{}) error { return goxstreams.Snooze(errFails, time.Hour) }
+	inHand := func(_ *message.Message, end <-chan struct{}) error { <-end; return nil }
+	for _, tt := range []struct {
+		name   string
+		config goxstreams.SubscriberConfig
+		fields func(i int) []string
+		handle func(msg *message.Message, end <-chan struct{}) error // of those that wait
+	}{
+		{"Snoozed", goxstreams.SubscriberConfig{}, nil, snoozed},
+		{"RetryAfter", goxstreams.SubscriberConfig{}, nil, func(*message.Message, <-chan struct{}) error {
+			return goxstreams.RetryAfter(errFails, time.Hour)
+		}},
+		// By the default policy, which is the only one of a fan-out.
+		{"Malformed", goxstreams.SubscriberConfig{
+			OnBroken: func(context.Context, goxstreams.BrokenMessage) error { return errFails },
+		}, func(int) []string { return []string{"metadata", "\xc1", "payload", body} }, nil},
+		{"InHand", goxstreams.SubscriberConfig{MaxConcurrency: 2 * n / every}, nil, inHand},
+		// In a group the message is read again when its time has come.
+		{"GroupSnoozed", goxstreams.SubscriberConfig{ConsumerGroup: testGroup}, nil, snoozed},
+		{"GroupInHand", goxstreams.SubscriberConfig{ConsumerGroup: testGroup, MaxConcurrency: 2 * n / every}, nil, inHand},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			client, topic := newClient(t), topic(t)
+			t.Cleanup(func() { newClient(t).Del(context.Background(), topic) })
+			if tt.config.ConsumerGroup != "" {
+				createGroup(t, client, topic, tt.config.ConsumerGroup)
+			}
+			for from := 0; from < n; from += 500 {
+				_, err := client.Pipelined(t.Context(), func(p redis.Pipeliner) error {
+					for i := from; i < from+500; i++ {
+						fields := []string{goxstreams.UUIDHeaderKey, fmt.Sprint(i), "payload", body}
+						if tt.fields != nil && i%every == 0 {
+							fields = tt.fields(i)
+						}
+						p.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, Values: fields})
+					}
+					return nil
+				})
+				require.NoError(t, err)
+			}
+			config := tt.config
+			config.Client, config.MaxConcurrency, config.StartID = client, max(50, config.MaxConcurrency), "0"
+			before := heap()
+			sub := newSubscriber(t, config)
+			end := make(chan struct{})
+			defer close(end)
+			plainly(t, sub, topic, func(msg *message.Message) error {
+				if i, err := strconv.Atoi(msg.UUID); err != nil || i%every == 0 {
+					return tt.handle(msg, end)
+				}
+				return nil
+			}, goxstreams.Retry{}.Middleware)
+			eventuallyAll(t, func() int { return int(stats(t, sub).Acked) }, n-n/every)
+			eventually(t, func() bool {
+				s := stats(t, sub)
+				return s.Waiting == n/every || s.Waiting == 0 && s.InFlight == n/every
+			})
+			used := heap() - before
+			t.Logf("%d waiting messages of %d bytes take %d kB, %.1f times their size", n/every, size, used>>10, float64(used)/held)
+			require.Less(t, used, int64(allowed), "bytes for %d bytes of messages that wait", held)
+		})
+	}
+}
+
+// heap returns the bytes that are in use.
+func heap() int64 {
+	runtime.GC()
+	runtime.GC() // what the first one's finalizers and pools still had
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
+// A stream was deleted and made anew, its IDs beginning below those that the
+// subscription had read: the server's clock was set back, a backup was restored,
+// or the IDs are given by hand. As soon as one was above them, the
+// stream looked like the old one. The group was made again from where it had been,
+// and in fan-out nothing was noticed at all: what had the smaller IDs was
+// skipped, and nothing was logged.
+//
+// Here all that is in the new stream is delivered. (In fan-out, where nobody knows
+// what was read, one of them may come twice.)
+func TestFault37_NewStreamWithSmallerIDs(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	ids := []string{"900-1", "950-1", "1100-1"}
+	for _, mode := range []string{"Group", "FanOut"} {
+		// open subscribes. The function that it returns reports whether the reader is
+		// blocked.
+		open := func(t *testing.T, batchSize int) (*redis.Client, string, *goxstreams.Subscriber, <-chan *message.Message, func() bool) {
+			client, topic := newClient(t), topic(t)
+			own, name := named(t)
+			config := goxstreams.SubscriberConfig{Client: own, BatchSize: batchSize, BlockTime: time.Minute} // it must notice sooner
+			if mode == "Group" {
+				config.ConsumerGroup = testGroup
+			}
+			sub := newSubscriber(t, config)
+			return client, topic, sub, subscribe(t, sub, topic), func() bool {
+				return slices.ContainsFunc(connections(t, client, name), func(line string) bool {
+					return strings.Contains(line, " flags=b") && strings.Contains(line, " cmd=xread")
+				})
+			}
+		}
+		requireAll := func(t *testing.T, messages <-chan *message.Message) {
+			t.Helper()
+			seen := make(map[string]int)
+			for !(seen[ids[0]] > 0 && seen[ids[1]] > 0 && seen[ids[2]] > 0) {
+				select {
+				case msg := <-messages:
+					seen[string(msg.Payload)]++
+					require.True(t, msg.Ack())
+				case <-time.After(patience / 3):
+					require.FailNow(t, "messages of the new stream are skipped", "seen: %v", seen)
+				}
+			}
+			twice := 0
+			for _, id := range ids {
+				twice += seen[id] - 1
+			}
+			if mode == "Group" {
+				require.Zero(t, twice, "%v", seen)
+			} else {
+				require.LessOrEqual(t, twice, 1, "%v", seen)
+			}
+		}
+		add := func(p redis.Cmdable, topic string, ids ...string) {
+			for _, id := range ids {
+				p.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{
+					goxstreams.UUIDHeaderKey, id, "payload", id,
+				}})
+			}
+		}
+		// In one step nobody can see the stream without an entry, or with a smaller
+		// last ID; else maybe.
+		remake := map[string]func(t *testing.T, client *redis.Client, topic string){
+			"InOneStep": func(t *testing.T, client *redis.Client, topic string) {
+				_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+					p.Del(t.Context(), topic)
+					add(p, topic, ids...)
+					return nil
+				})
+				require.NoError(t, err)
+			},
+			"OneByOne": func(t *testing.T, client *redis.Client, topic string) {
+				_, err := client.Pipelined(t.Context(), func(p redis.Pipeliner) error {
+					p.Del(t.Context(), topic)
+					add(p, topic, ids...)
+					return nil
+				})
+				require.NoError(t, err)
+			},
+		}
+		for how, remake := range remake {
+			t.Run(mode+"/Parked"+how, func(t *testing.T) {
+				t.Parallel()
+				client, topic, _, messages, blocked := open(t, 0)
+				add(client, topic, "1000-1", "1000-2", "1000-3")
+				require.Len(t, collect(messages, 3, patience), 3)
+				if mode == "Group" {
+					eventuallySettled(t, client, topic, testGroup)
+				}
+				eventually(t, blocked, "nobody reads")
+				remake(t, client, topic)
+				requireAll(t, messages)
+				add(client, topic, "1200-1")
+				require.Equal(t, []string{"1200-1"}, payloads(collect(messages, 1, patience)))
+			})
+			t.Run(mode+"/NoRoom"+how, func(t *testing.T) {
+				t.Parallel()
+				client, topic, sub, messages, blocked := open(t, 1)
+				add(client, topic, "1000-1", "1000-2", "1000-3", "1000-4", "1000-5", "1000-6", "1000-7", "1000-8", "1000-9")
+				held := next(t, messages)
+				// There is more to read, so that it would not be blocked if it read.
+				eventually(t, func() bool { return !blocked() && stats(t, sub).InFlight > 0 })
+				remake(t, client, topic)
+				require.True(t, held.Ack())
+				fresh := make(chan *message.Message)
+				go func() { // what was read ahead comes first
+					defer close(fresh)
+					for msg := range messages {
+						if strings.HasPrefix(string(msg.Payload), "1000-") {
+							msg.Ack()
+							continue
+						}
+						select {
+						case fresh <- msg:
+						case <-msg.Context().Done():
+						}
+					}
+				}()
+				requireAll(t, fresh)
+				require.NoError(t, sub.Close())
+			})
+		}
+	}
+}
+
+// A handler had a message in hand when its stream was deleted and made anew, and an
+// entry of the new one got the same ID: IDs given by hand, or the same
+// millisecond. The subscription took the entry for the one that it held, and the
+// old handler's Ack was the new message's: it was acked, and nobody had seen it.
+//
+// Here the new message is delivered, and only its own Ack acks it.
+func TestFault38_NewEntryWithTheSameID(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const id = "1000-1"
+	add := func(p redis.Cmdable, topic, payload string) {
+		p.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{
+			goxstreams.UUIDHeaderKey, payload, "payload", payload,
+		}})
+	}
+	// open returns with the old message in hand, and the new one in the stream.
+	open := func(t *testing.T, concurrency int) (*redis.Client, string, *message.Message, <-chan *message.Message) {
+		client, topic := newClient(t), topic(t)
+		config := claiming(client)
+		config.MaxConcurrency = concurrency
+		messages := subscribe(t, newSubscriber(t, config), topic)
+		add(client, topic, "old")
+		held := next(t, messages)
+		require.Equal(t, "old", string(held.Payload))
+		_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+			p.Del(t.Context(), topic)
+			add(p, topic, "new")
+			return nil
+		})
+		require.NoError(t, err)
+		return client, topic, held, messages
+	}
+	groupIsThere := func(t *testing.T, client *redis.Client, topic string) {
+		t.Helper()
+		eventually(t, func() bool {
+			groups, err := client.XInfoGroups(context.Background(), topic).Result()
+			return err == nil && len(groups) == 1
+		}, "the group is not made again")
+	}
+	handleNew := func(t *testing.T, client *redis.Client, topic string, messages <-chan *message.Message) {
+		t.Helper()
+		msg := next(t, messages)
+		require.Equal(t, "new", string(msg.Payload))
+		require.Len(t, pendingOf(t, client, topic, testGroup), 1)
+		require.NoError(t, msg.Context().Err())
+		require.True(t, msg.Ack())
+		eventuallySettled(t, client, topic, testGroup)
+	}
+	for _, concurrency := range []int{1, 2} {
+		t.Run(fmt.Sprint("AckedBefore/MaxConcurrency", concurrency), func(t *testing.T) {
+			t.Parallel()
+			client, topic, held, messages := open(t, concurrency)
+			require.True(t, held.Ack()) // before anybody can have noticed
+			handleNew(t, client, topic, messages)
+		})
+		t.Run(fmt.Sprint("AckedAfter/MaxConcurrency", concurrency), func(t *testing.T) {
+			t.Parallel()
+			client, topic, held, messages := open(t, concurrency)
+			groupIsThere(t, client, topic)
+			require.True(t, held.Ack())
+			handleNew(t, client, topic, messages)
+		})
+		t.Run(fmt.Sprint("Nacked/MaxConcurrency", concurrency), func(t *testing.T) {
+			t.Parallel()
+			client, topic, held, messages := open(t, concurrency)
+			groupIsThere(t, client, topic)
+			require.True(t, held.Nack()) // the old one is in no stream any more
+			msg := next(t, messages)
+			require.Equal(t, "new", string(msg.Payload))
+			require.EqualValues(t, 1, delivery(t, msg).Count, "the old one's delivery is counted to the new one")
+			require.True(t, msg.Ack())
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+	// One subscription has both in hand, of one ID.
+	t.Run("Together", func(t *testing.T) {
+		t.Parallel()
+		client, topic, held, messages := open(t, 2)
+		msg := next(t, messages)
+		require.Equal(t, "new", string(msg.Payload))
+		require.True(t, held.Ack())
+		// An ack that came after it has arrived: this one's would have, too.
+		publish(t, client, topic, "later")
+		require.Equal(t, []string{"later"}, payloads(collect(messages, 1, patience)))
+		eventually(t, func() bool { return len(pendingOf(t, client, topic, testGroup)) <= 1 })
+		rows := pendingOf(t, client, topic, testGroup)
+		require.Len(t, rows, 1, "the old message's Ack has acked the new one")
+		require.Equal(t, id, rows[0].ID)
+		require.NoError(t, msg.Context().Err())
+		require.True(t, msg.Ack())
+		eventuallySettled(t, client, topic, testGroup)
+	})
+}
+
+// MaxConcurrency is a bound, not an order: with a million, the end of one suspect's
+// turn made the subscription start a goroutine for each slot that there may be,
+// 468,000 of them and 1.2 GB, to handle nothing.
+//
+// Here goroutines are started for work that is there.
+//
+// [Not parallel: it counts goroutines.]
+func TestFault43_GoroutinesForWorkOnly(t *testing.T) {
+	testserver.RequireReal(t)
+	const live = 20
+	allowed := func(before int) int { return before + 10*live + 200 }
+	open := func(t *testing.T) (*redis.Client, string, goxstreams.SubscriberConfig) {
+		client, topic := newClient(t), topic(t)
+		crashed(t, client, topic, 5)
+		config := grouped(client)
+		config.MaxConcurrency = 1_000_000
+		config.ClaimMinIdle = 300 * time.Millisecond
+		config.Retry = &goxstreams.Retry{MaxRetries: 10}
+		return client, topic, config
+	}
+	// The suspect has its turn, and others follow.
+	t.Run("Handled", func(t *testing.T) {
+		client, topic, config := open(t)
+		before := runtime.NumGoroutine()
+		peak := goroutines(t)
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		require.Equal(t, []string{"x"}, payloads(collect(messages, 1, patience)))
+		eventuallySettled(t, client, topic, testGroup)
+		publishN(t, client, topic, live)
+		require.Len(t, collect(messages, live, patience), live)
+		eventuallySettled(t, client, topic, testGroup)
+		require.Less(t, peak(), allowed(before), "goroutines")
+	})
+	// The suspect waits in vain, since a handler takes long, and is put off.
+	t.Run("PutOff", func(t *testing.T) {
+		client, topic, config := open(t)
+		log := newLogRecorder()
+		putOff := func() bool { return strings.Contains(strings.Join(log.Infos(), "\n"), "suspected") }
+		publish(t, client, topic, "slow")
+		before := runtime.NumGoroutine()
+		peak := goroutines(t)
+		sub := newSubscriberLog(t, config, log)
+		messages := subscribe(t, sub, topic)
+		slow := next(t, messages)
+		for string(slow.Payload) != "slow" { // the suspect came first
+			slow.Ack()
+			slow = next(t, messages)
+		}
+		// Time to be seen twice, to wait, and to be put off, if that is what happens.
+		deadline := time.Now().Add(4 * config.ClaimMinIdle)
+		eventually(t, func() bool { return putOff() || time.Now().After(deadline) })
+		publishN(t, client, topic, live)
+		slow.Ack()
+		eventuallyAll(t, func() int { collect(messages, 1, 100*time.Millisecond); return int(stats(t, sub).Acked) }, live+2)
+		eventuallySettled(t, client, topic, testGroup)
+		require.Less(t, peak(), allowed(before), "goroutines")
+	})
+}
+
+// goroutines watches how many there are. What it returns ends that, and tells the
+// most that there were.
+func goroutines(t *testing.T) (peak func() int) {
+	var most atomic.Int64
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for {
+			most.Store(max(most.Load(), int64(runtime.NumGoroutine())))
+			select {
+			case <-tick.C:
+			case <-stop:
+				return
+			}
+		}
+	}()
+	end := sync.OnceFunc(func() { close(stop); <-done })
+	t.Cleanup(end)
+	return func() int { end(); return int(most.Load()) }
+}
+
+// Each look at the group listed all groups of the topic. A thousand that somebody
+// forgot, in a topic that many Subscribers wait for, took a fifth of the server's
+// time and half of theirs, while nothing happened.
+//
+// Here a look costs the same however many groups there are.
+//
+// [Not parallel: it measures what a while costs. The server counts the time of its
+// commands, and the bytes of its answers, itself.]
+func TestFault44_IdleCostDoesNotGrowWithGroups(t *testing.T) {
+	server := testserver.Private(t)
+	admin := server.Client()
+	const groups, subscribers = 1000, 20
+	cost := func(t *testing.T, groups int) (busy time.Duration, bytes int64) {
+		topic := topic(t)
+		_, err := admin.Pipelined(t.Context(), func(p redis.Pipeliner) error {
+			for i := range groups {
+				p.XGroupCreateMkStream(context.Background(), topic, fmt.Sprintf("a-group-that-somebody-left-%d", i), "0")
+			}
+			return nil
+		})
+		require.NoError(t, err)
+		for range subscribers {
+			config := grouped(server.Client())
+			config.ClaimInterval = 100 * time.Millisecond
+			sub := newSubscriber(t, config)
+			subscribe(t, sub, topic)
+			defer sub.Close()
+		}
+		eventually(t, func() bool { return blocked(t, admin) == subscribers })
+		require.NoError(t, admin.ConfigResetStat(t.Context()).Err())
+		start := time.Now()
+		time.Sleep(1500 * time.Millisecond) // some 15 looks of each
+		busy, bytes = commandTime(t, admin), infoNumber(t, admin, "total_net_output_bytes")
+		took := time.Since(start).Seconds()
+		return time.Duration(float64(busy) / took), int64(float64(bytes) / took)
+	}
+	busy, bytes := cost(t, 0)
+	busyMany, bytesMany := cost(t, groups)
+	t.Logf("a second's commands of %d idle Subscribers: %v and %d bytes with one group, %v and %d bytes with %d", subscribers, busy, bytes, busyMany, bytesMany, groups+1)
+	// The slack is a hundredth of the server's time, and of what a look was.
+	assert.Less(t, busyMany, 3*busy+10*time.Millisecond, "the server's time for a second")
+	assert.Less(t, bytesMany, 3*bytes+100_000, "bytes for a second")
+}
+
+// commandTime returns the time that the server has spent in commands, by INFO.
+func commandTime(t *testing.T, client *redis.Client) time.Duration {
+	t.Helper()
+	info, err := client.Info(context.Background(), "commandstats").Result()
+	require.NoError(t, err)
+	var sum time.Duration
+	for line := range strings.Lines(info) {
+		name, rest, ok := strings.Cut(line, ",usec=")
+		if !ok || strings.Contains(name, "cmdstat_client|list") || strings.Contains(name, "cmdstat_info") {
+			continue
+		}
+		usec, _, _ := strings.Cut(rest, ",")
+		n, err := strconv.ParseInt(usec, 10, 64)
+		require.NoError(t, err, "%s", line)
+		sum += time.Duration(n) * time.Microsecond
+	}
+	return sum
+}
+
+// infoNumber returns a number of the server's INFO stats.
+func infoNumber(t *testing.T, client *redis.Client, name string) int64 {
+	t.Helper()
+	info, err := client.Info(context.Background(), "stats").Result()
+	require.NoError(t, err)
+	_, rest, ok := strings.Cut(info, name+":")
+	require.True(t, ok, "INFO has no %s", name)
+	value, _, _ := strings.Cut(rest, "\r\n")
+	n, err := strconv.ParseInt(value, 10, 64)
+	require.NoError(t, err)
+	return n
+}
+
+// What the counters said was wrong in three places: an entry that was trimmed in
+// the hands of a subscription that deletes what it acks passed for another
+// consumer's; a message that was on offer at Close, and NoAck, was lost without
+// being counted; and what a subscription found of its own after a connection had
+// broken was counted as taken over from others: 3,654, with one Subscriber.
+//
+// Here Lost counts what is lost, whoever loses it, and Claimed what others left.
+func TestFault45_CountsAreTrue(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+
+	// trimmed is a DeleteAcked subscription that has a message.
+	trimmed := func(t *testing.T, retry *goxstreams.Retry) (*redis.Client, string, *goxstreams.Subscriber, logRecorder, *message.Message) {
+		client, topic, log := newClient(t), topic(t), newLogRecorder()
+		config := claiming(client)
+		config.DeleteAcked, config.Retry = true, retry
+		sub := newSubscriberLog(t, config, log)
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "x")
+		return client, topic, sub, log, next(t, messages)
+	}
+	requireLost := func(t *testing.T, client *redis.Client, topic string, sub *goxstreams.Subscriber, log logRecorder) {
+		t.Helper()
+		elsewhere := func() bool {
+			return slices.ContainsFunc(log.Infos(), func(l string) bool { return strings.Contains(l, "another consumer") })
+		}
+		eventually(t, func() bool { return elsewhere() || stats(t, sub).Lost > 0 }, "nobody notices")
+		require.False(t, elsewhere(), "%s", log.Infos())
+		require.EqualValues(t, 1, stats(t, sub).Lost)
+		eventuallySettled(t, client, topic, testGroup)
+	}
+	t.Run("DeleteAcked/TrimmedWhileHandled", func(t *testing.T) {
+		t.Parallel()
+		client, topic, sub, log, msg := trimmed(t, nil)
+		require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
+		requireLost(t, client, topic, sub, log)
+		require.NoError(t, msg.Context().Err(), "nobody else can have it")
+		require.True(t, msg.Ack())
+		eventually(t, func() bool { return stats(t, sub).Acked == 1 && stats(t, sub).InFlight == 0 })
+		require.EqualValues(t, 1, stats(t, sub).Lost)
+	})
+	t.Run("DeleteAcked/TrimmedWhileWaiting", func(t *testing.T) {
+		t.Parallel()
+		client, topic, sub, log, msg := trimmed(t, &goxstreams.Retry{InitialInterval: time.Hour, MaxInterval: time.Hour})
+		require.True(t, msg.Nack())
+		eventuallyWaits(t, sub)
+		require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
+		requireLost(t, client, topic, sub, log)
+	})
+	t.Run("DeleteAcked/TrimmedAndDead", func(t *testing.T) {
+		t.Parallel()
+		client, topic, sub, log, msg := trimmed(t, &goxstreams.Retry{MaxRetries: -1})
+		require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
+		require.True(t, msg.Nack())
+		requireLost(t, client, topic, sub, log)
+	})
+	// What this must be told from: another consumer took the entry over, acked it, and
+	// deleted it. That is no loss.
+	t.Run("DeleteAcked/SettledElsewhere", func(t *testing.T) {
+		t.Parallel()
+		client, topic, sub, log, msg := trimmed(t, nil)
+		id := delivery(t, msg).ID
+		claimAs(t, client, topic, "other", id)
+		_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+			p.XAck(t.Context(), topic, testGroup, id)
+			p.XDel(t.Context(), topic, id)
+			return nil
+		})
+		require.NoError(t, err)
+		leaseLost(t, msg)
+		msg.Ack()
+		eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+		require.Zero(t, stats(t, sub).Lost)
+		require.Empty(t, log.Errors())
+	})
+
+	for _, concurrency := range []int{1, 2} {
+		t.Run(fmt.Sprint("NoAck/OnOfferAtClose/MaxConcurrency", concurrency), func(t *testing.T) {
+			t.Parallel()
+			const n = 3
+			client, topic := newClient(t), topic(t)
+			log := &lostWatcher{logRecorder: newLogRecorder()}
+			config := grouped(client)
+			config.NoAck, config.MaxConcurrency, config.CloseTimeout = true, concurrency, 400*time.Millisecond
+			sub := newSubscriberLog(t, config, log)
+			log.sub.Store(sub)
+			subscribe(t, sub, topic) // and nobody takes anything
+			publishN(t, client, topic, n)
+			// Those that are on offer; the others are read ahead, or in the stream.
+			eventually(t, func() bool { return stats(t, sub).Delivered == int64(concurrency) })
+			require.NoError(t, sub.Close())
+			left := 0 // unread
+			if streams, err := client.XReadGroup(context.Background(), &redis.XReadGroupArgs{
+				Group: testGroup, Consumer: "rest", Streams: []string{topic, ">"}, Block: -1, NoAck: true,
+			}).Result(); !errors.Is(err, redis.Nil) {
+				require.NoError(t, err)
+				left = len(streams[0].Messages)
+			}
+			require.Positive(t, n-left)
+			require.EqualValues(t, n-left, log.lost.Load(), "Lost, when the last message was logged as lost: %s", log.Errors())
+		})
+	}
+
+	t.Run("ConnectionsCut", func(t *testing.T) {
+		t.Parallel()
+		const n, left = 5000, 5
+		server := testserver.Private(t)
+		admin, topic := server.Client(), topic(t)
+		createGroup(t, admin, topic, testGroup)
+		publishN(t, admin, topic, n)
+		config := grouped(server.Client())
+		config.MaxConcurrency, config.BatchSize, config.ClaimMinIdle = 10, 20, time.Second
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		handled := newTally()
+		handled.handle(messages, nil)
+		stop, done := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(10 * time.Millisecond):
+					admin.ClientKillByFilter(context.Background(), "TYPE", "normal", "SKIPME", "yes")
+				}
+			}
+		}()
+		end := time.Now().Add(3 * time.Second)
+		eventually(t, func() bool { return time.Now().After(end) || handled.len() == n || stats(t, sub).Claimed > 0 })
+		close(stop)
+		<-done
+		eventuallyAll(t, handled.len, n)
+		eventuallySettled(t, admin, topic, testGroup)
+		require.Zero(t, stats(t, sub).Claimed, "nobody else was there to claim from")
+
+		for range left {
+			addPending(t, admin, topic, "died", "left")
+		}
+		eventuallyAll(t, handled.len, n+left)
+		require.EqualValues(t, left, stats(t, sub).Claimed, "what others left")
+	})
+}
+
+// lostWatcher remembers what Stats say of lost messages when one is logged: after
+// Close they say nothing any more.
+type lostWatcher struct {
+	logRecorder
+	sub  atomic.Pointer[goxstreams.Subscriber]
+	lost atomic.Int64
+}
+
+func (l *lostWatcher) Error(msg string, err error, fields watermill.LogFields) {
+	l.logRecorder.Error(msg, err, fields)
+	for _, s := range l.sub.Load().Stats() {
+		l.lost.Store(max(l.lost.Load(), s.Lost))
+	}
+}
+
+// A fan-out reads a stream of which a group deletes what it has acked. Nothing in
+// Redis says that the fan-out has not got that far: whatever the group acked first was
+// gone. Of 2,000 messages it got 132, and nobody said so.
+//
+// Here entries go when the group has acked them and the fan-outs have read them.
+// In the end the stream is empty all the same.
+func TestFault49_FanOutBesideDeleteAcked(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const n = 500
+	emptied := func(t *testing.T, client *redis.Client, topic string) {
+		t.Helper()
+		eventually(t, func() bool { return client.XLen(context.Background(), topic).Val() == 0 }, "acked entries stay in the stream")
+	}
+	for _, tt := range []struct {
+		name       string
+		ownClients bool
+		fail       bool // the group's messages die, and leave the topic by that
+		late       bool // the fan-out comes after the group
+	}{
+		{name: "OneClient"},
+		{name: "TwoClients", ownClients: true},
+		{name: "FanOutComesLater", late: true},
+		{name: "DeadLettered", fail: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			other := client
+			if tt.ownClients {
+				other = newClient(t)
+			}
+			config := deleting(client, testGroup)
+			config.MaxConcurrency, config.Retry = 10, nil
+			handle := func(*message.Message) error { return nil }
+			if tt.fail {
+				config.Retry = &goxstreams.Retry{MaxRetries: -1}
+				handle = func(*message.Message) error { return errFails }
+			}
+			group, fanOut := newSubscriber(t, config), newSubscriber(t, goxstreams.SubscriberConfig{Client: other})
+			seen := newTally()
+			var wg sync.WaitGroup
+			listen := func() {
+				messages := subscribe(t, fanOut, topic)
+				wg.Go(func() {
+					for msg := range messages {
+						time.Sleep(2 * time.Millisecond) // the handler's work
+						seen.add(msg)
+						msg.Ack()
+					}
+				})
+			}
+			if !tt.late {
+				listen()
+			}
+			plainly(t, group, topic, handle)
+			if tt.late {
+				listen()
+			}
+			want := publishN(t, client, topic, n)
+			eventually(t, func() bool { s := stats(t, group); return s.Acked+s.Dead == n })
+			deadline := time.Now().Add(patience / 3)
+			eventually(t, func() bool { return seen.len() == n || time.Now().After(deadline) })
+			require.Equal(t, n, seen.len(), "messages that the fan-out got")
+			require.True(t, seen.has(want))
+			emptied(t, client, topic)
+			require.NoError(t, fanOut.Close())
+			wg.Wait()
+		})
+	}
+	// Nobody waits for a fan-out that is closed.
+	t.Run("FanOutCloses", func(t *testing.T) {
+		t.Parallel()
+		client, topic := newClient(t), topic(t)
+		config := deleting(client, testGroup)
+		config.MaxConcurrency, config.Retry = 10, nil
+		group, fanOut := newSubscriber(t, config), newSubscriber(t, goxstreams.SubscriberConfig{Client: client})
+		messages := subscribe(t, fanOut, topic)
+		plainly(t, group, topic, func(*message.Message) error { return nil })
+		publishN(t, client, topic, n)
+		require.Len(t, collect(messages, 10, patience), 10)
+		eventually(t, func() bool { return stats(t, group).Acked == n })
+		require.NoError(t, fanOut.Close())
+		emptied(t, client, topic)
+	})
+}
+
+// A consumer died, and what it held was trimmed away before somebody else looked. Each
+// of these entries took a slot, four round trips and a line in the log: 50,000 of them
+// kept the topic from its next message for 11 s, with as many lines.
+//
+// Here they are acked away many at a time, beside the work, and one line tells how
+// many were lost.
+func TestFault52_ManyTrimmedEntries(t *testing.T) {
+	t.Parallel()
+	const n = 20_000
+	const maxLines = 10
+	// left is a topic with entries that a dead consumer held.
+	left := func(t *testing.T, n int) (*redis.Client, string, []string) {
+		client, topic := testserver.Private(t).Client(), topic(t)
+		createGroup(t, client, topic, testGroup)
+		publishN(t, client, topic, n)
+		return client, topic, readAs(t, client, topic, testGroup, "died", n)
+	}
+	open := func(t *testing.T, client *redis.Client) (*goxstreams.Subscriber, logRecorder) {
+		log := newLogRecorder()
+		config := grouped(client)
+		config.ClaimMinIdle = 300 * time.Millisecond
+		return newSubscriberLog(t, config, log), log
+	}
+	settled := func(client *redis.Client, topic string) bool {
+		pending, err := client.XPending(context.Background(), topic, testGroup).Result()
+		return err == nil && pending.Count == 0
+	}
+	requireTold := func(t *testing.T, sub *goxstreams.Subscriber, log logRecorder, lost int) {
+		t.Helper()
+		eventually(t, func() bool { return stats(t, sub).Lost >= int64(lost) && len(log.Errors()) > 0 }, "nobody says what is lost")
+		require.EqualValues(t, lost, stats(t, sub).Lost)
+		lines := log.Errors()
+		require.LessOrEqual(t, len(lines), maxLines, "lines in the log, the first: %s", lines[0])
+		if len(lines) == 1 {
+			require.Contains(t, lines[0], fmt.Sprint(lost), "the line does not tell how many are lost")
+		}
+	}
+	t.Run("All", func(t *testing.T) {
+		t.Parallel()
+		client, topic, _ := left(t, n)
+		require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
+		sub, log := open(t, client)
+		messages := subscribe(t, sub, topic)
+		// One live message after the other, while the lost ones are found.
+		var worst time.Duration
+		for deadline := time.Now().Add(patience); !settled(client, topic); {
+			require.True(t, time.Now().Before(deadline), "%d of %d", stats(t, sub).Lost, n)
+			start := time.Now()
+			publish(t, client, topic, "live")
+			next(t, messages).Ack()
+			worst = max(worst, time.Since(start))
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+		}
+		t.Logf("the slowest live message took %v", worst)
+		assert.Less(t, worst, time.Second, "a live message waits for those that are lost")
+		requireTold(t, sub, log, n)
+	})
+	t.Run("EverySecond", func(t *testing.T) {
+		t.Parallel()
+		const n = 2_000
+		client, topic, ids := left(t, n)
+		var gone []string
+		for i := 0; i < n; i += 2 {
+			gone = append(gone, ids[i])
+		}
+		require.NoError(t, client.XDel(t.Context(), topic, gone...).Err())
+		sub, log := open(t, client)
+		require.Len(t, collect(subscribe(t, sub, topic), n/2, patience), n/2)
+		eventually(t, func() bool { return settled(client, topic) })
+		assert.EqualValues(t, n/2, stats(t, sub).Claimed)
+		requireTold(t, sub, log, n/2)
+	})
+	// The same of what this consumer itself has, waiting for retries.
+	t.Run("OwnWaiting", func(t *testing.T) {
+		t.Parallel()
+		const n = 1_000
+		client, topic := testserver.Private(t).Client(), topic(t)
+		log := newLogRecorder()
+		config := grouped(client)
+		config.ClaimMinIdle, config.MaxConcurrency = 2*time.Second, 10
+		config.Retry = &goxstreams.Retry{InitialInterval: time.Hour, MaxInterval: time.Hour}
+		sub := newSubscriberLog(t, config, log)
+		messages := subscribe(t, sub, topic)
+		publishN(t, client, topic, n)
+		for range n {
+			next(t, messages).Nack()
+		}
+		eventually(t, func() bool { return stats(t, sub).Waiting == n })
+		require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
+		eventually(t, func() bool { return settled(client, topic) })
+		requireTold(t, sub, log, n)
+	})
+}

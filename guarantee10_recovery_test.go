@@ -1,0 +1,695 @@
+package goxstreams_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/alicebob/miniredis/v2/server"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+)
+
+// Outages, failovers and what lies between a client and its server: a subscription
+// goes on by itself, says so once, and takes no more connections than it may.
+
+// blockedConns returns the server's connections of the clients with the name that
+// wait in a read, in a group or not.
+func blockedConns(t testing.TB, admin *redis.Client, name string) []string {
+	t.Helper()
+	var blocked []string
+	for _, conn := range connections(t, admin, name) {
+		if strings.Contains(conn, " flags=b ") && (strings.Contains(conn, " cmd=xread ") || strings.Contains(conn, " cmd=xreadgroup ")) {
+			blocked = append(blocked, conn)
+		}
+	}
+	return blocked
+}
+
+// clientField returns what CLIENT LIST's line says of a connection under the name.
+func clientField(line, name string) string {
+	_, rest, _ := strings.Cut(" "+line, " "+name+"=")
+	value, _, _ := strings.Cut(rest, " ")
+	return strings.TrimSpace(value)
+}
+
+// endpoint is an address that leads to another server after a while, as a DNS name
+// does: connections that exist stay where they are.
+type endpoint struct{ addr atomic.Pointer[string] }
+
+func newEndpoint(addr string) *endpoint {
+	e := &endpoint{}
+	e.flip(addr)
+	return e
+}
+
+func (e *endpoint) flip(addr string) { e.addr.Store(&addr) }
+
+func (e *endpoint) dial(ctx context.Context, network, _ string) (net.Conn, error) {
+	return new(net.Dialer).DialContext(ctx, network, *e.addr.Load())
+}
+
+// miniSentinel is a Sentinel that knows one master, "main". It says so to who asks,
+// and tells those that have subscribed when it is another one.
+type miniSentinel struct {
+	*server.Server
+
+	mu        sync.Mutex
+	master    string
+	listeners []*server.Peer
+}
+
+func newMiniSentinel(t testing.TB, master string) *miniSentinel {
+	t.Helper()
+	srv, err := server.NewServer("127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(srv.Close)
+	s := &miniSentinel{Server: srv, master: master}
+	require.NoError(t, srv.Register("PING", func(c *server.Peer, _ string, _ []string) { c.WriteInline("PONG") }))
+	require.NoError(t, srv.Register("CLIENT", func(c *server.Peer, _ string, _ []string) { c.WriteOK() }))
+	require.NoError(t, srv.Register("SENTINEL", func(c *server.Peer, _ string, args []string) {
+		if !strings.EqualFold(args[0], "get-master-addr-by-name") {
+			c.WriteLen(0)
+			return
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		host, port, _ := net.SplitHostPort(s.master)
+		c.WriteStrings([]string{host, port})
+	}))
+	require.NoError(t, srv.Register("SUBSCRIBE", func(c *server.Peer, _ string, channels []string) {
+		for i, channel := range channels {
+			c.Block(func(w *server.Writer) {
+				w.WriteLen(3)
+				w.WriteBulk("subscribe")
+				w.WriteBulk(channel)
+				w.WriteInt(i + 1)
+			})
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.listeners = append(s.listeners, c)
+	}))
+	return s
+}
+
+func (s *miniSentinel) flip(master string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.master
+	s.master = master
+	host, port, _ := net.SplitHostPort(was)
+	to, toPort, _ := net.SplitHostPort(master)
+	for _, c := range s.listeners {
+		c.Block(func(w *server.Writer) {
+			w.WriteLen(3)
+			w.WriteBulk("message")
+			w.WriteBulk("+switch-master")
+			w.WriteBulk(strings.Join([]string{"main", host, port, to, toPort}, " "))
+		})
+		c.Flush()
+	}
+}
+
+// The blocking connections beside the pool were opened once, and never again as long
+// as their reads came back: go-redis, which closes what leads to the old master when
+// a Sentinel names another one, knows only those of its own pool. Where the old master
+// stayed reachable and was not demoted (a partition, a DNS name that was moved), the
+// topics on such a connection waited there for ever, without an error. Where a
+// connection leads is asked again after each BLOCK.
+func TestFault51_TopicsFollowAFailover(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const (
+		n         = 6
+		blockTime = time.Second
+	)
+	before, after := testserver.Private(t), testserver.Private(t)
+	old, promoted := before.Client(), after.Client()
+	for _, mode := range []string{"Group", "FanOut"} {
+		for _, kind := range []string{"Sentinel", "Dialer"} {
+			t.Run(kind+mode, func(t *testing.T) {
+				t.Parallel()
+				name := topic(t) // of the client's connections
+				var client *redis.Client
+				var flip func()
+				if kind == "Sentinel" {
+					sentinel := newMiniSentinel(t, before.Addr())
+					client = redis.NewFailoverClient(&redis.FailoverOptions{
+						MasterName: "main", SentinelAddrs: []string{sentinel.Addr().String()}, ClientName: clientName(name), PoolSize: 3,
+					})
+					flip = func() { sentinel.flip(after.Addr()) }
+				} else {
+					to := newEndpoint(before.Addr())
+					client = redis.NewClient(&redis.Options{Addr: "primary:6379", Dialer: to.dial, ClientName: clientName(name), PoolSize: 3})
+					flip = func() {
+						to.flip(after.Addr())
+						// The pool's own connections end some time or other; those that wait in
+						// a read do not.
+						eventually(t, func() bool {
+							left := 0
+							for _, conn := range connections(t, old, clientName(name)) {
+								if !strings.HasPrefix(clientField(conn, "cmd"), "xread") {
+									left++
+									_ = old.ClientKillByFilter(context.Background(), "ID", clientField(conn, "id")).Err()
+								}
+							}
+							return left == 0
+						})
+					}
+				}
+				t.Cleanup(func() { _ = client.Close() })
+				config := grouped(client)
+				if mode == "FanOut" {
+					config = goxstreams.SubscriberConfig{Client: client}
+				}
+				config.BlockTime = blockTime
+				topics, channels := manyTopics(t, newSubscriber(t, config), n)
+				all, followed := newTally(), newTally()
+				for _, messages := range channels {
+					all.handle(messages, func(msg *message.Message) {
+						if string(msg.Payload) == "after" {
+							followed.add(msg)
+						}
+					})
+				}
+				for _, topic := range topics {
+					publish(t, old, topic, "before")
+				}
+				eventuallyAll(t, all.len, n)
+				eventually(t, func() bool { return len(blockedConns(t, old, clientName(name))) > 0 }, "nothing waits for messages")
+
+				// What replication would have brought there.
+				for _, topic := range topics {
+					publish(t, promoted, topic, "before")
+					if mode == "Group" {
+						require.NoError(t, promoted.XGroupCreate(t.Context(), topic, testGroup, "$").Err())
+					}
+				}
+				flip()
+				// In fan-out a topic goes on after the last ID that it read: the new
+				// server's are greater, as they would be after a failover.
+				began := time.Now()
+				for _, topic := range topics {
+					publish(t, promoted, topic, "after")
+				}
+				limit := blockTime + 9*time.Second
+				eventually(t, func() bool { return followed.len() >= n || time.Since(began) > limit })
+				t.Logf("%d of %d topics follow after %s", followed.len(), n, time.Since(began))
+				assert.Equal(t, n, followed.len(), "some topics stay with the old server")
+				eventually(t, func() bool {
+					return len(blockedConns(t, old, clientName(name))) == 0 || time.Since(began) > limit
+				})
+				assert.Empty(t, blockedConns(t, old, clientName(name)), "reads wait at the old server")
+			})
+		}
+	}
+}
+
+// clientName makes a name of connections of a test's topic.
+func clientName(topic string) string { return strings.NewReplacer("/", "-", " ", "-").Replace(topic) }
+
+// A client of a type that the library does not know has no connection to hold on to:
+// each read took one of the pool, for as long as it waited, and with more topics than
+// that nothing else got one: Subscribe failed, and so did Publish. And the reads, of a
+// second, were given up after a ReadTimeout that is less: an error in the log for each.
+// Such a client's reads share half of the pool at most.
+func TestFault53_WrappedClient(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const topics, pool = 40, 10
+	for _, mode := range []string{"Group", "FanOut"} {
+		for _, readTimeout := range []time.Duration{300 * time.Millisecond, 3 * time.Second} {
+			t.Run(fmt.Sprintf("%s, ReadTimeout %s", mode, readTimeout), func(t *testing.T) {
+				t.Parallel()
+				inner, name := named(t, func(opt *redis.Options) {
+					opt.PoolSize, opt.ReadTimeout, opt.PoolTimeout = pool, readTimeout, 2*time.Second
+				})
+				client := struct{ redis.UniversalClient }{inner}
+				admin, logs := newClient(t), newLogRecorder()
+				config := goxstreams.SubscriberConfig{Client: client}
+				if mode == "Group" {
+					config = grouped(client)
+				}
+				config.ClaimInterval = time.Second
+				sub := newSubscriberLog(t, config, logs)
+				base := topic(t)
+				handled := newTally()
+				var names []string
+				for i := range topics {
+					names = append(names, fmt.Sprint(base, "-", i))
+					began := time.Now()
+					messages, err := sub.Subscribe(context.Background(), names[i])
+					require.NoError(t, err, "topic %d", i)
+					require.Less(t, time.Since(began), 2*time.Second, "Subscribe waits for a connection, topic %d", i)
+					handled.handle(messages, nil)
+				}
+				blocked := func() int { return len(blockedConns(t, admin, name)) }
+				eventually(t, func() bool { return blocked() > 0 }, "nothing waits for messages")
+				// As long as several reads take; none of them may fail.
+				during(t, 1500*time.Millisecond, func() bool { return blocked() <= pool/2 }, "more than half of the pool waits")
+				require.Empty(t, logs.Errors())
+
+				pub := newPublisher(t, client)
+				for range 3 {
+					for _, topic := range names {
+						began := time.Now()
+						require.NoError(t, pub.Publish(topic, message.NewMessage("", []byte("x"))))
+						require.Less(t, time.Since(began), 2*time.Second, "Publish waits for a connection")
+					}
+				}
+				eventuallyAll(t, func() int { return int(delivered(sub)) }, 3*topics)
+				assert.EqualValues(t, 3*topics, delivered(sub))
+				assert.Empty(t, logs.Errors())
+				for _, st := range sub.Stats() {
+					assert.NoError(t, st.Err, st.Topic)
+				}
+			})
+		}
+	}
+}
+
+// delivered returns how many messages all subscriptions together have handed out.
+func delivered(sub *goxstreams.Subscriber) (n int64) {
+	for _, st := range sub.Stats() {
+		n += st.Delivered
+	}
+	return n
+}
+
+// Subscriptions of one topic on one Subscriber, as a router's handlers are or those who
+// wait for the reply to a request, had a connection each: a command cannot read a
+// stream twice. So 200 of them took 200 connections. However many there are, eight
+// wait at most.
+func TestFault60_SubscriptionsOfOneTopic(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // CLIENT LIST
+	const (
+		pool  = 10
+		most  = 8 // that wait
+		total = 200
+	)
+	for _, mode := range []string{"Group", "FanOut"} {
+		for _, topics := range []int{1, 20} {
+			t.Run(fmt.Sprintf("%s, topics %d", mode, topics), func(t *testing.T) {
+				t.Parallel()
+				const each = 3 * total // messages of all topics together
+				client, name := named(t, func(opt *redis.Options) { opt.PoolSize = pool })
+				admin := newClient(t)
+				config := grouped(client)
+				copies := 1
+				if mode == "FanOut" {
+					config = goxstreams.SubscriberConfig{Client: client}
+					copies = total / topics
+				}
+				config.ClaimInterval = time.Second
+				config.CloseTimeout = patience
+				sub := newSubscriber(t, config)
+				base := topic(t)
+				var mu sync.Mutex
+				got := make(map[string]int) // by subscription and message
+				deliveries := 0
+				for i := range total {
+					messages := subscribe(t, sub, fmt.Sprint(base, "-", i%topics))
+					go func() {
+						for msg := range messages {
+							mu.Lock()
+							deliveries++
+							if mode == "FanOut" {
+								got[fmt.Sprint(i, " ", msg.UUID)]++
+							} else {
+								got[msg.UUID]++
+							}
+							mu.Unlock()
+							msg.Ack()
+						}
+					}()
+				}
+				frugal := func() bool {
+					return len(blockedConns(t, admin, name)) <= most && len(connections(t, admin, name)) <= most+pool
+				}
+				eventually(t, func() bool { return len(blockedConns(t, admin, name)) > 0 }, "nothing waits for messages")
+				// All have subscribed: each of them waits by then, or is about to.
+				during(t, 500*time.Millisecond, frugal, "too many connections")
+				for i := range topics {
+					publishN(t, admin, fmt.Sprint(base, "-", i), each/topics)
+				}
+				count := func() int {
+					mu.Lock()
+					defer mu.Unlock()
+					return len(got)
+				}
+				eventuallyAll(t, count, each*copies)
+				during(t, 300*time.Millisecond, frugal, "too many connections")
+				mu.Lock()
+				defer mu.Unlock()
+				assert.Equal(t, each*copies, deliveries, "some came twice")
+				for i := range topics {
+					admin.Del(context.Background(), fmt.Sprint(base, "-", i))
+				}
+			})
+		}
+	}
+}
+
+// A blocking connection ended, and the server refused another one since it had as many
+// as it takes. What was read through the client's pool in between told that Redis
+// serves the subscription again, and the next try to wait that it does not: an outage
+// and its end in the log, once a second, and Stats likewise. It is one outage, until the
+// subscription can wait for messages again.
+func TestFault62_RefusedConnection(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, mode := range []string{"Group", "FanOut"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			srv := testserver.Private(t)
+			admin := srv.Client()
+			ctx := context.Background()
+			name := "refused-" + mode
+			client := redis.NewClient(&redis.Options{Addr: srv.Addr(), ClientName: name})
+			t.Cleanup(func() { _ = client.Close() })
+			config := goxstreams.SubscriberConfig{Client: client}
+			if mode == "Group" {
+				config = grouped(client)
+			}
+			logs := newLogRecorder()
+			sub := newSubscriberLog(t, config, logs)
+			topic := topic(t)
+			messages := subscribe(t, sub, topic)
+			publish(t, admin, topic, "before")
+			next(t, messages).Ack()
+			eventually(t, func() bool { return len(blockedConns(t, admin, name)) > 0 })
+			require.Empty(t, logs.Errors())
+			before := len(logs.Infos())
+
+			// Those that there are may stay, but for the ones that wait.
+			list := connectionsOf(t, admin)
+			blocked := blockedConns(t, admin, name)
+			require.NoError(t, admin.ConfigSet(ctx, "maxclients", fmt.Sprint(len(list)-len(blocked))).Err())
+			for _, conn := range blocked {
+				require.NoError(t, admin.ClientKillByFilter(ctx, "ID", clientField(conn, "id")).Err())
+			}
+			refused := rejected(t, admin)
+			eventually(t, func() bool { return stats(t, sub).Err != nil }, "no outage")
+			outage := stats(t, sub)
+			eventually(t, func() bool { return rejected(t, admin) >= refused+4 }, "it does not try again")
+			assert.Len(t, logs.Errors(), 1, "one outage: %q", logs.Errors())
+			assert.Empty(t, recoveries(logs, before), "it is not over")
+			assert.Error(t, stats(t, sub).Err)
+			assert.Equal(t, outage.Since, stats(t, sub).Since)
+
+			require.NoError(t, admin.ConfigSet(ctx, "maxclients", "1000").Err())
+			eventually(t, func() bool { return stats(t, sub).Err == nil }, "it does not recover")
+			publish(t, admin, topic, "after")
+			msg := next(t, messages)
+			assert.Equal(t, "after", string(msg.Payload))
+			msg.Ack()
+			assert.Len(t, logs.Errors(), 1, "one outage: %q", logs.Errors())
+			assert.Len(t, recoveries(logs, before), 1)
+		})
+	}
+}
+
+// recoveries returns what was logged at Info, after the first so many lines, of an
+// outage that is over.
+func recoveries(logs logRecorder, from int) (lines []string) {
+	for _, line := range logs.Infos()[from:] {
+		if strings.Contains(line, "serves the subscription again") {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// connectionsOf returns all of the server's connections, each as CLIENT LIST
+// describes it.
+func connectionsOf(t testing.TB, admin *redis.Client) []string {
+	t.Helper()
+	list, err := admin.ClientList(context.Background()).Result()
+	require.NoError(t, err)
+	return strings.Split(strings.TrimSpace(list), "\n")
+}
+
+// rejected returns how many connections the server has refused.
+func rejected(t testing.TB, admin *redis.Client) (n int) {
+	t.Helper()
+	info, err := admin.Info(context.Background(), "stats").Result()
+	require.NoError(t, err)
+	_, after, _ := strings.Cut(info, "rejected_connections:")
+	_, err = fmt.Sscan(after, &n)
+	require.NoError(t, err)
+	return n
+}
+
+// blackHole makes connections that, once it is open, swallow what is written on those
+// that wait in a read, and never have anything to read: what a balancer leaves behind
+// that forgets an idle connection and says nothing.
+type blackHole struct {
+	mu    sync.Mutex
+	conns map[*blackHoleConn]bool
+}
+
+type blackHoleConn struct {
+	net.Conn
+	hole *blackHole
+
+	mu       sync.Mutex
+	waits    bool // the last command written was a read that waits
+	dead     bool
+	deadline time.Time
+	closed   chan struct{}
+	once     sync.Once
+}
+
+func (b *blackHole) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	c := &blackHoleConn{Conn: conn, hole: b, closed: make(chan struct{})}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.conns[c] = true
+	return c, nil
+}
+
+// open makes the connections that wait in a read die, and returns how many they are.
+func (b *blackHole) open() (n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for c := range b.conns {
+		c.mu.Lock()
+		if c.waits && !c.dead {
+			c.dead = true
+			n++
+		}
+		c.mu.Unlock()
+	}
+	return n
+}
+
+func (c *blackHoleConn) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	c.waits = bytes.Contains(b, []byte("\nblock\r\n"))
+	dead := c.dead
+	c.mu.Unlock()
+	if dead {
+		return len(b), nil
+	}
+	return c.Conn.Write(b)
+}
+
+func (c *blackHoleConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	c.deadline = t
+	c.mu.Unlock()
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c *blackHoleConn) SetDeadline(t time.Time) error {
+	c.mu.Lock()
+	c.deadline = t
+	c.mu.Unlock()
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *blackHoleConn) Read(b []byte) (int, error) {
+	for {
+		n, err := c.Conn.Read(b)
+		c.mu.Lock()
+		dead, deadline := c.dead, c.deadline
+		c.mu.Unlock()
+		if !dead || n == 0 && os.IsTimeout(err) {
+			return n, err
+		}
+		if err == nil {
+			continue // lost on the way
+		}
+		// The server has closed it, of which nobody hears.
+		var timeout <-chan time.Time
+		if !deadline.IsZero() {
+			timer := time.NewTimer(time.Until(deadline))
+			defer timer.Stop()
+			timeout = timer.C
+		}
+		select {
+		case <-timeout:
+			return 0, os.ErrDeadlineExceeded
+		case <-c.closed:
+			return 0, net.ErrClosed
+		}
+	}
+}
+
+func (c *blackHoleConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	c.hole.mu.Lock()
+	delete(c.hole.conns, c)
+	c.hole.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// A balancer forgets a connection on which a read waits, and says nothing to either
+// side. The read was given up ten seconds after its BLOCK only, whatever the client's
+// ReadTimeout: with a BlockTime of a minute nothing came for 70 s. It takes BlockTime
+// and ReadTimeout, and no message is lost.
+//
+// It measures time, and is not parallel to others.
+func TestFault64_SilentlyDroppedConnection(t *testing.T) {
+	testserver.RequireReal(t)
+	const (
+		blockTime   = time.Second
+		readTimeout = 500 * time.Millisecond
+	)
+	for _, mode := range []string{"Group", "FanOut"} {
+		for _, topics := range []int{1, 5} {
+			t.Run(fmt.Sprintf("%s, topics %d", mode, topics), func(t *testing.T) {
+				t.Parallel()
+				hole := &blackHole{conns: make(map[*blackHoleConn]bool)}
+				client, name := named(t, func(opt *redis.Options) { opt.Dialer, opt.ReadTimeout = hole.dial, readTimeout })
+				admin := newClient(t)
+				config := grouped(client)
+				if mode == "FanOut" {
+					config = goxstreams.SubscriberConfig{Client: client}
+				}
+				config.BlockTime = blockTime
+				names, channels := manyTopics(t, newSubscriber(t, config), topics)
+				handled := newTally()
+				for _, messages := range channels {
+					handled.handle(messages, nil)
+				}
+				for _, topic := range names {
+					publish(t, admin, topic, "before")
+				}
+				eventuallyAll(t, handled.len, topics)
+				eventually(t, func() bool { return len(blockedConns(t, admin, name)) > 0 })
+				eventually(t, func() bool { return hole.open() > 0 })
+				began := time.Now()
+				for _, topic := range names {
+					publish(t, admin, topic, "after")
+				}
+				eventuallyAll(t, handled.len, 2*topics)
+				took := time.Since(began)
+				t.Logf("after %s", took)
+				assert.Less(t, took, 3*(blockTime+readTimeout)+time.Second, "not within BlockTime and ReadTimeout")
+				assert.Equal(t, 2*topics, handled.total(), "handled twice")
+			})
+		}
+	}
+}
+
+// A name that stands for the primary was moved to a promoted replica, as a managed
+// service does it, and the old server became a replica itself that had no data yet.
+// What was left of the pool's connections to it said that there is no such key, and the
+// next command went to the new server, which had the group all along: "The consumer
+// group was lost" stood in the log once a topic, at Error, and what had been seen of the
+// group was forgotten. What an old connection leads to says nothing of the group, and a
+// group that XGROUP CREATE finds there was not lost.
+func TestFault58_EndpointChangesItsServer(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const topics = 6
+	for _, concurrency := range []int{1, 4} {
+		t.Run(fmt.Sprint("MaxConcurrency ", concurrency), func(t *testing.T) {
+			t.Parallel()
+			before, after := testserver.Private(t), testserver.Private(t)
+			old, promoted := before.Client(), after.Client()
+			ctx := context.Background()
+			to := newEndpoint(before.Addr())
+			client := redis.NewClient(&redis.Options{Addr: "primary:6379", Dialer: to.dial})
+			t.Cleanup(func() { _ = client.Close() })
+			config := grouped(client)
+			config.BlockTime = time.Second
+			config.MaxConcurrency = concurrency
+			logs := newLogRecorder()
+			sub := newSubscriberLog(t, config, logs)
+			names, channels := manyTopics(t, sub, topics)
+			all, followed := newTally(), newTally()
+			for _, messages := range channels {
+				all.handle(messages, func(msg *message.Message) {
+					if string(msg.Payload) == "after" {
+						followed.add(msg)
+					}
+				})
+			}
+			for _, topic := range names {
+				publish(t, old, topic, "before")
+			}
+			eventuallyAll(t, all.len, topics)
+			for _, topic := range names {
+				eventuallySettled(t, old, topic, testGroup)
+				// What replication would have brought there.
+				publish(t, promoted, topic, "before")
+				require.NoError(t, promoted.XGroupCreate(ctx, topic, testGroup, "$").Err())
+			}
+
+			to.flip(after.Addr())
+			// In one step, so that it is empty as a replica only. It finds no master, or it
+			// would not be so for long.
+			_, err := old.TxPipelined(ctx, func(tx redis.Pipeliner) error {
+				tx.FlushAll(ctx)
+				tx.Do(ctx, "replicaof", "127.0.0.1", "1")
+				return nil
+			})
+			require.NoError(t, err)
+			for _, topic := range names {
+				publish(t, promoted, topic, "after")
+			}
+			eventuallyAll(t, followed.len, topics)
+			eventually(t, func() bool {
+				for _, st := range sub.Stats() {
+					if st.Err != nil {
+						return false
+					}
+				}
+				return true
+			}, "the outage does not end")
+			assert.Equal(t, 2*topics, all.total(), "handled twice")
+			for _, line := range logs.Errors() {
+				assert.NotContains(t, line, "group was lost")
+				assert.NotContains(t, line, "made anew")
+			}
+			for _, topic := range names { // the group is what it was
+				groups, err := promoted.XInfoGroups(ctx, topic).Result()
+				require.NoError(t, err)
+				require.Len(t, groups, 1)
+				last, err := promoted.XInfoStream(ctx, topic).Result()
+				require.NoError(t, err)
+				assert.Equal(t, last.LastGeneratedID, groups[0].LastDeliveredID)
+			}
+		})
+	}
+}
