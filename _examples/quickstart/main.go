@@ -55,7 +55,7 @@ func (w *worker) consume(ctx context.Context) (stop func() error, err error) {
 	subscriber, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
 		Client:        w.client,
 		ConsumerGroup: group,
-		Consumer:      w.name, // for a readable output; the default is a unique name
+		Consumer:      w.name, // how its name in the group begins
 		Retry:         &goxstreams.Retry{MaxRetries: 3, InitialInterval: 100 * time.Millisecond},
 
 		// So short that the example ends soon. In production leave it at the
