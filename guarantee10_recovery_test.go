@@ -305,7 +305,7 @@ func TestFault60_SubscriptionsOfOneTopic(t *testing.T) {
 		for _, topics := range []int{1, 20} {
 			t.Run(fmt.Sprintf("%s, topics %d", mode, topics), func(t *testing.T) {
 				t.Parallel()
-				const each = 3 * total // messages of all topics together
+				const each = total // messages of all topics together
 				client, name := named(t, func(opt *redis.Options) { opt.PoolSize = pool })
 				admin := newClient(t)
 				config := grouped(client)

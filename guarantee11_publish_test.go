@@ -141,7 +141,7 @@ func TestFault54_LargeCallsGoAlone(t *testing.T) {
 		pub, topic := newPublisher(t, client), topic(t)
 		end := make(chan struct{})
 		var small sync.WaitGroup
-		for range 8 {
+		for range 4 {
 			small.Go(func() {
 				for {
 					select {
@@ -162,7 +162,7 @@ func TestFault54_LargeCallsGoAlone(t *testing.T) {
 		client := clientWith(t, &redis.Options{Addr: server.Addr()})
 		pub := newPublisher(t, client)
 		during(t, client, func() {
-			for range 20 {
+			for range 5 {
 				require.Error(t, pub.Publish(topic(t), large))
 			}
 		})

@@ -114,6 +114,7 @@ func TestFault61_RedisIsNotUpYet(t *testing.T) {
 				t.Parallel()
 				server, topic := &notUpYet{loading: loading}, topic(t)
 				logs := newLogRecorder()
+				config := config // the subtests run at once
 				config.Client, config.WaitForRedis = server.client(t), patience
 				sub := newSubscriberLog(t, config, logs)
 				before := time.Now()

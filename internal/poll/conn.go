@@ -359,7 +359,7 @@ func (c *conn) read() {
 	if read.Block > 0 && !link.Wakable() {
 		c.p.cfg.Unwakable()
 		read.Block = min(read.Block, unwakableBlock)
-		if len(c.topics) > 1 || c.p.cfg.Client.Wrapped() {
+		if len(c.sets) > 1 || c.p.cfg.Client.Wrapped() {
 			read.Block = max(min(read.Block, sharedBlock)/time.Duration(max(1, c.slots)), time.Millisecond)
 		}
 	}
