@@ -168,7 +168,7 @@ func TestOneTrace(t *testing.T) {
 		want := map[string]any{
 			"messaging.system": "redis", "messaging.destination.name": "orders", "messaging.message.id": "order-1",
 			"messaging.operation.name": "process", "messaging.operation.type": "process",
-			"messaging.consumer.group.name": "billing", "messaging.client.id": "c1",
+			"messaging.consumer.group.name": "billing", "messaging.client.id": attributes(spans[5])["messaging.client.id"], // see below
 			"goxstreams.entry_id": entries[0].ID, "goxstreams.handler": "handler",
 			"goxstreams.delivery_count": count, "goxstreams.retry_count": count - 1,
 			"error.type": attributes(s)["error.type"], // OpenTelemetry's matter
@@ -181,6 +181,8 @@ func TestOneTrace(t *testing.T) {
 	require.Equal(t, int64(3), count)
 
 	letter := spans[5]
+	consumer := fmt.Sprint(attributes(letter)["messaging.client.id"])
+	require.Regexp(t, "^c1-.+", consumer, "the prefix, and what makes it unique")
 	require.Equal(t, "dead_letter orders", letter.Name())
 	require.Equal(t, send.SpanContext().SpanID(), letter.Parent().SpanID())
 	require.Equal(t, letter.SpanContext().SpanID(), (<-told).SpanID(), "OnDead is called within the span")
@@ -188,7 +190,7 @@ func TestOneTrace(t *testing.T) {
 	require.Equal(t, map[string]any{
 		"messaging.system": "redis", "messaging.destination.name": "orders", "messaging.message.id": "order-1",
 		"messaging.operation.name": "dead_letter", "messaging.operation.type": "settle",
-		"messaging.consumer.group.name": "billing", "messaging.client.id": "c1",
+		"messaging.consumer.group.name": "billing", "messaging.client.id": consumer,
 		"goxstreams.entry_id": entries[0].ID, "goxstreams.handler": "handler",
 		"goxstreams.delivery_count": int64(3), "goxstreams.retry_count": int64(2),
 		"goxstreams.dead_kind": "exhausted", "goxstreams.replays": int64(0),
