@@ -88,7 +88,7 @@ func (l *leases) add(hs []*held) []*held {
 			l.strays = append(l.strays, old) // another entry with the same ID
 		} else if ok && (old.state != found || h.state == found) {
 			if h.state != found {
-				old.since, old.sent = h.since, h.sent
+				old.since, old.sent, old.lost = h.since, h.sent, false
 			}
 			continue
 		}

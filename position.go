@@ -3,6 +3,7 @@ package goxstreams
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -68,9 +69,8 @@ func (p *position) say(ctx context.Context, id string) {
 	if p.denied {
 		return
 	}
-	if ms, seq := xstream.SplitID(id); ms == 0 && seq == 0 {
-		id = "0-0"
-	}
+	ms, seq := xstream.SplitID(id)
+	id = fmt.Sprintf("%d-%d", ms, seq) // as scripts compare it
 	err := s.stream.SetPosition(ctx, p.name, id, positionTTL)
 	if redisx.IsDenied(err) || redisx.ReplyHas(err, "CROSSSLOT", "can't access non local key", "READONLY You can't write against a read only replica") {
 		p.denied = true

@@ -88,10 +88,10 @@ func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 
 // Orphans offers what is pending in the consumer's name and in nobody's hands: the
 // answer to a read or claim was lost.
-func (r *reader) Orphans(rows []xstream.Pending) {
+func (r *reader) Orphans(rows []xstream.Pending) bool {
 	s := r.s
 	if s.overflowed.Load() {
-		return // what was given up waits for its lease to run out
+		return true // what was given up waits for its lease to run out
 	}
 	now := time.Now()
 	orphans := make([]*held, len(rows))
@@ -99,6 +99,7 @@ func (r *reader) Orphans(rows []xstream.Pending) {
 		orphans[i] = &held{id: p.ID, count: p.Count, next: p.Count, since: now.Add(-p.Idle), orphan: true}
 	}
 	s.offerClaims(orphans)
+	return !s.isClosing()
 }
 
 // fitsLocked returns how many entries like the last ones are read at a time, and

@@ -241,9 +241,10 @@ func (s *subscription) drain() {
 				fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.logFields)
 		}
 	}
+	s.reader.seat.Release()
+	s.removeConsumer()
 	cancel.Stop()
 	abandon.Stop()
-	s.removeConsumer()
 	s.shared.open.Add(-1)
 	close(s.output)
 	s.log.Debug("Subscription closed", s.logFields)
@@ -276,7 +277,7 @@ func (s *subscription) removeConsumer() {
 		s.position.remove()
 		return
 	}
-	if s.shared.poller.Reads(s.topic) {
+	if s.shared.poller.Has(s.topic) {
 		return
 	}
 	if err := s.stream.RemoveConsumer(s.ctx); err != nil {

@@ -324,8 +324,11 @@ func (c *conn) orphans() error {
 			}
 			return err
 		}
-		if rows = p.unheld(t, rows); len(rows) > 0 {
-			part.seats[0].member.Orphans(rows)
+		if rows = p.unheld(t, rows); len(rows) > 0 &&
+			!slices.ContainsFunc(part.seats, func(s *Seat) bool { return s.member.Orphans(rows) }) {
+			p.mu.Lock()
+			t.unsure = true // all of them leave: for the others to find
+			p.mu.Unlock()
 		}
 	}
 	return nil
@@ -334,7 +337,7 @@ func (c *conn) orphans() error {
 // unheld returns the rows that nobody here has.
 func (p *Poller) unheld(t *topic, rows []xstream.Pending) []xstream.Pending {
 	p.mu.Lock()
-	seats := slices.Clone(t.seats)
+	members := slices.Clone(p.members[t.key]) // also those that are away, or drain
 	disowned := p.disowned[t.key]
 	for id := range disowned {
 		if !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id }) {
@@ -344,7 +347,7 @@ func (p *Poller) unheld(t *topic, rows []xstream.Pending) []xstream.Pending {
 	rows = slices.DeleteFunc(rows, func(r xstream.Pending) bool { return disowned[r.ID] })
 	p.mu.Unlock()
 	return slices.DeleteFunc(rows, func(r xstream.Pending) bool {
-		return slices.ContainsFunc(seats, func(s *Seat) bool { return s.member.Holds(r.ID) })
+		return slices.ContainsFunc(members, func(m Member) bool { return m.Holds(r.ID) })
 	})
 }
 
@@ -470,6 +473,13 @@ func (c *conn) deal(p part, b Batch) {
 // hands deals entries one by one to those that have room.
 func hands(entries []xstream.Entry, rooms []int) [][]xstream.Entry {
 	out := make([][]xstream.Entry, len(rooms))
+	total := 0
+	for _, room := range rooms {
+		total += room
+	}
+	if over := len(entries) - total; over > 0 { // more than was asked for
+		rooms = append([]int{rooms[0] + over}, rooms[1:]...)
+	}
 	for i := 0; len(entries) > 0; i = (i + 1) % len(rooms) {
 		if len(out[i]) < rooms[i] {
 			out[i] = append(out[i], entries[0])

@@ -65,12 +65,13 @@ func (m *member) Holds(id string) bool {
 	return slices.Contains(m.got, id)
 }
 
-func (m *member) Orphans(rows []xstream.Pending) {
+func (m *member) Orphans(rows []xstream.Pending) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, r := range rows {
 		m.orphans = append(m.orphans, r.ID)
 	}
+	return true
 }
 
 func (m *member) Reading() {}

@@ -60,8 +60,9 @@ type Member interface {
 	// Holds reports whether it has the entry in its hands.
 	Holds(id string) bool
 	// Orphans takes entries that are pending in the consumer's name and in nobody's
-	// hands: the answer to a command that took them was lost.
-	Orphans([]xstream.Pending)
+	// hands: the answer to a command that took them was lost. It returns false if it
+	// takes none any more.
+	Orphans([]xstream.Pending) bool
 	// Reading says that reading works again, or that there is no need to.
 	Reading()
 }
@@ -101,6 +102,7 @@ type Poller struct {
 	split    bool // the server refuses streams of several slots in one command
 	groups   map[string]*group
 	topics   map[string]*topic
+	members  map[string][]Member // of each topic, from the first Serve until Release: they may have entries in hand
 	disowned map[string]map[string]bool // topic -> entries that a handler may have still, though it was given up
 }
 
@@ -132,6 +134,7 @@ type Seat struct {
 	topic   *topic // nil: not there
 	rewind  string // fan-out: go on after this one instead
 	leaving bool
+	known   bool // among the Poller's members
 	failed  bool // at its next read it is to know at once whether reading works
 	left    chan error
 }
@@ -139,7 +142,7 @@ type Seat struct {
 // New returns a Poller.
 func New(cfg Config) *Poller {
 	p := &Poller{
-		cfg: cfg, groups: make(map[string]*group), topics: make(map[string]*topic), disowned: make(map[string]map[string]bool),
+		cfg: cfg, groups: make(map[string]*group), topics: make(map[string]*topic), members: make(map[string][]Member), disowned: make(map[string]map[string]bool),
 	}
 	p.cfg.Unwakable = sync.OnceFunc(cfg.Unwakable)
 	p.route = redisx.NewRoute(cfg.Client, cfg.Block/2, p.moved)
@@ -160,6 +163,10 @@ func (s *Seat) Serve() error {
 	if s.leaving {
 		p.mu.Unlock()
 		return nil
+	}
+	if !s.known {
+		s.known = true
+		p.members[s.key] = append(p.members[s.key], s.member)
 	}
 	t := p.topics[s.key]
 	if t == nil {
@@ -233,6 +240,17 @@ func (s *Seat) Abandon() {
 	}
 }
 
+// Release says that the subscription has nothing in hand any more.
+func (s *Seat) Release() {
+	p := s.p
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.members[s.key] = slices.DeleteFunc(p.members[s.key], func(m Member) bool { return m == s.member })
+	if len(p.members[s.key]) == 0 {
+		delete(p.members, s.key)
+	}
+}
+
 // Unsure has it looked whether a command without an answer has taken entries of the
 // topic.
 func (p *Poller) Unsure(key string) {
@@ -255,11 +273,12 @@ func (p *Poller) Disown(key, id string) {
 	p.disowned[key][id] = true
 }
 
-// Reads reports whether a subscription of the topic is there.
-func (p *Poller) Reads(key string) bool {
+// Has reports whether a subscription of the topic is there, or may have something in
+// hand.
+func (p *Poller) Has(key string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.topics[key] != nil
+	return len(p.members[key]) > 0
 }
 
 // departLocked takes the seat out of its topic, and ends Serve.
