@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"hash/maphash"
@@ -19,7 +20,16 @@ type progress struct {
 	read  string // the greatest ID that was read here
 	print uint64 // of that entry
 	known string // the group's last-delivered-id when last seen
+
+	older struct { // an entry that was read some time before
+		id    string
+		print uint64
+		at    time.Time
+	}
 }
+
+// progressAge is how much older that is: what a failover loses is younger.
+const progressAge = 10 * time.Second
 
 var printSeed = maphash.MakeSeed()
 
@@ -41,9 +51,17 @@ func (s *subscription) sawEntry(e xstream.Entry) {
 	print := fingerprint(e.Fields)
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
-	if xstream.CompareIDs(e.ID, s.progress.read) > 0 {
-		s.progress.read, s.progress.print = e.ID, print
+	p := &s.progress
+	if xstream.CompareIDs(e.ID, p.read) <= 0 {
+		return
 	}
+	if p.read == "" || time.Since(p.older.at) > progressAge {
+		p.older.id, p.older.print, p.older.at = cmp.Or(p.read, e.ID), p.print, time.Now()
+		if p.read == "" {
+			p.older.print = print
+		}
+	}
+	p.read, p.print = e.ID, print
 }
 
 // sawGroup remembers how far the group has got.
@@ -55,35 +73,30 @@ func (s *subscription) sawGroup(lastDelivered string) {
 
 // beganAnew reports whether the stream is another one than that which was read: it
 // was deleted, and made again. Its IDs may be smaller than those of the old one, or
-// even the same.
-func (s *subscription) beganAnew(ctx context.Context) (bool, error) {
-	last := s.progress.read
-	if xstream.CompareIDs(s.progress.known, last) > 0 {
-		last = s.progress.known
-	}
-	if last == "" {
-		return false, nil
-	}
+// even the same. last is the greatest ID that it has.
+func (s *subscription) beganAnew(ctx context.Context) (anew bool, last string, err error) {
+	p := s.progress
 	info, err := s.stream.Info(ctx)
 	if redisx.IsDenied(err) {
-		return false, nil
+		return false, "", nil
 	}
-	if err != nil || xstream.CompareIDs(info.Last, last) < 0 {
-		return err == nil, err
+	if err != nil || p.read == "" {
+		return false, info.Last, err
 	}
-	if s.progress.read != "" {
-		last = s.progress.read
-	}
-	e, err := s.stream.Entry(ctx, last)
+	e, err := s.stream.Entry(ctx, p.read)
 	switch {
 	case err != nil:
-		return false, err
+		return false, "", err
 	case e != nil:
-		return last == s.progress.read && fingerprint(e.Fields) != s.progress.print, nil
-	case info.First == "0-0", xstream.CompareIDs(info.First, last) > 0:
-		return false, nil // trimmed: nothing that is there was read
+		return fingerprint(e.Fields) != p.print, info.Last, nil
+	case xstream.CompareIDs(info.Last, p.read) < 0: // or a failover has lost the last ones
+	case info.First == "0-0", xstream.CompareIDs(info.First, p.read) > 0, xstream.CompareIDs(info.MaxDeleted, p.read) >= 0:
+		return false, info.Last, nil // trimmed or deleted: nothing that is there was read
 	}
-	return xstream.CompareIDs(info.MaxDeleted, last) < 0, nil
+	if e, err = s.stream.Entry(ctx, p.older.id); err != nil {
+		return false, "", err
+	}
+	return e == nil || fingerprint(e.Fields) != p.older.print, info.Last, nil
 }
 
 // regroup makes the group again after it was lost, and puts what this
@@ -92,7 +105,7 @@ func (s *subscription) regroup() error {
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
 	ctx := s.ctx
-	anew, err := s.beganAnew(ctx)
+	anew, last, err := s.beganAnew(ctx)
 	if err != nil {
 		return err
 	}
@@ -100,8 +113,8 @@ func (s *subscription) regroup() error {
 	if xstream.CompareIDs(s.progress.read, start) > 0 {
 		start = s.progress.read
 	}
-	if anew || start == "" {
-		start = "0" // all that is in it is new
+	if anew || start == "" || last != "" && xstream.CompareIDs(last, start) < 0 {
+		start = "0" // all that is in it is new, or may be
 	}
 	if anew {
 		s.forgetAll()
@@ -187,7 +200,7 @@ func (s *subscription) restoreIfRemade(h *held) (bool, error) {
 	if !s.leases.stillOurs(h) {
 		return false, nil
 	}
-	anew, err := s.beganAnew(ctx)
+	anew, _, err := s.beganAnew(ctx)
 	if err != nil {
 		return false, err
 	}

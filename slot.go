@@ -14,6 +14,7 @@ import (
 type slot struct {
 	s     *subscription
 	state atomic.Int32
+	entry atomic.Pointer[held] // in hand
 }
 
 // A slot that is in a function of the user's when CloseTimeout is over is detached:
@@ -26,10 +27,19 @@ const (
 
 func (sl *slot) run() {
 	s := sl.s
-	defer s.slotEnded(sl)
+	defer func() {
+		// A function of the user's has ended its goroutine (t.FailNow does): it failed.
+		if h := sl.entry.Load(); h != nil && sl.state.Load() == slotCalls {
+			s.giveBack(h, h.count)
+			s.free()
+		}
+		s.slotEnded(sl)
+	}()
 	for h := s.next(); h != nil; h = s.next() {
 		h.slot = sl
+		sl.entry.Store(h)
 		s.handle(h)
+		sl.entry.Store(nil)
 		s.free()
 	}
 }
@@ -60,6 +70,7 @@ func (s *subscription) slotEnded(sl *slot) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.forgetSlotLocked(sl)
+	s.rouseForAllLocked() // one that ended by a function of the user's leaves work
 }
 
 func (s *subscription) forgetSlotLocked(sl *slot) {
@@ -105,13 +116,20 @@ func (s *subscription) awaitSlots() {
 func (s *subscription) detachSlots() {
 	s.mu.Lock()
 	n := 0
+	var left []string
 	for sl := range s.slots {
 		if sl.state.CompareAndSwap(slotCalls, slotDetached) {
 			s.forgetSlotLocked(sl)
 			n++
+			if h := sl.entry.Load(); h != nil {
+				left = append(left, h.id)
+			}
 		}
 	}
 	s.mu.Unlock()
+	for _, id := range left {
+		s.shared.poller.Disown(s.topic, id) // it is no orphan while the function is at work
+	}
 	if n > 0 {
 		s.log.Info("A function of the config did not return within CloseTimeout; its message is handled again once its lease has run out",
 			s.logFields.Add(watermill.LogFields{"entries": n}))

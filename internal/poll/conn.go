@@ -51,7 +51,9 @@ type part struct {
 	rooms []int
 	after string
 	count int // entries that there is room for
-	more  bool
+
+	more     bool   // there are seats with room at other places
+	furthest string // of these; nothing is between here and there if the read is empty
 }
 
 // run reads until no topic is left.
@@ -234,6 +236,9 @@ func (c *conn) part(t *topic, seats []*Seat, turn int) (part, bool) {
 		case len(p.seats) == 0:
 			p.after, p.count = s.after, room
 		case s.after != p.after:
+			if !p.more || xstream.CompareIDs(s.after, p.furthest) > 0 {
+				p.furthest = s.after
+			}
 			p.more = true
 			continue
 		default:
@@ -353,12 +358,15 @@ func (p *Poller) unheld(t *topic, rows []xstream.Pending) []xstream.Pending {
 
 // read reads the parts in one command, and gives out what came.
 func (c *conn) read() {
-	read := c.command(c.parts)
 	link, err := c.connect()
 	if err != nil {
 		c.fail(err)
 		return
 	}
+	if c.dropAbandoned(); len(c.parts) == 0 {
+		return
+	}
+	read := c.command(c.parts)
 	if read.Block > 0 && !link.Wakable() {
 		c.p.cfg.Unwakable()
 		read.Block = min(read.Block, unwakableBlock)
@@ -398,6 +406,16 @@ func (c *conn) read() {
 		// wake the next read.
 		runtime.Gosched()
 	}
+}
+
+// dropAbandoned leaves out the topics of which all seats are gone: to connect may have
+// taken long, and what would be read for them is nobody's.
+func (c *conn) dropAbandoned() {
+	c.p.mu.Lock()
+	defer c.p.mu.Unlock()
+	c.parts = slices.DeleteFunc(c.parts, func(p part) bool {
+		return !slices.ContainsFunc(p.seats, func(s *Seat) bool { return s.topic != nil })
+	})
 }
 
 // unsure notes that the read may have taken entries that nobody was told of.
@@ -447,6 +465,11 @@ func (c *conn) deal(p part, b Batch) {
 		}
 	}
 	if len(b.Entries) == 0 {
+		if p.more { // or they would be asked for, and found missing, again and again
+			for _, s := range p.seats {
+				s.after = p.furthest
+			}
+		}
 		return
 	}
 	last := b.Entries[len(b.Entries)-1].ID

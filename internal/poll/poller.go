@@ -102,7 +102,7 @@ type Poller struct {
 	split    bool // the server refuses streams of several slots in one command
 	groups   map[string]*group
 	topics   map[string]*topic
-	members  map[string][]Member // of each topic, from the first Serve until Release: they may have entries in hand
+	members  map[string][]Member        // of each topic, from the first Serve until Release: they may have entries in hand
 	disowned map[string]map[string]bool // topic -> entries that a handler may have still, though it was given up
 }
 
