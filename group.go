@@ -1,10 +1,8 @@
 package goxstreams
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"hash/maphash"
 	"slices"
 	"time"
 
@@ -15,53 +13,35 @@ import (
 )
 
 // progress is how far the group has come, as far as this subscription knows: where
-// to go on if the group is lost, and by which entry to know the stream again.
+// to go on if the group is lost, and by which entries to know the stream again.
 type progress struct {
-	read  string // the greatest ID that was read here
-	print uint64 // of that entry
-	known string // the group's last-delivered-id when last seen
-
-	older struct { // an entry that was read some time before
-		id    string
-		print uint64
-		at    time.Time
-	}
+	read  xstream.Mark // the greatest that was read here
+	known string       // the group's last-delivered-id when last seen
+	older xstream.Mark // one that was read some time before
+	at    time.Time    // since when
 }
 
 // progressAge is how much older that is: what a failover loses is younger.
 const progressAge = 10 * time.Second
-
-var printSeed = maphash.MakeSeed()
-
-func fingerprint(fields []string) uint64 {
-	var h maphash.Hash
-	h.SetSeed(printSeed)
-	for _, f := range fields {
-		_, _ = h.WriteString(f)
-		_ = h.WriteByte(0)
-	}
-	return h.Sum64()
-}
 
 // sawEntry remembers the last entry of a read.
 func (s *subscription) sawEntry(e xstream.Entry) {
 	if !s.leased() {
 		return
 	}
-	print := fingerprint(e.Fields)
+	m := e.Mark()
 	s.regrouping.Lock()
 	defer s.regrouping.Unlock()
 	p := &s.progress
-	if xstream.CompareIDs(e.ID, p.read) <= 0 {
+	if xstream.CompareIDs(m.ID, p.read.ID) <= 0 {
 		return
 	}
-	if p.read == "" || time.Since(p.older.at) > progressAge {
-		p.older.id, p.older.print, p.older.at = cmp.Or(p.read, e.ID), p.print, time.Now()
-		if p.read == "" {
-			p.older.print = print
-		}
+	if p.read.ID == "" {
+		p.older, p.at = m, time.Now()
+	} else if time.Since(p.at) > progressAge {
+		p.older, p.at = p.read, time.Now()
 	}
-	p.read, p.print = e.ID, print
+	p.read = m
 }
 
 // sawGroup remembers how far the group has got.
@@ -80,23 +60,21 @@ func (s *subscription) beganAnew(ctx context.Context) (anew bool, last string, e
 	if redisx.IsDenied(err) {
 		return false, "", nil
 	}
-	if err != nil || p.read == "" {
+	if err != nil || p.read.ID == "" {
 		return false, info.Last, err
 	}
-	e, err := s.stream.Entry(ctx, p.read)
+	e, err := s.stream.Entry(ctx, p.read.ID)
 	switch {
 	case err != nil:
 		return false, "", err
 	case e != nil:
-		return fingerprint(e.Fields) != p.print, info.Last, nil
-	case xstream.CompareIDs(info.Last, p.read) < 0: // or a failover has lost the last ones
-	case info.First == "0-0", xstream.CompareIDs(info.First, p.read) > 0, xstream.CompareIDs(info.MaxDeleted, p.read) >= 0:
+		return e.Mark() != p.read, info.Last, nil
+	case xstream.CompareIDs(info.Last, p.read.ID) < 0: // or a failover has lost the last ones
+	case info.First == "0-0", xstream.CompareIDs(info.First, p.read.ID) > 0, xstream.CompareIDs(info.MaxDeleted, p.read.ID) >= 0:
 		return false, info.Last, nil // trimmed or deleted: nothing that is there was read
 	}
-	if e, err = s.stream.Entry(ctx, p.older.id); err != nil {
-		return false, "", err
-	}
-	return e == nil || fingerprint(e.Fields) != p.older.print, info.Last, nil
+	there, err := s.stream.Has(ctx, p.older)
+	return !there && err == nil, info.Last, err
 }
 
 // regroup makes the group again after it was lost, and puts what this
@@ -110,8 +88,8 @@ func (s *subscription) regroup() error {
 		return err
 	}
 	start := s.progress.known
-	if xstream.CompareIDs(s.progress.read, start) > 0 {
-		start = s.progress.read
+	if read := s.progress.read.ID; xstream.CompareIDs(read, start) > 0 {
+		start = read
 	}
 	if anew || start == "" || last != "" && xstream.CompareIDs(last, start) < 0 {
 		start = "0" // all that is in it is new, or may be

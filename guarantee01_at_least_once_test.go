@@ -833,3 +833,158 @@ func TestFault52_ManyTrimmedEntries(t *testing.T) {
 		requireTold(t, sub, log, n)
 	})
 }
+
+// restored puts a stream, with its groups, back to what it was at the dump, and adds
+// to it, in one step: a failover to a replica that has not got the last of it.
+func restored(t *testing.T, client *redis.Client, topic, dump string, then func(redis.Pipeliner)) {
+	t.Helper()
+	_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+		p.RestoreReplace(t.Context(), topic, 0, dump)
+		then(p)
+		return nil
+	})
+	require.NoError(t, err)
+}
+
+func addWithID(p redis.Cmdable, topic string, ids ...string) {
+	for _, id := range ids {
+		p.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{goxstreams.UUIDHeaderKey, id, "payload", id}})
+	}
+}
+
+// handledBy collects the payloads that come until the function says that it is enough,
+// acking all of them.
+func handledBy(t *testing.T, messages <-chan *message.Message, enough func(map[string]int) bool) map[string]int {
+	t.Helper()
+	seen := make(map[string]int)
+	for !enough(seen) {
+		select {
+		case msg := <-messages:
+			seen[string(msg.Payload)]++
+			msg.Ack()
+		case <-time.After(patience / 2):
+			require.FailNow(t, "messages are missing", "seen: %v", seen)
+		}
+	}
+	return seen
+}
+
+func stillFor(t *testing.T, messages <-chan *message.Message, d time.Duration) {
+	t.Helper()
+	select {
+	case msg := <-messages:
+		require.FailNow(t, "a message came again", string(msg.Payload))
+	case <-time.After(d):
+	}
+}
+
+// A failover loses the last entries. A fan-out took that for a stream that began anew,
+// and read all of it once more; had it gone on at its place, it would have
+// passed over what the new master added below that.
+func TestFanOut_TailLost(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, below := range []string{"1000-4", "1000-9"} {
+		t.Run(below, func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			messages := subscribe(t, newSubscriber(t, goxstreams.SubscriberConfig{Client: client}), topic)
+			addWithID(client, topic, "1000-1", "1000-2", "1000-3")
+			handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 3 })
+			time.Sleep(1500 * time.Millisecond) // for it to have looked
+			dump := client.Dump(t.Context(), topic).Val()
+			addWithID(client, topic, "1000-5", "1000-6")
+			handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 2 })
+			time.Sleep(1500 * time.Millisecond)
+			restored(t, client, topic, dump, func(p redis.Pipeliner) { addWithID(p, topic, below) })
+			seen := handledBy(t, messages, func(seen map[string]int) bool { return seen[below] > 0 })
+			require.Equal(t, map[string]int{below: 1}, seen)
+			addWithID(client, topic, "1001-1")
+			handledBy(t, messages, func(seen map[string]int) bool { return seen["1001-1"] > 0 })
+			stillFor(t, messages, 3*time.Second)
+		})
+	}
+}
+
+// A stream that begins anew several times, with the same IDs and other messages, is read
+// from its beginning each time, and each entry once or, around the change, twice.
+func TestFanOut_BeginsAnewAgain(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	messages := subscribe(t, newSubscriber(t, goxstreams.SubscriberConfig{Client: client}), topic)
+	for round := range 4 {
+		_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+			p.Del(t.Context(), topic)
+			for i := range 10 - round {
+				p.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: fmt.Sprintf("1000-%d", i+1), Values: []string{
+					goxstreams.UUIDHeaderKey, watermill.NewUUID(), "payload", fmt.Sprint(round, ".", i),
+				}})
+			}
+			return nil
+		})
+		require.NoError(t, err)
+		for payload, times := range handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 10-round }) {
+			require.True(t, strings.HasPrefix(payload, fmt.Sprint(round, ".")), "%s in round %d", payload, round)
+			require.LessOrEqual(t, times, 2, payload)
+		}
+		time.Sleep(2500 * time.Millisecond) // two looks
+	}
+	stillFor(t, messages, 3*time.Second)
+}
+
+// XTRIM ... ACKED leaves no trace of what it deletes but the missing entries.
+func TestFanOut_AckedEntriesAreTrimmed(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	log := newLogRecorder()
+	messages := subscribe(t, newSubscriberLog(t, goxstreams.SubscriberConfig{Client: client}, log), topic)
+	createGroup(t, client, topic, testGroup)
+	for round := range 4 {
+		addWithID(client, topic, fmt.Sprintf("1000-%d", 2*round+1), fmt.Sprintf("1000-%d", 2*round+2))
+		handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 2 })
+		for _, id := range readAs(t, client, topic, testGroup, "other", 2) {
+			require.NoError(t, client.XAck(t.Context(), topic, testGroup, id).Err())
+		}
+		if err := client.Do(t.Context(), "XTRIM", topic, "MAXLEN", "=", 0, "ACKED").Err(); err != nil {
+			require.ErrorContains(t, err, "syntax error") // before Redis 8.2
+			require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
+		}
+		time.Sleep(1500 * time.Millisecond) // a look
+	}
+	stillFor(t, messages, 2*time.Second)
+	require.Empty(t, log.Errors())
+}
+
+// A failover has lost the last entries and the group, which was made just before: what
+// is there comes, and what is in hand can still be acked.
+func TestGroup_TailLost(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	messages := subscribe(t, newSubscriber(t, claiming(client)), topic)
+	addWithID(client, topic, "1000-1", "1000-2")
+	held := next(t, messages)
+	require.Equal(t, "1000-1", string(held.Payload))
+	dump := client.Dump(t.Context(), topic).Val()
+	addWithID(client, topic, "1000-5")
+	require.True(t, held.Ack())
+	msg := next(t, messages)
+	require.True(t, msg.Ack())
+	inHand := next(t, messages)
+	require.Equal(t, "1000-5", string(inHand.Payload))
+	restored(t, client, topic, dump, func(p redis.Pipeliner) {
+		p.XGroupDestroy(t.Context(), topic, testGroup)
+		addWithID(p, topic, "1000-3")
+	})
+	// With MaxConcurrency 1 it goes on when what is in hand is settled.
+	go func() {
+		<-time.After(time.Second)
+		inHand.Ack()
+	}()
+	handledBy(t, messages, func(seen map[string]int) bool { return seen["1000-3"] > 0 })
+	addWithID(client, topic, "1000-9")
+	handledBy(t, messages, func(seen map[string]int) bool { return seen["1000-9"] > 0 })
+	eventuallySettled(t, client, topic, testGroup)
+}

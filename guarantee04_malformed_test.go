@@ -3,8 +3,10 @@ package goxstreams_test
 import (
 	"bytes"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -127,4 +129,40 @@ func valuesOf(e rawEntry) map[string]any {
 		values[e.fields[i]] = e.fields[i+1]
 	}
 	return values
+}
+
+// exitingMarshaler ends the goroutine that it is called in, the first times.
+type exitingMarshaler struct {
+	goxstreams.DefaultMarshaler
+	left *atomic.Int32
+}
+
+func (m exitingMarshaler) Unmarshal(values map[string]any) (*message.Message, error) {
+	if values["payload"] == "exits" && m.left.Add(-1) >= 0 {
+		runtime.Goexit()
+	}
+	return m.DefaultMarshaler.Unmarshal(values)
+}
+
+// A function of the user's that ends its goroutine, as t.FailNow does, stopped the
+// topic for good: its slot was gone.
+func TestUserCodeEndsItsGoroutine(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, concurrency := range []int{1, 2} {
+		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			left := new(atomic.Int32)
+			left.Store(3)
+			config := claiming(client)
+			config.MaxConcurrency, config.Unmarshaler = concurrency, exitingMarshaler{left: left}
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "exits", "other", "another")
+			seen := handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 3 })
+			require.Equal(t, map[string]int{"exits": 1, "other": 1, "another": 1}, seen)
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
 }

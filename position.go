@@ -40,19 +40,17 @@ type position struct {
 	denied bool // the right to say so is missing
 
 	mu     sync.Mutex
-	last   string            // the last entry that was read; at first StartID
+	last   xstream.Mark      // the last entry that was read; at first StartID
 	any    bool              // something was read
-	recent map[string]uint64 // what was read since the last look, up to maxRecent: IDs and fingerprints
-	replay map[string]uint64 // what was read already of a stream that began anew
+	first  xstream.Mark      // the first one that was read since the last look
+	recent map[string]uint64 // the prints of what was read since then, up to maxRecent
+	replay map[string]uint64 // of what was read already of a stream that is read again
 
 	// Of the last look.
-	mark   string // last
-	before string // the mark of the look before
-	oldest string // the stream's first entry; "0-0": it was empty
-	newest string // the stream's last ID
-	added  int64  // entries of the stream, ever; -1: not known
+	info   xstream.Info
+	mark   xstream.Mark // last
+	before xstream.Mark // the mark before that
 	at     time.Time
-	first  string // that was read since then
 }
 
 func newPosition(s *subscription) *position {
@@ -61,8 +59,8 @@ func newPosition(s *subscription) *position {
 
 // begin says where the fan-out begins, before Subscribe returns.
 func (p *position) begin(ctx context.Context, after string, info xstream.Info) {
-	p.last, p.mark, p.at = after, after, time.Now()
-	p.oldest, p.newest, p.added = info.First, info.Last, info.Added
+	p.last, p.info, p.at = xstream.Mark{ID: after}, info, time.Now()
+	p.mark = p.last
 	p.say(ctx, after)
 }
 
@@ -81,24 +79,22 @@ func (p *position) say(ctx context.Context, id string) {
 	}
 }
 
-// unseen returns the entries without those that came before, from a stream that began
-// anew meanwhile.
+// unseen returns the entries without those that came before, from a stream that is
+// read again.
 func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.last, p.any = entries[len(entries)-1].ID, true
-	if p.first == "" {
-		p.first = entries[0].ID
-	}
 	kept := entries[:0:0]
 	for _, e := range entries {
-		print := fingerprint(e.Fields)
-		if seen, ok := p.replay[e.ID]; ok && seen == print {
-			continue
+		m := e.Mark()
+		if p.last, p.any = m, true; p.first.ID == "" {
+			p.first = m
 		}
-		kept = append(kept, e)
 		if len(p.recent) < maxRecent {
-			p.recent[e.ID] = print
+			p.recent[m.ID] = m.Print
+		}
+		if p.replay[m.ID] != m.Print {
+			kept = append(kept, e)
 		}
 	}
 	return kept
@@ -124,81 +120,73 @@ func (p *position) run() {
 func (p *position) look(ctx context.Context) {
 	s := p.s
 	p.mu.Lock()
-	last, idle := p.last, p.last == p.mark
-	seen := *p.seenLocked()
+	was := p.seenLocked()
 	p.mu.Unlock()
+	idle := was.last == p.mark
 	if idle && time.Since(p.at) < positionRest {
 		return
 	}
 	info, err := s.stream.Info(ctx)
-	var changed change
-	if err == nil {
-		changed, err = p.compare(ctx, seen, info)
+	again := ""
+	if err == nil && was.differs(info) {
+		again, err = p.survivor(ctx, was, info)
 	}
 	if redisx.IsDenied(err) { // then without knowing
-		changed, info.Added, err = same, -1, nil
+		info.Added, err = -1, nil
 	}
 	if err != nil {
 		return // the reader notices an outage
 	}
 	p.at = time.Now()
-	if changed == tailLost && xstream.CompareIDs(last, info.Last) > 0 {
-		last = info.Last
-		s.reader.seat.Rewind(last)
-	}
 	p.mu.Lock()
-	switch {
-	case changed == anew:
+	if again != "" {
 		p.replay, p.recent = p.recent, make(map[string]uint64)
-		p.last, last = "0-0", "0-0"
-	case idle:
-		p.replay = nil
-		fallthrough
-	default:
+		p.last = xstream.Mark{ID: again}
+		was.last = p.last
+	} else {
+		if idle {
+			p.replay = nil
+		}
 		// What was read while the server was asked may be among what it has counted.
 		p.recent = p.afterLocked(info.Last)
 	}
-	if changed == tailLost {
-		p.recent = make(map[string]uint64) // lost, and maybe more of it
-		p.last = last
+	if was.last != p.mark {
+		p.mark, p.before = was.last, p.mark
 	}
-	p.mark, p.before = last, p.mark
-	p.oldest, p.newest, p.added, p.first = info.First, info.Last, info.Added, ""
+	p.info, p.first = info, xstream.Mark{}
 	p.mu.Unlock()
-	if changed == anew {
-		s.reader.seat.Rewind("0-0")
-		s.log.Error("The stream was deleted and began anew; reading it from its beginning", errors.New("stream deleted"), s.logFields)
-		return
+	if again != "" {
+		s.reader.seat.Rewind(again)
+		s.log.Error("The stream was deleted and began anew, or a failover has lost the end of it; reading it again from where it changed",
+			errors.New("stream changed"), s.logFields.Add(watermill.LogFields{"start_id": again}))
 	}
-	p.say(ctx, last)
+	p.say(ctx, was.last.ID)
 }
 
 // seen is what a look knows of the stream.
 type seen struct {
-	marks  []string // entries that were there: the oldest, and what was read
-	oldest string
-	newest string
-	last   string
-	added  int64 // the least that the stream must have had
+	xstream.Info                // of the last look; Added is the least that there must be
+	last         xstream.Mark   // that was read; of StartID nobody knows whether it is there
+	marks        []xstream.Mark // entries that were there, the latest first
 }
 
-func (p *position) seenLocked() *seen {
-	s := &seen{oldest: p.oldest, newest: p.newest, last: p.newest, added: p.added}
-	if p.any {
-		s.last = p.last
-	}
-	for _, id := range []string{p.oldest, p.before, p.mark, p.first} {
-		if ms, seq := xstream.SplitID(id); ms != 0 || seq != 0 {
-			s.marks = append(s.marks, id)
+func (p *position) seenLocked() seen {
+	was := seen{Info: p.info, last: p.last}
+	for _, m := range []xstream.Mark{p.first, p.mark, p.before} {
+		if ms, seq := xstream.SplitID(m.ID); ms != 0 || seq != 0 {
+			was.marks = append(was.marks, m)
 		}
 	}
-	if s.oldest == "0-0" && p.first != "" {
-		s.oldest = p.first // of an empty stream the first that came
+	if p.any && xstream.CompareIDs(p.last.ID, was.Last) > 0 {
+		was.Last = p.last.ID
 	}
-	if s.added >= 0 {
-		s.added += int64(len(p.afterLocked(p.newest)))
+	if was.First == "0-0" && p.first.ID != "" {
+		was.First, was.FirstPrint = p.first.ID, "" // of an empty stream the first that came
 	}
-	return s
+	if was.Added >= 0 {
+		was.Added += int64(len(p.afterLocked(p.info.Last)))
+	}
+	return was
 }
 
 // afterLocked returns what was read since the last look and came after the ID.
@@ -212,40 +200,34 @@ func (p *position) afterLocked(id string) map[string]uint64 {
 	return later
 }
 
-// change is what became of a stream since the last look.
-type change int
-
-const (
-	same     change = iota
-	tailLost        // by a failover: the last entries are not in it any more
-	anew            // it was deleted, and is another one
-)
-
-// compare tells what became of the stream. One that goes on never has a smaller last
-// ID, or fewer entries, or an older first one. That it has may mean that a failover has
-// lost the last of what was done to it; then an entry that was read before is still
-// there. (That such an entry is missing means nothing by itself: it may be trimmed.)
-func (p *position) compare(ctx context.Context, was seen, info xstream.Info) (change, error) {
-	smaller := func(a, b string) bool { return xstream.CompareIDs(a, b) < 0 }
+// differs reports whether the stream is not the one that it was. One that goes on never
+// has a smaller last ID, or fewer entries, or an older first one, or another one of the
+// same ID. (That an entry is missing means nothing: it may be trimmed.)
+func (was seen) differs(now xstream.Info) bool {
 	switch {
-	case len(was.marks) == 0: // nothing was there
-		return same, nil
-	case smaller(info.Last, was.newest), smaller(info.Last, was.last):
-	case was.added >= 0 && info.Added >= 0 && info.Added < was.added:
-	case info.First != "0-0" && was.oldest != "0-0" && smaller(info.First, was.oldest):
-	default:
-		return same, nil
+	case xstream.CompareIDs(now.Last, was.Last) < 0, was.Added >= 0 && now.Added >= 0 && now.Added < was.Added:
+		return true
+	case now.First == "0-0" || was.First == "0-0":
+		return false
+	case now.First == was.First:
+		return was.FirstPrint != "" && now.FirstPrint != was.FirstPrint
 	}
-	for _, id := range was.marks {
-		e, err := p.s.stream.Entry(ctx, id)
-		if err != nil {
-			return same, err
-		}
-		if e != nil {
-			return tailLost, nil
+	return xstream.CompareIDs(now.First, was.First) < 0
+}
+
+// survivor returns after which entry the stream is to be read again: the latest that
+// was read and is still there, if a failover has lost the end of the stream; "0-0" if it
+// was deleted and began anew.
+func (p *position) survivor(ctx context.Context, was seen, now xstream.Info) (string, error) {
+	if now.First == was.First && was.FirstPrint != "" && now.FirstPrint != was.FirstPrint {
+		return "0-0", nil
+	}
+	for _, m := range was.marks {
+		if there, err := p.s.stream.Has(ctx, m); there || err != nil {
+			return m.ID, err
 		}
 	}
-	return anew, nil
+	return "0-0", nil
 }
 
 // remove takes the position back.

@@ -50,10 +50,8 @@ type part struct {
 	seats []*Seat
 	rooms []int
 	after string
-	count int // entries that there is room for
-
-	more     bool   // there are seats with room at other places
-	furthest string // of these; nothing is between here and there if the read is empty
+	count int  // entries that there is room for
+	more  bool // there are seats with room at other places, to be read for next
 }
 
 // run reads until no topic is left.
@@ -217,10 +215,12 @@ func (c *conn) retireLocked() {
 }
 
 // part asks a topic's subscriptions for their room. In fan-out they may be at several
-// places in the stream, and take turns then.
+// places in the stream, and take turns then; once nothing was found at any of them,
+// the read waits at the first of these places, where whatever comes is seen.
 func (c *conn) part(t *topic, seats []*Seat, turn int) (part, bool) {
 	p := part{topic: t, after: ">"}
 	n := len(seats)
+	wait := t.dry >= n
 	for i := range seats {
 		s := seats[(turn+i)%n]
 		room := s.member.Room()
@@ -233,13 +233,11 @@ func (c *conn) part(t *topic, seats []*Seat, turn int) (part, bool) {
 			continue
 		case c.p.cfg.Group != "":
 			p.count += room
-		case len(p.seats) == 0:
+		case len(p.seats) == 0, wait && xstream.CompareIDs(s.after, p.after) < 0:
 			p.after, p.count = s.after, room
+			p.seats, p.rooms = p.seats[:0], p.rooms[:0]
 		case s.after != p.after:
-			if !p.more || xstream.CompareIDs(s.after, p.furthest) > 0 {
-				p.furthest = s.after
-			}
-			p.more = true
+			p.more = !wait
 			continue
 		default:
 			p.count = min(p.count, room)
@@ -465,13 +463,10 @@ func (c *conn) deal(p part, b Batch) {
 		}
 	}
 	if len(b.Entries) == 0 {
-		if p.more { // or they would be asked for, and found missing, again and again
-			for _, s := range p.seats {
-				s.after = p.furthest
-			}
-		}
+		p.topic.dry++
 		return
 	}
+	p.topic.dry = 0
 	last := b.Entries[len(b.Entries)-1].ID
 	switch {
 	case c.p.cfg.Group == "":

@@ -3,6 +3,7 @@ package poll
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"sync"
 	"testing"
@@ -272,4 +273,134 @@ func TestSeat_Abandon(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		require.FailNow(t, "Serve does not end")
 	}
+}
+
+// Fan-outs that have read different entries, the last of which are deleted, wait for
+// the next one in a read that blocks. It reads for the one that is furthest behind.
+func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
+	server := testserver.Private(t)
+	client := server.Client()
+	c := redisx.Client{UniversalClient: client}
+	p := New(Config{Client: c, Line: pipeline.New(c, 2, true), Consumer: "consumer", Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
+	add := func(id string) {
+		t.Helper()
+		require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", ID: id, Values: []any{"a", "b"}}).Err())
+	}
+	reads := func() (n int64) {
+		stats, err := client.InfoMap(context.Background(), "commandstats").Result()
+		require.NoError(t, err)
+		_, _ = fmt.Sscanf(stats["Commandstats"]["cmdstat_xread"], "calls=%d,", &n)
+		return n
+	}
+	add("9-0")
+	var members []*member
+	for _, after := range []string{"5-0", "9-0", "7-0", "5-0"} {
+		m := &member{room: 10}
+		members = append(members, m)
+		seat := p.NewSeat("key", m, after)
+		serve(t, seat)
+	}
+	require.NoError(t, client.XDel(context.Background(), "key", "9-0").Err())
+	time.Sleep(100 * time.Millisecond) // what is read before it rests is no matter
+	before := reads()
+	time.Sleep(500 * time.Millisecond)
+	require.Less(t, reads()-before, int64(20), "reads in half a second without an entry")
+	for round := range 3 {
+		add(fmt.Sprintf("1%d-0", round))
+		for _, m := range members {
+			eventually(t, func() bool {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				return slices.Contains(m.got, fmt.Sprintf("1%d-0", round))
+			}, "an entry is passed over")
+		}
+	}
+	for _, m := range members {
+		m.mu.Lock()
+		got := slices.DeleteFunc(slices.Clone(m.got), func(id string) bool { return id == "9-0" })
+		m.mu.Unlock()
+		require.Equal(t, []string{"10-0", "11-0", "12-0"}, got)
+	}
+}
+
+// What a subscription has in hand is no orphan to the others of its topic while its
+// seat is not served: in its backoff, or when it drains.
+func TestPoller_OrphansOfOthers(t *testing.T) {
+	p, client := newPoller(t, "group")
+	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
+	stream := xstream.New(p.cfg.Client, key, "group")
+	_, err := stream.CreateGroup(t.Context(), "0")
+	require.NoError(t, err)
+	gone, stays := &member{room: 1}, &member{room: 0}
+	seat := p.NewSeat(key, gone, "")
+	leave := serve(t, seat)
+	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
+	eventually(t, func() bool { return gone.count() == 1 }, "nothing came")
+	leave()
+	stays.room = 1
+	serve(t, p.NewSeat(key, stays, ""))
+	look := func(id string) { // until an entry has come that was read after the look
+		p.Unsure(key)
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: id, Values: []any{"a", "b"}}).Err())
+		eventually(t, func() bool { return stays.Holds(id) }, "nothing came")
+	}
+	look("2-1")
+	require.Empty(t, stays.orphans, "taken from a subscription that is away")
+	seat.Release()
+	stays.mu.Lock()
+	stays.room = 1
+	stays.mu.Unlock()
+	look("3-1")
+	require.Equal(t, []string{"1-1"}, stays.orphans, "nobody has it any more")
+}
+
+// A seat that is abandoned while its connection is opened gets nothing, and nothing is
+// read in its name, though the connection is opened for others too.
+func TestSeat_AbandonWhileConnecting(t *testing.T) {
+	testserver.RequireReal(t)
+	admin := testserver.Client(t)
+	dialing, dial := make(chan struct{}), make(chan struct{})
+	asks := sync.OnceFunc(func() { close(dialing) })
+	options := *admin.Options()
+	options.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		asks()
+		<-dial
+		return (&net.Dialer{}).DialContext(ctx, network, addr)
+	}
+	client := redis.NewClient(&options)
+	defer client.Close()
+	c := redisx.Client{UniversalClient: client}
+	p := New(Config{Client: c, Line: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	var seats []*Seat
+	var members []*member
+	for i := range 1 + maxConns {
+		key := fmt.Sprint(t.Name(), i, "-", time.Now().UnixNano())
+		require.NoError(t, admin.XGroupCreateMkStream(t.Context(), key, "group", "0").Err())
+		require.NoError(t, admin.XAdd(t.Context(), &redis.XAddArgs{Stream: key, Values: []any{"a", "b"}}).Err())
+		m := &member{room: 10}
+		members = append(members, m)
+		seats = append(seats, p.NewSeat(key, m, ""))
+	}
+	done := make(chan error, 1)
+	go func() { done <- seats[0].Serve() }()
+	<-dialing
+	for i, seat := range seats[1:] {
+		serve(t, seat)
+		eventually(t, func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return len(p.topics) == i+2
+		}, "the seat is not there")
+	}
+	p.mu.Lock()
+	shared := p.topics[seats[0].key].conn == p.topics[seats[maxConns].key].conn
+	p.mu.Unlock()
+	require.True(t, shared)
+	seats[0].Abandon()
+	require.NoError(t, <-done)
+	close(dial)
+	eventually(t, func() bool { return members[maxConns].count() == 1 }, "the others wait")
+	pending, err := admin.XPending(t.Context(), seats[0].key, "group").Result()
+	require.NoError(t, err)
+	require.Zero(t, pending.Count)
 }

@@ -119,6 +119,7 @@ type topic struct {
 	conn   *conn // the one whose goroutine reads it
 	seats  []*Seat
 	turn   int  // counts the reads, for the seats to take turns
+	dry    int  // reads in a row that found nothing; its connection's own
 	full   int  // reads in a row that left more in the stream
 	unsure bool // a command without an answer may have taken entries
 }

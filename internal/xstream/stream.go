@@ -2,8 +2,10 @@ package xstream
 
 import (
 	"context"
+	"crypto/sha1" // as Redis's scripts have it; it protects nothing
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"strconv"
 	"strings"
 	"time"
@@ -185,9 +187,13 @@ func (s *Stream) Newest(ctx context.Context) (string, error) {
 type Info struct {
 	Last       string // the greatest ID that the stream ever had
 	First      string // of the first entry; "0-0" without entries
+	FirstPrint string // a digest of that entry
 	MaxDeleted string // the greatest ID that was deleted by XDEL
 	Added      int64  // entries, since the stream was made; -1 if the server does not say
 }
+
+// printed is how many bytes of an entry its digest is of.
+const printed = 4096
 
 // infoScript is XINFO STREAM without the entries in its answer.
 const infoScript = `
@@ -195,7 +201,10 @@ local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
 if info.err then return info end
 for i = 1, #info, 2 do
   local name = info[i]
-  if name == 'first-entry' and info[i + 1] then info[i + 1] = {info[i + 1][1]} end
+  local first = info[i + 1]
+  if name == 'first-entry' and first then
+    info[i + 1] = {first[1], redis.sha1hex(string.sub(table.concat(first[2], '\\0'), 1, tonumber(ARGV[1])))}
+  end
   if name == 'last-entry' then info[i + 1] = false end
 end
 return info`
@@ -203,7 +212,7 @@ return info`
 // Info asks for it.
 func (s *Stream) Info(ctx context.Context) (Info, error) {
 	info := Info{Last: "0-0", First: "0-0", MaxDeleted: "0-0"}
-	v, err := s.ask(ctx, "eval", infoScript, 1, s.Key)
+	v, err := s.ask(ctx, "eval", infoScript, 1, s.Key, printed)
 	if redisx.IsDenied(err) { // a fan-out needs no right to EVAL
 		v, err = s.ask(ctx, "xinfo", "stream", s.Key)
 	}
@@ -220,6 +229,7 @@ func (s *Stream) Info(ctx context.Context) (Info, error) {
 	info.Last = last
 	if first, ok := lookup(v, "first-entry").([]any); ok && len(first) > 0 {
 		info.First, _ = first[0].(string)
+		info.FirstPrint = digest(first[1])
 	}
 	if id, ok := lookup(v, "max-deleted-entry-id").(string); ok {
 		info.MaxDeleted = id
@@ -229,6 +239,52 @@ func (s *Stream) Info(ctx context.Context) (Info, error) {
 		info.Added = -1
 	}
 	return info, nil
+}
+
+// digest is what infoScript has made of an entry's fields, or makes it.
+func digest(fields any) string {
+	if made, ok := fields.(string); ok {
+		return made
+	}
+	var all []byte
+	values, _ := fields.([]any)
+	for i, v := range values {
+		if i > 0 {
+			all = append(all, 0)
+		}
+		field, _ := v.(string)
+		all = append(all, field...)
+	}
+	return fmt.Sprintf("%x", sha1.Sum(all[:min(len(all), printed)]))
+}
+
+// Mark is an entry that was seen. IDs alone do not tell whether it is still the same
+// one: a stream that is deleted and made again may use them again.
+type Mark struct {
+	ID    string
+	Print uint64 // 0: not known
+}
+
+var printSeed = maphash.MakeSeed()
+
+// Mark returns the entry's mark, for this process.
+func (e Entry) Mark() Mark {
+	var h maphash.Hash
+	h.SetSeed(printSeed)
+	for _, f := range e.Fields {
+		_, _ = h.WriteString(f)
+		_ = h.WriteByte(0)
+	}
+	return Mark{e.ID, max(1, h.Sum64())}
+}
+
+// Has reports whether the entry is in the stream.
+func (s *Stream) Has(ctx context.Context, m Mark) (bool, error) {
+	if m.ID == "" {
+		return false, nil
+	}
+	e, err := s.Entry(ctx, m.ID)
+	return e != nil && (m.Print == 0 || e.Mark() == m), err
 }
 
 // lookup finds a name in a reply that is a map (RESP3) or a flat list (RESP2).
