@@ -368,7 +368,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 		return (&net.Dialer{}).DialContext(ctx, network, addr)
 	}
 	client := redis.NewClient(&options)
-	defer client.Close()
+	t.Cleanup(func() { _ = client.Close() }) // after the seats are left
 	c := redisx.Client{UniversalClient: client}
 	p := New(Config{Client: c, Line: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	var seats []*Seat
