@@ -172,21 +172,22 @@ func isDeadLetter(fields []string) bool {
 
 // deadMessage is what is known of a dead entry before it is moved.
 func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
+	doom := doomOf(h.Entry)
 	fields, replays, _ := cutReplay(fields)
 	d := DeadMessage{
-		EntryID: h.id, Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
-		Handler: h.doom.handler, Reason: shorten(h.doom.err.Error()), Kind: h.doom.kind, Deliveries: cmp.Or(h.doom.deliveries, h.count),
+		EntryID: h.ID, Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
+		Handler: doom.handler, Reason: shorten(doom.err.Error()), Kind: doom.kind, Deliveries: cmp.Or(doom.deliveries, h.Count()),
 		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Replays: replays, Fields: fields,
 	}
 	if d.Handler == "" && s.typed != nil {
 		d.Handler = s.typed.name
 	}
-	safe := s.typed != nil && !s.diedTooOften(h) // a crash counts as one of its worker's
+	safe := s.typed != nil && !s.diedTooOften(h.Entry) // a crash counts as one of its worker's
 	switch s.cfg.Unmarshaler.(type) {
 	case DefaultMarshaler, BodyMarshaler:
 		safe = true
 	}
-	if h.doom.kind == Broken || h.doom.crashed && !safe {
+	if doom.kind == Broken || doom.crashed && !safe {
 		return d
 	}
 	// Unmarshaled once more: the handler may have changed what it was given.
@@ -241,6 +242,13 @@ func (d DeadMessage) letter() []string {
 		}
 	}
 	return append(letter, deadFieldsField, packed)
+}
+
+// marks returns what the letter's metadata has in it, by which it can be found.
+func (d DeadMessage) marks() []string {
+	return []string{
+		packPair(DeadEntryIDKey, d.EntryID), packPair(DeadGroupKey, d.Group), packPair(middleware.PoisonedTopicKey, d.Topic),
+	}
 }
 
 // readLetter is letter's inverse.

@@ -850,16 +850,20 @@ func (d dying) bury(t *testing.T, what string, at int, before bool) (commands st
 	config.ClaimMinIdle, config.ClaimInterval = 10*time.Minute, 10*time.Minute // nothing else is sent
 	config.Retry = quickRetry()
 	config.Retry.MaxRetries = -1
+	config.MaxConcurrency = 2
 	sub := newSubscriberLog(t, config, log)
 	messages := subscribe(t, sub, topic)
-	eventually(t, func() bool { return cut.saw("xinfo") }, "the claimer's only tick")
+	eventually(t, func() bool { return cut.saw("xinfo") }, "the only look at the group")
+	// One more is in hand: were all gone, the group would have been made anew.
+	publish(t, admin, topic, "kept")
+	kept := next(t, messages)
 
 	m := &meddler{admin: admin, topic: topic}
 	do := func() bool { return m.do(t, what) }
 	fields := []string{"no message", "\x00\xff", "twice", "1", "twice", "2"}
 	if d.broken {
 		// It is known before it is read: the meddler needs it.
-		m.id = fmt.Sprintf("%d-0", time.Now().UnixMilli())
+		m.id = fmt.Sprintf("%d-7", time.Now().UnixMilli())
 		cut.arm(at, before, do)
 		args := []any{"xadd", topic, m.id}
 		for _, f := range fields {
@@ -869,19 +873,20 @@ func (d dying) bury(t *testing.T, what string, at int, before bool) (commands st
 		eventually(t, func() bool { return stats(t, sub).Broken > 0 })
 	} else {
 		publish(t, admin, topic, "payload")
-		entry := entriesOf(t, admin, topic)[0]
+		entry := entriesOf(t, admin, topic)[1]
 		m.id, fields = entry.id, entry.fields
 		msg := next(t, messages)
 		cut.arm(at, before, do)
 		msg.Nack()
 	}
-	eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "it is kept")
+	eventually(t, func() bool { return stats(t, sub).InFlight == 1 }, "it is kept")
 	commands, hit = cut.disarm()
 	st := stats(t, sub)
 	// The reader may find out about the group only now.
 	if m.destroyed {
 		eventually(t, func() bool { return admin.XPending(t.Context(), topic, testGroup).Err() == nil }, "the group is not made again")
 	}
+	require.True(t, kept.Ack())
 	require.NoError(t, sub.Close())
 
 	letters := lettersIn(t, admin, goxstreams.DeadLetterTopic(topic))
@@ -956,7 +961,7 @@ func TestDeadLetter_Once(t *testing.T) {
 						break
 					}
 				}
-				require.Greater(t, at, 3, "XRANGE, XPENDING, EVAL at least")
+				require.Greater(t, at, 2, "to look and to move at least")
 				require.Less(t, at, most, "there is no end")
 			})
 		}
@@ -1002,10 +1007,8 @@ func TestDeadLetter_Resent(t *testing.T) {
 			require.NoError(t, sub.Close())
 			require.Empty(t, pendingOf(t, admin, topic, testGroup))
 			require.Len(t, lettersIn(t, admin, stream), 1)
-			for _, name := range []string{"xrange", "xpending", "eval"} {
-				_, ok := resent.Load(name)
-				require.True(t, ok, name)
-			}
+			_, ok := resent.Load("eval")
+			require.True(t, ok)
 		})
 	}
 }

@@ -59,7 +59,7 @@ func logs(f ast.Expr) bool {
 	}
 	switch of := selector.X.(type) {
 	case *ast.SelectorExpr:
-		return of.Sel.Name == "log" || of.Sel.Name == "logger"
+		return of.Sel.Name == "log" || of.Sel.Name == "logger" || of.Sel.Name == "Log"
 	case *ast.Ident:
 		return of.Name == "log" || of.Name == "logger"
 	}

@@ -692,6 +692,8 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 				name := cmd.Name()
 				if isRenewal(cmd) {
 					name = "renewal"
+				} else if isClaim(cmd) {
+					name = "claim"
 				}
 				if !failing.Load() {
 					worked.Store(name, true)
@@ -715,7 +717,7 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 			want = append(want, publishN(t, admin, topic, 10)...)
 			toAck.Ack()
 			toNack.Nack()
-			for _, name := range []string{"xreadgroup", "xack", "xclaim", "xpending", "renewal"} {
+			for _, name := range []string{"xreadgroup", "xack", "claim", "xpending", "renewal"} {
 				eventually(t, func() bool { _, ok := failed.Load(name); return ok }, name)
 			}
 			if fault != redis.Nil { // which is an answer: nothing there

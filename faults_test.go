@@ -533,7 +533,10 @@ func TestFault10_FullPageStarvesNothing(t *testing.T) {
 			if len(args) > 3 && fmt.Sprint(args[3]) == "idle" && args[len(args)-1] != "released" {
 				assert.NoError(t, plain.Do(ctx, touch...).Err())
 			}
-		case "xclaim":
+		case "eval":
+			if !isClaim(cmd) {
+				break
+			}
 			if id := fmt.Sprint(args[5]); held[id] {
 				assert.NoError(t, plain.Do(ctx, "xclaim", topic, testGroup, "alive", 0, id,
 					"idle", minIdle.Milliseconds(), "retrycount", 1, "justid").Err())

@@ -445,7 +445,7 @@ func TestFault63_PublishWithinPublish(t *testing.T) {
 	})
 	t.Run("Close within a hook", func(t *testing.T) {
 		// It waits for its own call; but no longer than one command may take.
-		const short = 50 * time.Millisecond
+		const short = 500 * time.Millisecond
 		client := clientWith(t, &redis.Options{Addr: testserver.Addr(t), DialTimeout: short, ReadTimeout: short, WriteTimeout: short, PoolTimeout: short})
 		pub := newPublisher(t, client)
 		client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {

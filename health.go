@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // What the subscription does that can fail by itself.
@@ -28,8 +29,13 @@ type health struct {
 	since   time.Time
 }
 
+// markFailed notes that something failed. If it was for want of the group, that is made
+// again; where that fails too, the next failure has it tried again.
 func (s *subscription) markFailed(duty string, err error) {
 	s.client.Refresh(err)
+	if xstream.GroupLost(err) {
+		_ = s.keeper.Regroup(s.life.ctx)
+	}
 	h := &s.health
 	h.mu.Lock()
 	first := len(h.failing) == 0
@@ -41,7 +47,7 @@ func (s *subscription) markFailed(duty string, err error) {
 	h.failing[duty] = err
 	h.mu.Unlock()
 	if redisx.IsClosed(err) && s.isClosing() {
-		s.giveUp() // it never serves again
+		s.life.giveUp() // it never serves again
 	}
 	if first && !s.isClosing() {
 		s.log.Error("Redis does not serve the subscription; trying again", err, s.logFields)

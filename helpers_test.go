@@ -387,16 +387,18 @@ func isScript(cmd redis.Cmder, text string) bool {
 }
 
 // isRenewal reports whether the command renews leases.
-func isRenewal(cmd redis.Cmder) bool { return isScript(cmd, "'JUSTID'") }
+func isRenewal(cmd redis.Cmder) bool { return isScript(cmd, "-- renew") }
 
 // isMove reports whether the command moves a message to the dead-letter stream, or
 // back from it.
 func isMove(cmd redis.Cmder) bool { return isScript(cmd, "'XADD'") }
 
-// isClaim reports whether the command claims an entry, to be delivered here.
-func isClaim(cmd redis.Cmder) bool {
-	return cmd.Name() == "xclaim" && !slices.Contains(cmd.Args(), any("justid")) || isScript(cmd, "'RETRYCOUNT'")
-}
+// isRelease reports whether the command gives entries back, or leaves them with
+// another count.
+func isRelease(cmd redis.Cmder) bool { return isScript(cmd, "-- assign") }
+
+// isClaim reports whether the command has an entry delivered here once more.
+func isClaim(cmd redis.Cmder) bool { return isScript(cmd, "-- take") }
 
 // countCommands returns a hook that counts commands by their lower-case names.
 func countCommands() (*hook, *commandCounts) {

@@ -37,6 +37,11 @@ func packMetadata(metadata message.Metadata) []byte {
 
 // unpackMetadata adds to metadata what packed holds. Bytes that follow the map
 // are ignored, as watermill-redisstream does.
+// packPair returns what packMetadata makes of one key and its value.
+func packPair(key, value string) string {
+	return string(appendString(appendString(nil, key), value))
+}
+
 func unpackMetadata(packed string, metadata message.Metadata) error {
 	if packed == "" {
 		return nil

@@ -90,11 +90,11 @@ func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 		if p.last, p.any = m, true; p.first.ID == "" {
 			p.first = m
 		}
+		if p.replay[m.ID] != m.Print && p.recent[m.ID] != m.Print {
+			kept = append(kept, e)
+		}
 		if len(p.recent) < maxRecent {
 			p.recent[m.ID] = m.Print
-		}
-		if p.replay[m.ID] != m.Print {
-			kept = append(kept, e)
 		}
 	}
 	return kept
@@ -108,10 +108,10 @@ func (p *position) run() {
 	for {
 		select {
 		case <-timer.C:
-		case <-p.s.closing:
+		case <-p.s.life.closing:
 			return
 		}
-		p.look(p.s.ctx)
+		p.look(p.s.life.ctx)
 		timer.Reset(positionTick)
 	}
 }
@@ -233,6 +233,6 @@ func (p *position) survivor(ctx context.Context, was seen, now xstream.Info) (st
 // remove takes the position back.
 func (p *position) remove() {
 	if !p.denied {
-		_ = p.s.stream.RemovePosition(p.s.ctx, p.name)
+		_ = p.s.stream.RemovePosition(p.s.life.ctx, p.name)
 	}
 }

@@ -1,8 +1,11 @@
 package goxstreams
 
 import (
+	"strings"
+	"sync"
 	"time"
 
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/poll"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
@@ -31,11 +34,12 @@ type reader struct {
 	seat *poll.Seat
 	done chan struct{}
 
-	// Guarded by subscription.mu.
-	last  time.Time // of the last read
-	asked int       // entries; 0: with other streams, of which one entry is read at a time
-	got   int
-	size  int // of an entry of the last read, in bytes
+	mu       sync.Mutex
+	prefetch int
+	last     time.Time // of the last read
+	asked    int       // entries; 0: with other streams, of which one entry is read at a time
+	got      int
+	size     int // of an entry of the last read, in bytes
 }
 
 func newReader(s *subscription) *reader { return &reader{s: s, done: make(chan struct{})} }
@@ -55,60 +59,112 @@ func (r *reader) run() {
 			pause.reset() // it has worked meanwhile
 		}
 		s.markFailed(dutyRead, err)
-		if xstream.GroupLost(err) {
-			_ = s.regroup() // if that fails, the next read says so again
-		}
-		if !pause.wait(s.closing) {
+		if !pause.wait(s.life.closing) {
 			return
 		}
 	}
 }
 
+// Room returns how many entries the reader may read now.
+func (r *reader) Room() int {
+	r.mu.Lock()
+	prefetch := r.prefetch
+	r.mu.Unlock()
+	if r.s.ledger.Room(prefetch) == 0 {
+		return 0
+	}
+	r.mu.Lock()
+	r.prefetch = min(r.adapted(), r.fits())
+	prefetch, fits := r.prefetch, r.fits()
+	r.mu.Unlock()
+	return min(r.s.ledger.Room(prefetch), r.s.cfg.BatchSize, fits)
+}
+
 // Take enqueues what was read.
 func (r *reader) Take(b poll.Batch) {
-	s := r.s
+	s, entries := r.s, b.Entries
 	size := 0
-	for _, e := range b.Entries {
+	for _, e := range entries {
 		for _, f := range e.Fields {
 			size += len(f)
 		}
 	}
-	s.mu.Lock()
-	r.size = size / len(b.Entries)
-	r.asked, r.got, r.last = b.Asked, len(b.Entries), b.At
-	s.mu.Unlock()
-	s.enqueue(b)
+	r.mu.Lock()
+	r.size = size / len(entries)
+	r.asked, r.got, r.last = b.Asked, len(entries), b.At
+	r.mu.Unlock()
+	if s.fanOut() {
+		if entries = s.position.unseen(entries); len(entries) == 0 {
+			return
+		}
+	}
+	batch := make([]ledger.Entry, len(entries)) // one allocation for the whole batch
+	add := make([]*ledger.Entry, len(entries))
+	for i, e := range entries {
+		add[i] = batch[i].SetCount(1, 2)
+		add[i].ID, add[i].Fields = e.ID, e.Fields
+		switch {
+		case e.Fields == nil:
+			add[i].Fields = []string{}
+		case s.fanOut(): // kept until the message is acked
+			add[i].Fields = own(e.Fields)
+		}
+	}
+	if s.leased() {
+		s.keeper.SawEntry(entries[len(entries)-1])
+	}
+	n, fx := s.ledger.Add(b.At, b.Sent, add)
+	s.apply(fx)
+	if !s.life.drained.Load() {
+		return
+	}
+	// An answer that Close did not wait for.
+	if s.cfg.NoAck {
+		s.stats.lost.Add(int64(n))
+		s.ledger.Remove(b.At, add...)
+		return
+	}
+	s.releaseAll()
+}
+
+// own returns the fields in memory of their own: what was read is a part of its whole
+// reply, and would keep that for as long as it waits.
+func own(fields []string) []string {
+	clones := make([]string, len(fields))
+	for i, f := range fields {
+		clones[i] = strings.Clone(f)
+	}
+	return clones
 }
 
 // Holds reports whether the entry is in this subscription's hands.
-func (r *reader) Holds(id string) bool { return r.s.leases.has(id) }
+func (r *reader) Holds(id string) bool { return r.s.ledger.Has(id) }
 
 // Reading notes that reading works, or that there is no need to.
 func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 
-// Orphans offers what is pending in the consumer's name and in nobody's hands: the
-// answer to a read or claim was lost.
+// Orphans takes what is pending in the consumer's name and in nobody's hands: the
+// answer to a command that took it was lost. Its delivery has reached nobody.
 func (r *reader) Orphans(rows []xstream.Pending) bool {
 	s := r.s
-	if s.overflowed.Load() {
+	if s.overflow.Load() {
 		return true // what was given up waits for its lease to run out
 	}
-	now := time.Now()
-	orphans := make([]*held, len(rows))
+	orphans := make([]*ledger.Entry, len(rows))
 	for i, p := range rows {
-		orphans[i] = &held{id: p.ID, count: p.Count, next: p.Count, since: now.Add(-p.Idle), orphan: true}
+		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(p.Count, p.Count)
 	}
-	s.offerClaims(orphans)
+	s.apply(s.ledger.Offer(time.Now(), orphans, false))
 	return !s.isClosing()
 }
 
-// fitsLocked returns how many entries like the last ones are read at a time, and
-// ahead.
-func (r *reader) fitsLocked() int { return max(1, maxRead/max(1, r.size)) }
+// fits returns how many entries like the last ones are read at a time, and ahead.
+func (r *reader) fits() int { return max(1, maxRead/max(1, r.size)) }
 
-// adaptLocked returns the prefetch for the next read, given the one so far. It is
-// asked when there is room for a read again.
-func (r *reader) adaptLocked(prefetch, batchSize int) int {
+// adapted returns the prefetch for the next read. It is asked when there is room for a
+// read again.
+func (r *reader) adapted() int {
+	prefetch, batchSize := r.prefetch, r.s.cfg.BatchSize
 	if r.last.IsZero() {
 		return prefetch
 	}
@@ -133,7 +189,7 @@ func (r *reader) leave() {
 	r.seat.Leave()
 	select {
 	case <-r.done:
-	case <-r.s.abandon:
+	case <-r.s.life.abandon:
 		r.seat.Abandon()
 		<-r.done
 	}

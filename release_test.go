@@ -36,7 +36,7 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 				defer again()
 			case <-time.After(300 * time.Millisecond): // a Close that does not wait for it takes a fraction of that
 			}
-		case isCommand("xclaim", "released")(cmd):
+		case isRelease(cmd):
 			defer end()
 		}
 		return next()

@@ -37,7 +37,7 @@ func TestLostReplies_ReadUnderWay(t *testing.T) {
 		}
 		err := next()
 		switch {
-		case cmd.Name() == "xclaim" && claimLost.CompareAndSwap(false, true):
+		case isClaim(cmd) && claimLost.CompareAndSwap(false, true):
 			publish(t, admin, topic, "new")
 			eventually(t, reading.Load)
 			return io.EOF
@@ -250,7 +250,7 @@ func TestStats_FailedClaimSettledElsewhere(t *testing.T) {
 	var fail atomic.Bool
 	fail.Store(true)
 	sub := newSubscriber(t, claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
-		if cmd.Name() == "xrange" && fail.Load() {
+		if isClaim(cmd) && fail.Load() {
 			return io.EOF
 		}
 		return next()

@@ -201,15 +201,15 @@ func (r Retry) exhaustedBefore(count int64) bool {
 	return r.exhausted(count - 2)
 }
 
-// suspectFrom is the delivery count from which on a claimed message is handled
-// alone. Two crashes may be somebody else's doing; what is in flight by itself
-// at the third one is the culprit. With few retries the suspicion comes sooner:
-// the delivery in reserve must not be lost to another message's crash.
-func (r Retry) suspectFrom() int64 {
+// suspects returns the delivery counts from which on a claimed message is suspected of
+// having crashed its holder, and the last one that is granted; 0 without a limit, since
+// nothing can die then. Two crashes may be somebody else's doing. What is delivered for
+// the last time must not lose that to another message's crash.
+func (r Retry) suspects() (from, last int64) {
 	if r.MaxRetries == 0 {
-		return 3
+		return 0, 0
 	}
-	return min(3, int64(max(r.MaxRetries, 0))+2)
+	return 3, int64(max(r.MaxRetries, 0)) + 2
 }
 
 // delay returns the time from the failure of the count-th delivery to the next.

@@ -2,11 +2,11 @@ package goxstreams
 
 import (
 	"os"
-	"sync/atomic"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
 	"github.com/goxstreams/watermill-goxstreams/internal/poll"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
@@ -15,14 +15,6 @@ import (
 const (
 	// subscriberLanes: a command that takes long must not hold up the others.
 	subscriberLanes = 2
-
-	// maxAhead bounds the entries that a Subscriber has read ahead, over all its
-	// topics.
-	maxAhead = 10_000
-
-	// minShare is what a subscription may have of each quota, however many others
-	// there are.
-	minShare = 100
 )
 
 // shared is what the subscriptions of a Subscriber have in common: a line for
@@ -37,10 +29,7 @@ type shared struct {
 	epoch time.Time
 	tick  time.Duration
 
-	open  atomic.Int64 // subscriptions
-	ahead atomic.Int64 // entries read ahead, by all of them
-
-	waiting, unacked, candidates quota
+	bounds *ledger.Bounds
 }
 
 func newShared(c SubscriberConfig, log watermill.LoggerAdapter) *shared {
@@ -48,7 +37,7 @@ func newShared(c SubscriberConfig, log watermill.LoggerAdapter) *shared {
 	s := &shared{
 		client: client, line: pipeline.New(client, subscriberLanes, true), consumer: consumerName(c.Consumer),
 		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + jitter(c.ClaimInterval/10),
-		waiting: quota{all: maxWaiting}, unacked: quota{all: maxUnconfirmed}, candidates: quota{all: maxCandidates},
+		bounds: ledger.NewBounds(),
 	}
 	s.poller = poll.New(poll.Config{
 		Client: client, Line: s.line, Group: c.ConsumerGroup, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
@@ -76,18 +65,6 @@ func consumerName(prefix string) string {
 		prefix = "consumer"
 	}
 	return prefix + "-" + watermill.NewShortUUID()
-}
-
-// quota bounds what all subscriptions of a Subscriber have of something.
-type quota struct {
-	all  int
-	used atomic.Int64
-}
-
-// most returns how many a subscription may have that has own of them: what the
-// others leave, and a part of its own whatever they have.
-func (s *shared) most(q *quota, own int) int {
-	return max(q.all-int(q.used.Load())+own, q.all/int(max(1, s.open.Load())), minShare)
 }
 
 // untilTick returns the time until the next look at the groups.

@@ -2,19 +2,37 @@ package goxstreams
 
 import (
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 )
 
-// slot is a goroutine that takes one entry at a time all the way to its
-// outcome. There are MaxConcurrency of them at most: that is the bound on
+// slot is a goroutine that takes one entry at a time all the way to its outcome, while
+// there are any. There are MaxConcurrency of them at most: that is the bound on
 // unsettled messages, and with one, the order.
 type slot struct {
 	s     *subscription
 	state atomic.Int32
-	entry atomic.Pointer[held] // in hand
+	entry atomic.Pointer[ledger.Entry] // in hand
+}
+
+// slots are those of a subscription, and the calls of its user's functions outside of
+// them.
+type slots struct {
+	mu      sync.Mutex
+	running map[*slot]struct{}
+	none    chan struct{} // closed when none runs; nil: nobody waits for that
+	calls   sync.WaitGroup
+}
+
+// held is an entry in the hands of a slot; nil: of another goroutine.
+type held struct {
+	*ledger.Entry
+	slot *slot
 }
 
 // A slot that is in a function of the user's when CloseTimeout is over is detached:
@@ -25,22 +43,40 @@ const (
 	slotDetached
 )
 
+func (s *subscription) startSlot() {
+	sl := &slot{s: s}
+	s.slots.mu.Lock()
+	s.slots.running[sl] = struct{}{}
+	s.slots.mu.Unlock()
+	go sl.run()
+}
+
 func (sl *slot) run() {
 	s := sl.s
+	ended := false
 	defer func() {
 		// A function of the user's has ended its goroutine (t.FailNow does): it failed.
-		if h := sl.entry.Load(); h != nil && sl.state.Load() == slotCalls {
-			s.giveBack(h, h.count)
-			s.free()
+		if e := sl.entry.Load(); e != nil && sl.state.Load() == slotCalls {
+			s.giveBack(&held{Entry: e}, e.Count())
 		}
-		s.slotEnded(sl)
+		if !ended {
+			s.ledger.SlotEnded()
+			s.update()
+		}
+		s.slots.mu.Lock()
+		s.slots.forget(sl)
+		s.slots.mu.Unlock()
 	}()
-	for h := s.next(); h != nil; h = s.next() {
-		h.slot = sl
-		sl.entry.Store(h)
-		s.handle(h)
+	for {
+		e, fx := s.ledger.Take(time.Now())
+		if ended = e == nil; ended {
+			s.apply(fx)
+			return
+		}
+		s.apply(fx)
+		sl.entry.Store(e)
+		s.handle(&held{e, sl})
 		sl.entry.Store(nil)
-		s.free()
 	}
 }
 
@@ -59,25 +95,12 @@ func (h *held) user(f func() error) error {
 	return err
 }
 
-// startSlotLocked begins a slot.
-func (s *subscription) startSlotLocked() {
-	sl := &slot{s: s}
-	s.slots[sl] = struct{}{}
-	go sl.run()
-}
-
-func (s *subscription) slotEnded(sl *slot) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.forgetSlotLocked(sl)
-	s.rouseForAllLocked() // one that ended by a function of the user's leaves work
-}
-
-func (s *subscription) forgetSlotLocked(sl *slot) {
-	delete(s.slots, sl)
-	if len(s.slots) == 0 && s.noSlots != nil {
-		close(s.noSlots)
-		s.noSlots = nil
+// forget is called with the mutex held.
+func (ss *slots) forget(sl *slot) {
+	delete(ss.running, sl)
+	if len(ss.running) == 0 && ss.none != nil {
+		close(ss.none)
+		ss.none = nil
 	}
 }
 
@@ -88,19 +111,19 @@ const detachPause = 10 * time.Millisecond
 // awaitSlots waits until no slot runs. After CloseTimeout it leaves those behind that
 // are in a function of the user's.
 func (s *subscription) awaitSlots() {
-	abandon := s.abandon
+	abandon := s.life.abandon
 	var again <-chan time.Time
 	for {
-		s.mu.Lock()
-		if len(s.slots) == 0 {
-			s.mu.Unlock()
+		s.slots.mu.Lock()
+		if len(s.slots.running) == 0 {
+			s.slots.mu.Unlock()
 			return
 		}
-		if s.noSlots == nil {
-			s.noSlots = make(chan struct{})
+		if s.slots.none == nil {
+			s.slots.none = make(chan struct{})
 		}
-		none := s.noSlots
-		s.mu.Unlock()
+		none := s.slots.none
+		s.slots.mu.Unlock()
 		select {
 		case <-none:
 			return
@@ -114,19 +137,19 @@ func (s *subscription) awaitSlots() {
 }
 
 func (s *subscription) detachSlots() {
-	s.mu.Lock()
 	n := 0
+	s.slots.mu.Lock()
 	var left []string
-	for sl := range s.slots {
+	for sl := range s.slots.running {
 		if sl.state.CompareAndSwap(slotCalls, slotDetached) {
-			s.forgetSlotLocked(sl)
+			s.slots.forget(sl)
 			n++
-			if h := sl.entry.Load(); h != nil {
-				left = append(left, h.id)
+			if e := sl.entry.Load(); e != nil {
+				left = append(left, e.ID)
 			}
 		}
 	}
-	s.mu.Unlock()
+	s.slots.mu.Unlock()
 	for _, id := range left {
 		s.shared.poller.Disown(s.topic, id) // it is no orphan while the function is at work
 	}

@@ -47,7 +47,7 @@ func (s *Subscriber) Stats() []SubscriptionStats {
 
 // counters are the sums of SubscriptionStats.
 type counters struct {
-	delivered, retried, acked, nacked, claimed, released, broken, dead, lost atomic.Int64
+	delivered, retried, acked, nacked, claimed, broken, dead, lost atomic.Int64
 }
 
 func (s *subscription) snapshot() SubscriptionStats {
@@ -55,10 +55,10 @@ func (s *subscription) snapshot() SubscriptionStats {
 		Topic: s.topic, Group: s.stream.Group,
 		Delivered: s.stats.delivered.Load(), Retried: s.stats.retried.Load(),
 		Acked: s.stats.acked.Load(), Nacked: s.stats.nacked.Load(),
-		Claimed: s.stats.claimed.Load(), Released: s.stats.released.Load(), Broken: s.stats.broken.Load(),
-		Dead: s.stats.dead.Load(), Lost: s.stats.lost.Load(),
+		Claimed: s.stats.claimed.Load(), Released: s.keeper.GivenBack.Load(), Broken: s.stats.broken.Load(),
+		Dead: s.stats.dead.Load(), Lost: s.stats.lost.Load() + s.keeper.Lost.Load() + s.finder.Lost.Load(),
 	}
-	st.InFlight, st.Waiting = s.leases.counts()
+	st.InFlight, st.Waiting = s.ledger.Counts()
 	st.Since, st.Err = s.health.outage()
 	return st
 }
@@ -112,11 +112,12 @@ func (s *Subscriber) topicStats(ctx context.Context, topic string) (st TopicStat
 		return st, err
 	}
 	st.Lag, st.Consumers = group.Lag, group.Consumers
-	var oldest string
-	if st.Pending, oldest, err = stream.PendingSummary(ctx); err != nil {
+	pending, err := stream.PendingSummary(ctx)
+	if err != nil {
 		return st, err
 	}
-	if published := (Delivery{ID: oldest}).Time(); !published.IsZero() {
+	st.Pending = pending.Count
+	if published := (Delivery{ID: pending.First}).Time(); !published.IsZero() {
 		st.OldestPending = max(0, time.Since(published))
 	}
 	st.DeadLetterTopic = s.config.DeadLetterTopic(topic)

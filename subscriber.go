@@ -364,7 +364,7 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	}
 	sub.start()
 	go func() {
-		<-sub.done
+		<-sub.life.done
 		s.forget(sub)
 	}()
 	return sub, nil
@@ -382,7 +382,7 @@ func (s *subscription) openPatiently(ctx context.Context) error {
 	defer cancel(nil)
 	go func() {
 		select {
-		case <-s.closing:
+		case <-s.life.closing:
 			cancel(ErrSubscriberClosed)
 		case <-ctx.Done():
 		}
@@ -465,10 +465,9 @@ func (s *subscription) checkDeleteAcked(ctx context.Context) error {
 	if err := s.client.OneServer(ctx, s.topic, xstream.PositionsKey(s.topic)); err != nil {
 		return fmt.Errorf("SubscriberConfig.DeleteAcked: the positions of fan-outs, %q: %w", xstream.PositionsKey(s.topic), err)
 	}
-	s.kept.Store(true) // by a process before this one
 	err := s.stream.HasAckAndDelete(ctx)
 	if err == nil {
-		s.deletes = xstream.DeleteByServer
+		s.keeper.SetDeletes(xstream.DeleteByServer)
 		return nil
 	}
 	if !redisx.IsDenied(err) {
@@ -481,7 +480,7 @@ func (s *subscription) checkDeleteAcked(ctx context.Context) error {
 	if groups > 1 {
 		return unsupported(ctx, &s.stream, needsAckDel)
 	}
-	s.deletes = xstream.DeleteByScript
+	s.keeper.SetDeletes(xstream.DeleteByScript)
 	return nil
 }
 
@@ -521,7 +520,7 @@ func (s *Subscriber) Close() error {
 	}
 	s.mu.Unlock()
 	for _, sub := range subs {
-		<-sub.done
+		<-sub.life.done
 	}
 	return nil
 }

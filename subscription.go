@@ -9,15 +9,15 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/lease"
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 const (
-	// maxWaiting bounds the nacked messages whose leases are kept up while they
-	// wait for their retry.
-	maxWaiting = 10_000
-
 	// maxGrace is the time before CloseTimeout in which handlers are told to
 	// come to an end.
 	maxGrace = time.Second
@@ -27,11 +27,10 @@ const (
 	lastWords = time.Second
 )
 
-// subscription is one call of Subscribe: its goroutines, and what they share.
-//
-// The poller fills queue; the claimer fills claims and suspects; slots take from
-// them, and from retries what is due. The acker and the keeper look after what
-// is in leases. All of them end before the output channel closes.
+// subscription is one call of Subscribe: its goroutines, and what they share. Which
+// entries it has, and what is to be done next, the ledger knows. The poller adds to it,
+// the finder offers it what dead consumers left; slots take from it, and the keeper
+// looks after the leases. All of them end before the output channel closes.
 type subscription struct {
 	cfg         SubscriberConfig
 	client      redisx.Client
@@ -40,91 +39,71 @@ type subscription struct {
 	retry       Retry
 	stream      xstream.Stream
 	shared      *shared
+	typed       *typed // a Consumer's part; nil without
 	log         watermill.LoggerAdapter
 	logFields   watermill.LogFields
-	parent      context.Context // Subscribe's
-	base        context.Context // of parent the values, without its end
-	calling     context.Context // of base, for OnBroken and OnDead: ends when they are to come to an end
-	endCalls    context.CancelCauseFunc
-	ctx         context.Context // for commands; it ends lastWords after CloseTimeout
-	cancelCtx   context.CancelFunc
 
 	output   chan *message.Message
-	leases   leases
+	ledger   *ledger.Ledger
+	keeper   *lease.Keeper
+	finder   *takeover.Finder
 	reader   *reader
-	acker    *acker
-	claimer  *claimer
 	position *position // in fan-out; else nil
 	health   health
 	stats    counters
+	life     life
+	loops    loops
+	slots    slots
+	overflow atomic.Bool // something of ours is pending that the ledger has not: see again
+}
 
-	typed *typed // a Consumer's part; nil without
+// life is the contexts and the end of a subscription.
+type life struct {
+	parent  context.Context // Subscribe's
+	base    context.Context // of parent the values, without its end
+	calling context.Context // of base, for OnBroken and OnDead: ends when they are to come to an end
+	ctx     context.Context // for commands; it ends lastWords after CloseTimeout
 
-	deletes    xstream.Delete
-	kept       atomic.Bool // DeleteAcked may have kept something for a fan-out
-	overflowed atomic.Bool // something of ours is pending that is not held: see pushRetry
-	once       struct{ severalGroups, overflow, janitor, trim sync.Once }
+	endCalls  context.CancelCauseFunc
+	cancelCtx context.CancelFunc
 
-	closing   chan struct{} // nothing new is taken
-	abandon   chan struct{} // CloseTimeout is over
-	withdraw  chan struct{} // an offered message is taken back: closing, or abandon where it would be lost
-	done      chan struct{} // the output channel is closed
+	closing  chan struct{} // nothing new is taken
+	abandon  chan struct{} // CloseTimeout is over
+	withdraw chan struct{} // an offered message is taken back: closing, or abandon where it would be lost
+	done     chan struct{} // the output channel is closed
+
 	closeOnce sync.Once
-	giveUp    func() // closes abandon
-
-	calls       sync.WaitGroup // of OnBroken and OnDead
-	brokenCalls chan struct{}
-
-	regrouping sync.Mutex
-	progress   progress // guarded by regrouping
-
-	mu       sync.Mutex
-	ready    *sync.Cond
-	queue    []*held
-	claims   []*held
-	suspects []*held
-	retries  waitHeap
-	timer    *time.Timer // for the retry that is due first; nil: none is to come
-	timerAt  time.Time
-	prefetch int
-	slots    map[*slot]struct{} // that run
-	noSlots  chan struct{}      // closed when none runs; nil: nobody waits for that
-	idle     int                // slots that wait for work
-	busy     int                // slots that have an entry in hand
-	alone    bool               // a suspect is in hand
-	parked   bool               // the reader waits for room
-	stopping bool               // nothing new is taken
-	drained  bool               // nothing more comes from the reader
+	giveUp    func()      // closes abandon
+	drained   atomic.Bool // nothing more comes from the reader
 }
 
 func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscription {
 	sub := &subscription{
-		cfg:         s.config,
-		client:      s.shared.client,
-		shared:      s.shared,
-		topic:       topic,
-		typed:       s.typed,
-		parent:      ctx,
-		base:        context.WithoutCancel(ctx),
-		retry:       *s.config.Retry,
-		log:         s.logger,
-		output:      make(chan *message.Message),
-		leases:      leases{m: make(map[string]*held)},
-		deletes:     xstream.DeleteNever,
-		closing:     make(chan struct{}),
-		abandon:     make(chan struct{}),
-		done:        make(chan struct{}),
-		brokenCalls: make(chan struct{}, maxBrokenCalls),
-		slots:       make(map[*slot]struct{}),
+		cfg:    s.config,
+		client: s.shared.client,
+		shared: s.shared,
+		topic:  topic,
+		typed:  s.typed,
+		retry:  *s.config.Retry,
+		log:    s.logger,
+		output: make(chan *message.Message),
+		loops:  newLoops(),
+		life: life{
+			parent: ctx, base: context.WithoutCancel(ctx),
+			closing: make(chan struct{}), abandon: make(chan struct{}), done: make(chan struct{}),
+		},
 	}
-	sub.giveUp = sync.OnceFunc(func() {
-		sub.endCalls(ErrSubscriberClosed)
-		sub.leases.cancelAll(ErrSubscriberClosed)
-		close(sub.abandon)
-		time.AfterFunc(lastWords, sub.cancelCtx)
+	l := &sub.life
+	l.calling, l.endCalls = context.WithCancelCause(l.base)
+	l.ctx, l.cancelCtx = context.WithCancel(context.Background())
+	l.giveUp = sync.OnceFunc(func() {
+		sub.cancelHandlers()
+		close(l.abandon)
+		time.AfterFunc(lastWords, l.cancelCtx)
 	})
-	sub.calling, sub.endCalls = context.WithCancelCause(sub.base)
-	sub.ctx, sub.cancelCtx = context.WithCancel(context.Background())
+	if l.withdraw = l.closing; sub.cfg.NoAck {
+		l.withdraw = l.abandon
+	}
 	sub.stream = xstream.Stream{Client: sub.client, Via: sub.shared.line, Key: topic, Group: s.config.ConsumerGroup}
 	if !sub.fanOut() {
 		sub.deadLetters = s.config.DeadLetterTopic(topic)
@@ -134,19 +113,28 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 		"provider": "redis", "topic": topic,
 		"consumer_group": sub.stream.Group, "consumer_uuid": sub.stream.Consumer,
 	}
-	sub.withdraw = sub.closing
-	if sub.cfg.NoAck {
-		sub.withdraw = sub.abandon
-	}
-	sub.ready = sync.NewCond(&sub.mu)
+	suspect, last := sub.retry.suspects()
+	sub.ledger = ledger.New(ledger.Config{
+		Slots: sub.cfg.MaxConcurrency, Leased: sub.leased(), Serve: sub.cfg.NoAck, Suspect: suspect, Last: last,
+		Patience: max(minPatience, sub.cfg.ClaimMinIdle/6), Callers: maxBrokenCalls, Bounds: sub.shared.bounds, Lost: ErrLeaseLost,
+	})
+	sub.keeper = lease.New(lease.Config{Stream: &sub.stream, Ledger: sub.ledger, MinIdle: sub.cfg.ClaimMinIdle, Deletes: xstream.DeleteNever, Log: sub.log, Fields: sub.logFields})
+	sub.finder = takeover.New(takeover.Config{
+		Stream: &sub.stream, Ledger: sub.ledger, Bounds: sub.shared.bounds,
+		MinIdle: sub.cfg.ClaimMinIdle, Interval: sub.cfg.ClaimInterval, Page: max(sub.cfg.BatchSize, sub.cfg.MaxConcurrency),
+		Timeout: sub.cfg.ConsumerTimeout, SawGroup: sub.keeper.SawGroup, Log: sub.log, Fields: sub.logFields,
+	})
+	sub.slots.running = make(map[*slot]struct{})
 	sub.reader = newReader(sub)
-	sub.acker = newAcker(sub)
-	sub.claimer = newClaimer(sub)
 	if sub.fanOut() {
 		sub.position = newPosition(sub)
 	}
 	return sub
 }
+
+// minPatience is for how long a subscription takes nothing new, at first, for the sake
+// of a message that must be alone: see ledger.Config. Most handlers end within that.
+const minPatience = 5 * time.Second
 
 func (s *subscription) fanOut() bool { return s.cfg.ConsumerGroup == "" }
 
@@ -156,22 +144,21 @@ func (s *subscription) leased() bool { return !s.fanOut() && !s.cfg.NoAck }
 // start runs the subscription until its parent ends or close is called.
 func (s *subscription) start() {
 	latest.Store(s)
-	s.shared.open.Add(1)
 	go s.reader.run()
-	if s.leased() {
-		go s.acker.run()
-		go s.claimer.keep()
-	}
 	if s.fanOut() {
 		go s.position.run()
 	} else {
-		go s.claimer.run()
+		s.loops.start(s.lookLoop)
+	}
+	if s.leased() {
+		s.loops.startLast(s.renewLoop)
+		s.loops.startLast(s.ackLoop)
 	}
 	go func() {
 		select {
-		case <-s.parent.Done():
+		case <-s.life.parent.Done():
 			s.close()
-		case <-s.closing:
+		case <-s.life.closing:
 		}
 		s.drain()
 	}()
@@ -179,11 +166,9 @@ func (s *subscription) start() {
 
 // close begins the end; done tells when it is over.
 func (s *subscription) close() {
-	s.closeOnce.Do(func() {
-		s.mu.Lock()
-		s.stopping = true
-		s.mu.Unlock()
-		close(s.closing)
+	s.life.closeOnce.Do(func() {
+		s.ledger.Stop()
+		close(s.life.closing)
 	})
 }
 
@@ -191,20 +176,26 @@ func (s *subscription) close() {
 // before close has run, since a handler may see that end as soon.
 func (s *subscription) isClosing() bool {
 	select {
-	case <-s.closing:
+	case <-s.life.closing:
 		return true
 	default:
-		return s.parent.Err() != nil
+		return s.life.parent.Err() != nil
 	}
 }
 
 func (s *subscription) isAbandoned() bool {
 	select {
-	case <-s.abandon:
+	case <-s.life.abandon:
 		return true
 	default:
 		return false
 	}
+}
+
+// cancelHandlers ends the contexts of what the user's code has in hand.
+func (s *subscription) cancelHandlers() {
+	s.life.endCalls(ErrSubscriberClosed)
+	s.ledger.CancelAll(ErrSubscriberClosed)
 }
 
 // drain is the way from close to the closed channel: stop reading, release what
@@ -212,44 +203,82 @@ func (s *subscription) isAbandoned() bool {
 func (s *subscription) drain() {
 	s.log.Debug("Closing subscription", s.logFields)
 	grace := min(maxGrace, s.cfg.CloseTimeout/2)
-	cancel := time.AfterFunc(s.cfg.CloseTimeout-grace, func() {
-		s.endCalls(ErrSubscriberClosed)
-		s.leases.cancelAll(ErrSubscriberClosed)
-	})
-	abandon := time.AfterFunc(s.cfg.CloseTimeout, s.giveUp)
-	defer s.cancelCtx()
-	defer s.endCalls(nil)
+	cancel := time.AfterFunc(s.cfg.CloseTimeout-grace, s.cancelHandlers)
+	abandon := time.AfterFunc(s.cfg.CloseTimeout, s.life.giveUp)
+	defer s.life.cancelCtx()
+	defer s.life.endCalls(nil)
 	go s.noticeClosed()
 
 	s.reader.leave()
-	s.mu.Lock()
-	s.drained = true
-	s.idle = 0
-	s.ready.Broadcast()
-	s.mu.Unlock()
-	s.releaseHeld()
+	s.life.drained.Store(true)
+	s.releaseAll()
 	s.awaitSlots()
 	s.waitCalls()
 	if s.fanOut() {
 		<-s.position.done
 	}
-	s.claimer.halt()
-
-	if s.leased() {
-		if n := s.acker.end(); n > 0 {
-			s.log.Error("Closed before all acks reached Redis; their messages will be handled again",
-				fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.logFields)
-		}
+	s.loops.end()
+	if n := s.ledger.EndAcks(); n > 0 {
+		s.log.Error("Closed before all acks reached Redis; their messages will be handled again",
+			fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.logFields)
 	}
 	s.reader.seat.Release()
 	s.removeConsumer()
 	cancel.Stop()
 	abandon.Stop()
-	s.shared.open.Add(-1)
 	close(s.output)
 	s.log.Debug("Subscription closed", s.logFields)
 	latest.CompareAndSwap(s, nil)
-	close(s.done)
+	close(s.life.done)
+}
+
+// releaseAll gives back everything that no slot has in hand: prefetched entries as if
+// they had never been read, waiting ones with their count.
+func (s *subscription) releaseAll() {
+	queued, retries := s.ledger.Close(time.Now())
+	give := make([]lease.Counted, 0, len(queued)+len(retries))
+	for _, e := range queued {
+		give = append(give, lease.Counted{Entry: e, Count: max(e.Count()-1, 0)})
+	}
+	for _, e := range retries {
+		give = append(give, lease.Counted{Entry: e, Count: s.releaseCount(e, e.Next-1)})
+	}
+	s.release(give)
+}
+
+// release gives entries back; where that fails, they come again when their leases have
+// run out.
+func (s *subscription) release(give []lease.Counted) {
+	if len(give) == 0 {
+		return
+	}
+	entries := make([]*ledger.Entry, len(give))
+	for i, g := range give {
+		entries[i] = g.Entry
+	}
+	now := time.Now()
+	s.ledger.Releasing(now, entries...)
+	if s.leased() && !s.isAbandoned() {
+		if err := s.keeper.Release(s.life.ctx, give); err != nil {
+			s.log.Error("Release failed; the messages come again when their leases have run out", err,
+				s.logFields.Add(watermill.LogFields{"entries": len(give)}))
+		}
+	}
+	s.ledger.Remove(now, entries...)
+}
+
+// giveBack releases one entry, with the deliveries that are to count.
+func (s *subscription) giveBack(h *held, count int64) {
+	s.release([]lease.Counted{{Entry: h.Entry, Count: s.releaseCount(h.Entry, count)}})
+}
+
+// releaseCount keeps a dead entry that could not be moved dead for whoever claims
+// it, which counts as no more than this delivery of it.
+func (s *subscription) releaseCount(e *ledger.Entry, count int64) int64 {
+	if e.Doom != nil && s.retry.MaxRetries != 0 {
+		return max(e.Count()-1, int64(max(s.retry.MaxRetries, 0))+2)
+	}
+	return max(count, 0)
 }
 
 // noticeClosed ends the drain at once if the client was closed before the Subscriber:
@@ -257,12 +286,12 @@ func (s *subscription) drain() {
 func (s *subscription) noticeClosed() {
 	var err error
 	if s.fanOut() {
-		_, err = s.stream.Info(s.ctx)
+		_, err = s.stream.Info(s.life.ctx)
 	} else {
-		_, _, err = s.stream.PendingSummary(s.ctx)
+		_, err = s.stream.PendingSummary(s.life.ctx)
 	}
 	if redisx.IsClosed(err) {
-		s.giveUp()
+		s.life.giveUp()
 	}
 }
 
@@ -280,7 +309,7 @@ func (s *subscription) removeConsumer() {
 	if s.shared.poller.Has(s.topic) {
 		return
 	}
-	if err := s.stream.RemoveConsumer(s.ctx); err != nil {
+	if err := s.stream.RemoveConsumer(s.life.ctx); err != nil {
 		s.log.Debug("The consumer's name stays in the group: "+err.Error(), s.logFields)
 	}
 }
@@ -288,13 +317,13 @@ func (s *subscription) removeConsumer() {
 // waitCalls waits for OnBroken and OnDead, until CloseTimeout.
 func (s *subscription) waitCalls() {
 	done := make(chan struct{})
-	go func() { s.calls.Wait(); close(done) }()
+	go func() { s.slots.calls.Wait(); close(done) }()
 	select {
 	case <-done:
-	case <-s.abandon:
+	case <-s.life.abandon:
 	}
 }
 
-func (s *subscription) entryFields(h *held) watermill.LogFields {
-	return s.logFields.Add(watermill.LogFields{"xid": h.id, "deliveries": h.count})
+func (s *subscription) entryFields(e *ledger.Entry) watermill.LogFields {
+	return s.logFields.Add(watermill.LogFields{"xid": e.ID, "deliveries": e.Count()})
 }

@@ -230,7 +230,7 @@ func (d *deliveryContext) interrupted(err error) bool {
 	notice := time.NewTimer(shutdownNotice)
 	defer notice.Stop()
 	select {
-	case <-d.sub.closing:
+	case <-d.sub.life.closing:
 		return true
 	case <-d.own.Done():
 		return true

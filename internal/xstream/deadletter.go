@@ -53,52 +53,91 @@ func cut(args []any, values []string) []any {
 	return args
 }
 
+// letterFunction looks in a dead-letter stream for the letter that was made of an entry:
+// one in whose metadata all of the marks are. It goes back from the end, over the last
+// 10,000, and not at all without the right to.
+const letterFunction = `
+local function letter(first, last)
+  if last < first or denied('XREVRANGE', KEYS[2], '+', '-') then return nil end
+  local from = '+'
+  for page = 1, 100 do
+    local rows = redis.call('XREVRANGE', KEYS[2], from, '-', 'COUNT', 100)
+    for _, e in ipairs(rows) do
+      local metadata, all = e[2][4] or '', true
+      for i = first, last do all = all and string.find(metadata, ARGV[i], 1, true) end
+      if all then return e[1] end
+    end
+    if #rows < 100 then return nil end
+    from = '(' .. rows[#rows][1]
+  end
+end`
+
 // deadLetterScript moves an entry to the dead-letter stream, once: only while it is
-// pending in the caller's name, with the delivery count that it knows. Run again after a lost
-// answer it finds the entry acked and stores nothing. The rights to what follows
-// XADD are asked for before.
-const deadLetterScript = deniedFunction + joinFunction + `
-local p = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)
-if #p == 0 or p[1][2] ~= ARGV[4] or p[1][4] ~= tonumber(ARGV[3]) then return false end
-local missing, groups
-if ARGV[5] == 'xackdel' then
-  missing = denied('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, ARGV[2])
-else
-  missing = denied('XACK', KEYS[1], ARGV[1], ARGV[2])
+// pending in the caller's name. Where an answer was lost before, it looks there first,
+// since that the entry is not pending may have another reason than the move: the
+// consumer or the group was removed, or made anew. The rights to what follows XADD are
+// asked for before.
+const deadLetterScript = `-- dead-letter` + deniedFunction + standingFunction + joinFunction + letterFunction + `
+local id, me, by, marks = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local moved = letter(6, 5 + marks)
+if moved then
+  redis.call('XACK', KEYS[1], ARGV[1], id) -- it may have been put back
+  return {'mine', moved}
 end
-if ARGV[5] == 'xdel' then
-  missing = missing or denied('XDEL', KEYS[1], ARGV[2])
+local how = standing(id, me)
+if how ~= 'mine' then return {how} end
+local missing, groups
+if by == 'xackdel' then
+  missing = denied('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, id)
+else
+  missing = denied('XACK', KEYS[1], ARGV[1], id)
+end
+if by == 'xdel' then
+  missing = missing or denied('XDEL', KEYS[1], id)
   groups = #redis.call('XINFO', 'GROUPS', KEYS[1])
 end
 if missing then return missing end
-local fanOuts = ARGV[5] ~= 'xack' and #redis.call('HGETALL', KEYS[3]) > 0
-local id = redis.call('XADD', KEYS[2], '*', join(7, ARGV[6]))
+local fanOuts = by ~= 'xack' and #redis.call('HGETALL', KEYS[3]) > 0
+moved = redis.call('XADD', KEYS[2], '*', join(7 + marks, ARGV[6 + marks]))
 if fanOuts then
-  redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) -- a fan-out may need it still: TrimAcked sees to that
-elseif ARGV[5] == 'xackdel' then
-  redis.call('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, ARGV[2])
+  redis.call('XACK', KEYS[1], ARGV[1], id) -- a fan-out may need it still: TrimAcked sees to that
+elseif by == 'xackdel' then
+  redis.call('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, id)
 else
-  redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
-  if groups == 1 then redis.call('XDEL', KEYS[1], ARGV[2]) end
+  redis.call('XACK', KEYS[1], ARGV[1], id)
+  if groups == 1 then redis.call('XDEL', KEYS[1], id) end
 end
-return id`
+return {how, moved}`
 
-// DeadLetter moves an entry to the dead-letter stream and returns its ID there, or ""
-// if it is not the consumer's to move any more.
-func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, count int64, by Delete, fields []string) (string, error) {
-	keys := []any{3, s.Key, deadLetters, PositionsKey(s.Key)}
-	script := deadLetterScript
+// DeadLetter moves an entry to the dead-letter stream and returns its ID there; "" if it
+// is not the consumer's to move any more. The marks are parts of the letter's metadata
+// by which to know one that was moved by a call before without an answer.
+func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Delete, marks, fields []string) (string, Standing, error) {
+	args := []any{"eval", deadLetterScript, 3, s.Key, deadLetters, PositionsKey(s.Key)}
 	if by == DeleteNever {
-		keys = []any{2, s.Key, deadLetters} // one key less to have a right to
+		args = []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // one key less to have a right to
 	}
-	args := append(append([]any{"eval", script}, keys...), s.Group, id, count, s.Consumer, string(by))
-	args = cut(args, fields)
-	v, err := s.once(ctx, args...)
-	if err == redis.Nil {
-		return "", nil
+	args = append(args, s.Group, id, s.Consumer, string(by), len(marks))
+	for _, m := range marks {
+		args = append(args, m)
 	}
-	deadID, _ := v.(string)
-	return deadID, err
+	v, err := s.once(ctx, cut(args, fields)...)
+	if err != nil {
+		return "", "", err
+	}
+	reply, _ := v.([]any)
+	if len(reply) == 0 {
+		return "", "", errReply
+	}
+	how, _ := reply[0].(string)
+	if Standing(how) != Mine {
+		return "", Standing(how), nil
+	}
+	if len(reply) != 2 {
+		return "", "", errReply
+	}
+	moved, _ := reply[1].(string)
+	return moved, Mine, nil
 }
 
 // Entries returns those of the entries that are in the stream.

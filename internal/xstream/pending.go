@@ -3,7 +3,7 @@ package xstream
 import (
 	"context"
 	"fmt"
-	"slices"
+	"strconv"
 	"time"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
@@ -77,36 +77,36 @@ func parsePending(v any) ([]Pending, error) {
 	return out, nil
 }
 
-// PendingSummary returns how many entries of the group are pending, and the
-// first of their IDs. Unlike GroupInfo its cost does not grow with the stream's
-// groups.
-func (s *Stream) PendingSummary(ctx context.Context) (count int64, first string, err error) {
-	v, err := s.ask(ctx, "xpending", s.Key, s.Group)
-	if err != nil {
-		return 0, "", err
-	}
-	if cols, ok := v.([]any); ok && len(cols) > 1 {
-		if n, ok := cols[0].(int64); ok {
-			first, _ = cols[1].(string) // nil if there is none
-			return n, first, nil
-		}
-	}
-	return 0, "", fmt.Errorf("goxstreams: XPENDING: unexpected reply %v", v)
+// Summary is XPENDING's of a group.
+type Summary struct {
+	Count     int64
+	First     string           // the first of the IDs; "" if nothing is pending
+	Consumers map[string]int64 // those with something pending, and how much
 }
 
-// Look returns the entry as the stream holds it, and its row among the pending
-// ones; nil for what is not there. The stream is asked first: an entry that is
-// acked and deleted in between does not look deleted while pending.
-func (s *Stream) Look(ctx context.Context, id string) (*Entry, *Pending, error) {
-	e, err := s.Entry(ctx, id)
+// PendingSummary returns what is pending in the group. Unlike GroupInfo its cost does
+// not grow with the stream's groups.
+func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
+	v, err := s.ask(ctx, "xpending", s.Key, s.Group)
 	if err != nil {
-		return nil, nil, err
+		return Summary{}, err
 	}
-	rows, err := s.Pending(ctx, 0, id, id, 1, "")
-	if err != nil || len(rows) == 0 {
-		return e, nil, err
+	cols, _ := v.([]any)
+	if len(cols) != 4 {
+		return Summary{}, fmt.Errorf("goxstreams: XPENDING: unexpected reply %v", v)
 	}
-	return e, &rows[0], nil
+	sum := Summary{Consumers: make(map[string]int64)}
+	sum.Count, _ = cols[0].(int64)
+	sum.First, _ = cols[1].(string) // nil if there is none
+	rows, _ := cols[3].([]any)
+	for _, row := range rows {
+		if row, ok := row.([]any); ok && len(row) == 2 {
+			name, _ := row[0].(string)
+			n, _ := row[1].(string)
+			sum.Consumers[name], _ = strconv.ParseInt(n, 10, 64)
+		}
+	}
+	return sum, nil
 }
 
 // GroupInfo is what XINFO GROUPS says of a group.
@@ -186,13 +186,6 @@ func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
 		all[i].Idle = time.Duration(idle) * time.Millisecond
 	}
 	return all, nil
-}
-
-// ConsumerUnknown reports whether the group does not know the consumer, which had
-// something pending a moment ago: it was made anew since, by somebody else.
-func (s *Stream) ConsumerUnknown(ctx context.Context) bool {
-	consumers, err := s.Consumers(ctx)
-	return err == nil && !slices.ContainsFunc(consumers, func(c ConsumerInfo) bool { return c.Name == s.Consumer })
 }
 
 // removeConsumersScript removes consumers with nothing pending: the one named

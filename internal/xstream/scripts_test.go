@@ -40,31 +40,132 @@ func newStream(t *testing.T, entries int) (*redis.Client, Stream, []string) {
 	return client, s, ids
 }
 
-// A renewal renews what is ours, reports what is not in the stream any more, and
-// leaves alone what somebody else has, however idle it is.
-func TestRenew(t *testing.T) {
-	client, s, ids := newStream(t, 2300) // more than one page of the script's
-	ask := ids[2000:2200]
-	require.NoError(t, client.XClaimJustID(t.Context(), &redis.XClaimArgs{Stream: s.Key, Group: s.Group, Consumer: "other", Messages: ask[:10]}).Err())
-	require.NoError(t, client.XDel(t.Context(), s.Key, ask[10:30]...).Err())
-	require.NoError(t, client.XAck(t.Context(), s.Key, s.Group, ask[30:40]...).Err())
-	renewed, trimmed, err := s.Renew(t.Context(), ask)
+// mixed has one entry of each standing, in the order of their IDs.
+func mixed(t *testing.T) (*redis.Client, Stream, map[Standing]string) {
+	t.Helper()
+	client, s, ids := newStream(t, 5)
+	require.NoError(t, client.XClaimJustID(t.Context(), &redis.XClaimArgs{Stream: s.Key, Group: s.Group, Consumer: "other", Messages: ids[1:2]}).Err())
+	require.NoError(t, client.XAck(t.Context(), s.Key, s.Group, ids[2], ids[4]).Err())
+	require.NoError(t, client.XDel(t.Context(), s.Key, ids[3:]...).Err())
+	return client, s, map[Standing]string{Mine: ids[0], Elsewhere: ids[1], Settled: ids[2], Trimmed: ids[3], Gone: ids[4]}
+}
+
+func pendingRow(t *testing.T, s Stream, id string) *Pending {
+	t.Helper()
+	rows, err := s.Pending(t.Context(), 0, id, id, 1, "")
 	require.NoError(t, err)
-	assert.Equal(t, 160, len(renewed))
-	assert.Equal(t, 20, len(trimmed))
-	for _, id := range ask[10:30] {
-		assert.True(t, trimmed[id], id)
+	if len(rows) == 0 {
+		return nil
 	}
-	rows, err := s.Pending(t.Context(), 0, "-", "+", 10, "other")
+	return &rows[0]
+}
+
+// A renewal renews what is ours, and tells of the rest how it stands; it leaves alone
+// what somebody else has, however idle it is.
+func TestRenew(t *testing.T) {
+	_, s, of := mixed(t)
+	ids := []string{of[Mine], of[Elsewhere], of[Settled], of[Trimmed], of[Gone]}
+	others, err := s.Renew(t.Context(), ids)
 	require.NoError(t, err)
-	require.Len(t, rows, 10)
-	rows, err = s.Pending(t.Context(), 0, ask[10], ask[29], 100, "")
+	require.Equal(t, map[string]Standing{of[Elsewhere]: Elsewhere, of[Settled]: Settled, of[Trimmed]: Trimmed, of[Gone]: Gone}, others)
+	require.Equal(t, "other", pendingRow(t, s, of[Elsewhere]).Consumer)
+	require.Nil(t, pendingRow(t, s, of[Trimmed]), "what is not in the stream is not pending any more")
+	others, err = s.Renew(t.Context(), ids[3:4])
 	require.NoError(t, err)
-	require.Empty(t, rows, "what is not in the stream is not pending any more")
-	renewed, trimmed, err = s.Renew(t.Context(), ask[:40])
+	require.Equal(t, map[string]Standing{of[Trimmed]: Gone}, others, "again")
+}
+
+func TestRenew_ManyPages(t *testing.T) {
+	client, s, ids := newStream(t, 2300) // more than one page of the script's
+	ask := ids[2000:2250]
+	require.NoError(t, client.XClaimJustID(t.Context(), &redis.XClaimArgs{Stream: s.Key, Group: s.Group, Consumer: "other", Messages: ask[:10]}).Err())
+	others, err := s.Renew(t.Context(), ask)
 	require.NoError(t, err)
-	require.Empty(t, renewed)
-	require.Empty(t, trimmed)
+	require.Len(t, others, 10)
+}
+
+// Take counts what is ours, or was seen elsewhere and has not been touched since; it
+// may run twice.
+func TestTake(t *testing.T) {
+	client, s, of := mixed(t)
+	for range 2 {
+		e, how, err := s.Take(t.Context(), of[Mine], "", 1, 0, 2)
+		require.NoError(t, err)
+		require.Equal(t, Mine, how)
+		require.Equal(t, []string{"a", "b"}, e.Fields)
+		require.EqualValues(t, 2, pendingRow(t, s, of[Mine]).Count)
+	}
+	for _, how := range []Standing{Elsewhere, Settled, Trimmed, Gone} {
+		e, got, err := s.Take(t.Context(), of[how], "", 1, 0, 2)
+		require.NoError(t, err)
+		require.Equal(t, how, got)
+		require.Nil(t, e)
+	}
+	id := of[Elsewhere]
+	require.NoError(t, client.Do(t.Context(), "xclaim", s.Key, s.Group, "other", 0, id, "idle", 5000, "retrycount", 3, "justid").Err())
+	for _, tt := range []struct {
+		name, owner string
+		count       int64
+		idle        time.Duration
+		want        Standing
+	}{
+		{"another owner", "third", 3, 0, Elsewhere},
+		{"another count", "other", 2, 0, Elsewhere},
+		{"touched since", "other", 3, time.Minute, Elsewhere},
+		{"as seen", "other", 3, 4 * time.Second, Mine},
+		{"again", "other", 3, 4 * time.Second, Mine},
+		{"taken, and counted since", "other", 7, 0, Elsewhere},
+	} {
+		_, how, err := s.Take(t.Context(), id, tt.owner, tt.count, tt.idle, tt.count+1)
+		require.NoError(t, err)
+		require.Equal(t, tt.want, how, tt.name)
+	}
+	row := pendingRow(t, s, id)
+	require.Equal(t, s.Consumer, row.Consumer)
+	require.EqualValues(t, 4, row.Count)
+}
+
+func TestAssign(t *testing.T) {
+	_, s, of := mixed(t)
+	entries := []Counted{{of[Mine], 7}, {of[Elsewhere], 8}, {of[Settled], 9}}
+	given, err := s.Assign(t.Context(), "heir", entries)
+	require.NoError(t, err)
+	require.Equal(t, map[string]bool{of[Mine]: true}, given)
+	row := pendingRow(t, s, of[Mine])
+	require.Equal(t, "heir", row.Consumer)
+	require.EqualValues(t, 7, row.Count)
+	given, err = s.Assign(t.Context(), "heir", entries)
+	require.NoError(t, err)
+	require.Empty(t, given, "it is not ours any more")
+}
+
+func TestRestore(t *testing.T) {
+	_, s, of := mixed(t)
+	entries := []Counted{{of[Mine], 7}, {of[Elsewhere], 8}, {of[Settled], 9}, {of[Gone], 1}}
+	for range 2 {
+		others, err := s.Restore(t.Context(), entries)
+		require.NoError(t, err)
+		require.Equal(t, map[string]Standing{of[Elsewhere]: Elsewhere, of[Gone]: Gone}, others)
+		require.EqualValues(t, 1, pendingRow(t, s, of[Mine]).Count, "it was not lost")
+		require.EqualValues(t, 9, pendingRow(t, s, of[Settled]).Count)
+	}
+}
+
+// Without a group there is nothing to be told of an entry.
+func TestOwnership_NoGroup(t *testing.T) {
+	client, s, ids := newStream(t, 1)
+	require.NoError(t, client.XGroupDestroy(t.Context(), s.Key, s.Group).Err())
+	_, err := s.Renew(t.Context(), ids)
+	require.True(t, GroupLost(err), "%v", err)
+	_, _, err = s.Take(t.Context(), ids[0], "", 1, 0, 2)
+	require.True(t, GroupLost(err), "%v", err)
+	_, err = s.Assign(t.Context(), "heir", []Counted{{ids[0], 1}})
+	require.True(t, GroupLost(err), "%v", err)
+	_, err = s.Restore(t.Context(), []Counted{{ids[0], 1}})
+	require.True(t, GroupLost(err), "%v", err)
+	_, _, err = s.DeadLetter(t.Context(), s.Key+".dead", ids[0], DeleteNever, nil, []string{"a", "b"})
+	require.True(t, GroupLost(err), "%v", err)
+	require.True(t, GroupLost(s.Probe(t.Context())))
 }
 
 func TestAckTrimmed(t *testing.T) {
@@ -76,9 +177,9 @@ func TestAckTrimmed(t *testing.T) {
 	trimmed, err := s.AckTrimmed(t.Context(), ids)
 	require.NoError(t, err)
 	require.Equal(t, 499, len(trimmed))
-	n, _, err := s.PendingSummary(t.Context())
+	sum, err := s.PendingSummary(t.Context())
 	require.NoError(t, err)
-	require.EqualValues(t, 500, n)
+	require.Equal(t, Summary{Count: 500, First: ids[1], Consumers: map[string]int64{"consumer": 500}}, sum)
 }
 
 // DeleteAcked keeps what a fan-out has not come to; when it has, or is gone, that
@@ -142,19 +243,57 @@ func TestDeadLetter_Pieces(t *testing.T) {
 	client, s, ids := newStream(t, 1)
 	fields := []string{"small", "x", "", strings.Repeat("a", maxPiece+1), "large", strings.Repeat("b", 3*maxPiece), "exact", strings.Repeat("c", maxPiece)}
 	dead := s.Key + ".dead"
-	id, err := s.DeadLetter(t.Context(), dead, ids[0], 1, DeleteNever, fields)
+	id, how, err := s.DeadLetter(t.Context(), dead, ids[0], DeleteNever, nil, fields)
 	require.NoError(t, err)
+	require.Equal(t, Mine, how)
 	queue := New(s.Client, dead, "")
 	e, err := queue.Entry(t.Context(), id)
 	require.NoError(t, err)
 	require.True(t, assert.ObjectsAreEqual(fields, e.Fields))
-	again, err := s.DeadLetter(t.Context(), dead, ids[0], 1, DeleteNever, fields)
+	again, how, err := s.DeadLetter(t.Context(), dead, ids[0], DeleteNever, nil, fields)
 	require.NoError(t, err)
 	require.Empty(t, again, "moved before")
+	require.Equal(t, Settled, how)
 	move := &Replay{ID: id, Topic: s.Key, Fields: fields}
 	require.NoError(t, queue.Replay(t.Context(), []*Replay{move}))
 	require.NoError(t, move.Err)
 	require.NoError(t, queue.Replay(t.Context(), []*Replay{move}))
 	require.ErrorIs(t, move.Err, ErrMissing)
 	require.EqualValues(t, 2, client.XLen(t.Context(), s.Key).Val())
+}
+
+// A move whose answer was lost is found by the marks in the letter's metadata, whatever
+// has become of the consumer and the group since.
+func TestDeadLetter_Marks(t *testing.T) {
+	client, s, ids := newStream(t, 3)
+	dead := s.Key + ".dead"
+	letter := func(i int) []string {
+		return []string{"uuid", "x", "metadata", fmt.Sprint("<id ", ids[i], "><group g>")}
+	}
+	marks := func(i int) []string { return []string{fmt.Sprint("<id ", ids[i], ">"), "<group g>"} }
+	var moved []string
+	for i := range 2 {
+		id, _, err := s.DeadLetter(t.Context(), dead, ids[i], DeleteNever, nil, letter(i))
+		require.NoError(t, err)
+		moved = append(moved, id)
+	}
+	for range 150 { // more than a page of others
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: dead, Values: []string{"uuid", "y", "metadata", "<id 0-0>"}}).Err())
+	}
+	require.NoError(t, client.XGroupDelConsumer(t.Context(), s.Key, s.Group, s.Consumer).Err())
+	_, err := s.Restore(t.Context(), []Counted{{ids[0], 1}}) // as if it had been lost with its group
+	require.NoError(t, err)
+	for range 2 {
+		for i := range 2 {
+			id, how, err := s.DeadLetter(t.Context(), dead, ids[i], DeleteNever, marks(i), letter(i))
+			require.NoError(t, err)
+			require.Equal(t, Mine, how)
+			require.Equal(t, moved[i], id)
+		}
+	}
+	require.Nil(t, pendingRow(t, s, ids[0]), "it is not to come again")
+	_, how, err := s.DeadLetter(t.Context(), dead, ids[2], DeleteNever, marks(2), letter(2))
+	require.NoError(t, err)
+	require.Equal(t, Settled, how, "it was not moved, and is not ours")
+	require.EqualValues(t, 152, client.XLen(t.Context(), dead).Val())
 }

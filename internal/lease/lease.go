@@ -1,0 +1,335 @@
+// Package lease keeps the leases of what a subscription has: it renews them, acks,
+// gives back, and puts back what a lost group has lost. It asks the ledger for work, and
+// tells it what the server said. It starts no goroutine, and knows no messages.
+package lease
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
+)
+
+// Released is the consumer in whose name is what was given back. No process reads in
+// it; takeover looks there first.
+const Released = "released"
+
+// MaxAck bounds one XACK: 1,000 IDs take the server 0.6 ms.
+const MaxAck = 1000
+
+// Config is what a Keeper needs.
+type Config struct {
+	Stream  *xstream.Stream
+	Ledger  *ledger.Ledger
+	MinIdle time.Duration  // after which others may claim what was not renewed
+	Deletes xstream.Delete // what becomes of what is acked
+	Log     watermill.LoggerAdapter
+	Fields  watermill.LogFields
+}
+
+// Keeper is the leases of a subscription.
+type Keeper struct {
+	cfg     Config
+	kept    atomic.Bool // DeleteAcked may have kept something for a fan-out
+	several sync.Once   // groups, which was said
+	denied  sync.Once   // to trim, likewise
+
+	// Sums, for whoever counts.
+	Lost, GivenBack atomic.Int64
+
+	mu       sync.Mutex // one renewal, or repair of the group, at a time
+	seen     sync.Mutex
+	progress progress // guarded by seen
+}
+
+// New returns a Keeper.
+func New(cfg Config) *Keeper {
+	k := &Keeper{cfg: cfg}
+	k.kept.Store(cfg.Deletes != xstream.DeleteNever) // by a process before this one
+	return k
+}
+
+// SetDeletes is said when the server was asked what it can.
+func (k *Keeper) SetDeletes(d xstream.Delete) {
+	k.cfg.Deletes = d
+	k.kept.Store(d != xstream.DeleteNever)
+}
+
+// Ack acks the next entries that are to be acked, in the way that the config asks for.
+func (k *Keeper) Ack(ctx context.Context) (n int, fx ledger.Effects, err error) {
+	entries := k.cfg.Ledger.Acks(MaxAck)
+	if len(entries) == 0 {
+		return 0, fx, nil
+	}
+	if ids := k.cfg.Ledger.ToAck(entries, make([]any, 0, len(entries))); len(ids) > 0 {
+		if err := k.ack(ctx, ids); err != nil {
+			return 0, fx, err
+		}
+	}
+	return len(entries), k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
+}
+
+// ErrSeveralGroups is logged once.
+var errSeveralGroups = errors.New("this server has no XACKDEL (Redis 8.2)")
+
+func (k *Keeper) ack(ctx context.Context, ids []any) error {
+	s := k.cfg.Stream
+	if k.cfg.Deletes == xstream.DeleteNever {
+		return s.Ack(ctx, ids...)
+	}
+	kept, err := s.AckAndDelete(ctx, k.cfg.Deletes, ids...)
+	if xstream.SeveralGroups(err) {
+		// A group was added since Subscribe looked. Its messages matter more than the
+		// memory.
+		k.several.Do(func() {
+			k.cfg.Log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay", errSeveralGroups, k.cfg.Fields)
+		})
+		return s.Ack(ctx, ids...)
+	}
+	if kept > 0 {
+		k.kept.Store(true)
+	}
+	return err
+}
+
+// maxTrims bounds what one call of Trim deletes: a hundred entries each.
+const maxTrims = 50
+
+// Trim deletes what DeleteAcked had to keep for a fan-out, once that has come to it.
+func (k *Keeper) Trim(ctx context.Context) error {
+	if k.cfg.Deletes == xstream.DeleteNever || !k.kept.Swap(false) {
+		return nil
+	}
+	for range maxTrims {
+		more, later, err := k.cfg.Stream.TrimAcked(ctx)
+		if redisx.IsDenied(err) {
+			k.denied.Do(func() {
+				k.cfg.Log.Info("No right to delete by a script what a fan-out needed longer than the group did; it stays in the stream: "+err.Error(), k.cfg.Fields)
+			})
+			return nil
+		}
+		if err != nil || later {
+			k.kept.Store(true)
+		}
+		if err != nil || !more {
+			return err
+		}
+	}
+	k.kept.Store(true) // there is more
+	return nil
+}
+
+// Take has an entry delivered once more: it claims a candidate, or counts a retry. It
+// returns false if it is not ours: see Ledger.Owned for whether it is again.
+func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
+	sent := time.Now()
+	got, how, err := k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, e.Next)
+	if err != nil {
+		return false, err
+	}
+	if how != xstream.Mine {
+		return false, k.refused(ctx, e, how)
+	}
+	e.Fields = got.Fields
+	e.SetCount(e.Next, xstream.OneMore(e.Next))
+	return k.cfg.Ledger.Claimed(sent, e), nil
+}
+
+// Recount sets the delivery count of an entry of ours, and returns its fields; nil if
+// it is not ours.
+func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]string, error) {
+	sent := time.Now()
+	got, how, err := k.cfg.Stream.Take(ctx, e.ID, "", 0, 0, count)
+	if err != nil {
+		return nil, err
+	}
+	if how != xstream.Mine {
+		return nil, k.refused(ctx, e, how)
+	}
+	e.SetCount(count, xstream.OneMore(count))
+	k.cfg.Ledger.Renewed(sent, e)
+	return got.Fields, nil
+}
+
+// Move moves an entry of ours to a dead-letter stream, and returns its ID there; "" if
+// it is not ours. After an error that is no reply it may have been moved: then unsure is
+// true the next time, and the letter is looked for by its marks. So it is where the entry
+// is not pending: somebody on the way may have sent the command twice.
+func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure bool, marks, letter []string) (string, error) {
+	k.cfg.Ledger.Moving(e, true)
+	var look []string
+	if unsure {
+		look = marks
+	}
+	id, how, err := k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, look, letter)
+	if err == nil && how != xstream.Mine && how != xstream.Elsewhere && !unsure {
+		unsure = true
+		id, how, err = k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, marks, letter)
+	}
+	switch {
+	case err != nil && (!redisx.IsReply(err) || unsure):
+		return "", err
+	case err != nil:
+		k.cfg.Ledger.Moving(e, false)
+		return "", err
+	case how != xstream.Mine:
+		k.cfg.Ledger.Moving(e, false)
+		return "", k.refused(ctx, e, how)
+	}
+	k.cfg.Ledger.Moved(e)
+	if k.cfg.Deletes != xstream.DeleteNever {
+		k.kept.Store(true) // a fan-out may need it still
+	}
+	return id, nil
+}
+
+// refused acts on the standing of an entry that somebody wanted to act on. Of one that
+// is not pending all the others tell whether it was settled elsewhere, or the group was
+// made anew.
+func (k *Keeper) refused(ctx context.Context, e *ledger.Entry, how xstream.Standing) error {
+	switch {
+	case e.Owner == "" && how == xstream.Settled:
+		return k.Renew(ctx, 0)
+	case e.Owner == "":
+		k.stand(map[*ledger.Entry]xstream.Standing{e: how})
+	case how == xstream.Trimmed: // a candidate
+		k.lost(1, e)
+	}
+	return nil
+}
+
+// stand notes the standing of entries that are not ours as they should be.
+func (k *Keeper) stand(standings map[*ledger.Entry]xstream.Standing) {
+	now, lost := time.Now(), 0
+	var last *ledger.Entry
+	for e, how := range standings {
+		switch {
+		case !k.cfg.Ledger.Owned(e): // acked meanwhile
+		case how == xstream.Trimmed, how == xstream.Gone && k.cfg.Deletes == xstream.DeleteNever:
+			lost += k.cfg.Ledger.Gone(now, e)
+			last = e
+		default:
+			k.cfg.Ledger.Lose(now, e)
+			k.cfg.Log.Info("Lease lost: another consumer has the message, or settled it", k.entryFields(e))
+		}
+	}
+	k.lost(lost, last)
+}
+
+// lost counts and logs messages that were deleted from the stream while they were
+// pending; e is one of them.
+func (k *Keeper) lost(n int, e *ledger.Entry) {
+	switch k.Lost.Add(int64(n)); n {
+	case 0:
+	case 1:
+		k.cfg.Log.Error("Message lost", ErrTrimmed, k.entryFields(e))
+	default:
+		k.cfg.Log.Error("Messages lost", ErrTrimmed, k.cfg.Fields.Add(watermill.LogFields{"entries": n}))
+	}
+}
+
+// ErrTrimmed is why a message was lost.
+var ErrTrimmed = errors.New("trimmed or deleted while pending")
+
+func (k *Keeper) entryFields(e *ledger.Entry) watermill.LogFields {
+	return k.cfg.Fields.Add(watermill.LogFields{"xid": e.ID, "deliveries": e.Count()})
+}
+
+// Renew renews what was not known to be ours for age.
+func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var renewed []*ledger.Entry
+	others := make(map[*ledger.Entry]xstream.Standing)
+	for entries := range slices.Chunk(k.cfg.Ledger.Renewals(time.Now(), age, xstream.CompareIDs), xstream.MaxOwned) {
+		ids := make([]string, len(entries))
+		for i, e := range entries {
+			ids[i] = e.ID
+		}
+		sent := time.Now()
+		standings, err := k.cfg.Stream.Renew(ctx, ids)
+		if err != nil {
+			return err // the rest would wait for the same answer
+		}
+		var ours []*ledger.Entry
+		for _, e := range entries {
+			if how := standings[e.ID]; how == "" {
+				ours = append(ours, e)
+			} else {
+				others[e] = how
+			}
+		}
+		renewed = append(renewed, ours...)
+		defer k.cfg.Ledger.Renewed(sent, ours...) // what is missing is compared with what was known before
+	}
+	for e, how := range others {
+		expired := time.Now().Add(-k.cfg.MinIdle)
+		if how == xstream.Settled && k.cfg.Ledger.Owned(e) && !k.cfg.Ledger.Taken(e, expired, renewed) {
+			return k.remade(ctx)
+		}
+	}
+	k.stand(others)
+	return nil
+}
+
+// remade puts back what a consumer that did not know of it left out when it made the
+// group anew, or the whole stream.
+func (k *Keeper) remade(ctx context.Context) error {
+	anew, _, err := k.beganAnew(ctx)
+	if err != nil {
+		return err
+	}
+	if anew {
+		k.forgetAll(time.Now())
+		return nil
+	}
+	k.cfg.Log.Error("The consumer group was made anew, or all that is held here was acked elsewhere; putting it back", errors.New("group lost"), k.cfg.Fields)
+	return k.restore(ctx)
+}
+
+// Counted is an entry, and the deliveries that it is given back with.
+type Counted struct {
+	Entry *ledger.Entry
+	Count int64
+}
+
+// Release gives entries back, to whoever is quickest. What cannot be released is
+// claimed when its lease has run out.
+func (k *Keeper) Release(ctx context.Context, entries []Counted) error {
+	return k.assign(ctx, Released, entries, func(n int) { k.GivenBack.Add(int64(n)) })
+}
+
+// Abandon leaves an entry in our name, with the count given, until its lease runs out.
+func (k *Keeper) Abandon(ctx context.Context, e *ledger.Entry, count int64) error {
+	return k.assign(ctx, k.cfg.Stream.Consumer, []Counted{{e, count}}, func(int) {})
+}
+
+func (k *Keeper) assign(ctx context.Context, to string, entries []Counted, done func(int)) error {
+	slices.SortFunc(entries, func(a, b Counted) int { return xstream.CompareIDs(a.Entry.ID, b.Entry.ID) })
+	var failure error
+	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
+		give := make([]xstream.Counted, 0, len(chunk))
+		for _, c := range chunk {
+			if !k.cfg.Ledger.IsGone(c.Entry) {
+				give = append(give, xstream.Counted{ID: c.Entry.ID, Count: c.Count})
+			}
+		}
+		if len(give) == 0 {
+			continue
+		}
+		given, err := k.cfg.Stream.Assign(ctx, to, give)
+		done(len(given))
+		if failure = errors.Join(failure, err); err != nil && !redisx.IsReply(err) {
+			return failure // Redis is away: the others would each wait for it too
+		}
+	}
+	return failure
+}

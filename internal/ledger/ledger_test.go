@@ -1,0 +1,616 @@
+package ledger
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+var (
+	start   = time.Unix(1000, 0)
+	errLost = errors.New("lost")
+)
+
+func at(seconds float64) time.Time {
+	return start.Add(time.Duration(seconds * float64(time.Second)))
+}
+
+func newLedger(slots int, change ...func(*Config)) *Ledger {
+	cfg := Config{Slots: slots, Leased: true, Suspect: 3, Last: 5, Patience: 5 * time.Second, Callers: 2, Bounds: NewBounds(), Lost: errLost}
+	for _, c := range change {
+		c(&cfg)
+	}
+	return New(cfg)
+}
+
+func read(ids ...string) (entries []*Entry) {
+	for _, id := range ids {
+		entries = append(entries, (&Entry{ID: id, Fields: []string{"a", "b"}}).SetCount(1, 2))
+	}
+	return entries
+}
+
+// claim is a candidate whose next delivery is the one with the count given.
+func claim(id string, next int64) *Entry {
+	return (&Entry{ID: id, Owner: "dead"}).SetCount(next-1, next)
+}
+
+// take has a slot take, and returns the ID; "" if there is nothing.
+func take(l *Ledger, now time.Time) (id string, e *Entry) {
+	l.use.slots = l.use.running + 1 // this one, whatever the effects have asked for
+	e, _ = l.Take(now)
+	if e == nil {
+		return "", nil
+	}
+	return e.ID, e
+}
+
+func takeAll(l *Ledger, now time.Time) (ids []string) {
+	for l.use.running < l.cfg.Slots {
+		id, e := take(l, now)
+		if e == nil {
+			break
+		}
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// Each state, and what each event makes of it.
+func TestEvents(t *testing.T) {
+	// in brings an entry into a state.
+	in := map[State]func(l *Ledger) *Entry{
+		Candidate: func(l *Ledger) *Entry { e := claim("1", 2); l.Offer(start, []*Entry{e}, false); return e },
+		Queued:    func(l *Ledger) *Entry { e := read("1")[0]; l.Add(start, start, []*Entry{e}); return e },
+		Running:   func(l *Ledger) *Entry { l.Add(start, start, read("1")); _, e := take(l, start); return e },
+		Calling: func(l *Ledger) *Entry {
+			l.Add(start, start, read("1"))
+			_, e := take(l, start)
+			l.Broken(start, e)
+			return e
+		},
+		Waiting: func(l *Ledger) *Entry {
+			l.Add(start, start, read("1"))
+			_, e := take(l, start)
+			l.Retry(start, e, at(10), false)
+			return e
+		},
+		Acked: func(l *Ledger) *Entry {
+			l.Add(start, start, read("1"))
+			_, e := take(l, start)
+			l.Acked(start, e)
+			return e
+		},
+		Releasing: func(l *Ledger) *Entry {
+			e := read("1")[0]
+			l.Add(start, start, []*Entry{e})
+			l.Releasing(start, e)
+			return e
+		},
+	}
+	events := map[string]func(l *Ledger, e *Entry){
+		"read again": func(l *Ledger, e *Entry) { l.Add(at(1), at(1), read("1")) },
+		"offered":    func(l *Ledger, e *Entry) { l.Offer(at(1), []*Entry{claim("1", 2)}, false) },
+		"lost":       func(l *Ledger, e *Entry) { l.Lose(at(1), e) },
+		"gone":       func(l *Ledger, e *Entry) { l.Gone(at(1), e) },
+		"removed":    func(l *Ledger, e *Entry) { l.Remove(at(1), e) },
+		"closed":     func(l *Ledger, e *Entry) { l.Close(at(1)) },
+	}
+	type outcome struct {
+		state State // of the entry
+		here  State // of what is under its ID
+	}
+	same := func(s State) outcome { return outcome{s, s} }
+	want := map[string]map[State]outcome{
+		"read again": {Candidate: {None, Queued}}, // ours already else
+		"offered":    {},
+		"lost":       {Queued: {}, Waiting: {}, Calling: {}, Candidate: {}},
+		"gone":       {Waiting: {}},
+		"removed":    {Candidate: {}, Queued: {}, Running: {}, Calling: {}, Waiting: {}, Acked: {}, Releasing: {}},
+		"closed":     {Candidate: {}, Queued: same(Releasing), Waiting: same(Releasing), Calling: same(Releasing)},
+	}
+	for event, apply := range events {
+		for state, bring := range in {
+			t.Run(fmt.Sprint(event, "/", state), func(t *testing.T) {
+				l := newLedger(1)
+				e := bring(l)
+				require.Equal(t, state, e.state)
+				apply(l, e)
+				expect, ok := want[event][state]
+				if !ok {
+					expect = same(state)
+				}
+				require.Equal(t, expect.state, e.state)
+				here := None
+				if other := l.entries["1"]; other != nil {
+					here = other.state
+				}
+				require.Equal(t, expect.here, here)
+				check(t, l)
+			})
+		}
+	}
+}
+
+// What a slot takes.
+func TestTake(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		slots int
+		do    func(l *Ledger)
+		at    float64
+		want  []string
+	}{
+		{"nothing", 2, func(l *Ledger) {}, 0, nil},
+		{"in order", 1, func(l *Ledger) { l.Add(start, start, read("1", "2")) }, 0, []string{"1"}},
+		{"with one slot what waits holds up the others", 1, func(l *Ledger) {
+			l.Add(start, start, read("1", "2"))
+			_, e := take(l, start)
+			l.Retry(start, e, at(10), false)
+		}, 9, nil},
+		{"until it is due", 1, func(l *Ledger) {
+			l.Add(start, start, read("1", "2"))
+			_, e := take(l, start)
+			l.Retry(start, e, at(10), false)
+		}, 10, []string{"1"}},
+		{"or lost", 1, func(l *Ledger) {
+			l.Add(start, start, read("1", "2"))
+			_, e := take(l, start)
+			l.Retry(start, e, at(10), false)
+			l.Lose(at(1), e)
+		}, 1, []string{"2"}},
+		{"but not what waits to be moved", 1, func(l *Ledger) {
+			l.Add(start, start, read("1", "2"))
+			_, e := take(l, start)
+			e.Doom = "dead"
+			l.Retry(start, e, at(10), true)
+		}, 1, []string{"2"}},
+		{"what was claimed is older than what was read", 1, func(l *Ledger) {
+			l.Add(start, start, read("5"))
+			l.Offer(start, []*Entry{claim("1", 2)}, false)
+		}, 0, []string{"1"}},
+		{"an orphan keeps its place", 1, func(l *Ledger) {
+			l.Offer(start, []*Entry{(&Entry{ID: "1"}).SetCount(1, 1)}, false)
+			l.Add(start, start, read("2"))
+			l.Offer(start, []*Entry{claim("0", 2)}, false)
+		}, 0, []string{"0"}},
+		{"fresh ones, and others, in turn", 6, func(l *Ledger) {
+			l.Add(start, start, read("1", "2", "3", "4", "5"))
+			l.Offer(start, []*Entry{claim("a", 2), claim("b", 2)}, false)
+		}, 0, []string{"a", "1", "b", "2", "3", "4"}},
+		{"half of the slots at most for what is not fresh", 4, func(l *Ledger) {
+			l.Add(start, start, read("1", "2", "3"))
+			l.Offer(start, []*Entry{claim("a", 2), claim("b", 2), claim("c", 2)}, false)
+		}, 0, []string{"a", "1", "b", "2"}},
+		{"all of them if nothing is fresh", 3, func(l *Ledger) {
+			l.Offer(start, []*Entry{claim("a", 2), claim("b", 2), claim("c", 2)}, false)
+		}, 0, []string{"a", "b", "c"}},
+		{"one suspect at a time", 3, func(l *Ledger) {
+			l.Offer(start, []*Entry{claim("a", 3), claim("b", 3)}, false)
+		}, 0, []string{"a"}},
+		{"beside others", 3, func(l *Ledger) {
+			l.Offer(start, []*Entry{claim("a", 3), claim("b", 3)}, false)
+			l.Add(start, start, read("1", "2", "3"))
+		}, 0, []string{"a", "1", "2"}},
+		{"what is delivered for the last time is alone", 3, func(l *Ledger) {
+			l.Offer(start, []*Entry{claim("a", 5), claim("b", 2)}, false)
+			l.Add(start, start, read("1"))
+		}, 0, []string{"a"}},
+		{"it waits for what runs, and nothing new is taken", 3, func(l *Ledger) {
+			l.Add(start, start, read("1"))
+			take(l, start)
+			l.Offer(start, []*Entry{claim("a", 5)}, false)
+			l.Add(start, start, read("2"))
+		}, 4, nil},
+		{"what was released has crashed nobody", 3, func(l *Ledger) {
+			a := claim("a", 5)
+			a.Released = true
+			l.Offer(start, []*Entry{a, claim("b", 2)}, false)
+		}, 0, []string{"a", "b"}},
+		{"with no limit nothing is suspect", 3, func(l *Ledger) {
+			l.cfg.Suspect, l.cfg.Last = 0, 0
+			l.Offer(start, []*Entry{claim("a", 50), claim("b", 50)}, false)
+		}, 0, []string{"a", "b"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newLedger(tt.slots)
+			tt.do(l)
+			check(t, l)
+			require.Equal(t, tt.want, takeAll(l, at(tt.at)))
+			check(t, l)
+		})
+	}
+}
+
+// A slot takes a retry that fell due, before that one's own timer; the new entry that
+// the slot was started for is another one's, which is started then.
+func TestTake_StartsTheNextSlot(t *testing.T) {
+	l := newLedger(2)
+	l.Add(start, start, read("1"))
+	_, e := take(l, start)
+	l.Retry(start, e, at(1), false)
+	require.Equal(t, 0, l.Effects(start).Slots)
+	l.use.slots = 0
+	_, fx := l.Add(at(1), at(1), read("2"))
+	require.Equal(t, 1, fx.Slots)
+	first, fx := l.Take(at(1))
+	require.NotNil(t, first)
+	require.Equal(t, 1, fx.Slots, "one slot sleeps beside the other entry")
+	second, fx := l.Take(at(1))
+	require.NotNil(t, second)
+	require.Equal(t, 0, fx.Slots)
+}
+
+// While suspects are worked off one by one, alone, other work has half of the time; and
+// a handler that takes very long does not stop everything.
+func TestTake_Lonely(t *testing.T) {
+	l := newLedger(2)
+	l.Add(start, start, read("1", "2", "3", "4", "5", "6"))
+	_, slow := take(l, start)
+	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
+	id, _ := take(l, at(1))
+	require.Empty(t, id, "it waits for the slow one")
+	require.Equal(t, at(6), l.armed, "not for longer than its patience")
+	id, quick := take(l, at(6))
+	require.Equal(t, "2", id, "the others go on")
+	l.Acked(at(7), quick)
+	id, quick = take(l, at(7))
+	require.Equal(t, "3", id, "for as long as they have waited")
+	l.Acked(at(10), quick)
+	l.Confirmed(at(10), len(l.acks))
+	id, quick = take(l, at(10.5))
+	require.Equal(t, "4", id)
+	l.Acked(at(11), quick)
+	id, _ = take(l, at(11))
+	require.Empty(t, id, "then it is its turn again")
+	l.Acked(at(12), slow)
+	id, a := take(l, at(12))
+	require.Equal(t, "a", id, "as soon as what ran at its turn has ended")
+	require.Zero(t, l.Room(10), "nothing is read meanwhile")
+	l.Acked(at(14), a)
+	id, _ = take(l, at(14))
+	require.Empty(t, id, "its ack has not arrived: another's crash would count for it")
+	l.Confirmed(at(14), len(l.acks))
+	id, next := take(l, at(14))
+	require.Equal(t, "5", id, "b has to wait")
+	l.Acked(at(16.9), next)
+	id, _ = take(l, at(16.9))
+	require.Equal(t, "6", id)
+	id, _ = take(l, at(17))
+	require.Empty(t, id, "a took from 11 to 14")
+}
+
+// Without other work a suspect waits for nothing.
+func TestTake_LonelyOnly(t *testing.T) {
+	l := newLedger(2)
+	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
+	_, a := take(l, start)
+	l.Acked(at(3), a)
+	l.Confirmed(at(3), 1)
+	id, _ := take(l, at(3))
+	require.Equal(t, "b", id)
+}
+
+// What is read ahead, and no more.
+func TestRoom(t *testing.T) {
+	l := newLedger(3)
+	require.Equal(t, 13, l.Room(10))
+	l.Add(start, start, read("1", "2", "3", "4"))
+	require.Equal(t, 3, l.Room(0)-0+3, "no room beside what is queued") // parked
+	take(l, start)
+	take(l, start)
+	require.Equal(t, 1+10, l.Room(10))
+	id, _ := take(l, start)
+	require.Equal(t, "3", id)
+	l.Room(0)
+	require.True(t, l.parked)
+	fx := l.Acked(start, l.entries["1"])
+	require.False(t, fx.Room, "what is queued comes first")
+	take(l, start)
+	fx = l.Acked(start, l.entries["2"])
+	require.True(t, fx.Room)
+}
+
+// Of a read what nobody has in hand is given back at the end.
+func TestClose(t *testing.T) {
+	l := newLedger(2)
+	l.Add(start, start, read("1", "2", "3", "4"))
+	take(l, start)
+	_, e := take(l, start)
+	l.Retry(start, e, at(60), false)
+	l.Offer(start, []*Entry{claim("a", 2)}, false)
+	queued, retries := l.Close(at(1))
+	slices.SortFunc(queued, func(a, b *Entry) int { return int(a.ID[0]) - int(b.ID[0]) })
+	require.Len(t, queued, 2)
+	require.Equal(t, "3", queued[0].ID)
+	require.Len(t, retries, 1)
+	require.Equal(t, "2", retries[0].ID)
+	id, _ := take(l, at(1))
+	require.Empty(t, id)
+	_, ok := l.Retry(at(1), l.entries["1"], at(2), false)
+	require.False(t, ok, "whoever has it gives it back")
+	require.Equal(t, 2, l.cfg.Bounds.Ahead()-0+2)
+}
+
+// A ledger whose entries cannot be given back has them taken.
+func TestClose_Serve(t *testing.T) {
+	l := newLedger(1, func(c *Config) { c.Serve, c.Leased = true, false })
+	l.Add(start, start, read("1", "2"))
+	queued, _ := l.Close(start)
+	require.Empty(t, queued)
+	for _, want := range []string{"1", "2", ""} {
+		id, e := take(l, start)
+		require.Equal(t, want, id)
+		if e != nil {
+			l.Acked(start, e)
+		}
+	}
+}
+
+// A message's context ends when its lease is lost, whichever comes first.
+func TestAttach(t *testing.T) {
+	for _, lostFirst := range []bool{false, true} {
+		l := newLedger(1)
+		l.Add(start, start, read("1"))
+		_, e := take(l, start)
+		var cause error
+		if lostFirst {
+			l.Lose(start, e)
+		}
+		e.Attach(func(err error) { cause = err }, errLost)
+		if !lostFirst {
+			l.Lose(start, e)
+		}
+		require.Equal(t, errLost, cause)
+		_, ok := l.Retry(start, e, at(1), false)
+		require.True(t, ok)
+		require.Equal(t, None, e.state, "it is another consumer's")
+	}
+}
+
+// What is acked after the end reaches nobody, and takes nothing of what the Subscriber's
+// other topics may have unacked.
+func TestEndAcks(t *testing.T) {
+	l := newLedger(2)
+	l.Add(start, start, read("1", "2"))
+	_, one := take(l, start)
+	_, two := take(l, start)
+	l.Acked(start, one)
+	require.EqualValues(t, 1, l.cfg.Bounds.Unacked.used.Load())
+	require.Equal(t, 1, l.EndAcks())
+	l.Acked(start, two)
+	require.Len(t, l.acks, 1)
+	require.Zero(t, l.cfg.Bounds.Unacked.used.Load())
+}
+
+// An entry that is not pending was taken from us if its lease may have run out, or if
+// others are that were here as long; not if all are missing.
+func TestTaken(t *testing.T) {
+	l := newLedger(4)
+	l.Add(at(0), at(0), read("1"))
+	l.Add(at(1), at(1), read("2"))
+	one, two := l.entries["1"], l.entries["2"]
+	require.False(t, l.Taken(one, at(-1), nil))
+	require.True(t, l.Taken(one, at(0.5), nil), "its lease may have run out")
+	require.False(t, l.Taken(one, at(-1), []*Entry{two}), "2 may be of another group")
+	l.Renewed(at(2), one, two)
+	require.True(t, l.Taken(one, at(-1), []*Entry{two}))
+}
+
+// check says what must be true of a ledger at any time.
+func check(t *testing.T, l *Ledger) {
+	t.Helper()
+	counts := make(map[State]int)
+	seen := make(map[*Entry]string)
+	place := func(where string, entries ...*Entry) {
+		for _, e := range entries {
+			require.Empty(t, seen[e], "entry %s is in %s too", e.ID, where)
+			seen[e] = where
+		}
+	}
+	for _, q := range []struct {
+		name  string
+		q     *queue
+		state State
+	}{{"fresh", &l.fresh, Queued}, {"claims", &l.claims, Candidate}, {"suspects", &l.suspects, Candidate}, {"lonely", &l.lonely, Candidate}, {"broken", &l.broken, Calling}} {
+		place(q.name, q.q.entries...)
+		for _, e := range q.q.entries {
+			require.Equal(t, q.state, e.state, "entry %s in %s", e.ID, q.name)
+		}
+	}
+	for _, w := range []waiting{l.retries, l.recalls} {
+		place("heap", w...)
+		for i, e := range w {
+			require.Equal(t, i, e.place)
+			require.Equal(t, Waiting, e.state)
+		}
+	}
+	if l.head != nil {
+		place("head", l.head)
+		require.Equal(t, Waiting, l.head.state)
+	}
+	acks := 0
+	for _, e := range l.acks {
+		if e.state == Acked {
+			acks++
+			place("acks", e)
+		}
+	}
+	past, doomed := 0, 0
+	all := slices.Clone(l.strays)
+	for id, e := range l.entries {
+		require.Equal(t, id, e.ID)
+		require.NotEqual(t, None, e.state, "entry %s is forgotten", id)
+		all = append(all, e)
+	}
+	for _, e := range all {
+		counts[e.state]++
+		switch e.state {
+		case Queued, Candidate, Waiting, Acked:
+			require.NotEmpty(t, seen[e], "entry %s is %d, and in no place", e.ID, e.state)
+		case Running:
+			require.Empty(t, seen[e])
+			if e.past {
+				past++
+			}
+		}
+		if e.doomed {
+			doomed++
+		}
+	}
+	require.Equal(t, counts[Running], l.use.running)
+	require.LessOrEqual(t, l.use.running, l.cfg.Slots)
+	require.Equal(t, past, l.use.past)
+	require.Equal(t, counts[Waiting], l.use.waiting)
+	require.Equal(t, doomed, l.use.doomed)
+	require.Equal(t, counts[Queued], l.cfg.Bounds.Ahead())
+	require.EqualValues(t, counts[Waiting], l.cfg.Bounds.Waiting.used.Load())
+	if !l.ended {
+		require.EqualValues(t, counts[Acked], l.cfg.Bounds.Unacked.used.Load())
+		require.Equal(t, counts[Acked], acks)
+	}
+	if l.alone != nil {
+		require.LessOrEqual(t, l.use.running, 1, "something runs beside the one that must be alone")
+	}
+	require.LessOrEqual(t, l.use.slots, l.cfg.Slots)
+}
+
+// Whatever happens, an entry is in one state, counted once against each bound, in one
+// slot's hands at most, and never forgotten: at the end everything that came was
+// handled, unless it was taken away.
+func TestRandom(t *testing.T) {
+	for seed := range uint64(100) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			r := rand.New(rand.NewPCG(seed, 14))
+			slots := 1 + r.IntN(4)
+			l := newLedger(slots)
+			now, ids := start, 0
+			came, done := make(map[string]bool), make(map[string]bool)
+			var running, calling []*Entry
+			timer := time.Time{}
+			apply := func(fx Effects) {
+				for {
+					if !fx.Timer.IsZero() {
+						timer = fx.Timer
+					}
+					var e *Entry
+					var next Effects
+					switch {
+					case fx.Slots > 0: // a slot takes, and has it until the outcome
+						fx.Slots--
+						if e, next = l.Take(now); e != nil {
+							require.NotContains(t, running, e)
+							running = append(running, e)
+						}
+					case fx.Callers > 0:
+						fx.Callers--
+						if e, next = l.TakeBroken(now); e != nil {
+							calling = append(calling, e)
+						}
+					default:
+						return
+					}
+					fx.Slots += next.Slots
+					fx.Callers += next.Callers
+					fx.Timer = next.Timer
+				}
+			}
+			slotGoesOn := func() { apply(Effects{Slots: 1}) }
+			callerGoesOn := func() { apply(Effects{Callers: 1}) }
+			pick := func(from *[]*Entry) *Entry {
+				if len(*from) == 0 {
+					return nil
+				}
+				i := r.IntN(len(*from))
+				e := (*from)[i]
+				*from = slices.Delete(*from, i, i+1)
+				return e
+			}
+			finish := func(e *Entry) {
+				done[e.ID] = true
+				apply(l.Acked(now, e))
+			}
+			step := func(events int) {
+				now = now.Add(time.Duration(r.IntN(3000)) * time.Millisecond)
+				if !timer.IsZero() && !timer.After(now) {
+					apply(l.Effects(now))
+				}
+				switch r.IntN(events) {
+				case 0, 1:
+					if e := pick(&running); e != nil {
+						finish(e)
+						slotGoesOn()
+					}
+				case 2:
+					_ = l.Acks(3)
+					apply(l.Confirmed(now, min(3, len(l.acks))))
+				case 3:
+					if e := pick(&calling); e != nil {
+						finish(e)
+						callerGoesOn()
+					}
+				case 4:
+					var entries []*Entry
+					for range 1 + r.IntN(4) {
+						ids++
+						entries = append(entries, read(fmt.Sprint(ids))...)
+						came[fmt.Sprint(ids)] = true
+					}
+					_, fx := l.Add(now, now, entries)
+					apply(fx)
+				case 5:
+					var entries []*Entry
+					for range 1 + r.IntN(3) {
+						ids++
+						entries = append(entries, claim(fmt.Sprint(ids), int64(2+r.IntN(4))))
+						came[fmt.Sprint(ids)] = true
+					}
+					apply(l.Offer(now, entries, false))
+				case 6:
+					if e := pick(&running); e != nil {
+						if e.Owner != "" {
+							l.Claimed(now, e)
+						}
+						dropped, ok := l.Retry(now, e, now.Add(time.Duration(r.IntN(9000))*time.Millisecond), r.IntN(3) == 0)
+						require.Nil(t, dropped)
+						require.True(t, ok)
+						slotGoesOn()
+					}
+				case 7:
+					if e := pick(&running); e != nil {
+						l.Broken(now, e)
+						slotGoesOn()
+					}
+				case 8:
+					if e := pick(&calling); e != nil {
+						l.Retry(now, e, now.Add(time.Second), false)
+						callerGoesOn()
+					}
+				case 9:
+					for _, e := range l.entries {
+						if e.state != Running && e.state != Acked && e.in != &l.broken && e.state != Calling && r.IntN(20) == 0 {
+							done[e.ID] = true // taken away
+							l.Lose(now, e)
+							break
+						}
+					}
+					apply(l.Effects(now))
+				}
+				check(t, l)
+			}
+			for range 400 {
+				step(10)
+			}
+			for i := 0; len(l.entries) > 0; i++ {
+				require.Less(t, i, 20000, "left: %v", l.entries)
+				step(4)
+			}
+			require.Equal(t, came, done)
+		})
+	}
+}

@@ -1,0 +1,96 @@
+package ledger
+
+import (
+	"container/heap"
+	"time"
+)
+
+// queue is entries in the order in which they came.
+type queue struct{ entries []*Entry }
+
+func (q *queue) len() int { return len(q.entries) }
+
+func (q *queue) push(e *Entry) {
+	e.in = q
+	q.entries = append(q.entries, e)
+}
+
+// peek returns the first; nil if there is none.
+func (q *queue) peek() *Entry {
+	if len(q.entries) == 0 {
+		return nil
+	}
+	return q.entries[0]
+}
+
+func (q *queue) pop() *Entry {
+	e := q.peek()
+	if e != nil {
+		q.drop(e)
+	}
+	return e
+}
+
+// drop takes an entry out. It is the first one nearly always.
+func (q *queue) drop(e *Entry) {
+	e.in = nil
+	for i, other := range q.entries {
+		if other != e {
+			continue
+		}
+		if i == 0 {
+			q.entries[0] = nil
+			q.entries = q.entries[1:]
+			return
+		}
+		rest := copy(q.entries[i:], q.entries[i+1:])
+		q.entries[i+rest] = nil
+		q.entries = q.entries[:i+rest]
+		return
+	}
+}
+
+// waiting is a heap of entries by when they are due.
+type waiting []*Entry
+
+func (w waiting) Len() int           { return len(w) }
+func (w waiting) Less(i, j int) bool { return w[i].due.Before(w[j].due) }
+func (w waiting) Swap(i, j int) {
+	w[i], w[j] = w[j], w[i]
+	w[i].place, w[j].place = i, j
+}
+
+func (w *waiting) Push(x any) {
+	e := x.(*Entry)
+	e.place = len(*w)
+	*w = append(*w, e)
+}
+
+func (w *waiting) Pop() any {
+	old := *w
+	e := old[len(old)-1]
+	old[len(old)-1] = nil
+	*w = old[:len(old)-1]
+	return e
+}
+
+var _ heap.Interface = (*waiting)(nil)
+
+// first returns the one that is due first, if it is due.
+func (w waiting) first(now time.Time) *Entry {
+	if len(w) == 0 || w[0].due.After(now) {
+		return nil
+	}
+	return w[0]
+}
+
+// latest returns the one that is due last, but for those that are to be moved. It looks
+// at all, which only a ledger at its bound pays for.
+func (w waiting) latest() (latest *Entry) {
+	for _, e := range w {
+		if !e.doomed && (latest == nil || e.due.After(latest.due)) {
+			latest = e
+		}
+	}
+	return latest
+}
