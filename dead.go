@@ -67,8 +67,7 @@ func (s *subscription) callBroken() {
 			continue
 		}
 		ctx, cancel := context.WithCancelCause(s.life.calling)
-		h.Attach(cancel, ErrLeaseLost)
-		if h.Lost() {
+		if !h.Attach(&cancel) {
 			cancel(nil)
 			s.ledger.Remove(time.Now(), e)
 			continue
@@ -271,7 +270,11 @@ func (s *subscription) process(h *held, dead DeadMessage) (move bool) {
 	}
 	s.markHealthy(dutyBury)
 	ctx, cancel := context.WithCancelCause(s.life.calling)
-	h.Attach(cancel, ErrLeaseLost)
+	if !h.Attach(&cancel) {
+		cancel(nil)
+		s.ledger.Remove(time.Now(), h.Entry)
+		return false
+	}
 	err := errPanicked // or ended its goroutine
 	done := make(chan struct{})
 	s.slots.calls.Go(func() {

@@ -53,6 +53,7 @@ type deliveryContext struct {
 	sub             *subscription
 	msg             *message.Message // the one that was delivered
 	own             context.Context  // this one, with its end
+	cancel          context.CancelCauseFunc
 	verdict         atomic.Pointer[verdict]
 	entered         atomic.Pointer[atomic.Bool] // the innermost Retry that has the message: is there one inside of it?
 	body            atomic.Pointer[any]         // a Consumer's decoded payload, for the first who takes it
@@ -181,10 +182,9 @@ func (s *subscription) deliver(h *held, msg *message.Message, body any) {
 	}
 	ctx, cancel := context.WithCancelCause(d)
 	defer cancel(nil)
-	d.own = ctx
+	d.own, d.cancel = ctx, cancel
 	msg.SetContext(ctx)
-	h.Attach(cancel, ErrLeaseLost)
-	if h.Lost() {
+	if !h.Attach(&d.cancel) {
 		s.ledger.Remove(time.Now(), h.Entry)
 		return
 	}

@@ -2,12 +2,14 @@ package goxstreams_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/redis/go-redis/v9"
@@ -163,6 +165,47 @@ func TestUserCodeEndsItsGoroutine(t *testing.T) {
 			seen := handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 3 })
 			require.Equal(t, map[string]int{"exits": 1, "other": 1, "another": 1}, seen)
 			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+}
+
+// OnBroken took a second and failed. With one slot, and sixty malformed entries before
+// them, good messages never came: the slot waited for each call, and the retries of these
+// were due before all others.
+func TestFault29_MalformedEntriesFirst(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for name, onBroken := range map[string]func(context.Context, goxstreams.BrokenMessage) error{
+		"Slow": func(ctx context.Context, _ goxstreams.BrokenMessage) error {
+			select {
+			case <-time.After(time.Second):
+			case <-ctx.Done():
+			}
+			return errFails
+		},
+		"Hangs": func(ctx context.Context, _ goxstreams.BrokenMessage) error {
+			<-ctx.Done()
+			return ctx.Err()
+		},
+		"Fails": func(context.Context, goxstreams.BrokenMessage) error { return errFails },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const broken, good = 60, 100
+			client, topic := newClient(t), topic(t)
+			for range broken {
+				addRaw(t, client, topic, "no", "message")
+			}
+			publishN(t, client, topic, good)
+			config := grouped(client)
+			config.OnBroken, config.CloseTimeout = onBroken, 2*time.Second
+			sub := newSubscriber(t, config)
+			began := time.Now()
+			messages := subscribe(t, sub, topic)
+			require.Len(t, collect(messages, good, patience), good)
+			require.Less(t, time.Since(began), 5*time.Second)
+			require.NoError(t, sub.Close())
+			require.Len(t, pendingOf(t, client, topic, testGroup), broken, "they come again")
 		})
 	}
 }

@@ -693,3 +693,63 @@ func TestFault58_EndpointChangesItsServer(t *testing.T) {
 		})
 	}
 }
+
+// Messages waited for their retries when the group was destroyed and made again in one
+// step, by somebody who knew nothing of them. Those whose retry was due first found that
+// they were not pending, and were given up one by one, since others of the lot were
+// pending again; they came with the end of a lease.
+//
+// Here they come when they are due.
+func TestFault33_GroupMadeAnewWhileMessagesWait(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for name, lose := range map[string]func(ctx context.Context, p redis.Pipeliner, topic, consumer string){
+		"GroupMadeAnew": func(ctx context.Context, p redis.Pipeliner, topic, _ string) {
+			p.XGroupDestroy(ctx, topic, testGroup)
+			p.XGroupCreate(ctx, topic, testGroup, "$")
+		},
+		"GroupMadeAnewFromTheBeginning": func(ctx context.Context, p redis.Pipeliner, topic, _ string) {
+			p.XGroupDestroy(ctx, topic, testGroup)
+			p.XGroupCreate(ctx, topic, testGroup, "0")
+		},
+		"GroupDestroyed": func(ctx context.Context, p redis.Pipeliner, topic, _ string) { p.XGroupDestroy(ctx, topic, testGroup) },
+		"ConsumerRemoved": func(ctx context.Context, p redis.Pipeliner, topic, consumer string) {
+			p.XGroupDelConsumer(ctx, topic, testGroup, consumer)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const n = 40
+			client, topic := newClient(t), topic(t)
+			config := grouped(client)
+			config.MaxConcurrency = 20
+			config.Retry = &goxstreams.Retry{InitialInterval: 2 * time.Second}
+			log := newLogRecorder()
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			consumer := consumersOf(t, client, topic)[0]
+			publishN(t, client, topic, n)
+			for range n {
+				next(t, messages).Nack()
+			}
+			eventually(t, func() bool { return stats(t, sub).Waiting == n })
+			began := time.Now()
+			_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+				lose(t.Context(), p, topic, consumer)
+				return nil
+			})
+			require.NoError(t, err)
+			handled := newTally()
+			for handled.len() < n {
+				msg := next(t, messages)
+				handled.add(msg)
+				msg.Ack()
+			}
+			require.Less(t, time.Since(began), 8*time.Second)
+			require.NotContains(t, strings.Join(log.Infos(), "\n"), "Lease lost")
+			require.Equal(t, n, handled.total())
+			require.Equal(t, map[int64]int{2: n}, handled.counts)
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+}

@@ -18,6 +18,7 @@ type slot struct {
 	s     *subscription
 	state atomic.Int32
 	entry atomic.Pointer[ledger.Entry] // in hand
+	held  held
 }
 
 // slots are those of a subscription, and the calls of its user's functions outside of
@@ -25,6 +26,7 @@ type slot struct {
 type slots struct {
 	mu      sync.Mutex
 	running map[*slot]struct{}
+	free    []*slot       // that have run, for the next to start
 	none    chan struct{} // closed when none runs; nil: nobody waits for that
 	calls   sync.WaitGroup
 }
@@ -44,11 +46,21 @@ const (
 )
 
 func (s *subscription) startSlot() {
-	sl := &slot{s: s}
-	s.slots.mu.Lock()
-	s.slots.running[sl] = struct{}{}
-	s.slots.mu.Unlock()
-	go sl.run()
+	go s.slots.one(s).run()
+}
+
+// one returns a slot that counts as running.
+func (ss *slots) one(s *subscription) *slot {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	var sl *slot
+	if n := len(ss.free) - 1; n >= 0 {
+		sl, ss.free = ss.free[n], ss.free[:n]
+	} else {
+		sl = &slot{s: s}
+	}
+	ss.running[sl] = struct{}{}
+	return sl
 }
 
 func (sl *slot) run() {
@@ -64,8 +76,10 @@ func (sl *slot) run() {
 			s.update()
 		}
 		s.slots.mu.Lock()
-		s.slots.forget(sl)
-		s.slots.mu.Unlock()
+		defer s.slots.mu.Unlock()
+		if s.slots.forget(sl); ended {
+			s.slots.free = append(s.slots.free, sl)
+		}
 	}()
 	for {
 		e, fx := s.ledger.Take(time.Now())
@@ -75,7 +89,8 @@ func (sl *slot) run() {
 		}
 		s.apply(fx)
 		sl.entry.Store(e)
-		s.handle(&held{e, sl})
+		sl.held = held{e, sl}
+		s.handle(&sl.held)
 		sl.entry.Store(nil)
 	}
 }

@@ -120,9 +120,9 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 	})
 	sub.keeper = lease.New(lease.Config{Stream: &sub.stream, Ledger: sub.ledger, MinIdle: sub.cfg.ClaimMinIdle, Deletes: xstream.DeleteNever, Log: sub.log, Fields: sub.logFields})
 	sub.finder = takeover.New(takeover.Config{
-		Stream: &sub.stream, Ledger: sub.ledger, Bounds: sub.shared.bounds,
+		Stream: &sub.stream, Ledger: sub.ledger, Keeper: sub.keeper, Bounds: sub.shared.bounds,
 		MinIdle: sub.cfg.ClaimMinIdle, Interval: sub.cfg.ClaimInterval, Page: max(sub.cfg.BatchSize, sub.cfg.MaxConcurrency),
-		Timeout: sub.cfg.ConsumerTimeout, SawGroup: sub.keeper.SawGroup, Log: sub.log, Fields: sub.logFields,
+		Timeout: sub.cfg.ConsumerTimeout, Log: sub.log, Fields: sub.logFields,
 	})
 	sub.slots.running = make(map[*slot]struct{})
 	sub.reader = newReader(sub)

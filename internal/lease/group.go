@@ -20,6 +20,8 @@ type progress struct {
 	known string       // the group's last-delivered-id when last seen
 	older xstream.Mark // one that was read some time before
 	at    time.Time    // since when
+
+	active time.Time // when the server last saw the consumer take or renew something
 }
 
 // progressAge is how much older that is: what a failover loses is younger.
@@ -31,6 +33,7 @@ func (k *Keeper) SawEntry(e xstream.Entry) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
 	p := &k.progress
+	p.active = time.Now()
 	if xstream.CompareIDs(m.ID, p.read.ID) <= 0 {
 		return
 	}
@@ -47,6 +50,37 @@ func (k *Keeper) SawGroup(lastDelivered string) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
 	k.progress.known = lastDelivered
+}
+
+func (k *Keeper) wasActive() {
+	k.seen.Lock()
+	defer k.seen.Unlock()
+	k.progress.active = time.Now()
+}
+
+// Probe asks for a write that changes nothing.
+func (k *Keeper) Probe(ctx context.Context) error {
+	err := k.cfg.Stream.Probe(ctx)
+	if err == nil {
+		k.wasActive()
+	}
+	return err
+}
+
+// consumerIsNew reports whether the group has come to know the consumer after it was
+// last active: then it is another group with the same name, or the consumer was removed.
+func (k *Keeper) consumerIsNew(ctx context.Context) (bool, error) {
+	active := k.progressNow().active
+	consumers, err := k.cfg.Stream.Consumers(ctx)
+	if redisx.IsDenied(err) {
+		return true, nil // to put back what was acked elsewhere does less harm than to lose it
+	}
+	for _, c := range consumers {
+		if c.Name == k.cfg.Stream.Consumer {
+			return c.Inactive < 0 || c.Inactive+time.Second < time.Since(active), err
+		}
+	}
+	return true, err
 }
 
 func (k *Keeper) progressNow() progress {
@@ -121,7 +155,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 // they settle is not acked, since the ID may be another entry's by now.
 func (k *Keeper) forgetAll(now time.Time) {
 	k.seen.Lock()
-	k.progress = progress{}
+	k.progress = progress{active: k.progress.active}
 	k.seen.Unlock()
 	n := k.cfg.Ledger.Gone(now, k.cfg.Ledger.Ours()...)
 	if n == 0 {

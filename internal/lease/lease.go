@@ -138,6 +138,7 @@ func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 	if how != xstream.Mine {
 		return false, k.refused(ctx, e, how)
 	}
+	k.wasActive()
 	e.Fields = got.Fields
 	e.SetCount(e.Next, xstream.OneMore(e.Next))
 	return k.cfg.Ledger.Claimed(sent, e), nil
@@ -154,6 +155,7 @@ func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]s
 	if how != xstream.Mine {
 		return nil, k.refused(ctx, e, how)
 	}
+	k.wasActive()
 	e.SetCount(count, xstream.OneMore(count))
 	k.cfg.Ledger.Renewed(sent, e)
 	return got.Fields, nil
@@ -270,14 +272,35 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 		renewed = append(renewed, ours...)
 		defer k.cfg.Ledger.Renewed(sent, ours...) // what is missing is compared with what was known before
 	}
-	for e, how := range others {
-		expired := time.Now().Add(-k.cfg.MinIdle)
-		if how == xstream.Settled && k.cfg.Ledger.Owned(e) && !k.cfg.Ledger.Taken(e, expired, renewed) {
-			return k.remade(ctx)
-		}
+	if len(renewed) > 0 {
+		k.wasActive()
+	}
+	remade, err := k.isRemade(ctx, others, renewed)
+	switch {
+	case err != nil:
+		return err
+	case remade:
+		return k.remade(ctx)
 	}
 	k.stand(others)
 	return nil
+}
+
+// isRemade reports whether entries are not pending any more because the group was made
+// anew, or the consumer removed. Several go missing at once for no other reason; of a
+// single one the server's memory of the consumer has to tell.
+func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
+	missing := 0
+	for e, how := range others {
+		expired := time.Now().Add(-k.cfg.MinIdle)
+		if how == xstream.Settled && k.cfg.Ledger.Owned(e) && !k.cfg.Ledger.Taken(e, expired, renewed) {
+			missing++
+		}
+	}
+	if missing != 1 {
+		return missing > 1, nil
+	}
+	return k.consumerIsNew(ctx)
 }
 
 // remade puts back what a consumer that did not know of it left out when it made the

@@ -20,6 +20,7 @@ package ledger
 
 import (
 	"container/heap"
+	"context"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -59,7 +60,7 @@ type Entry struct {
 	Stuck    bool  // it has died where it can only stay, which was said
 
 	count  atomic.Int64
-	cancel atomic.Pointer[func(error)]
+	cancel atomic.Pointer[context.CancelCauseFunc]
 	lost   atomic.Bool
 
 	// Guarded by the ledger.
@@ -89,12 +90,10 @@ func (e *Entry) SetCount(count, next int64) *Entry {
 }
 
 // Attach has cancel called once the lease is lost, or the subscription ends; Detach
-// takes that back.
-func (e *Entry) Attach(cancel func(error), lost error) {
-	e.cancel.Store(&cancel)
-	if e.lost.Load() {
-		cancel(lost)
-	}
+// takes that back. It returns false if the lease is lost already.
+func (e *Entry) Attach(cancel *context.CancelCauseFunc) bool {
+	e.cancel.Store(cancel)
+	return !e.lost.Load()
 }
 
 // Detach ends what Attach began.

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -362,11 +363,12 @@ func TestAttach(t *testing.T) {
 		if lostFirst {
 			l.Lose(start, e)
 		}
-		e.Attach(func(err error) { cause = err }, errLost)
+		cancel := context.CancelCauseFunc(func(err error) { cause = err })
+		require.Equal(t, !lostFirst, e.Attach(&cancel))
 		if !lostFirst {
 			l.Lose(start, e)
+			require.Equal(t, errLost, cause)
 		}
-		require.Equal(t, errLost, cause)
 		_, ok := l.Retry(start, e, at(1), false)
 		require.True(t, ok)
 		require.Equal(t, None, e.state, "it is another consumer's")

@@ -99,6 +99,9 @@ func (l *Ledger) Gone(now time.Time, entries ...*Entry) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range entries {
+		if e.moving {
+			continue // that is found out when it is tried again
+		}
 		if !e.gone {
 			e.gone = true
 			n++

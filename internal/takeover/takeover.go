@@ -62,12 +62,12 @@ const RenewalsPerLease = 3
 type Config struct {
 	Stream   *xstream.Stream
 	Ledger   *ledger.Ledger
+	Keeper   *lease.Keeper
 	Bounds   *ledger.Bounds
 	MinIdle  time.Duration // after which a holder that did not renew counts as dead
 	Interval time.Duration // between two looks
 	Page     int           // of what was released, how much is offered at a time
 	Timeout  time.Duration // after which an idle consumer with nothing pending is removed
-	SawGroup func(lastDelivered string)
 	Log      watermill.LoggerAdapter
 	Fields   watermill.LogFields
 }
@@ -173,7 +173,7 @@ func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more boo
 // probe finds out whether a living holder could renew: the server answers a write.
 func (f *Finder) probe(ctx context.Context) error {
 	sent := time.Now()
-	if err := f.cfg.Stream.Probe(ctx); err != nil {
+	if err := f.cfg.Keeper.Probe(ctx); err != nil {
 		return err
 	}
 	now := time.Now()
@@ -204,7 +204,7 @@ func (f *Finder) group(ctx context.Context) error {
 		return err
 	}
 	f.consumers = info.Consumers
-	f.cfg.SawGroup(info.LastDelivered)
+	f.cfg.Keeper.SawGroup(info.LastDelivered)
 	f.nextGroup = start.Add(min(groupRest*time.Since(start)*time.Duration(max(1, info.Consumers)), groupLimit))
 	return nil
 }

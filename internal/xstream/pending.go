@@ -169,6 +169,10 @@ type ConsumerInfo struct {
 	Name    string
 	Pending int64
 	Idle    time.Duration // since it took or renewed something, at least
+
+	// Inactive is the time since it last took or renewed something; -1: it never did.
+	// Before Redis 7.2 it is not known; Idle is the same then.
+	Inactive time.Duration
 }
 
 // Consumers returns the group's.
@@ -184,6 +188,10 @@ func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
 		all[i].Pending, _ = lookup(row, "pending").(int64)
 		idle, _ := lookup(row, "idle").(int64)
 		all[i].Idle = time.Duration(idle) * time.Millisecond
+		all[i].Inactive = all[i].Idle
+		if inactive, ok := lookup(row, "inactive").(int64); ok {
+			all[i].Inactive = max(-1, time.Duration(inactive)*time.Millisecond)
+		}
 	}
 	return all, nil
 }
