@@ -23,17 +23,12 @@ const maxBrokenCalls = 16
 func (s *subscription) handleBroken(h *held, err error) {
 	s.stats.broken.Add(1)
 	s.log.Error("Broken entry", err, s.entryFields(h.Entry))
-	switch {
-	case s.cfg.OnBroken != nil:
-		h.Broken = err
-		s.ledger.Broken(time.Now(), h.Entry)
-	case s.leased():
-		h.Doom = &doom{kind: Broken, err: err}
-		h.Fields = nil
-		s.bury(h)
-	default: // every subscriber gets it, or nobody can get it again
-		s.ledger.Remove(time.Now(), h.Entry)
+	if s.cfg.OnBroken == nil {
+		s.mode.malformed(h, err)
+		return
 	}
+	h.Broken = err
+	s.ledger.Broken(time.Now(), h.Entry)
 }
 
 // callBroken calls OnBroken while there is something for it. There are maxBrokenCalls of
@@ -63,7 +58,7 @@ func (s *subscription) callBroken() {
 		h.Fields, _, _ = cutReplay(h.Fields)
 		if s.retry.exhaustedBefore(h.Count()) {
 			h.Doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-			s.bury(h)
+			s.mode.bury(h)
 			continue
 		}
 		ctx, cancel := context.WithCancelCause(s.life.calling)
@@ -83,17 +78,14 @@ func (s *subscription) callBroken() {
 
 // brokenCalled acts on what OnBroken returned.
 func (s *subscription) brokenCalled(h *held, err error) {
-	if s.leased() {
-		h.Fields = nil
-	}
 	switch {
 	case err == nil:
 		s.settle(h)
-	case h.Lost() || s.ledger.IsGone(h.Entry) || s.cfg.NoAck:
+	case h.Lost() || s.ledger.IsGone(h.Entry) || !s.mode.retries():
 		s.ledger.Remove(time.Now(), h.Entry)
 	case IsDead(err):
 		h.Doom = &doom{kind: Broken, err: h.Broken}
-		s.bury(h)
+		s.mode.bury(h)
 	case s.isClosing():
 		s.giveBack(h, h.Count()-1)
 	default:
@@ -150,28 +142,21 @@ func (s *subscription) route(h *held, letters []DeadLetter) (topic string) {
 
 func doomOf(e *ledger.Entry) *doom { return e.Doom.(*doom) }
 
-// bury moves the entry to the dead-letter stream, unless a Consumer's worker
+// deadLetter moves the entry to the dead-letter stream, unless a Consumer's worker
 // takes it.
-func (s *subscription) bury(h *held) {
+func (s *subscription) deadLetter(h *held) {
 	d := doomOf(h.Entry)
 	if d.unsure != nil {
 		s.move(h, *d.unsure)
 		return
 	}
-	fields := h.Fields // of what cannot be looked at again
-	if s.leased() {
-		var ok bool
-		if fields, ok = s.deadFields(h); !ok {
-			return
-		}
+	fields, ok := s.deadFields(h)
+	if !ok {
+		return
 	}
 	dead := s.deadMessage(h, fields)
 	switch {
 	case s.typed != nil && dead.Message != nil && !s.process(h, dead):
-	case !s.leased():
-		s.stats.dead.Add(1)
-		s.log.Error("Dead message; without a group it is not stored, since every subscriber would", d.err, s.entryFields(h.Entry))
-		s.ledger.Remove(time.Now(), h.Entry)
 	case isDeadLetter(fields): // it is where the dead go already
 		s.markHealthy(dutyBury)
 		if !h.Stuck {
@@ -312,7 +297,7 @@ func (s *subscription) diedTooOften(e *ledger.Entry) bool {
 // it for dead: should the worker crash now, it is the dead message that crashed.
 // It returns false if the entry is not ours, or Redis does not answer.
 func (s *subscription) countAsDead(h *held) bool {
-	if !s.leased() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
+	if !s.ledger.Leased() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
 		return true
 	}
 	fields, err := s.keeper.Recount(s.life.ctx, h.Entry, int64(max(s.retry.MaxRetries, 0))+3)

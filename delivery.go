@@ -10,7 +10,6 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
-	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
@@ -82,7 +81,7 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 // the dead-letter stream, released, or not ours any more.
 func (s *subscription) handle(h *held) {
 	if h.Doom != nil {
-		s.bury(h)
+		s.mode.bury(h)
 		return
 	}
 	if !s.acquire(h) {
@@ -96,7 +95,7 @@ func (s *subscription) handle(h *held) {
 		return
 	case s.retry.exhaustedBefore(h.Count()):
 		h.Doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-		s.bury(h)
+		s.mode.bury(h)
 		return
 	}
 	msg, body, err := s.unmarshal(h)
@@ -201,9 +200,7 @@ func (s *subscription) deliver(h *held, msg *message.Message, body any) {
 	if d.delivery.Count > 1 {
 		s.stats.retried.Add(1)
 	}
-	if s.leased() {
-		h.Fields = nil
-	}
+	s.mode.handedOut(h)
 
 	select {
 	case <-msg.Acked():
@@ -223,19 +220,12 @@ func (s *subscription) deliver(h *held, msg *message.Message, body any) {
 // offer waits for somebody to take the message. It returns false if the
 // subscription closes or the lease is lost before.
 func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message) bool {
-	ended := ctx.Done()
-	if s.cfg.NoAck {
-		ended = nil // there is no lease to be lost, and a second left before CloseTimeout
-	}
+	withdraw, ended := s.mode.offer(ctx)
 	select {
 	case s.output <- msg:
 		return true
-	case <-s.life.withdraw:
-		if s.cfg.NoAck {
-			s.stats.lost.Add(1)
-			s.log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), s.entryFields(h.Entry))
-		}
-		s.giveBack(h, h.Count()-1)
+	case <-withdraw:
+		s.mode.withdrawn(h)
 	case <-ended:
 		s.ledger.Remove(time.Now(), h.Entry)
 	}
@@ -251,7 +241,7 @@ func (s *subscription) nacked(h *held, d *deliveryContext) {
 	v := d.verdict.Load()
 	closing, count := s.isClosing(), h.Count()
 	switch {
-	case s.cfg.NoAck:
+	case !s.mode.retries():
 		s.log.Debug("Nacked, but the subscription is NoAck: dropped", s.entryFields(h.Entry))
 		s.ledger.Remove(time.Now(), h.Entry)
 		return
@@ -277,7 +267,7 @@ func (s *subscription) nacked(h *held, d *deliveryContext) {
 		doom := &doom{kind: v.kind, err: v.err, handler: d.handlerName()}
 		h.Doom = doom
 		doom.topic = s.route(h, v.letters)
-		s.bury(h)
+		s.mode.bury(h)
 		return
 	case closing:
 		s.giveBack(h, count)
@@ -295,15 +285,12 @@ func (s *subscription) nacked(h *held, d *deliveryContext) {
 func (s *subscription) again(h *held, delay time.Duration) { s.schedule(h, false, delay) }
 
 // schedule has the entry come again after the delay; aside: without holding up the order.
-// In fan-out its next delivery is counted here.
 func (s *subscription) schedule(h *held, aside bool, delay time.Duration) {
 	if s.isClosing() {
 		s.giveBack(h, h.Next-1)
 		return
 	}
-	if s.fanOut() {
-		h.SetCount(h.Next, h.Next+1)
-	}
+	s.mode.postponed(h)
 	now := time.Now()
 	dropped, ok := s.ledger.Retry(now, h.Entry, now.Add(delay), aside)
 	switch {
@@ -356,16 +343,10 @@ func (s *subscription) complete(h *held, v verdict) *verdict {
 }
 
 // abandoned gives up on a handler that did not heed the end of its context. It
-// may still be at work, so the entry is not released: it stays in this
-// consumer's name until its time is up. This delivery does not count.
+// may still be at work, so the entry is not released.
 func (s *subscription) abandoned(h *held) {
 	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.entryFields(h.Entry))
-	if s.leased() {
-		s.shared.poller.Disown(s.topic, h.ID) // it is no orphan while its handler is at work
-		if err := s.keeper.Abandon(s.life.ctx, h.Entry, s.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
-			s.log.Error("The message keeps a delivery that was not to count", err, s.entryFields(h.Entry))
-		}
-	}
+	s.mode.abandoned(h)
 	s.ledger.Remove(time.Now(), h.Entry)
 }
 

@@ -35,7 +35,6 @@ const (
 type position struct {
 	s    *subscription
 	name string // in the stream's positions
-	done chan struct{}
 
 	denied bool // the right to say so is missing
 
@@ -54,7 +53,7 @@ type position struct {
 }
 
 func newPosition(s *subscription) *position {
-	return &position{s: s, name: watermill.NewUUID(), recent: make(map[string]uint64), done: make(chan struct{})}
+	return &position{s: s, name: watermill.NewUUID(), recent: make(map[string]uint64)}
 }
 
 // begin says where the fan-out begins, before Subscribe returns.
@@ -102,7 +101,6 @@ func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 
 // run looks at the stream until the subscription closes.
 func (p *position) run() {
-	defer close(p.done)
 	timer := time.NewTimer(positionTick)
 	defer timer.Stop()
 	for {

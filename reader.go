@@ -93,38 +93,23 @@ func (r *reader) Take(b poll.Batch) {
 	r.size = size / len(entries)
 	r.asked, r.got, r.last = b.Asked, len(entries), b.At
 	r.mu.Unlock()
-	if s.fanOut() {
-		if entries = s.position.unseen(entries); len(entries) == 0 {
-			return
-		}
+	if entries = s.mode.read(entries); len(entries) == 0 {
+		return
 	}
 	batch := make([]ledger.Entry, len(entries)) // one allocation for the whole batch
 	add := make([]*ledger.Entry, len(entries))
 	for i, e := range entries {
 		add[i] = batch[i].SetCount(1, 2)
 		add[i].ID, add[i].Fields = e.ID, e.Fields
-		switch {
-		case e.Fields == nil:
+		if e.Fields == nil {
 			add[i].Fields = []string{}
-		case s.fanOut(): // kept until the message is acked
-			add[i].Fields = own(e.Fields)
 		}
-	}
-	if s.leased() {
-		s.keeper.SawEntry(entries[len(entries)-1])
 	}
 	n, fx := s.ledger.Add(b.At, b.Sent, add)
 	s.apply(fx)
-	if !s.life.drained.Load() {
-		return
+	if s.life.drained.Load() { // an answer that Close did not wait for
+		s.mode.late(add, n)
 	}
-	// An answer that Close did not wait for.
-	if s.cfg.NoAck {
-		s.stats.lost.Add(int64(n))
-		s.ledger.Remove(b.At, add...)
-		return
-	}
-	s.releaseAll()
 }
 
 // own returns the fields in memory of their own: what was read is a part of its whole

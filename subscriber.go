@@ -357,11 +357,6 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 		s.forget(sub)
 		return nil, err
 	}
-	if sub.fanOut() {
-		s.logger.Info("Subscribing without a consumer group: fan-out, every subscription gets every message", sub.logFields)
-	} else {
-		s.logger.Info("Subscribing to Redis stream", sub.logFields)
-	}
 	sub.start()
 	go func() {
 		<-sub.life.done
@@ -389,7 +384,7 @@ func (s *subscription) openPatiently(ctx context.Context) error {
 	}()
 	deadline := time.Now().Add(s.cfg.WaitForRedis)
 	for pause := (backoff{}); ; {
-		err := s.open(ctx)
+		err := s.mode.open(ctx)
 		switch {
 		case err == nil:
 			s.markHealthy(dutyOpen)
@@ -402,46 +397,6 @@ func (s *subscription) openPatiently(ctx context.Context) error {
 		s.markFailed(dutyOpen, err)
 		pause.wait(ctx.Done())
 	}
-}
-
-// open does what must be done before Subscribe returns.
-func (s *subscription) open(ctx context.Context) error {
-	if s.fanOut() {
-		after := s.cfg.StartID
-		info, err := s.stream.Info(ctx)
-		if redisx.IsDenied(err) && after != "$" {
-			info, err = xstream.Info{Last: "0-0", Added: -1}, nil
-		}
-		if err != nil {
-			return err
-		}
-		if after == "$" {
-			after = info.Last
-		}
-		s.reader.seat = s.shared.poller.NewSeat(s.topic, s.reader, after)
-		s.position.begin(ctx, after, info)
-		return nil
-	}
-	s.reader.seat = s.shared.poller.NewSeat(s.topic, s.reader, "")
-	if err := s.stream.CheckRights(ctx); err != nil {
-		return err
-	}
-	if err := s.checkDeadLetters(ctx); err != nil {
-		return err
-	}
-	if _, err := s.stream.CreateGroup(ctx, s.cfg.StartID); err != nil {
-		return err
-	}
-	if s.cfg.DeleteAcked {
-		if err := s.checkDeleteAcked(ctx); err != nil {
-			return err
-		}
-	}
-	// The others count the consumers, to share what sweeping may cost.
-	if err := s.stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
-		return err
-	}
-	return nil
 }
 
 // checkDeadLetters refuses a dead-letter stream that entries cannot be moved to

@@ -48,7 +48,7 @@ type subscription struct {
 	keeper   *lease.Keeper
 	finder   *takeover.Finder
 	reader   *reader
-	position *position // in fan-out; else nil
+	mode     mode
 	health   health
 	stats    counters
 	life     life
@@ -67,10 +67,9 @@ type life struct {
 	endCalls  context.CancelCauseFunc
 	cancelCtx context.CancelFunc
 
-	closing  chan struct{} // nothing new is taken
-	abandon  chan struct{} // CloseTimeout is over
-	withdraw chan struct{} // an offered message is taken back: closing, or abandon where it would be lost
-	done     chan struct{} // the output channel is closed
+	closing chan struct{} // nothing new is taken
+	abandon chan struct{} // CloseTimeout is over
+	done    chan struct{} // the output channel is closed
 
 	closeOnce sync.Once
 	giveUp    func()      // closes abandon
@@ -101,11 +100,8 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 		close(l.abandon)
 		time.AfterFunc(lastWords, l.cancelCtx)
 	})
-	if l.withdraw = l.closing; sub.cfg.NoAck {
-		l.withdraw = l.abandon
-	}
 	sub.stream = xstream.Stream{Client: sub.client, Via: sub.shared.line, Key: topic, Group: s.config.ConsumerGroup}
-	if !sub.fanOut() {
+	if s.config.ConsumerGroup != "" {
 		sub.deadLetters = s.config.DeadLetterTopic(topic)
 		sub.stream.Consumer = sub.shared.consumer
 	}
@@ -115,7 +111,7 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 	}
 	suspect, last := sub.retry.suspects()
 	sub.ledger = ledger.New(ledger.Config{
-		Slots: sub.cfg.MaxConcurrency, Leased: sub.leased(), Serve: sub.cfg.NoAck, Suspect: suspect, Last: last,
+		Slots: sub.cfg.MaxConcurrency, Leased: sub.cfg.ConsumerGroup != "" && !sub.cfg.NoAck, Serve: sub.cfg.NoAck, Suspect: suspect, Last: last,
 		Patience: max(minPatience, sub.cfg.ClaimMinIdle/6), Callers: maxBrokenCalls, Bounds: sub.shared.bounds, Lost: ErrLeaseLost,
 	})
 	sub.keeper = lease.New(lease.Config{Stream: &sub.stream, Ledger: sub.ledger, MinIdle: sub.cfg.ClaimMinIdle, Deletes: xstream.DeleteNever, Log: sub.log, Fields: sub.logFields})
@@ -126,9 +122,7 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 	})
 	sub.slots.running = make(map[*slot]struct{})
 	sub.reader = newReader(sub)
-	if sub.fanOut() {
-		sub.position = newPosition(sub)
-	}
+	sub.mode = modeOf(sub)
 	return sub
 }
 
@@ -136,24 +130,11 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 // of a message that must be alone: see ledger.Config. Most handlers end within that.
 const minPatience = 5 * time.Second
 
-func (s *subscription) fanOut() bool { return s.cfg.ConsumerGroup == "" }
-
-// leased reports whether entries stay pending until they are acked.
-func (s *subscription) leased() bool { return !s.fanOut() && !s.cfg.NoAck }
-
 // start runs the subscription until its parent ends or close is called.
 func (s *subscription) start() {
 	latest.Store(s)
 	go s.reader.run()
-	if s.fanOut() {
-		go s.position.run()
-	} else {
-		s.loops.start(s.lookLoop)
-	}
-	if s.leased() {
-		s.loops.startLast(s.renewLoop)
-		s.loops.startLast(s.ackLoop)
-	}
+	s.mode.start()
 	go func() {
 		select {
 		case <-s.life.parent.Done():
@@ -214,16 +195,13 @@ func (s *subscription) drain() {
 	s.releaseAll()
 	s.awaitSlots()
 	s.waitCalls()
-	if s.fanOut() {
-		<-s.position.done
-	}
 	s.loops.end()
 	if n := s.ledger.EndAcks(); n > 0 {
 		s.log.Error("Closed before all acks reached Redis; their messages will be handled again",
 			fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.logFields)
 	}
 	s.reader.seat.Release()
-	s.removeConsumer()
+	s.leave()
 	cancel.Stop()
 	abandon.Stop()
 	close(s.output)
@@ -258,8 +236,8 @@ func (s *subscription) release(give []lease.Counted) {
 	}
 	now := time.Now()
 	s.ledger.Releasing(now, entries...)
-	if s.leased() && !s.isAbandoned() {
-		if err := s.keeper.Release(s.life.ctx, give); err != nil {
+	if !s.isAbandoned() {
+		if err := s.mode.release(s.life.ctx, give); err != nil {
 			s.log.Error("Release failed; the messages come again when their leases have run out", err,
 				s.logFields.Add(watermill.LogFields{"entries": len(give)}))
 		}
@@ -284,33 +262,17 @@ func (s *subscription) releaseCount(e *ledger.Entry, count int64) int64 {
 // noticeClosed ends the drain at once if the client was closed before the Subscriber:
 // nothing can be acked or released any more.
 func (s *subscription) noticeClosed() {
-	var err error
-	if s.fanOut() {
-		_, err = s.stream.Info(s.life.ctx)
-	} else {
-		_, err = s.stream.PendingSummary(s.life.ctx)
-	}
+	err := s.mode.ping(s.life.ctx)
 	if redisx.IsClosed(err) {
 		s.life.giveUp()
 	}
 }
 
-// removeConsumer takes the consumer's name out of the group, unless other
-// subscriptions of the topic have it or something is pending under it; in fan-out
-// it takes the position back.
-func (s *subscription) removeConsumer() {
-	if _, outage := s.health.outage(); outage != nil || s.isAbandoned() {
-		return // Close does not wait for Redis on account of a name
-	}
-	if s.fanOut() {
-		s.position.remove()
-		return
-	}
-	if s.shared.poller.Has(s.topic) {
-		return
-	}
-	if err := s.stream.RemoveConsumer(s.life.ctx); err != nil {
-		s.log.Debug("The consumer's name stays in the group: "+err.Error(), s.logFields)
+// leave takes back what Redis knows of the subscription. Close does not wait for a Redis
+// that is away on account of that.
+func (s *subscription) leave() {
+	if _, outage := s.health.outage(); outage == nil && !s.isAbandoned() {
+		s.mode.leave(s.life.ctx)
 	}
 }
 
