@@ -682,9 +682,9 @@ func TestRights_TakenAway(t *testing.T) {
 		{"DeleteAcked by script, xack", rules("-xack"), rules("+xack"), "XACK"},
 		{"xreadgroup", rules("-xreadgroup"), rules("+xreadgroup"), "'xreadgroup'"},
 		{"xack", rules("-xack"), rules("+xack"), "'xack'"},
-		{"xclaim", rules("-xclaim"), rules("+xclaim"), "'xclaim'"},
+		{"xclaim", rules("-xclaim"), rules("+xclaim"), "'xclaim'|can't run this command"}, // 7.0 does not name it within a script
 		{"xpending", rules("-xpending"), rules("+xpending"), "'xpending'"},
-		{"xrange", rules("-xrange"), rules("+xrange"), "'xrange'"},
+		{"xrange", rules("-xrange"), rules("+xrange"), "'xrange'|can't run this command"},
 		{"xadd", rules("-xadd"), rules("+xadd"), "dead-letter: moving"},
 		{"eval", rules("-eval"), rules("+eval"), "'eval'"},
 		{"DeleteAcked, eval", rules("-eval"), rules("+eval"), "'eval'"},
@@ -724,7 +724,9 @@ func TestRights_TakenAway(t *testing.T) {
 			l.leaveBehindIfGroup(t)
 			shows := func() bool {
 				err := stats(t, l.sub).Err
-				return err != nil && strings.Contains(strings.ToLower(err.Error()), strings.ToLower(tt.err))
+				return err != nil && slices.ContainsFunc(strings.Split(tt.err, "|"), func(text string) bool {
+					return strings.Contains(strings.ToLower(err.Error()), strings.ToLower(text))
+				})
 			}
 			eventually(t, shows, "Stats does not show it: %v", func() any { return stats(t, l.sub).Err }())
 			assert.WithinDuration(t, time.Now(), stats(t, l.sub).Since, patience)

@@ -287,18 +287,22 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 }
 
 // isRemade reports whether entries are not pending any more because the group was made
-// anew, or the consumer removed. Several go missing at once for no other reason; of a
-// single one the server's memory of the consumer has to tell.
+// anew, or the consumer removed. Several go missing at once for no other reason. Of a
+// single one it is assumed as long as a handler has it: to put it back costs nothing then.
+// Else the server's memory of the consumer has to tell: what waits here, and was settled
+// elsewhere, must not hold up others, nor come again.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
 	missing := 0
+	var one *ledger.Entry
 	for e, how := range others {
 		expired := time.Now().Add(-k.cfg.MinIdle)
 		if how == xstream.Settled && k.cfg.Ledger.Owned(e) && !k.cfg.Ledger.Taken(e, expired, renewed) {
 			missing++
+			one = e
 		}
 	}
-	if missing != 1 {
-		return missing > 1, nil
+	if missing != 1 || one.InHand() {
+		return missing > 0, nil
 	}
 	return k.consumerIsNew(ctx)
 }

@@ -102,6 +102,9 @@ func (e *Entry) Detach() { e.cancel.Store(nil) }
 // Lost reports whether somebody else may have the entry.
 func (e *Entry) Lost() bool { return e.lost.Load() }
 
+// InHand reports whether a function of the user's has it.
+func (e *Entry) InHand() bool { return e.cancel.Load() != nil }
+
 func (e *Entry) end(cause error) {
 	if cancel := e.cancel.Load(); cancel != nil {
 		(*cancel)(cause)
