@@ -966,3 +966,21 @@ func readCommand(r *bufio.Reader) ([]string, error) {
 	}
 	return args, err
 }
+
+// uncomparable is a client that cannot be a map's key.
+type uncomparable struct {
+	redis.UniversalClient
+	_ []string
+}
+
+// Replay kept the groups that it knows by their client, and panicked where that is
+// of a type that cannot be compared.
+func TestUncomparableClient(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	letter := bury(t, client, topic, "x")[0]
+	n, err := queueOf(t, uncomparable{UniversalClient: client}, goxstreams.DeadLetterTopic(topic)).Replay(t.Context(), letter.ID)
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.Empty(t, deadOf(t, client, topic))
+}

@@ -1199,3 +1199,23 @@ func TestDeadLetterQueue_Cluster(t *testing.T) {
 		require.Empty(t, pendingOf(t, client, topic, testGroup))
 	})
 }
+
+// With a context that had ended before, the calls of a DeadLetterQueue tried all
+// the same, and could not say what had become of the letters.
+func TestQueueOfAnEndedContext(t *testing.T) {
+	t.Parallel()
+	counter, counts := countCommands()
+	client, topic := newClient(t), topic(t)
+	letter := bury(t, client, topic, "x")[0]
+	q := queueOf(t, newClient(t, counter), goxstreams.DeadLetterTopic(topic))
+	ended, end := context.WithCancel(t.Context())
+	end()
+	for _, do := range []func(context.Context, ...string) (int, error){q.Delete, q.Replay, q.ReplayToAll} {
+		n, err := do(ended, letter.ID)
+		require.ErrorIs(t, err, context.Canceled)
+		require.NotErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
+		require.Zero(t, n)
+	}
+	require.Empty(t, counts.n)
+	require.Len(t, deadOf(t, client, topic), 1)
+}

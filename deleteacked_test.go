@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
@@ -198,4 +199,95 @@ func TestDeleteAcked_QuietOnCluster(t *testing.T) {
 	topic := topic(t)
 	_, _ = newSubscriber(t, deleting(client, testGroup)).Subscribe(t.Context(), topic)
 	_ = newIdempotent(t, client, goxstreams.Idempotence{}).Publish(topic, numbered(1)...)
+}
+
+// TestDeleteAcked: acked entries leave the stream, when nobody needs them.
+func TestDeleteAcked(t *testing.T) {
+	t.Parallel()
+	consume := func(t *testing.T, client *redis.Client, topic, group string, n int) *goxstreams.Subscriber {
+		t.Helper()
+		config := grouped(client)
+		config.ConsumerGroup = group
+		config.DeleteAcked = true
+		config.Retry = quickRetry()
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		next(t, messages).Nack() // it stays
+		require.Len(t, collect(messages, n, patience), n)
+		eventuallySettled(t, client, topic, group)
+		return sub
+	}
+	t.Run("OneGroup", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publishN(t, client, topic, 50)
+		sub := consume(t, client, topic, "a", 50)
+		require.NoError(t, sub.Close())
+		assert.Zero(t, client.XLen(t.Context(), topic).Val())
+	})
+	t.Run("SeveralGroups", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publishN(t, client, topic, 50)
+		createGroup(t, client, topic, "a")
+		createGroup(t, client, topic, "b")
+		if !hasCommand(t, client, "xackdel") {
+			config := grouped(client)
+			config.ConsumerGroup = "a"
+			config.DeleteAcked = true
+			_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
+			require.ErrorIs(t, err, goxstreams.ErrUnsupported)
+			assert.Empty(t, client.XInfoConsumers(t.Context(), topic, "a").Val(), "a name is left of a refused Subscribe")
+			return
+		}
+		require.NoError(t, consume(t, client, topic, "a", 50).Close())
+		assert.EqualValues(t, 50, client.XLen(t.Context(), topic).Val(), "the other group needs them")
+		require.NoError(t, consume(t, client, topic, "b", 50).Close())
+		assert.Zero(t, client.XLen(t.Context(), topic).Val())
+	})
+	t.Run("AnotherGroupLater", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.ConsumerGroup = "a"
+		config.DeleteAcked = true
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		createGroup(t, client, topic, "b")
+		publishN(t, client, topic, 10)
+		require.Len(t, collect(messages, 10, patience), 10)
+		eventuallySettled(t, client, topic, "a")
+		config = grouped(client)
+		config.ConsumerGroup = "b"
+		assert.Len(t, collect(subscribe(t, newSubscriber(t, config), topic), 10, patience), 10, "the later group's messages are deleted")
+	})
+}
+
+// DeleteAcked by script: the stream is deleted while the last message is in hand and the subscription closes.
+func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	client, name := named(t)
+	config := grouped(client)
+	config.DeleteAcked = true
+	config.CloseTimeout = patience
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	messages := subscribe(t, sub, topic)
+	publish(t, client, topic, "x")
+	msg := next(t, messages)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = sub.Close() }()
+	// Nobody reads any more who would make the group again, or one does and has.
+	eventually(t, func() bool { return blockedReads(t, admin, name) == 0 })
+	require.NoError(t, admin.Del(t.Context(), topic).Err())
+	msg.Ack()
+	<-done
+	for _, line := range log.Errors() {
+		require.NotContains(t, line, "Closed before all acks", "it waits for acks that nothing can take")
+	}
 }

@@ -1,10 +1,14 @@
 package goxstreams_test
 
 import (
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
 	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -76,4 +80,34 @@ func constantText(e ast.Expr) string {
 		return constantText(e.X) + constantText(e.Y)
 	}
 	return ""
+}
+
+// TestDocs_Faults: CONTRIBUTING.md says where each fault's test is, and there is one of
+// each.
+func TestDocs_Faults(t *testing.T) {
+	text, err := os.ReadFile("CONTRIBUTING.md")
+	require.NoError(t, err)
+	files, err := filepath.Glob("*_test.go")
+	require.NoError(t, err)
+	name := regexp.MustCompile(`(?m)^func TestFault(\d+)_`)
+	all := make(map[int]bool)
+	for _, file := range files {
+		source, err := os.ReadFile(file)
+		require.NoError(t, err)
+		var faults []int
+		for _, match := range name.FindAllStringSubmatch(string(source), -1) {
+			n, _ := strconv.Atoi(match[1])
+			all[n] = true
+			faults = append(faults, n)
+		}
+		if len(faults) == 0 {
+			continue
+		}
+		slices.Sort(faults)
+		row := fmt.Sprint("| ", file, " | ", strings.ReplaceAll(strings.Trim(fmt.Sprint(slices.Compact(faults)), "[]"), " ", ", "), " |\n")
+		require.Contains(t, string(text), row)
+	}
+	for n := 1; n <= 64; n++ {
+		require.True(t, all[n], "fault %d has no test", n)
+	}
 }

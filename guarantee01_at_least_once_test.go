@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"slices"
 	"strconv"
@@ -987,4 +988,534 @@ func TestGroup_TailLost(t *testing.T) {
 	addWithID(client, topic, "1000-9")
 	handledBy(t, messages, func(seen map[string]int) bool { return seen["1000-9"] > 0 })
 	eventuallySettled(t, client, topic, testGroup)
+}
+
+// watermill-redisstream asks which consumers are idle and have nothing pending,
+// and then deletes them. What such a consumer reads in between is lost: deleting
+// a consumer drops its pending entries for good, and nobody ever gets them.
+func TestFault16_ConsumerRemovalLosesMessages(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	admin := newClient(t)
+	topic := topic(t)
+	createGroup(t, admin, topic, testGroup)
+	ctx := context.Background()
+	for _, idler := range []string{"idler", "returns"} {
+		require.NoError(t, admin.XGroupCreateConsumer(ctx, topic, testGroup, idler).Err())
+	}
+	// Right before anything of the library that deletes consumers, the idle one
+	// reads a message again. In one step with its XADD: nobody else gets it.
+	var read atomic.Bool
+	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if strings.Contains(strings.ToLower(fmt.Sprint(cmd.Args())), "delconsumer") && !read.Swap(true) {
+			addPending(t, admin, topic, "returns", "precious")
+		}
+		return next()
+	}})
+	config := grouped(client)
+	config.ClaimMinIdle = time.Second
+	config.ConsumerTimeout = 50 * time.Millisecond
+	messages := subscribe(t, newSubscriber(t, config), topic)
+
+	got := next(t, messages)
+	require.Equal(t, "precious", string(got.Payload))
+	require.EqualValues(t, 2, delivery(t, got).Count)
+	got.Ack()
+	eventuallySettled(t, admin, topic, testGroup)
+	// And the removal works: now that nothing is pending, both go.
+	eventually(t, func() bool {
+		consumers, err := admin.XInfoConsumers(ctx, topic, testGroup).Result()
+		require.NoError(t, err)
+		for _, c := range consumers {
+			if c.Name == "idler" || c.Name == "returns" {
+				return false
+			}
+		}
+		return true
+	}, "idle consumers are not removed")
+}
+
+type contextKey struct{}
+
+// watermill-redisstream: after a nack it sends a copy of the message, which has
+// lost its context: no values, and it never ends. What the handler did to the
+// metadata is still there.
+//
+// Here each delivery is made of the entry anew.
+func TestFault05_RedeliveryIsAFreshMessage(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		group       string
+		concurrency int
+	}{{"GroupOrdered", testGroup, 1}, {"GroupConcurrent", testGroup, 2}, {"FanOut", "", 1}} {
+		t.Run(tt.name, func(t *testing.T) {
+			client := newClient(t)
+			topic := topic(t)
+			config := goxstreams.SubscriberConfig{Client: client, ConsumerGroup: tt.group, MaxConcurrency: tt.concurrency}
+			if tt.group != "" {
+				config.Retry = quickRetry()
+			}
+			sub := newSubscriber(t, config)
+			messages, err := sub.Subscribe(context.WithValue(context.Background(), contextKey{}, "value"), topic)
+			require.NoError(t, err)
+			sent := message.NewMessage("uuid", message.Payload("payload"))
+			sent.Metadata.Set("key", "value")
+			require.NoError(t, newPublisher(t, client).Publish(topic, sent))
+
+			for n := int64(1); n <= 3; n++ {
+				msg := next(t, messages)
+				require.Equal(t, "uuid", msg.UUID)
+				require.Equal(t, "payload", string(msg.Payload))
+				require.Equal(t, message.Metadata{"key": "value"}, msg.Metadata)
+				require.Equal(t, "value", msg.Context().Value(contextKey{}))
+				require.Equal(t, n, delivery(t, msg).Count)
+				require.NoError(t, msg.Context().Err())
+
+				msg.Metadata.Set("key", "changed")
+				msg.Metadata.Set("more", "added")
+				copy(msg.Payload, "changed")
+				if n < 3 {
+					require.True(t, msg.Nack())
+				} else {
+					require.True(t, msg.Ack())
+				}
+				eventually(t, func() bool { return msg.Context().Err() != nil }, "the context outlives the delivery")
+			}
+		})
+	}
+}
+
+// watermill-redisstream: in fan-out the first read asks for "$", what comes after
+// the moment at which the server sees it. What was published between
+// Subscribe's return and that moment is lost: 10 messages of 20.
+//
+// Here that moment is held up until the message is there.
+func TestFault12_FanOutLosesNothingAfterSubscribe(t *testing.T) {
+	for _, old := range []int{0, 3} {
+		t.Run(fmt.Sprint("OldEntries", old), func(t *testing.T) {
+			published := make(chan struct{})
+			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, run func() error) error {
+				if cmd.Name() == "xread" {
+					<-published
+				}
+				return run()
+			}})
+			topic := topic(t)
+			publishN(t, client, topic, old)
+			one := subscribe(t, newSubscriber(t, goxstreams.SubscriberConfig{Client: client}), topic)
+			two := subscribe(t, newSubscriber(t, goxstreams.SubscriberConfig{Client: client}), topic)
+			sent := publish(t, client, topic, "a", "b", "c")
+			close(published)
+			require.Equal(t, sent, uuids(collect(one, 3, patience)))
+			require.Equal(t, sent, uuids(collect(two, 3, patience)))
+		})
+	}
+}
+
+// TestLostReplies: commands run, and nobody learns of it.
+func TestLostReplies(t *testing.T) {
+	t.Parallel()
+	for name, consumer := range map[string]string{"GeneratedName": "", "GivenName": "given"} {
+		t.Run("XREADGROUP/"+name, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			hook, lost := loseReply(1, isCommand("xreadgroup"))
+			config := grouped(newClient(t, hook))
+			config.Consumer = consumer
+			config.ClaimMinIdle = 5 * time.Minute // the reader finds it by itself
+			messages := subscribe(t, newSubscriber(t, config), topic)
+			publish(t, client, topic, "")
+			msg := next(t, messages)
+			assert.EqualValues(t, 1, lost.Load())
+			assert.EqualValues(t, 1, delivery(t, msg).Count, "nobody has seen it before")
+			msg.Ack()
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+	// Found by internal/chaos (-one-by-one -seed 7, cut-before-reply): what is read, with the answer lost, keeps its place. When
+	// the claim of it, or the look before, loses its answer too, its successors came first.
+	t.Run("XREADGROUP/InOrder", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		createGroup(t, client, topic, testGroup)
+		uuids := publishN(t, client, topic, 3)
+		read, lost := loseReply(1, isCommand("xreadgroup"))
+		claimed, lostToo := loseReply(1, isClaim)
+		config := grouped(newClient(t, read, claimed))
+		config.ClaimMinIdle = 5 * time.Minute
+		config.Retry = quickRetry()
+		messages := subscribe(t, newSubscriber(t, config), topic)
+		for _, uuid := range uuids {
+			msg := next(t, messages)
+			assert.Equal(t, uuid, msg.UUID)
+			assert.EqualValues(t, 1, delivery(t, msg).Count, "nobody has seen it before")
+			msg.Ack()
+		}
+		assert.EqualValues(t, 1, lost.Load())
+		assert.EqualValues(t, 1, lostToo.Load())
+		eventuallySettled(t, client, topic, testGroup)
+	})
+	t.Run("XCLAIM/Takeover", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publish(t, client, topic, "")
+		createGroup(t, client, topic, testGroup)
+		readAs(t, client, topic, testGroup, "dead", 1)
+		began := time.Now()
+		hook, lost := loseReply(1, isClaim)
+		messages := subscribe(t, newSubscriber(t, claiming(newClient(t, hook))), topic)
+		msg := next(t, messages)
+		assert.LessOrEqual(t, time.Since(began), claimTime+2*claimInterval+slack)
+		assert.EqualValues(t, 1, lost.Load())
+		assert.EqualValues(t, 2, delivery(t, msg).Count, "the lost claim reached nobody")
+		msg.Ack()
+		eventuallySettled(t, client, topic, testGroup)
+	})
+	for _, concurrency := range []int{1, 4} {
+		t.Run(fmt.Sprintf("XCLAIM/Retry/MaxConcurrency=%d", concurrency), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			hook, lost := loseReply(1, isClaim)
+			config := grouped(newClient(t, hook))
+			config.MaxConcurrency = concurrency
+			config.Retry = quickRetry()
+			messages := subscribe(t, newSubscriber(t, config), topic)
+			publish(t, client, topic, "")
+			for count := range int64(4) {
+				msg := next(t, messages)
+				assert.Equal(t, count+1, delivery(t, msg).Count)
+				assert.Equal(t, count+1, pendingOf(t, client, topic, testGroup)[0].RetryCount)
+				if count < 3 {
+					msg.Nack()
+				} else {
+					msg.Ack()
+				}
+			}
+			assert.EqualValues(t, 1, lost.Load())
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+	t.Run("XCLAIM/Renewal", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		hook, lost := loseReply(1, isRenewal)
+		messages := subscribe(t, newSubscriber(t, claiming(newClient(t, hook))), topic)
+		publish(t, client, topic, "")
+		msg := next(t, messages)
+		rival := newSubscriber(t, claiming(newClient(t)))
+		subscribe(t, rival, topic)
+		eventually(t, func() bool { return lost.Load() == 1 })
+		during(t, claimTime+minIdle/3, func() bool { return msg.Context().Err() == nil && stats(t, rival).Claimed == 0 },
+			"the lease is lost, though it was renewed")
+		assert.EqualValues(t, 1, pendingOf(t, client, topic, testGroup)[0].RetryCount)
+		msg.Ack()
+		eventuallySettled(t, client, topic, testGroup)
+	})
+	t.Run("XCLAIM/Release", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		hook, lost := loseReply(1, isRelease)
+		config := grouped(newClient(t, hook))
+		config.ClaimMinIdle = 5 * time.Minute
+		sub := newSubscriber(t, config)
+		subscribe(t, sub, topic) // and nobody takes what it offers
+		publish(t, client, topic, "")
+		eventually(t, func() bool { return stats(t, sub).InFlight == 1 })
+		require.NoError(t, sub.Close())
+		require.EqualValues(t, 1, lost.Load())
+		config.Client = newClient(t)
+		msg := next(t, subscribe(t, newSubscriber(t, config), topic))
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		msg.Ack()
+		eventuallySettled(t, client, topic, testGroup)
+	})
+	t.Run("XACK", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		hook, lost := loseReply(1, isCommand("xack"))
+		sub := newSubscriber(t, claiming(newClient(t, hook)))
+		handled := newTally()
+		handled.handle(subscribe(t, sub, topic), nil)
+		uuids := publishN(t, client, topic, 20)
+		eventually(t, func() bool { return handled.has(uuids) && lost.Load() == 1 })
+		eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "acks that never end")
+		require.NoError(t, sub.Close())
+		assert.Empty(t, pendingOf(t, client, topic, testGroup))
+		assert.Equal(t, map[int64]int{1: 20}, handled.counts)
+	})
+	for name, retryIn := range map[string]time.Duration{"AtOnce": time.Millisecond, "AfterRenewals": minIdle} {
+		t.Run("EVAL/"+name, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			hook, lost := loseReply(1, isMove)
+			config := claiming(newClient(t, hook))
+			config.Retry = &goxstreams.Retry{MaxRetries: -1, InitialInterval: retryIn}
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			uuid := publish(t, client, topic, "")[0]
+			next(t, messages).Nack()
+			eventually(t, func() bool { return lost.Load() == 1 })
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "the dead message is kept")
+			require.NoError(t, sub.Close())
+			dead := deadLetters(t, client, topic)
+			require.Len(t, dead, 1)
+			assert.Equal(t, uuid, dead[0].UUID)
+			assert.Empty(t, pendingOf(t, client, topic, testGroup))
+		})
+	}
+}
+
+// TestTrimmed: an entry is deleted from the stream while it is pending. Nothing
+// can be done about it, but to say so.
+func TestTrimmed(t *testing.T) {
+	t.Parallel()
+	isLost := func(log logRecorder, id string) func() bool {
+		return func() bool {
+			return slices.ContainsFunc(logLinesWith(log.Errors(), "lost: trimmed or deleted while pending"), func(l string) bool { return strings.Contains(l, id) })
+		}
+	}
+	for _, at := range []string{"Acked", "Nacked", "Waiting", "Dead", "OfADeadConsumer"} {
+		t.Run(at, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client, log := topic(t), newClient(t), newLogRecorder()
+			config := claiming(client)
+			config.Retry = &goxstreams.Retry{InitialInterval: 50 * time.Millisecond}
+			if at == "Waiting" {
+				config.Retry.InitialInterval = 2 * minIdle
+			}
+			if at == "Dead" {
+				config.Retry.MaxRetries = -1
+			}
+			lost := 1
+			if at == "OfADeadConsumer" {
+				lost = 700 // more than a look at them sees at a time
+			}
+			publishN(t, client, topic, lost)
+			createGroup(t, client, topic, testGroup)
+			del := func(ids ...string) { require.NoError(t, client.XDel(t.Context(), topic, ids...).Err()) }
+			if at == "OfADeadConsumer" {
+				ids := readAs(t, client, topic, testGroup, "dead", lost)
+				aged := []any{"xclaim", topic, testGroup, "dead", 0} // 7.0 takes the time anew for each that is read
+				for _, id := range ids {
+					aged = append(aged, id)
+				}
+				require.NoError(t, client.Do(t.Context(), append(aged, "idle", minIdle.Milliseconds(), "justid")...).Err())
+				del(ids...)
+			}
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			if at == "OfADeadConsumer" {
+				eventually(t, isLost(log, fmt.Sprintf("entries:%d", lost)), "that they are lost is not logged")
+			} else {
+				msg := next(t, messages)
+				id := delivery(t, msg).ID
+				switch at {
+				case "Acked":
+					del(id)
+					eventually(t, isLost(log, id))
+					assert.NoError(t, msg.Context().Err(), "nobody else can have it")
+					msg.Ack()
+				case "Nacked", "Dead":
+					del(id)
+					msg.Nack()
+				case "Waiting":
+					msg.Nack()
+					eventually(t, func() bool { return stats(t, sub).Waiting == 1 })
+					del(id)
+				}
+				eventually(t, isLost(log, id), "that it is lost is not logged")
+			}
+			eventually(t, func() bool { return stats(t, sub).Lost == int64(lost) })
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+			eventuallySettled(t, client, topic, testGroup)
+			publish(t, client, topic, "last")
+			msg := next(t, messages)
+			assert.Equal(t, "last", string(msg.Payload))
+			msg.Ack()
+			require.NoError(t, sub.Close())
+			assert.Empty(t, deadLetters(t, client, topic))
+			assert.Len(t, log.Errors(), 1)
+		})
+	}
+}
+
+// TestNoAck: at most once.
+func TestNoAck(t *testing.T) {
+	t.Parallel()
+	topic, client := topic(t), newClient(t)
+	config := grouped(client)
+	config.NoAck = true
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, client, topic, "nacked", "acked")
+	msg := next(t, messages)
+	assert.Equal(t, "nacked", string(msg.Payload))
+	assert.Empty(t, pendingOf(t, client, topic, testGroup))
+	msg.Nack()
+	msg = next(t, messages)
+	assert.Equal(t, "acked", string(msg.Payload), "it came again")
+	msg.Ack()
+	require.NoError(t, sub.Close())
+	messages = subscribe(t, newSubscriber(t, config), topic)
+	publish(t, client, topic, "last")
+	msg = next(t, messages)
+	assert.Equal(t, "last", string(msg.Payload), "it came again, to another consumer")
+	msg.Ack()
+	assert.Empty(t, pendingOf(t, client, topic, testGroup))
+}
+
+// TestFlakyConnection: commands are lost on their way, or their answers, one in
+// ten. Two consumers with failing and succeeding handlers lose nothing, bury
+// nothing twice and count right.
+func TestFlakyConnection(t *testing.T) {
+	t.Parallel()
+	for _, concurrency := range []int{1, 16} {
+		t.Run(fmt.Sprintf("MaxConcurrency=%d", concurrency), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			const maxRetries, each = 3, 150
+			topic, client := topic(t), newClient(t)
+			var n atomic.Int64
+			var on atomic.Bool // once all have subscribed
+			flaky := &hook{process: func(_ context.Context, _ redis.Cmder, next func() error) error {
+				if !on.Load() {
+					return next()
+				}
+				switch n.Add(1) % 20 {
+				case 7:
+					return io.EOF
+				case 14:
+					_ = next()
+					return io.EOF
+				}
+				return next()
+			}}
+			handled := newTally()
+			var subs []*goxstreams.Subscriber
+			for range 2 {
+				config := grouped(newClient(t, flaky))
+				config.MaxConcurrency = concurrency
+				config.Retry = &goxstreams.Retry{MaxRetries: maxRetries, InitialInterval: time.Millisecond, MaxInterval: 5 * time.Millisecond}
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				subs = append(subs, sub)
+				go func() {
+					for msg := range messages {
+						handled.add(msg)
+						if string(msg.Payload) == "bad" {
+							msg.Nack()
+						} else {
+							msg.Ack()
+						}
+					}
+				}()
+			}
+			on.Store(true)
+			var good, bad []string
+			for range each {
+				uuids := publish(t, client, topic, "good", "bad")
+				good, bad = append(good, uuids[0]), append(bad, uuids[1])
+			}
+			eventually(t, func() bool {
+				info, err := client.XInfoGroups(t.Context(), topic).Result()
+				return err == nil && info[0].Pending == 0 && info[0].Lag == 0
+			}, "something is stranded")
+			for _, sub := range subs {
+				require.NoError(t, sub.Close())
+			}
+			for _, uuid := range good {
+				assert.Equal(t, 1, handled.uuids[uuid], "good message %s", uuid)
+			}
+			for _, uuid := range bad {
+				assert.Equal(t, maxRetries+1, handled.uuids[uuid], "bad message %s", uuid)
+			}
+			assert.Equal(t, map[int64]int{1: 2 * each, 2: each, 3: each, 4: each}, handled.counts)
+			assert.ElementsMatch(t, bad, uuids(deadLetters(t, client, topic)))
+		})
+	}
+}
+
+// A claim loses its answer while the answer to a read is on its way. Who looks then
+// for what is pending and in nobody's hands sees what was read too, and must not
+// take it for that.
+func TestLostReplies_ReadUnderWay(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	createGroup(t, admin, topic, testGroup)
+	var claimLost, reading, overlap atomic.Bool
+	var looks atomic.Int64
+	var read sync.Once
+	h := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if args := cmd.Args(); cmd.Name() == "xpending" && len(args) == 7 && strings.HasPrefix(args[6].(string), "one-") {
+			looks.Add(1)
+			overlap.CompareAndSwap(false, reading.Load())
+		}
+		err := next()
+		switch {
+		case isClaim(cmd) && claimLost.CompareAndSwap(false, true):
+			publish(t, admin, topic, "new")
+			eventually(t, reading.Load)
+			return io.EOF
+		case cmd.Name() == "xreadgroup" && claimLost.Load() && len(pendingOf(t, admin, topic, testGroup)) == 2:
+			read.Do(func() {
+				reading.Store(true)
+				time.Sleep(3 * claimInterval) // the longer, the more can go wrong meanwhile
+				reading.Store(false)
+			})
+		}
+		return err
+	}}
+	config := claiming(newClient(t, h))
+	config.Consumer = "one"
+	config.MaxConcurrency = 4
+	sub := newSubscriber(t, config)
+	publish(t, admin, topic, "abandoned")
+	readAs(t, admin, topic, testGroup, "dead", 1)
+	messages := subscribe(t, sub, topic)
+	first, second := next(t, messages), next(t, messages)
+	counts := map[string]int64{string(first.Payload): delivery(t, first).Count, string(second.Payload): delivery(t, second).Count}
+	require.Equal(t, map[string]int64{"abandoned": 2, "new": 1}, counts)
+	select {
+	case msg := <-messages:
+		t.Errorf("%s comes twice at once", msg.Payload)
+	case <-time.After(minIdle): // a longer time would find more
+	}
+	first.Ack()
+	second.Ack()
+	require.Positive(t, looks.Load())
+	require.False(t, overlap.Load(), "it looks, and reads, at the same time")
+}
+
+// A fan-out reads something while it looks whether its stream began anew: what was
+// counted twice by then looked like a new stream, and all came again.
+func TestFanOut_ReadDuringALook(t *testing.T) {
+	t.Parallel()
+	topic, admin, log := topic(t), newClient(t), newLogRecorder()
+	handled := newTally()
+	var looks atomic.Int64
+	h := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if handled.len() > 0 && isScript(cmd, "'STREAM'") && looks.Add(1) == 1 {
+			publish(t, admin, topic, "while it looks")
+			eventually(t, func() bool { return handled.len() == 2 })
+		}
+		return next()
+	}}
+	sub := newSubscriberLog(t, goxstreams.SubscriberConfig{Client: newClient(t, h)}, log)
+	handled.handle(subscribe(t, sub, topic), nil)
+	publish(t, admin, topic, "before")
+	eventually(t, func() bool { return looks.Load() >= 2 }, "it looks no more")
+	publish(t, admin, topic, "last")
+	eventually(t, func() bool { return looks.Load() >= 3 && handled.len() == 3 })
+	require.Empty(t, log.Errors())
+	require.Equal(t, 3, handled.total(), "something comes twice")
 }

@@ -1,12 +1,19 @@
 package goxstreams_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"math"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
@@ -103,6 +110,311 @@ func TestFault40_WaitingForWhatIsSettledElsewhere(t *testing.T) {
 			began := time.Now()
 			require.Equal(t, []string{"second", "third"}, payloads(collect(messages, 2, patience)))
 			require.Less(t, time.Since(began), 10*time.Second)
+		})
+	}
+}
+
+// goxstreams reads ahead, and what it has read waits for a free place with
+// nobody renewing it: a slow handler makes what is behind it look abandoned, so
+// that it is claimed, and counted as another failure, without ever having been
+// handled. Here what is prefetched is kept alive too.
+func TestFault24_WaitingEntriesAge(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	client := newClient(t)
+	topic := topic(t)
+	config := claiming(client)
+	config.Retry = &goxstreams.Retry{MaxRetries: 1}
+	slow := newSubscriber(t, config)
+	messages := subscribe(t, slow, topic)
+	// A quick handler makes the prefetch grow, until all that is left is prefetched.
+	const n = 300
+	publishN(t, client, topic, n)
+	last, err := client.XRevRangeN(context.Background(), topic, "+", "-", 1).Result()
+	require.NoError(t, err)
+	inHand, handled := next(t, messages), 1
+	for {
+		groups, err := client.XInfoGroups(context.Background(), topic).Result()
+		require.NoError(t, err)
+		if groups[0].LastDeliveredID == last[0].ID {
+			break
+		}
+		inHand.Ack()
+		inHand = next(t, messages)
+		handled++
+	}
+	prefetched := n - handled
+	require.Positive(t, prefetched)
+
+	// Now the handler is slow, while a second consumer has nothing to do but to
+	// claim. What it claims of a consumer that really died says that the time is
+	// up for what nobody renewed; three times, for good measure.
+	idle := config
+	idle.Client = newClient(t)
+	claimer := newSubscriber(t, idle)
+	claims := subscribe(t, claimer, topic)
+	abandoned := make(map[string]bool)
+	for range 3 {
+		abandoned[addPending(t, client, topic, "dead", "abandoned")] = true
+		require.Equal(t, []string{"abandoned"}, payloads(collect(claims, 1, patience)))
+	}
+	for _, p := range pendingOf(t, client, topic, testGroup) {
+		if !abandoned[p.ID] { // whose XACK may still be under way
+			require.EqualValues(t, 1, p.RetryCount, "entry %s has lost a retry while it waited", p.ID)
+		}
+	}
+	require.NoError(t, context.Cause(inHand.Context()))
+	inHand.Ack()
+	for _, msg := range collect(messages, prefetched, patience) {
+		require.EqualValues(t, 1, delivery(t, msg).Count)
+		handled++
+	}
+	require.Equal(t, n, handled)
+	require.EqualValues(t, 3, stats(t, claimer).Claimed, "only what was abandoned is claimed")
+	eventuallySettled(t, client, topic, testGroup)
+	require.Zero(t, client.XLen(context.Background(), goxstreams.DeadLetterTopic(topic)).Val())
+}
+
+// watermill-redisstream: nacks are its own affair. After ten of them Redis still
+// counts one delivery; nothing limits them, and a restart begins at the beginning.
+func TestFault06_RedisCountsNacks(t *testing.T) {
+	for _, concurrency := range []int{1, 2} {
+		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
+			client := newClient(t)
+			topic := topic(t)
+			publish(t, client, topic, "bad")
+			died := make(chan goxstreams.DeadMessage, 1)
+			config := grouped(client)
+			config.MaxConcurrency = concurrency
+			config.Retry = quickRetry()
+			config.Retry.MaxRetries = 10
+			config.OnDead = func(_ context.Context, dead goxstreams.DeadMessage) { died <- dead }
+
+			nack := func(messages <-chan *message.Message, count int64) {
+				msg := next(t, messages)
+				d := delivery(t, msg)
+				require.Equal(t, count, d.Count)
+				require.Equal(t, count-1, d.RetryCount())
+				rows := pendingOf(t, client, topic, testGroup)
+				require.Len(t, rows, 1)
+				require.Equal(t, count, rows[0].RetryCount, "Redis counts differently")
+				require.True(t, msg.Nack())
+			}
+			first := newSubscriber(t, config)
+			messages := subscribe(t, first, topic)
+			for n := int64(1); n <= 4; n++ {
+				nack(messages, n)
+			}
+			// Closed once the nack has taken effect: a nack that a closing
+			// subscription sees counts as no failure.
+			eventually(t, func() bool { return stats(t, first).Nacked == 4 })
+			eventually(t, func() bool {
+				rows := pendingOf(t, client, topic, testGroup)
+				return len(rows) == 1 && rows[0].RetryCount == 5
+			}, "the fifth delivery never began")
+			require.NoError(t, first.Close())
+
+			messages = subscribe(t, newSubscriber(t, config), topic)
+			for n := int64(5); n <= 11; n++ {
+				nack(messages, n)
+			}
+			select {
+			case dead := <-died:
+				assert.Equal(t, goxstreams.Exhausted, dead.Kind)
+				assert.EqualValues(t, 11, dead.Deliveries)
+			case <-time.After(patience):
+				require.FailNow(t, "it did not die")
+			}
+			require.Empty(t, pendingOf(t, client, topic, testGroup))
+			require.EqualValues(t, 1, client.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val())
+		})
+	}
+}
+
+// TestRetryLimit: a message whose handler fails is handled MaxRetries+1 times,
+// counted by Redis, and is then dead.
+func TestRetryLimit(t *testing.T) {
+	t.Parallel()
+	for _, maxRetries := range []int{-1, 1, 3} {
+		for _, concurrency := range []int{1, 4} {
+			t.Run(fmt.Sprintf("MaxRetries=%d/MaxConcurrency=%d", maxRetries, concurrency), func(t *testing.T) {
+				t.Parallel()
+				topic, client := topic(t), newClient(t)
+				var hooks []int
+				var dead []goxstreams.DeadMessage
+				config := grouped(client)
+				config.MaxConcurrency = concurrency
+				config.Retry = &goxstreams.Retry{
+					MaxRetries: maxRetries, InitialInterval: time.Millisecond,
+					OnRetryHook: func(n int, delay time.Duration) {
+						hooks = append(hooks, n)
+						assert.Equal(t, time.Millisecond<<(n-1), delay)
+					},
+				}
+				config.OnDead = func(_ context.Context, d goxstreams.DeadMessage) { dead = append(dead, d) }
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				msg := message.NewMessage("uuid", []byte("payload"))
+				msg.Metadata.Set("key", "value")
+				require.NoError(t, newPublisher(t, client).Publish(topic, msg))
+
+				var last goxstreams.Delivery
+				for count := range int64(max(maxRetries, 0) + 1) {
+					msg := next(t, messages)
+					last = delivery(t, msg)
+					assert.Equal(t, count+1, last.Count)
+					assert.Equal(t, count, last.RetryCount())
+					assert.Equal(t, maxRetries, last.MaxRetries)
+					assert.Equal(t, count+1, pendingOf(t, client, topic, testGroup)[0].RetryCount)
+					msg.Metadata.Set("key", "changed by the handler")
+					msg.Nack()
+				}
+				eventually(t, func() bool { return stats(t, sub).Dead == 1 }, "it does not die")
+				publish(t, client, topic, "sentinel")
+				sentinel := next(t, messages)
+				assert.Equal(t, "sentinel", string(sentinel.Payload), "the dead one came again")
+				sentinel.Ack()
+				require.NoError(t, sub.Close())
+
+				var wantHooks []int
+				for n := 1; n <= maxRetries; n++ {
+					wantHooks = append(wantHooks, n)
+				}
+				assert.Equal(t, wantHooks, hooks)
+				letters := deadLetters(t, client, topic)
+				require.Len(t, letters, 1)
+				letter := letters[0]
+				assert.Equal(t, "uuid", letter.UUID)
+				assert.Equal(t, "payload", string(letter.Payload))
+				diedAt, err := time.Parse(time.RFC3339, letter.Metadata.Get(goxstreams.DeadDiedAtKey))
+				assert.NoError(t, err)
+				assert.WithinDuration(t, time.Now(), diedAt, time.Minute)
+				delete(letter.Metadata, goxstreams.DeadDiedAtKey)
+				assert.Equal(t, message.Metadata{
+					"key":                            "value",
+					middleware.ReasonForPoisonedKey:  goxstreams.ErrRetriesExhausted.Error(),
+					middleware.PoisonedTopicKey:      topic,
+					middleware.PoisonedHandlerKey:    "",
+					middleware.PoisonedSubscriberKey: "goxstreams.Subscriber",
+					goxstreams.DeadEntryIDKey:        last.ID,
+					goxstreams.DeadGroupKey:          testGroup,
+					goxstreams.DeadConsumerKey:       last.Consumer,
+					goxstreams.DeadKindKey:           "exhausted",
+					goxstreams.DeadDeliveriesKey:     fmt.Sprint(last.Count),
+				}, letter.Metadata)
+				require.Len(t, dead, 1)
+				assert.Equal(t, last.ID, dead[0].EntryID)
+				assert.Equal(t, last.Count, dead[0].Deliveries)
+				assert.Equal(t, goxstreams.Exhausted, dead[0].Kind)
+				assert.Equal(t, "value", dead[0].Message.Metadata.Get("key"))
+				assert.Empty(t, pendingOf(t, client, topic, testGroup))
+			})
+		}
+	}
+	t.Run("ShouldRetry", func(t *testing.T) {
+		t.Parallel()
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.Retry = &goxstreams.Retry{ShouldRetry: func(p middleware.RetryParams) bool {
+			assert.ErrorIs(t, p.Err, goxstreams.ErrNacked)
+			return p.RetryNum < 2
+		}, InitialInterval: time.Millisecond}
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "")
+		next(t, messages).Nack()
+		next(t, messages).Nack()
+		eventually(t, func() bool { return stats(t, sub).Dead == 1 })
+		require.NoError(t, sub.Close())
+		letters := deadLetters(t, client, topic)
+		require.Len(t, letters, 1)
+		assert.Equal(t, "permanent", letters[0].Metadata.Get(goxstreams.DeadKindKey))
+	})
+}
+
+// What waits beyond the bound is left to its lease. A read that fails must not take it for an orphan, which would come again
+// at once, and not be counted.
+func TestOverflow_IsNoOrphan(t *testing.T) {
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	var fail atomic.Bool
+	config := grouped(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if cmd.Name() == "xreadgroup" && fail.CompareAndSwap(true, false) {
+			return io.EOF
+		}
+		return next()
+	}}))
+	config.BlockTime = 50 * time.Millisecond
+	config.MaxConcurrency = 200
+	config.Retry = &goxstreams.Retry{MaxRetries: 1, InitialInterval: time.Hour, MaxInterval: time.Hour}
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	const n = 10_020
+	publishN(t, admin, topic, n)
+	for range n {
+		next(t, messages).Nack()
+	}
+	eventually(t, func() bool { return stats(t, sub).Waiting == 10_000 })
+	fail.Store(true)
+	eventually(t, func() bool { return !fail.Load() })
+	for range 100 { // while orphans would come
+		publish(t, admin, topic, "later")
+		msg := next(t, messages)
+		require.Equal(t, "later", string(msg.Payload), "an hour early, with Count %d", delivery(t, msg).Count)
+		msg.Ack()
+	}
+}
+
+// "For ever" written as math.MaxInt overflowed into a negative count, which Redis
+// ignores: what died was taken for somebody else's then, and never moved.
+func TestMaxRetriesMaxInt(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	worker := &testWorker[order]{
+		onProcess: fails[goxstreams.Message[order]](errOther, goxstreams.Permanent(errBad)),
+		onDead:    fails[goxstreams.Message[order]](errOther, goxstreams.ErrDead),
+	}
+	produce(t, client, topic, order{"cup", 1})
+	start(t, worker, goxstreams.ConsumerConfig{Subscriber: limited(client, math.MaxInt), Topic: topic})
+	letter := eventuallyDies(t, client, topic)
+	require.Equal(t, goxstreams.PermanentFailure, letter.Kind)
+	require.EqualValues(t, 2, letter.Deliveries)
+	require.Equal(t, [3]int{2, 0, 2}, worker.counts())
+}
+
+// Redis's greatest delivery count (XNACK FATAL sets it) overflowed into the least
+// one by the next delivery: what had no retry left had all of them.
+func TestGreatestCount(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	open := func(t *testing.T, maxRetries int, owner string) (*redis.Client, string, *goxstreams.Subscriber) {
+		t.Parallel()
+		client, topic := newClient(t), topic(t)
+		crashed(t, client, topic, math.MaxInt64)
+		id := onlyPending(t, client, topic).ID
+		require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, owner, 0, id, "justid").Err())
+		config := limited(client, maxRetries)
+		// A suspect's turn has to come within a sixth of ClaimMinIdle, or it waits for another one.
+		config.ClaimMinIdle = minIdle
+		return client, topic, newSubscriber(t, config)
+	}
+	t.Run("with a limit", func(t *testing.T) {
+		client, topic, sub := open(t, 3, "crashed")
+		subscribe(t, sub, topic)
+		require.EqualValues(t, math.MaxInt64, eventuallyDies(t, client, topic).Deliveries)
+		require.Zero(t, stats(t, sub).Delivered)
+	})
+	for _, owner := range []string{"crashed", "released"} {
+		t.Run("without a limit, "+owner, func(t *testing.T) {
+			client, topic, sub := open(t, 0, owner)
+			messages := subscribe(t, sub, topic)
+			for range 3 {
+				msg := next(t, messages)
+				require.EqualValues(t, math.MaxInt64, delivery(t, msg).Count)
+				msg.Nack()
+			}
+			next(t, messages).Ack()
+			eventuallySettled(t, client, topic, testGroup)
 		})
 	}
 }

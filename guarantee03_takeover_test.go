@@ -2,12 +2,15 @@ package goxstreams_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
@@ -270,4 +273,544 @@ func TestFault42_ReleasedEntries(t *testing.T) {
 	eventuallyAll(t, handled.len, n-1)
 	require.Less(t, time.Since(began), 5*time.Second, "looks, not handlers, set the pace")
 	require.Equal(t, map[int64]int{1: n - 1}, handled.counts)
+}
+
+// goxstreams retries what is pending under its own consumer name, and nothing
+// else. A pod's name is new with each start, so what a crashed pod held is never
+// handled again. Here it is claimed, whatever its consumer was called.
+func TestFault21_CrashedConsumersMessages(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	for _, tt := range []struct{ name, dead, ours string }{
+		{"another name", "pod-a", "pod-b"},
+		{"the same prefix", "pod-a", "pod"},
+		{"generated name", "pod-a", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			client := newClient(t)
+			topic := topic(t)
+			createGroup(t, client, topic, testGroup)
+			var want []string
+			for i := range 3 {
+				want = append(want, fmt.Sprint("precious ", i))
+				addPending(t, client, topic, tt.dead, want[i])
+			}
+			config := grouped(client)
+			config.Consumer = tt.ours
+			config.ClaimMinIdle = 300 * time.Millisecond
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			var got []string
+			for range want {
+				msg := next(t, messages)
+				require.EqualValues(t, 1, delivery(t, msg).RetryCount())
+				got = append(got, string(msg.Payload))
+				msg.Ack()
+			}
+			require.ElementsMatch(t, want, got)
+			require.EqualValues(t, 3, stats(t, sub).Claimed)
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+}
+
+// Both peers take a message that has been at work for long for an abandoned one.
+// watermill-redisstream handled one three times, twice at once; goxstreams then
+// declared it dead and deleted it.
+//
+// Here the holder renews its lease. That the other consumer would have claimed
+// the slow message is shown by what it does claim: an entry that was left
+// pending by a dead process, after the slow handler had begun.
+func TestFault04_SlowHandlerKeepsItsMessage(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for name, consumer := range map[string]string{"GeneratedNames": "", "GivenName": "worker"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client := newClient(t)
+			topic := topic(t)
+			config := grouped(client)
+			config.Consumer = consumer
+			config.ClaimMinIdle = time.Second
+			config.Retry = &goxstreams.Retry{MaxRetries: 1, InitialInterval: time.Millisecond}
+
+			holder := newSubscriber(t, config)
+			held := subscribe(t, holder, topic)
+			publish(t, client, topic, "slow")
+			slow := next(t, held)
+
+			addPending(t, client, topic, "died", "abandoned")
+
+			other := newSubscriber(t, config)
+			messages := subscribe(t, other, topic)
+			claimed := next(t, messages)
+			require.Equal(t, "abandoned", string(claimed.Payload))
+			require.True(t, claimed.Ack())
+
+			require.NoError(t, slow.Context().Err(), "the lease is lost")
+			require.True(t, slow.Ack())
+			eventuallySettled(t, client, topic, testGroup)
+			publish(t, client, topic, "next")
+			select {
+			case msg := <-messages:
+				require.Equal(t, "next", string(msg.Payload))
+				msg.Ack()
+			case msg := <-held:
+				require.Equal(t, "next", string(msg.Payload))
+				msg.Ack()
+			case <-time.After(patience):
+				require.FailNow(t, "no message came")
+			}
+			assert.EqualValues(t, 1, stats(t, other).Claimed)
+			assert.Zero(t, stats(t, holder).Claimed)
+			assert.Zero(t, client.Exists(t.Context(), goxstreams.DeadLetterTopic(topic)).Val(), "declared dead")
+		})
+	}
+}
+
+// watermill-redisstream looks at one page of the pending entries, from the
+// beginning. When that is full of entries that may not be claimed yet, it never
+// comes to a later one, and a subscriber that meets such a page at its start
+// never comes to read what is new.
+//
+// Here more entries than a page has are idle for just long enough to be listed,
+// every time; their holder is alive, so that no claim of them is granted.
+func TestFault10_FullPageStarvesNothing(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const alive = 520 // a page is 500
+	const minIdle = 6 * time.Second
+
+	plain := newClient(t)
+	topic := topic(t)
+	createGroup(t, plain, topic, testGroup)
+	publishN(t, plain, topic, alive)
+	held := map[string]bool{}
+	touch := []any{"xclaim", topic, testGroup, "alive", 0}
+	for _, id := range readAs(t, plain, topic, testGroup, "alive", alive) {
+		held[id] = true
+		touch = append(touch, id)
+	}
+	touch = append(touch, "idle", minIdle.Milliseconds(), "retrycount", 1, "justid")
+	publish(t, plain, topic, "abandoned")
+	lost := readAs(t, plain, topic, testGroup, "died", 1)
+	require.NoError(t, plain.Do(t.Context(), "xclaim", topic, testGroup, "died", 0, lost[0], "idle", time.Hour.Milliseconds(), "justid").Err())
+
+	// The living holder is heard of before each look and before each claim.
+	client := newClient(t, &hook{process: func(ctx context.Context, cmd redis.Cmder, run func() error) error {
+		switch args := cmd.Args(); cmd.Name() {
+		case "xpending":
+			if len(args) > 3 && fmt.Sprint(args[3]) == "idle" && args[len(args)-1] != "released" {
+				assert.NoError(t, plain.Do(ctx, touch...).Err())
+			}
+		case "eval":
+			if !isClaim(cmd) {
+				break
+			}
+			if id := fmt.Sprint(args[5]); held[id] {
+				assert.NoError(t, plain.Do(ctx, "xclaim", topic, testGroup, "alive", 0, id,
+					"idle", minIdle.Milliseconds(), "retrycount", 1, "justid").Err())
+			}
+		}
+		return run()
+	}})
+	config := grouped(client)
+	config.ClaimMinIdle = minIdle
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	publish(t, plain, topic, "new")
+	got := collect(messages, 2, patience)
+	require.ElementsMatch(t, []string{"new", "abandoned"}, payloads(got))
+	publish(t, plain, topic, "newer")
+	require.Equal(t, []string{"newer"}, payloads(collect(messages, 1, patience)))
+	eventually(t, func() bool { return len(pendingOf(t, plain, topic, testGroup)) == alive }, "what was acked stays pending")
+}
+
+// TestFairness: a consumer that is busy does not sit on what an idle one could
+// have. Both begin when each has a message, and take as long as the other for
+// each: whoever has most of them says how long all of them take.
+func TestFairness(t *testing.T) {
+	t.Parallel()
+	for _, waiting := range []bool{true, false} {
+		t.Run(fmt.Sprintf("PublishedBefore=%t", waiting), func(t *testing.T) {
+			t.Parallel()
+			const n = 100
+			topic, client := topic(t), newClient(t)
+			if waiting {
+				publishN(t, client, topic, n)
+			}
+			var began sync.WaitGroup
+			var tallies [2]*tally
+			began.Add(len(tallies))
+			for i := range tallies {
+				config := grouped(newClient(t))
+				config.BatchSize = n
+				tallies[i] = newTally()
+				begins := sync.OnceFunc(began.Done)
+				tallies[i].handle(subscribe(t, newSubscriber(t, config), topic), func(*message.Message) {
+					begins()
+					began.Wait()
+					time.Sleep(50 * time.Millisecond) // the work
+				})
+			}
+			if !waiting {
+				publishN(t, client, topic, n)
+			}
+			eventuallyAll(t, func() int { return tallies[0].len() + tallies[1].len() }, n)
+			for _, handled := range tallies {
+				assert.LessOrEqual(t, handled.len(), n/2*13/10, "1.3 times the best that two can do")
+				assert.Equal(t, map[int64]int{1: handled.len()}, handled.counts)
+			}
+		})
+	}
+}
+
+// TestBounds: whatever waits in the stream, a process holds its prefetch of it
+// and no more, also when handlers that were fast stop answering.
+func TestBounds(t *testing.T) {
+	const batchSize, warmUp = 100, 2000 // that many are enough for the prefetch to grow to its most
+	topic, client := topic(t), newClient(t)
+	t.Cleanup(func() { client.Del(context.Background(), topic) })
+	payload := strings.Repeat("x", 1024)
+	for range 10 {
+		pipe := client.Pipeline()
+		for range 1000 {
+			pipe.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{
+				goxstreams.UUIDHeaderKey, "uuid", "metadata", "", "payload", payload,
+			}})
+		}
+		_, err := pipe.Exec(t.Context())
+		require.NoError(t, err)
+	}
+	for _, concurrency := range []int{1, 32} {
+		for _, fast := range []int{0, warmUp} {
+			t.Run(fmt.Sprintf("MaxConcurrency=%d/FastBefore=%d", concurrency, fast), func(t *testing.T) {
+				group := watermill.NewShortUUID()
+				config := grouped(client)
+				config.ConsumerGroup = group
+				config.MaxConcurrency, config.BatchSize = concurrency, batchSize
+				config.CloseTimeout = 50 * time.Millisecond
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				require.Len(t, collect(messages, fast, patience), fast)
+				for range concurrency {
+					next(t, messages) // and no answer
+				}
+				held := func() int { return stats(t, sub).InFlight }
+				pending := func() int {
+					p, err := client.XPending(context.Background(), topic, group).Result()
+					require.NoError(t, err)
+					return int(p.Count)
+				}
+				const most = 2 * batchSize // a prefetch, and the one that was read while that was queued
+				// Acks on their way, and a read that their arrival makes room for, come
+				// to an end, since no handler answers any more.
+				steady := func() bool {
+					for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+						if n := pending(); n != held() || n > most+concurrency {
+							return false
+						}
+					}
+					return true
+				}
+				eventually(t, steady, "the acks do not arrive, or more than the prefetch is held")
+				t.Logf("holds %d", held())
+				assert.GreaterOrEqual(t, held(), concurrency)
+			})
+		}
+	}
+}
+
+// TestSlowHandler: a message stays with its handler, however long that takes.
+func TestSlowHandler(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, client := topic(t), newClient(t)
+	handled := newTally()
+	for range 2 {
+		sub := newSubscriber(t, claiming(newClient(t)))
+		handled.handle(subscribe(t, sub, topic), func(msg *message.Message) {
+			select {
+			case <-time.After(5 * minIdle):
+			case <-msg.Context().Done():
+				assert.Fail(t, "the context of a message in hand ended", context.Cause(msg.Context()))
+			}
+		})
+	}
+	publish(t, client, topic, "")
+	eventually(t, func() bool { return handled.len() == 1 })
+	eventuallySettled(t, client, topic, testGroup)
+	assert.Equal(t, map[int64]int{1: 1}, handled.counts)
+}
+
+// TestTakeover: what a dead consumer held comes to one with a free slot in the
+// time that is guaranteed and not before. The dead one had the name that the other's
+// begins with.
+func TestTakeover(t *testing.T) {
+	t.Parallel()
+	for _, concurrency := range []int{1, 8} {
+		t.Run(fmt.Sprintf("MaxConcurrency=%d", concurrency), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			publishN(t, client, topic, concurrency)
+			createGroup(t, client, topic, testGroup)
+			config := claiming(client)
+			config.MaxConcurrency = concurrency
+			config.Consumer = "one"
+			sub := newSubscriber(t, config)
+			before := time.Now()
+			ids := readAs(t, client, topic, testGroup, "one", concurrency)
+			after := time.Now()
+			messages := subscribe(t, sub, topic)
+			var got []string
+			for range ids {
+				msg := next(t, messages)
+				at := time.Now()
+				assert.GreaterOrEqual(t, at.Sub(before), minIdle, "too early")
+				assert.LessOrEqual(t, at.Sub(after), claimTime+slack, "too late")
+				d := delivery(t, msg)
+				assert.EqualValues(t, 2, d.Count)
+				got = append(got, d.ID)
+			}
+			assert.ElementsMatch(t, ids, got)
+			for _, row := range pendingOf(t, client, topic, testGroup) {
+				assert.Regexp(t, "^one-.+", row.Consumer)
+				assert.EqualValues(t, 2, row.RetryCount)
+			}
+			assert.EqualValues(t, concurrency, stats(t, sub).Claimed)
+		})
+	}
+}
+
+// TestLeaseLost: somebody else claims a message that is being handled.
+func TestLeaseLost(t *testing.T) {
+	t.Parallel()
+	for _, thief := range []string{"thief", "one"} { // which is what the holder's name begins with
+		for _, settle := range []string{"Nack", "NackLast", "Ack"} {
+			t.Run("By="+thief+"/"+settle, func(t *testing.T) {
+				t.Parallel()
+				testserver.RequireReal(t)
+				topic, client := topic(t), newClient(t)
+				config := claiming(client)
+				config.Consumer = "one"
+				if settle == "NackLast" {
+					config.Retry = &goxstreams.Retry{MaxRetries: -1}
+				}
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				publish(t, client, topic, "")
+				msg := next(t, messages)
+				id := delivery(t, msg).ID
+				require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, thief, 0, id, "retrycount", 2, "justid").Err())
+				leaseLost(t, msg)
+
+				if settle == "Ack" {
+					msg.Ack() // the work is done
+					eventuallySettled(t, client, topic, testGroup)
+					require.NoError(t, sub.Close())
+					return
+				}
+				msg.Nack()
+				// What a nack does is done when the one slot hands out another message.
+				publish(t, client, topic, "sentinel")
+				next(t, messages).Ack()
+				require.NoError(t, sub.Close())
+				rows := pendingOf(t, client, topic, testGroup)
+				require.Len(t, rows, 1)
+				assert.Equal(t, thief, rows[0].Consumer)
+				assert.EqualValues(t, 2, rows[0].RetryCount)
+				assert.Zero(t, client.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val())
+			})
+		}
+	}
+}
+
+// TestLateRenewal: a renewal is on its way, slowly, while somebody else claims
+// the message: when it arrives it must not take the message back, nor touch it,
+// however long the other one has had it.
+func TestLateRenewal(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, client := topic(t), newClient(t)
+	underway, arrives := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	config := claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if isRenewal(cmd) {
+			once.Do(func() {
+				close(underway)
+				<-arrives
+			})
+		}
+		return next()
+	}}))
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	publish(t, client, topic, "")
+	msg := next(t, messages)
+	select {
+	case <-underway:
+	case <-time.After(patience):
+		require.FailNow(t, "no renewal")
+	}
+	require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, "thief", 0, delivery(t, msg).ID,
+		"idle", time.Hour.Milliseconds(), "retrycount", 2, "justid").Err())
+	close(arrives)
+	leaseLost(t, msg)
+	rows := pendingOf(t, client, topic, testGroup)
+	require.Len(t, rows, 1)
+	assert.Equal(t, "thief", rows[0].Consumer)
+	assert.EqualValues(t, 2, rows[0].RetryCount)
+	assert.GreaterOrEqual(t, rows[0].Idle, time.Hour)
+	msg.Nack()
+}
+
+// Two consumers know of a released message, and the second one's claim is under
+// way for long: the first has it in hand by then, and keeps it.
+func TestRelease_SlowSecondClaimer(t *testing.T) {
+	t.Parallel()
+	topic := topic(t)
+	plain := newClient(t)
+	ctx := context.Background()
+	createGroup(t, plain, topic, testGroup)
+	publish(t, plain, topic, "released")
+	entries, err := plain.XReadGroup(ctx, &redis.XReadGroupArgs{Group: testGroup, Consumer: "closing", Streams: []string{topic, ">"}}).Result()
+	require.NoError(t, err)
+	id := entries[0].Messages[0].ID
+	claim := func(consumer string, count int) {
+		require.NoError(t, plain.Do(ctx, "xclaim", topic, testGroup, consumer, 0, id, "retrycount", count, "justid").Err())
+	}
+	claim("released", 0)
+
+	sent := make(chan struct{})
+	var seen atomic.Bool
+	slow := &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+		if !isClaim(cmd) || seen.Swap(true) {
+			return next()
+		}
+		defer close(sent)
+		claim("first", 1)
+		eventually(t, func() bool { return pendingOf(t, plain, topic, testGroup)[0].Idle > time.Second }, "the first has it for no time")
+		return next()
+	}}
+	config := grouped(newClient(t, slow))
+	config.ClaimMinIdle = time.Minute
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	select {
+	case <-sent:
+	case <-time.After(patience):
+		t.Fatal("nobody claims what was released")
+	}
+	publish(t, plain, topic, "next")
+	require.EqualValues(t, "next", next(t, messages).Payload)
+	require.Equal(t, "first", pendingOf(t, plain, topic, testGroup)[0].Consumer)
+}
+
+// A released message that waits for a slot here is claimed, fails and is released
+// again elsewhere: that delivery counts, whatever was known of it here.
+func TestRelease_CountedElsewhereMeanwhile(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
+	topic := topic(t)
+	plain := newClient(t)
+	ctx := context.Background()
+	createGroup(t, plain, topic, testGroup)
+	publish(t, plain, topic, "released")
+	entries, err := plain.XReadGroup(ctx, &redis.XReadGroupArgs{Group: testGroup, Consumer: "closing", Streams: []string{topic, ">"}}).Result()
+	require.NoError(t, err)
+	id := entries[0].Messages[0].ID
+	release := func(count int) {
+		require.NoError(t, plain.Do(ctx, "xclaim", topic, testGroup, "released", 0, id, "retrycount", count, "justid").Err())
+	}
+	release(0)
+
+	var seen atomic.Bool
+	meanwhile := &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+		if isClaim(cmd) && !seen.Swap(true) {
+			release(1)
+		}
+		return next()
+	}}
+	config := grouped(newClient(t, meanwhile))
+	config.ClaimMinIdle = time.Minute
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	msg := next(t, messages)
+	delivery, _ := goxstreams.DeliveryFromContext(msg.Context())
+	require.EqualValues(t, 2, delivery.Count)
+	msg.Ack()
+}
+
+// A cannot renew its lease; B takes the message and snoozes. The Snooze took B's
+// delivery off Redis's count, so that A's late failure passed for the holder's:
+// the message was dead while B had it, without any failure of B's.
+func TestSnoozeKeepsTheFence(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // the embedded one claims what is not idle
+	client, topic := newClient(t), topic(t)
+	noRenewals := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if isRenewal(cmd) {
+			return errors.New("cut")
+		}
+		return next()
+	}}
+	open := func(name string, client *redis.Client, h message.HandlerFunc) *goxstreams.Subscriber {
+		config := grouped(client)
+		config.Consumer, config.ClaimMinIdle, config.ClaimInterval = name, 500*time.Millisecond, 20*time.Millisecond
+		sub := newSubscriber(t, config)
+		go settling(subscribe(t, sub, topic), goxstreams.Retry{}.Middleware(h))
+		return sub
+	}
+	publish(t, client, topic, "x")
+	hasIt, fail := make(chan struct{}), make(chan struct{})
+	subA := open("A", newClient(t, noRenewals), func(*message.Message) ([]*message.Message, error) {
+		close(hasIt)
+		<-fail
+		return nil, goxstreams.Permanent(errors.New("A says no"))
+	})
+	<-hasIt
+	var calls atomic.Int64
+	subB := open("B", client, func(*message.Message) ([]*message.Message, error) {
+		if calls.Add(1) == 1 {
+			return nil, goxstreams.Snooze(errOther, 3*time.Second) // for as long as that it waits, to be seen
+		}
+		return nil, goxstreams.Permanent(errors.New("B says no"))
+	})
+	eventually(t, func() bool { return stats(t, subB).Waiting == 1 }, "B does not snooze")
+	close(fail)
+	eventually(t, func() bool { return stats(t, subA).InFlight == 0 }, "A does not let go")
+	letter := eventuallyDies(t, client, topic)
+	require.Equal(t, "B says no", letter.Reason)
+	require.EqualValues(t, 2, calls.Load())
+	require.EqualValues(t, 2, letter.Deliveries, "a Snooze does not count")
+	require.Zero(t, stats(t, subA).Dead)
+}
+
+// A is frozen; B takes its message, and gives it back when it closes, with A's
+// count: A's late failure buried what was not A's any more.
+func TestFenceByName(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	publish(t, client, topic, "x")
+	ids, counts := make(chan string), make(chan int64, 2)
+	fail := make(chan struct{})
+	config := grouped(client)
+	config.ClaimMinIdle = time.Minute
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	go settling(messages, goxstreams.Retry{}.Middleware(func(msg *message.Message) ([]*message.Message, error) {
+		d := delivery(t, msg)
+		if counts <- d.Count; d.Count > 1 {
+			return nil, nil
+		}
+		ids <- d.ID
+		<-fail
+		return nil, goxstreams.Permanent(errBad)
+	}))
+	id := <-ids
+	for i, consumer := range []string{"B", "released"} { // with 2, then with 1 again
+		require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, consumer, 0, id, "retrycount", 2-i, "justid").Err())
+	}
+	close(fail)
+	eventuallyDone(t, client, topic)
+	require.Empty(t, deadOf(t, client, topic))
+	require.EqualValues(t, 1, <-counts)
+	require.EqualValues(t, 2, <-counts, "it is to come again")
 }

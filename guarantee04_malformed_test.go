@@ -3,15 +3,19 @@ package goxstreams_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -207,5 +211,272 @@ func TestFault29_MalformedEntriesFirst(t *testing.T) {
 			require.NoError(t, sub.Close())
 			require.Len(t, pendingOf(t, client, topic, testGroup), broken, "they come again")
 		})
+	}
+}
+
+// OnBroken panics, and then returns an error, and then is content: the entry
+// comes again each time, and the message behind it waits for none of that.
+func TestFault22_PanicInOnBroken(t *testing.T) {
+	client := newClient(t)
+	topic := topic(t)
+	var calls atomic.Int64
+	config := grouped(client)
+	config.Unmarshaler, config.Retry = panicking{}, quickRetry()
+	config.OnBroken = func(_ context.Context, b goxstreams.BrokenMessage) error {
+		switch n := calls.Add(1); {
+		case b.RetryCount != n-1 || !errors.Is(b.Err, goxstreams.ErrBroken):
+			t.Errorf("call %d is told of %d retries and %v", n, b.RetryCount, b.Err)
+			return nil
+		case n == 1:
+			panic("OnBroken")
+		case n == 2:
+			return errors.New("not now")
+		}
+		return nil
+	}
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	messages := subscribe(t, sub, topic)
+	publish(t, client, topic, "broken", "good")
+	require.Equal(t, []string{"good"}, payloads(collect(messages, 1, patience)))
+	eventuallySettled(t, client, topic, testGroup)
+	require.EqualValues(t, 3, calls.Load())
+	require.Contains(t, strings.Join(log.Errors(), "\n"), "panic: OnBroken")
+}
+
+// In goxstreams a batch leaves out what it cannot convert, stores the rest, and
+// returns no error: the producer takes the event for stored. Here such an event
+// fails the call, the error names it, and nothing is stored.
+func TestFault23_ABatchSkipsWhatItCannotConvert(t *testing.T) {
+	client, topic := newClient(t), topic(t)
+	events := make([]any, 1000)
+	for i := range events {
+		events[i] = i
+	}
+	events[637] = make(chan int) // there is no JSON for it
+	producer := goxstreams.NewProducer[any](newPublisher(t, client), goxstreams.ProducerConfig{})
+	err := producer.ProduceBatch(t.Context(), events, topic)
+	require.ErrorContains(t, err, "events[637]")
+	require.ErrorContains(t, err, topic)
+	var unsupported *json.UnsupportedTypeError
+	require.ErrorAs(t, err, &unsupported, "the Codec's own error")
+	require.Zero(t, client.Exists(t.Context(), topic).Val(), "something was stored")
+	require.NotErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
+
+	err = producer.Produce(t.Context(), events[637], topic)
+	require.ErrorContains(t, err, "events[0]")
+	require.Zero(t, client.Exists(t.Context(), topic).Val())
+
+	// The same by a Codec, which may refuse an event for what is in it.
+	refusing := goxstreams.NewProducer[int](newPublisher(t, client), goxstreams.ProducerConfig{Codec: evenCodec{}})
+	err = refusing.ProduceBatch(t.Context(), []int{0, 2, 4, 5}, topic)
+	require.ErrorContains(t, err, "events[3]")
+	require.ErrorIs(t, err, errOdd)
+	require.Zero(t, client.Exists(t.Context(), topic).Val())
+	require.NoError(t, refusing.ProduceBatch(t.Context(), []int{0, 2, 4}, topic))
+	require.EqualValues(t, 3, client.XLen(t.Context(), topic).Val())
+}
+
+type evenCodec struct{}
+
+func (evenCodec) Encode(event any) ([]byte, error) {
+	if event.(int)%2 != 0 {
+		return nil, errOdd
+	}
+	return json.Marshal(event)
+}
+
+func (evenCodec) Decode(payload []byte, event any) error { return json.Unmarshal(payload, event) }
+
+// watermill-redisstream: one entry that is no message ends the subscription. Its
+// channel closes, while its reader goes on taking entries that nobody gets; the
+// entry stays pending, and the next subscriber dies on claiming it.
+//
+// Here a broken entry is moved aside, the first time or after a claim, and the
+// next entry follows.
+func TestFault01_BrokenEntryStopsNothing(t *testing.T) {
+	client := newClient(t)
+	topic := topic(t)
+	addBroken := func() {
+		// Its metadata is no MessagePack.
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{
+			goxstreams.UUIDHeaderKey, "broken", "metadata", "\xc1", "payload", "x",
+		}}).Err())
+	}
+	dead := func() int64 { return client.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val() }
+
+	// What a process left that died on it.
+	createGroup(t, client, topic, testGroup)
+	addBroken()
+	readAs(t, client, topic, testGroup, "died", 1)
+
+	config := grouped(client)
+	config.ClaimMinIdle = 300 * time.Millisecond
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	eventually(t, func() bool { return dead() == 1 }, "the pending entry is not moved")
+
+	publish(t, client, topic, "before")
+	addBroken()
+	addBroken()
+	publish(t, client, topic, "after")
+	require.Equal(t, []string{"before", "after"}, payloads(collect(messages, 2, patience)))
+	eventuallySettled(t, client, topic, testGroup)
+	require.EqualValues(t, 3, dead())
+
+	// The subscription that met them is alive, and so is the next one.
+	publish(t, client, topic, "alive")
+	require.Equal(t, []string{"alive"}, payloads(collect(messages, 1, patience)))
+}
+
+// TestBroken: an entry that cannot be unmarshaled stops nothing.
+func TestBroken(t *testing.T) {
+	t.Parallel()
+	fields := []string{"z", "1", "broken", "\x00\xff\r\n", "a", "", "z", "2", "", "empty name", "z", "1"}
+	body := func(s string) []string { return []string{"body", `"` + s + `"`} }
+	open := func(t *testing.T, onBroken func(context.Context, goxstreams.BrokenMessage) error) (*redis.Client, string, *goxstreams.Subscriber, <-chan *message.Message) {
+		t.Parallel()
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.Unmarshaler = picky{}
+		config.Retry = quickRetry()
+		config.OnBroken = onBroken
+		sub := newSubscriber(t, config)
+		return client, topic, sub, subscribe(t, sub, topic)
+	}
+	follows := func(t *testing.T, client *redis.Client, topic string, messages <-chan *message.Message) {
+		t.Helper()
+		addRaw(t, client, topic, body("next")...)
+		msg := next(t, messages)
+		assert.Equal(t, `"next"`, string(msg.Payload))
+		msg.Ack()
+	}
+
+	t.Run("Moved", func(t *testing.T) {
+		client, topic, sub, messages := open(t, nil)
+		id := addRaw(t, client, topic, fields...)
+		follows(t, client, topic, messages)
+		eventuallySettled(t, client, topic, testGroup)
+		letters := deadLetters(t, client, topic)
+		require.Len(t, letters, 1)
+
+		// A Subscriber reads it whatever format it is set to.
+		config := grouped(client)
+		config.Unmarshaler = goxstreams.BodyMarshaler{}
+		letter := next(t, subscribe(t, newSubscriber(t, config), goxstreams.DeadLetterTopic(topic)))
+		letter.Ack()
+		assert.True(t, letters[0].Equals(letter))
+		restored, err := goxstreams.UnpackFields(letter.Payload)
+		require.NoError(t, err)
+		assert.Equal(t, fields, restored)
+		assert.Equal(t, id, letter.UUID)
+		assert.Contains(t, letter.Metadata.Get(middleware.ReasonForPoisonedKey), "this is broken")
+		assert.Equal(t, topic, letter.Metadata.Get(middleware.PoisonedTopicKey))
+		assert.Equal(t, id, letter.Metadata.Get(goxstreams.DeadEntryIDKey))
+		assert.Equal(t, testGroup, letter.Metadata.Get(goxstreams.DeadGroupKey))
+		assert.Equal(t, "broken", letter.Metadata.Get(goxstreams.DeadKindKey))
+		assert.Equal(t, "1", letter.Metadata.Get(goxstreams.DeadDeliveriesKey))
+		eventually(t, func() bool { s := stats(t, sub); return s.Broken == 1 && s.Dead == 1 })
+	})
+	t.Run("Handled", func(t *testing.T) {
+		calls := make(chan goxstreams.BrokenMessage, 10)
+		client, topic, sub, messages := open(t, func(ctx context.Context, b goxstreams.BrokenMessage) error {
+			calls <- b
+			return ctx.Err()
+		})
+		id := addRaw(t, client, topic, fields...)
+		follows(t, client, topic, messages)
+		eventuallySettled(t, client, topic, testGroup)
+		require.NoError(t, sub.Close())
+		require.Len(t, calls, 1)
+		b := <-calls
+		assert.ErrorIs(t, b.Err, goxstreams.ErrBroken)
+		assert.ErrorContains(t, b.Err, "this is broken")
+		b.Err = nil
+		assert.Equal(t, goxstreams.BrokenMessage{Topic: topic, ID: id, Fields: fields}, b)
+		assert.Empty(t, deadLetters(t, client, topic))
+	})
+	for _, how := range []string{"Error", "Panic"} {
+		t.Run(how, func(t *testing.T) {
+			calls := make(chan int64, 10)
+			client, topic, _, messages := open(t, func(_ context.Context, b goxstreams.BrokenMessage) error {
+				calls <- b.RetryCount
+				switch {
+				case b.RetryCount == 3:
+					return nil
+				case how == "Panic":
+					panic("test")
+				}
+				return errors.New("test")
+			})
+			addRaw(t, client, topic, fields...)
+			follows(t, client, topic, messages)
+			for n := range int64(4) {
+				select {
+				case got := <-calls:
+					assert.Equal(t, n, got)
+				case <-time.After(patience):
+					require.FailNow(t, "it does not come again")
+				}
+			}
+			follows(t, client, topic, messages)
+			eventuallySettled(t, client, topic, testGroup)
+			assert.Empty(t, deadLetters(t, client, topic))
+		})
+	}
+	t.Run("Hangs", func(t *testing.T) {
+		hangs, goOn := make(chan struct{}), make(chan struct{})
+		client, topic, _, messages := open(t, func(context.Context, goxstreams.BrokenMessage) error {
+			close(hangs)
+			<-goOn
+			return nil
+		})
+		addRaw(t, client, topic, fields...)
+		select {
+		case <-hangs:
+		case <-time.After(patience):
+			require.FailNow(t, "OnBroken is not called")
+		}
+		follows(t, client, topic, messages)
+		follows(t, client, topic, messages)
+		eventually(t, func() bool { return len(pendingOf(t, client, topic, testGroup)) == 1 }, "only the broken one is pending")
+		close(goOn)
+		eventuallySettled(t, client, topic, testGroup)
+	})
+}
+
+// A worker that ends its goroutine, as t.FailNow in one does, held its slot for
+// good: with MaxConcurrency 1 the topic stood still.
+func TestGoexit(t *testing.T) {
+	t.Parallel()
+	type msg = goxstreams.Message[order]
+	for name, tt := range map[string]struct {
+		worker *testWorker[order]
+		counts [3]int
+	}{
+		"Process":       {&testWorker[order]{onProcess: goexits[msg](nil)}, [3]int{3, 0, 0}},
+		"ProcessDead":   {&testWorker[order]{onProcess: fails[msg](goxstreams.Permanent(errBad)), onDead: goexits[msg](nil)}, [3]int{2, 0, 2}},
+		"ProcessBroken": {&testWorker[order]{onBroken: goexits[goxstreams.BrokenMessage](nil)}, [3]int{2, 2, 0}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			if name == "ProcessBroken" {
+				require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{"no", "message"}}).Err())
+			}
+			produce(t, client, topic, order{"cup", 1}, order{"cup", 2})
+			start(t, tt.worker, goxstreams.ConsumerConfig{Subscriber: limited(client, 3), Topic: topic})
+			eventually(t, func() bool { return tt.worker.counts() == tt.counts }, "not all are handled")
+			eventuallyDone(t, client, topic)
+			require.Empty(t, deadOf(t, client, topic))
+		})
+	}
+}
+
+// goexits ends the goroutine the first time, and then returns err.
+func goexits[T any](err error) func(context.Context, T) error {
+	var once sync.Once
+	return func(context.Context, T) error {
+		once.Do(runtime.Goexit)
+		return err
 	}
 }

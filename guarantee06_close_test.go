@@ -4,15 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
@@ -353,4 +358,750 @@ func TestFault55_CloseHasAnEnd(t *testing.T) {
 			})
 		}
 	})
+}
+
+// watermill-redisstream's Close cancels its read, which it then logs as an
+// error, and the goroutine that claims stays until its next tick: a clean
+// shutdown looks like a failure, and tests with goleak fail.
+func TestFault14_CloseLogsAnErrorAndLeaksAGoroutine(t *testing.T) {
+	testserver.RequireReal(t) // the embedded server's goroutines are this process's too
+	nothing := func(*testing.T, *goxstreams.Subscriber, <-chan *message.Message) {}
+	unsettled := func(t *testing.T, _ *goxstreams.Subscriber, messages <-chan *message.Message) {
+		msg := next(t, messages)
+		go func() { // a handler that comes to its end when it is told to
+			<-msg.Context().Done()
+			msg.Nack()
+		}()
+	}
+	waiting := func(t *testing.T, sub *goxstreams.Subscriber, messages <-chan *message.Message) {
+		next(t, messages).Nack()
+		eventually(t, func() bool { return stats(t, sub).Waiting == 1 })
+	}
+	group := goxstreams.SubscriberConfig{ConsumerGroup: testGroup}
+	concurrent := group
+	concurrent.MaxConcurrency = 8
+	patient := group
+	patient.Retry = &goxstreams.Retry{InitialInterval: time.Hour}
+	named := group
+	named.Consumer = "named"
+	noAck := group
+	noAck.NoAck = true
+	for _, tt := range []struct {
+		name    string
+		config  goxstreams.SubscriberConfig
+		publish int
+		before  func(*testing.T, *goxstreams.Subscriber, <-chan *message.Message)
+	}{
+		{"idle", group, 0, nothing},
+		{"idle, named", named, 0, nothing},
+		{"idle, NoAck", noAck, 0, nothing},
+		{"idle, fan-out", goxstreams.SubscriberConfig{}, 0, nothing},
+		{"offered to nobody", group, 50, nothing},
+		{"in a handler", concurrent, 50, unsettled},
+		{"waiting for a retry", patient, 1, waiting},
+		{"waiting for a retry, concurrently", func() goxstreams.SubscriberConfig {
+			c := patient
+			c.MaxConcurrency = 8
+			return c
+		}(), 1, waiting},
+	} {
+		for _, byContext := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, by context %t", tt.name, byContext), func(t *testing.T) {
+				topic := topic(t)
+				if tt.publish > 0 {
+					publishN(t, newClient(t), topic, tt.publish)
+				}
+				here := goleak.IgnoreCurrent()
+				client := redis.NewClient(&redis.Options{Addr: testserver.Addr(t)})
+				reading := make(chan struct{})
+				first := sync.OnceFunc(func() { close(reading) })
+				client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+					if isRead(cmd) {
+						first()
+					}
+					return next()
+				}})
+				config := tt.config
+				config.Client, config.CloseTimeout = client, 2*time.Second // half of it is the handlers'
+				log := newLogRecorder()
+				sub, err := goxstreams.NewSubscriber(config, log)
+				require.NoError(t, err)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				messages, err := sub.Subscribe(ctx, topic)
+				require.NoError(t, err)
+				<-reading
+				tt.before(t, sub, messages)
+				if byContext {
+					cancel()
+					eventually(t, func() bool { return len(sub.Stats()) == 0 }, "the subscription does not end")
+				}
+				require.NoError(t, sub.Close())
+				select {
+				case _, open := <-messages:
+					require.False(t, open)
+				default:
+					require.Fail(t, "Close returned before the channel closed")
+				}
+				require.NoError(t, client.Close())
+				require.Empty(t, log.Errors())
+				goleak.VerifyNone(t, append(testserver.LeakOptions(), here)...)
+			})
+		}
+	}
+}
+
+func isRead(cmd redis.Cmder) bool { return cmd.Name() == "xreadgroup" || cmd.Name() == "xread" }
+
+// Both peers write flags and batches from one goroutine and read them from
+// another. Here everything that the API allows happens at once, under the race
+// detector (which has to be on for this test to mean anything).
+func TestFault17_DataRaces(t *testing.T) {
+	testserver.RequireReal(t) // claims by idle time
+	client := newClient(t)
+	topic := topic(t)
+	config := grouped(client)
+	config.MaxConcurrency = 8
+	config.Retry = quickRetry()
+	config.ClaimMinIdle = 300 * time.Millisecond
+	config.ConsumerTimeout = 100 * time.Millisecond
+	config.CloseTimeout = patience
+	const messages = 600
+	var handled sync.Map
+	var wg, publishing sync.WaitGroup
+	done := make(chan struct{})
+	defer func() {
+		close(done)
+		wg.Wait()
+	}()
+	// handle acks each message at its second delivery, or later.
+	handle := func(ch <-chan *message.Message) {
+		for msg := range ch {
+			wg.Go(func() {
+				if n, _ := handled.LoadOrStore(msg.UUID, new(atomic.Int64)); n.(*atomic.Int64).Add(1) > 1 {
+					msg.Ack()
+				} else {
+					msg.Nack()
+				}
+			})
+		}
+	}
+	pub := newPublisher(t, client)
+	for range 4 {
+		publishing.Go(func() {
+			for range messages / 12 {
+				if err := pub.Publish(topic, numbered(3)...); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		wg.Go(func() { // subscribers come and go
+			for round := 0; ; round++ {
+				sub, err := goxstreams.NewSubscriber(config, newLogRecorder())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				var subscriptions sync.WaitGroup
+				for range 2 {
+					subscriptions.Go(func() {
+						ctx, cancel := context.WithCancel(context.Background())
+						defer cancel()
+						ch, err := sub.Subscribe(ctx, topic)
+						if errors.Is(err, goxstreams.ErrSubscriberClosed) {
+							return
+						} else if err != nil {
+							t.Error(err)
+							return
+						}
+						if round%2 == 0 {
+							time.AfterFunc(20*time.Millisecond, cancel)
+						}
+						handle(ch)
+					})
+				}
+				for range 2 {
+					subscriptions.Go(func() {
+						_ = sub.Stats()
+						if err := sub.SubscribeInitialize(topic); err != nil {
+							t.Error(err)
+						}
+						time.Sleep(30 * time.Millisecond) // any moment of their work will do
+						_ = sub.Close()
+						if _, err := sub.Subscribe(context.Background(), topic); !errors.Is(err, goxstreams.ErrSubscriberClosed) {
+							t.Errorf("Subscribe after Close: %v", err)
+						}
+						_ = sub.Stats()
+					})
+				}
+				subscriptions.Wait()
+				select {
+				case <-done:
+					return
+				default:
+				}
+			}
+		})
+	}
+	publishing.Wait()
+	eventuallyAll(t, func() int {
+		n := 0
+		handled.Range(func(_, deliveries any) bool {
+			if deliveries.(*atomic.Int64).Load() > 1 {
+				n++
+			}
+			return true
+		})
+		return n
+	}, messages)
+	eventuallySettled(t, client, topic, testGroup)
+}
+
+// goxstreams' Run returns at once, so that main cannot wait for the work in
+// hand; it is lost when main returns. Here Close, and the channel's end, are
+// what to wait for: handlers are done and their acks are in Redis by then.
+func TestFault22_EndCanBeAwaited(t *testing.T) {
+	t.Parallel()
+	for _, byContext := range []bool{false, true} {
+		t.Run(fmt.Sprintf("by context %t", byContext), func(t *testing.T) {
+			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if cmd.Name() == "xack" {
+					time.Sleep(50 * time.Millisecond) // to be overtaken by an end that does not wait: the longer, the surer
+				}
+				return next()
+			}})
+			topic := topic(t)
+			const n = 4
+			config := grouped(client)
+			config.MaxConcurrency, config.CloseTimeout = n, patience
+			sub := newSubscriber(t, config)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			messages, err := sub.Subscribe(ctx, topic)
+			require.NoError(t, err)
+			publishN(t, client, topic, n)
+			var inHand []*message.Message
+			for range n {
+				inHand = append(inHand, next(t, messages))
+			}
+
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				if !byContext {
+					_ = sub.Close()
+				}
+				closed(messages, patience)
+			}()
+			cancelled := make(chan struct{})
+			if byContext {
+				cancel()
+			}
+			// It waits for each of them: that it does not end early can only be seen
+			// by giving it the time that an end takes.
+			go func() {
+				defer close(cancelled)
+				for i, msg := range inHand {
+					select {
+					case <-ended:
+						t.Errorf("it ended with %d messages in hand", n-i)
+						return
+					case <-time.After(30 * time.Millisecond):
+					}
+					if err := msg.Context().Err(); err != nil {
+						t.Errorf("the context of a message in hand ended: %v", err)
+					}
+					msg.Ack()
+				}
+			}()
+			<-cancelled
+			<-ended
+			require.Empty(t, pendingOf(t, client, topic, testGroup), "acks were not seen off")
+		})
+	}
+}
+
+// watermill-redisstream: Router.Close cancels the subscription's context, and
+// the subscription does not wait for the handler that is at work. That handler
+// succeeds, its ack is dropped, and the message is handled again.
+func TestFault02_RouterCloseKeepsAcks(t *testing.T) {
+	for _, concurrency := range []int{1, 4} {
+		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
+			client := newClient(t)
+			topic := topic(t)
+			config := grouped(client)
+			config.MaxConcurrency = concurrency
+			config.CloseTimeout = patience
+
+			router, err := message.NewRouter(message.RouterConfig{CloseTimeout: patience}, watermill.NopLogger{})
+			require.NoError(t, err)
+			sub := &contextCatcher{Subscriber: newSubscriber(t, config)}
+			var working sync.WaitGroup
+			working.Add(concurrency)
+			var early atomic.Value
+			router.AddConsumerHandler("handler", topic, sub, func(msg *message.Message) error {
+				working.Done()
+				<-sub.ctx.Done() // the router is closing
+				if err := msg.Context().Err(); err != nil {
+					early.Store(err)
+				}
+				return nil
+			})
+			ran := make(chan error, 1)
+			go func() { ran <- router.Run(context.Background()) }()
+
+			publishN(t, client, topic, concurrency)
+			working.Wait()
+			require.NoError(t, router.Close())
+			require.NoError(t, <-ran)
+
+			require.Empty(t, pendingOf(t, client, topic, testGroup), "an ack is lost")
+			require.Nil(t, early.Load(), "the handler's context ended while it had time")
+			publish(t, client, topic, "next")
+			again := subscribe(t, newSubscriber(t, grouped(client)), topic)
+			require.Equal(t, []string{"next"}, payloads(collect(again, 1, patience)))
+		})
+	}
+}
+
+// contextCatcher remembers the context that it was subscribed with.
+type contextCatcher struct {
+	message.Subscriber
+	ctx context.Context
+}
+
+func (c *contextCatcher) Subscribe(ctx context.Context, topic string) (<-chan *message.Message, error) {
+	c.ctx = ctx
+	return c.Subscriber.Subscribe(ctx, topic)
+}
+
+// watermill-redisstream: a nacked message's delay is a sleep, and Close waits for
+// it: 4 s of 4 s.
+func TestFault08_CloseDoesNotWaitForARetry(t *testing.T) {
+	for _, concurrency := range []int{1, 2} {
+		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
+			const delay = time.Minute
+			client := newClient(t)
+			topic := topic(t)
+			config := grouped(client)
+			config.MaxConcurrency = concurrency
+			config.Retry = &goxstreams.Retry{InitialInterval: delay}
+			config.CloseTimeout = 10 * time.Minute
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "nacked")
+			require.True(t, next(t, messages).Nack())
+			eventually(t, func() bool { return stats(t, sub).Waiting == 1 }, "it does not wait for its retry")
+
+			began := time.Now()
+			require.NoError(t, sub.Close())
+			require.Less(t, time.Since(began), delay/2, "Close waited for the retry")
+
+			// Nor does the next consumer wait. The failure counts.
+			msg := next(t, subscribe(t, newSubscriber(t, config), topic))
+			require.EqualValues(t, 2, delivery(t, msg).Count)
+			msg.Ack()
+		})
+	}
+}
+
+// watermill-redisstream: a cancelled context does not end a blocked read. It goes
+// on after Close, for a minute, takes the next message that is published, and
+// that one is pending with a consumer that does not exist any more.
+//
+// Here Close wakes the read and waits until it has ended.
+func TestFault09_NoReadOutlivesClose(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, tt := range []struct{ name, group string }{{"Group", testGroup}, {"FanOut", ""}} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			// A server of its own, so that no blocked read is somebody else's.
+			client := testserver.Private(t).Client()
+			topic := topic(t)
+			config := goxstreams.SubscriberConfig{Client: client, ConsumerGroup: tt.group, BlockTime: 2 * patience, CloseTimeout: patience}
+			sub := newSubscriber(t, config)
+			subscribe(t, sub, topic)
+			eventuallyBlocked(t, client)
+
+			began := time.Now()
+			require.NoError(t, sub.Close())
+			require.Less(t, time.Since(began), config.BlockTime/2, "Close waited for the read")
+			require.Zero(t, blocked(t, client), "a read goes on")
+			if tt.group == "" {
+				return
+			}
+			publish(t, client, topic, "next")
+			msg := next(t, subscribe(t, newSubscriber(t, config), topic))
+			require.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Ack()
+		})
+	}
+
+	// CLIENT UNBLOCK does nothing if it arrives before the read that it is for.
+	t.Run("WokenTooEarly", func(t *testing.T) {
+		t.Parallel()
+		woken := make(chan struct{})
+		once := sync.Once{}
+		var closing atomic.Bool
+		reading := make(chan struct{}, 1)
+		client := testserver.Private(t).Client()
+		client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, run func() error) error {
+			switch cmd.Name() {
+			case "xreadgroup": // held up until a wake-up was in vain
+				select {
+				case reading <- struct{}{}:
+				default:
+				}
+				<-woken
+			case "client":
+				err := run()
+				if closing.Load() && strings.EqualFold(fmt.Sprint(cmd.Args()[1]), "unblock") {
+					once.Do(func() { close(woken) })
+				}
+				return err
+			}
+			return run()
+		}})
+		config := grouped(client)
+		config.BlockTime = 2 * patience
+		config.CloseTimeout = patience
+		sub := newSubscriber(t, config)
+		subscribe(t, sub, topic(t))
+		<-reading
+		closing.Store(true)
+		began := time.Now()
+		require.NoError(t, sub.Close())
+		require.Less(t, time.Since(began), config.BlockTime/2, "the read was woken once only, too early")
+	})
+}
+
+// TestClose is about how long Close takes and what it leaves.
+func TestClose(t *testing.T) {
+	t.Parallel()
+	// An idle subscription is blocked in a read. What wakes it may be slow.
+	for name, when := range map[string]string{"SlowRequest": "before", "SlowAnswer": "after", "Undisturbed": ""} {
+		t.Run("Idle/"+name, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			var slow atomic.Bool
+			wait := func(now string) {
+				if slow.Load() && when == now {
+					time.Sleep(time.Second) // the fault
+				}
+			}
+			config := grouped(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if !isCommand("client", "unblock")(cmd) {
+					return next()
+				}
+				wait("before")
+				err := next()
+				wait("after")
+				return err
+			}}))
+			config.BlockTime = time.Minute
+			config.CloseTimeout = patience
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "first")
+			next(t, messages).Ack()
+			eventuallySettled(t, client, topic, testGroup)
+			slow.Store(true)
+			began := time.Now()
+			closing := make(chan error)
+			go func() { closing <- sub.Close() }()
+			publish(t, client, topic, "while it closes")
+			require.NoError(t, <-closing)
+			assert.Less(t, time.Since(began), time.Second+slack, "it waits for the read")
+			publish(t, client, topic, "after")
+			takesNothing(t, client, topic, "while it closes", "after")
+		})
+	}
+	for _, right := range []string{"-client|unblock", "-client|id", "-client"} {
+		t.Run("Idle/Without"+right, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, client := topic(t), newClient(t)
+			config := grouped(aclUser(t, client, right))
+			config.BlockTime = time.Minute
+			config.CloseTimeout = patience
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "first")
+			next(t, messages).Ack()
+			eventuallySettled(t, client, topic, testGroup)
+			began := time.Now()
+			require.NoError(t, sub.Close())
+			assert.Less(t, time.Since(began), time.Second+slack)
+			publish(t, client, topic, "after")
+			takesNothing(t, client, topic, "after")
+		})
+	}
+
+	const timeout, grace = 2 * time.Second, time.Second
+	open := func(t *testing.T) (*redis.Client, string, *goxstreams.Subscriber, func() chan struct{}, *message.Message) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := claiming(client)
+		config.CloseTimeout = timeout
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "")
+		msg := next(t, messages)
+		closing := func() chan struct{} {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				assert.NoError(t, sub.Close())
+				_, open := <-messages
+				assert.False(t, open, "the channel is not closed")
+			}()
+			return done
+		}
+		return client, topic, sub, closing, msg
+	}
+	t.Run("Drain", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		done := closing()
+		during(t, grace/2, func() bool { return msg.Context().Err() == nil }, "the context ends before the grace")
+		msg.Ack()
+		<-done
+		assert.Empty(t, pendingOf(t, client, topic, testGroup), "the ack is lost")
+	})
+	t.Run("Grace", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		began := time.Now()
+		done := closing()
+		<-msg.Context().Done()
+		took := time.Since(began)
+		assert.ErrorIs(t, context.Cause(msg.Context()), goxstreams.ErrSubscriberClosed)
+		assert.GreaterOrEqual(t, took, timeout-grace-50*time.Millisecond)
+		msg.Nack() // because of the shutdown, which is no failure; later than timeout it would not be released any more
+		<-done
+		rows := pendingOf(t, client, topic, testGroup)
+		require.Len(t, rows, 1)
+		assert.Equal(t, "released", rows[0].Consumer)
+		config := grouped(client)
+		config.ClaimMinIdle = 5 * time.Minute
+		msg = next(t, subscribe(t, newSubscriber(t, config), topic))
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		msg.Ack()
+	})
+	t.Run("AckInTheGrace", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		done := closing()
+		<-msg.Context().Done()
+		msg.Ack()
+		<-done
+		assert.Empty(t, pendingOf(t, client, topic, testGroup), "the ack is lost")
+	})
+	t.Run("Abandon", func(t *testing.T) {
+		client, topic, _, closing, msg := open(t)
+		consumer := delivery(t, msg).Consumer
+		began := time.Now()
+		done := closing()
+		<-done // the handler ignores it all
+		took := time.Since(began)
+		assert.GreaterOrEqual(t, took, timeout-50*time.Millisecond)
+		assert.Less(t, took, timeout+slack)
+		select {
+		case <-msg.Nacked():
+		default:
+			assert.Fail(t, "whoever waits for the outcome waits for ever")
+		}
+		assert.False(t, msg.Ack())
+		rows := pendingOf(t, client, topic, testGroup)
+		require.Len(t, rows, 1)
+		assert.Equal(t, consumer, rows[0].Consumer, "the handler may still be at work")
+		assert.Zero(t, rows[0].RetryCount, "this delivery does not count")
+		msg = next(t, subscribe(t, newSubscriber(t, claiming(client)), topic))
+		assert.GreaterOrEqual(t, time.Since(began), minIdle)
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		msg.Ack()
+	})
+}
+
+// takesNothing shows that a closed consumer has not kept these messages: another
+// one gets them at once, as if they had never been delivered.
+func takesNothing(t testing.TB, client *redis.Client, topic string, want ...string) {
+	t.Helper()
+	config := grouped(client)
+	config.ClaimMinIdle = 5 * time.Minute
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	var got []string
+	for range want {
+		msg := next(t, messages)
+		assert.EqualValues(t, 1, delivery(t, msg).Count)
+		got = append(got, string(msg.Payload))
+		msg.Ack()
+	}
+	assert.ElementsMatch(t, want, got)
+	eventuallySettled(t, client, topic, testGroup)
+}
+
+// TestConsumerNames: names that nobody uses leave the group, with nothing lost.
+func TestConsumerNames(t *testing.T) {
+	t.Parallel()
+	t.Run("Close", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.CloseTimeout = patience // after which the name would stay
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		publish(t, client, topic, "")
+		next(t, messages).Ack()
+		assert.Len(t, consumersOf(t, client, topic), 1)
+		require.NoError(t, sub.Close())
+		assert.Empty(t, consumersOf(t, client, topic))
+	})
+	t.Run("CloseWithSomethingPending", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		config := grouped(client)
+		config.CloseTimeout = 10 * time.Millisecond
+		sub := newSubscriber(t, config)
+		publish(t, client, topic, "")
+		msg := next(t, subscribe(t, sub, topic))
+		require.NoError(t, sub.Close()) // abandons it
+		assert.Equal(t, []string{delivery(t, msg).Consumer}, consumersOf(t, client, topic))
+		assert.Len(t, pendingOf(t, client, topic, testGroup), 1)
+	})
+	t.Run("Janitor", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t)
+		topic, client := topic(t), newClient(t)
+		publishN(t, client, topic, 2)
+		createGroup(t, client, topic, testGroup)
+		require.NoError(t, client.XGroupCreateConsumer(t.Context(), topic, testGroup, "idle").Err())
+		busy := readAs(t, client, topic, testGroup, "busy", 1)
+		config := grouped(client)
+		config.ClaimMinIdle = 5 * time.Minute
+		config.ConsumerTimeout = 200 * time.Millisecond
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		held := next(t, messages)
+		live := delivery(t, held).Consumer
+		eventually(t, func() bool { return !slices.Contains(consumersOf(t, client, topic), "idle") })
+		// Longer than two rounds of the janitor, in which whoever is idle goes.
+		during(t, 3*config.ConsumerTimeout, func() bool {
+			names := consumersOf(t, client, topic)
+			return slices.Contains(names, "busy") && slices.Contains(names, live)
+		}, "a consumer with something pending is removed")
+		held.Ack()
+		eventually(t, func() bool {
+			rows := pendingOf(t, client, topic, testGroup)
+			return len(rows) == 1 && rows[0].ID == busy[0]
+		})
+		// If the live one is removed, that must not cost it a message.
+		require.NoError(t, client.XGroupDelConsumer(t.Context(), topic, testGroup, live).Err())
+		publish(t, client, topic, "last")
+		msg := next(t, messages)
+		assert.Equal(t, "last", string(msg.Payload))
+		msg.Ack()
+	})
+}
+
+// Found by TestFault17 on a busy machine: a renewal that is sent late takes back
+// what its own process has released in the meantime. The entries are then pending
+// for a consumer that is gone, and come again only when their time is up, not at once.
+func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	admin := newClient(t)
+	topic := topic(t)
+	const n = 20
+	publishN(t, admin, topic, n)
+
+	renewing, released, renewed := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	begin, end, again := sync.OnceFunc(func() { close(renewing) }), sync.OnceFunc(func() { close(released) }), sync.OnceFunc(func() { close(renewed) })
+	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		switch {
+		case isRenewal(cmd):
+			begin()
+			select {
+			case <-released:
+				defer again()
+			case <-time.After(300 * time.Millisecond): // a Close that does not wait for it takes a fraction of that
+			}
+		case isRelease(cmd):
+			defer end()
+		}
+		return next()
+	}})
+	config := grouped(client)
+	config.ClaimMinIdle = 600 * time.Millisecond
+	config.CloseTimeout = patience
+	config.MaxConcurrency = n
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	inHand := next(t, messages) // the others are offered, or prefetched
+	eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) > 1 })
+	<-renewing
+	go func() {
+		<-renewed // while a handler is at work, leases are renewed
+		inHand.Ack()
+	}()
+	require.NoError(t, sub.Close())
+	for _, p := range pendingOf(t, admin, topic, testGroup) {
+		require.Equal(t, "released", p.Consumer, "who holds %s", p.ID)
+		require.Zero(t, p.RetryCount)
+	}
+}
+
+// A handler does not heed the end of its context, and CloseTimeout is over. The
+// message stays pending in its name, since it may still be at work; but a
+// shutdown is no failure, so that this delivery does not count.
+func TestRelease_AbandonedDeliveryDoesNotCount(t *testing.T) {
+	t.Parallel()
+	client := newClient(t)
+	topic := topic(t)
+	const n = 5
+	config := grouped(client)
+	config.MaxConcurrency, config.CloseTimeout = n, 100*time.Millisecond
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	messages := subscribe(t, sub, topic)
+	publishN(t, client, topic, n)
+	for range n {
+		next(t, messages)
+	}
+	require.NoError(t, sub.Close())
+	rows := pendingOf(t, client, topic, testGroup)
+	require.Len(t, rows, n)
+	for _, p := range rows {
+		require.NotEqual(t, "released", p.Consumer)
+		require.Zero(t, p.RetryCount)
+	}
+	require.Empty(t, log.Errors())
+}
+
+// A middleware gave up on a handler that went on, and gave the message a new
+// context, while the subscription read the handler's name from it: a data race,
+// which the race detector finds here, and a dead letter without the name.
+func TestStragglerSetsContext(t *testing.T) {
+	t.Parallel()
+	const n = 20
+	client, topic := newClient(t), topic(t)
+	config := limited(client, 3)
+	config.MaxConcurrency = n
+	var stragglers sync.WaitGroup
+	hardTimeout := func(message.HandlerFunc) message.HandlerFunc {
+		return func(msg *message.Message) ([]*message.Message, error) {
+			stragglers.Go(func() { msg.SetContext(context.Background()) })
+			return nil, goxstreams.Permanent(errBad)
+		}
+	}
+	publishN(t, client, topic, n)
+	stop := routed(t, newSubscriber(t, config), topic, nil, goxstreams.Retry{}.Middleware, hardTimeout)
+	eventually(t, func() bool { return len(deadOf(t, client, topic)) == n })
+	stop()
+	stragglers.Wait()
+	for _, letter := range deadOf(t, client, topic) {
+		require.Equal(t, "handler", letter.Handler)
+	}
 }

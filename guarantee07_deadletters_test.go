@@ -2,12 +2,20 @@ package goxstreams_test
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
@@ -131,4 +139,530 @@ func TestFault41_ManyCannotBeMoved(t *testing.T) {
 	eventuallySettled(t, client, topic, testGroup)
 	require.Equal(t, n, handled.total(), "each is handled once")
 	require.EqualValues(t, n, client.XLen(t.Context(), dead).Val())
+}
+
+// With DeleteAcked and one group, what died leaves the stream too, on every
+// server: otherwise nothing ever would take it out.
+func TestMove_DeleteAcked(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic := topic(t)
+	client := newClient(t)
+	config := grouped(client)
+	config.DeleteAcked = true
+	config.Retry = &goxstreams.Retry{MaxRetries: -1}
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	publish(t, client, topic, "dies")
+	next(t, messages).Nack()
+	ctx := context.Background()
+	eventually(t, func() bool { return client.XLen(ctx, goxstreams.DeadLetterTopic(topic)).Val() == 1 }, "no dead letter")
+	require.Zero(t, client.XLen(ctx, topic).Val())
+	require.Empty(t, pendingOf(t, client, topic, testGroup))
+}
+
+// Redis does not take the count of a dead message for a while, before its worker
+// is asked: that is one outage, which ends once.
+func TestMove_WorkersOutage(t *testing.T) {
+	t.Parallel()
+	topic := topic(t)
+	var refused atomic.Int32
+	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if isClaim(cmd) && refused.Add(1) <= 4 {
+			return errors.New("no answer")
+		}
+		return next()
+	}})
+	worker := &testWorker[order]{onProcess: fails[goxstreams.Message[order]](goxstreams.Permanent(errors.New("permanent")))}
+	log := newLogRecorder()
+	consumer := newConsumer[order](t, worker, goxstreams.ConsumerConfig{Topic: topic, Subscriber: limited(client, 2)}, log)
+	running := run(t, consumer)
+	produce(t, newClient(t), topic, order{})
+	eventually(t, func() bool { return worker.counts()[2] == 1 }, "the worker is not asked")
+	running.stop(t)
+	outages := slices.DeleteFunc(log.Errors(), func(line string) bool { return !strings.HasPrefix(line, "Redis does not serve") })
+	require.Len(t, outages, 1)
+}
+
+// goxstreams deletes dead and broken entries, and never acks them: they are gone
+// for every other group too, handled there or not, and its own group keeps them
+// pending for ever. Here they are acked, in their group, and stay in the stream.
+func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
+	client := newClient(t)
+	topic := topic(t)
+	const groups = 3
+	config := grouped(client)
+	config.Retry = quickRetry()
+	config.Retry.MaxRetries = 1
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	for i := range groups {
+		createGroup(t, client, topic, fmt.Sprint("other", i))
+	}
+	// In one of the others the entries are in hand.
+	publish(t, client, topic, "dead", "filtered", "good")
+	addRaw(t, client, topic, "no", "message")
+	before := entriesOf(t, client, topic)
+	held := readAs(t, client, topic, "other0", "consumer", len(before))
+	go settling(messages, goxstreams.DeadLetter{ShouldDeadLetter: isBad}.Middleware(func(msg *message.Message) ([]*message.Message, error) {
+		switch string(msg.Payload) {
+		case "dead":
+			return nil, errOther
+		case "filtered":
+			return nil, errBad
+		}
+		return nil, nil
+	}))
+	eventually(t, func() bool { s := stats(t, sub); return s.Dead == 3 && s.Acked == 1 })
+	eventuallySettled(t, client, topic, testGroup)
+	require.NoError(t, sub.Close())
+
+	require.Len(t, lettersIn(t, client, goxstreams.DeadLetterTopic(topic)), 3)
+	require.Equal(t, before, entriesOf(t, client, topic), "the stream is as it was")
+	infos, err := client.XInfoGroups(t.Context(), topic).Result()
+	require.NoError(t, err)
+	for _, info := range infos {
+		switch info.Name {
+		case testGroup:
+			require.Zero(t, info.Pending)
+			require.Equal(t, before[len(before)-1].id, info.LastDeliveredID)
+		case "other0":
+			require.EqualValues(t, len(before), info.Pending)
+		default:
+			require.Contains(t, []string{"0-0", "0"}, info.LastDeliveredID)
+		}
+	}
+	// All of the others still get all of it.
+	got, err := client.XClaim(t.Context(), &redis.XClaimArgs{Stream: topic, Group: "other0", Consumer: "next", Messages: held}).Result()
+	require.NoError(t, err)
+	require.Len(t, got, len(before))
+	for i := 1; i < groups; i++ {
+		readAs(t, client, topic, fmt.Sprint("other", i), "consumer", len(before))
+	}
+}
+
+// Most who have dead letters add them, and then ack: a process that ends in
+// between leaves the message pending, and the next one adds it again. Here both
+// are one step. The process ends before and after each of its commands in turn,
+// from the handler's error on.
+func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	// What the process has that ends, and the one that takes over.
+	type process func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc)
+	open := func(t *testing.T, client *redis.Client) *goxstreams.Subscriber {
+		config := grouped(client)
+		config.ClaimMinIdle = 300 * time.Millisecond
+		config.Retry = quickRetry()
+		config.Retry.MaxRetries = 5
+		config.CloseTimeout = 50 * time.Millisecond // of the one whose commands go nowhere
+		return newSubscriber(t, config)
+	}
+	fail := func(*message.Message) ([]*message.Message, error) { return nil, goxstreams.Permanent(errOther) }
+	ours := func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc) {
+		return open(t, client), goxstreams.DeadLetter{}.Middleware(fail)
+	}
+	// XADD, then XACK: this is how to see that the test would notice.
+	theirs := func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc) {
+		poison, err := middleware.PoisonQueue(newPublisher(t, client), goxstreams.DeadLetterTopic(topic))
+		require.NoError(t, err)
+		return open(t, client), poison(fail)
+	}
+	// crash returns how many dead letters there are in the end, and whether the
+	// process had so many commands.
+	crash := func(t *testing.T, p process, at int, before bool) (letters int64, hit bool) {
+		topic, admin := topic(t), newClient(t)
+		cut := &scissors{}
+		sub, handler := p(t, cut.client(t), topic)
+		messages := subscribe(t, sub, topic)
+		publish(t, admin, topic, "payload")
+		msg := next(t, messages)
+		cut.arm(at, before, func() bool { cut.killed = true; return true })
+		if _, err := handler(msg); err != nil {
+			msg.Nack()
+		} else {
+			msg.Ack()
+		}
+		stream := goxstreams.DeadLetterTopic(topic)
+		// Until it is dead, or has nothing left to do; its renewals and claims are
+		// commands too, but come later.
+		eventually(t, func() bool { return !cut.alive() || stats(t, sub).InFlight == 0 })
+		_, hit = cut.disarm()
+		cut.kill()
+		go sub.Close() // waited for in the cleanup
+
+		second, handler := p(t, admin, topic)
+		go settling(subscribe(t, second, topic), handler)
+		eventuallySettled(t, admin, topic, testGroup)
+		// What is pending no more was moved or acked before.
+		require.NoError(t, second.Close())
+		return admin.XLen(context.Background(), stream).Val(), hit
+	}
+	for _, tt := range []struct {
+		name string
+		process
+		once bool
+	}{{"DeadLetter", ours, true}, {"PoisonQueue", theirs, false}} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var twice int
+			const most = 30
+			at := 1
+			for again := true; again && at < most; at++ {
+				again = false
+				for _, before := range []bool{true, false} {
+					letters, hit := crash(t, tt.process, at, before)
+					again = again || hit
+					require.Positive(t, letters, "lost, by an end at command %d, before it: %t", at, before)
+					if letters > 1 {
+						twice++
+					}
+				}
+			}
+			require.Less(t, at, most, "there is no end")
+			require.Equal(t, tt.once, twice == 0, "%d times there were two", twice)
+		})
+	}
+}
+
+// A process is stopped while its read waits, the entry is delivered to it, and
+// another one claims it and buries it. When the process goes on, it has just read
+// what is nobody's any more: it must not take that for a lost group, put the entry
+// back, and bury it again.
+func TestLateAnswer_MovedOnce(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const minIdle = 500 * time.Millisecond
+	client, topic := newClient(t), topic(t)
+	config := func(c redis.UniversalClient, retries int) goxstreams.SubscriberConfig {
+		return goxstreams.SubscriberConfig{
+			Client: c, ConsumerGroup: "g", ClaimMinIdle: minIdle, BlockTime: minIdle / 2,
+			Retry: &goxstreams.Retry{MaxRetries: retries, InitialInterval: time.Millisecond},
+		}
+	}
+	g := &gate{}
+	gated := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), Dialer: g.dial, ReadTimeout: time.Minute})
+	t.Cleanup(func() { require.NoError(t, gated.Close()) })
+	sub := newSubscriber(t, config(gated, 1))
+	stopped, err := sub.Subscribe(t.Context(), topic)
+	require.NoError(t, err)
+	require.NoError(t, newPublisher(t, client).Publish(topic, numbered(1)...))
+	(<-stopped).Ack() // it reads
+	require.Eventually(t, func() bool { return pendingCount(t, client, topic) == 0 }, time.Minute, time.Millisecond)
+	g.Lock()
+	require.NoError(t, newPublisher(t, client).Publish(topic, numbered(1)...))
+	require.Eventually(t, func() bool { return pendingCount(t, client, topic) == 1 }, time.Minute, time.Millisecond)
+
+	dead := goxstreams.DeadLetterTopic(topic)
+	other, err := newSubscriber(t, config(client, -1)).Subscribe(t.Context(), topic)
+	require.NoError(t, err)
+	msg := <-other
+	msg.Nack()
+	require.Eventually(t, func() bool { return client.XLen(t.Context(), dead).Val() == 1 }, time.Minute, time.Millisecond)
+	g.Unlock()
+	(<-stopped).Nack()
+	again := 0
+	require.Eventually(t, func() bool {
+		select {
+		case msg := <-stopped:
+			again++
+			msg.Nack()
+		default:
+		}
+		return sub.Stats()[0].InFlight == 0
+	}, time.Minute, time.Millisecond)
+	require.Zero(t, again, "it was put back, and came again")
+	require.EqualValues(t, 1, client.XLen(t.Context(), dead).Val())
+	require.Zero(t, pendingCount(t, client, topic))
+}
+
+func pendingCount(t testing.TB, client redis.UniversalClient, topic string) int64 {
+	t.Helper()
+	p, err := client.XPending(t.Context(), topic, "g").Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return -1
+	}
+	return p.Count
+}
+
+// A message is dead, and the group is lost just before it is moved. It is put
+// back into the group that is made again, and then moved: it must not be taken
+// for settled, which it never was.
+func TestMove_GroupLostMeanwhile(t *testing.T) {
+	t.Parallel()
+	topic := topic(t)
+	plain := newClient(t)
+	var once sync.Once
+	lose := &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+		if isMove(cmd) {
+			once.Do(func() { require.NoError(t, plain.XGroupDestroy(ctx, topic, testGroup).Err()) })
+		}
+		return next()
+	}}
+	config := grouped(newClient(t, lose))
+	config.MaxConcurrency = 2
+	config.Retry = &goxstreams.Retry{MaxRetries: -1}
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, plain, topic, "held", "dead")
+	held, dead := next(t, messages), next(t, messages)
+	if string(held.Payload) == "dead" {
+		held, dead = dead, held
+	}
+	dead.Nack()
+	eventually(t, func() bool {
+		n, err := plain.XLen(context.Background(), goxstreams.DeadLetterTopic(topic)).Result()
+		return err == nil && n == 1
+	}, "the dead message is in neither stream")
+	require.NoError(t, held.Context().Err())
+	held.Ack()
+	eventually(t, func() bool { return len(pendingOf(t, plain, topic, testGroup)) == 0 }, "something stays pending")
+	require.EqualValues(t, 1, plain.XLen(context.Background(), goxstreams.DeadLetterTopic(topic)).Val())
+}
+
+// The group is made anew by somebody else while a message is in hand that then dies.
+func TestGroupRemade_Dies(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, how := range []string{"permanent", "exhausted"} {
+		t.Run(how, func(t *testing.T) {
+			topic, admin := topic(t), newClient(t)
+			config := grouped(newClient(t)) // ClaimMinIdle 60s: a renewal is far away
+			config.Retry = quickRetry()
+			if how == "exhausted" {
+				config.Retry.MaxRetries = -1
+			}
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			publish(t, admin, topic, "in hand")
+			msg := next(t, messages)
+			_, err := admin.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+				p.XGroupDestroy(t.Context(), topic, testGroup)
+				p.XGroupCreate(t.Context(), topic, testGroup, "$")
+				return nil
+			})
+			require.NoError(t, err)
+			if how == "permanent" {
+				_, err = goxstreams.Retry{}.Middleware(func(*message.Message) ([]*message.Message, error) {
+					return nil, goxstreams.Permanent(errors.New("bad"))
+				})(msg)
+				require.Error(t, err)
+			}
+			msg.Nack()
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+			letters := admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val()
+			pending := len(pendingOf(t, admin, topic, testGroup))
+			assert.EqualValues(t, 1, letters+int64(pending), "lost")
+		})
+	}
+}
+
+// The answer to a burial is lost, and the next tries are refused (a replica, OOM); renewals go on meanwhile.
+func TestMove_LostAnswerThenRefused(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	var evals atomic.Int64
+	h := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if !isMove(cmd) {
+			return next()
+		}
+		switch n := evals.Add(1); {
+		case n == 1:
+			_ = next()
+			return io.EOF
+		case n < 7:
+			return redisError("READONLY You can't write against a read only replica.")
+		}
+		return next()
+	}}
+	config := claiming(newClient(t, h))
+	config.Retry = quickRetry()
+	config.Retry.MaxRetries = -1
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "dies")
+	next(t, messages).Nack()
+	eventually(t, func() bool { return evals.Load() >= 1 })
+	eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+	assert.EqualValues(t, 1, admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val())
+}
+
+// Dead messages that Redis refuses to move were tried again at a fixed delay, and
+// before anything new: with enough of them nothing else was ever handled.
+func TestUnmovableDoNotStarve(t *testing.T) {
+	t.Parallel()
+	const bad = 500
+	// starve kills many messages with that client, and expects the last one.
+	starve := func(t *testing.T, admin, client *redis.Client, topic string, refuse func()) {
+		var mu sync.Mutex
+		tries := make(map[string][]time.Time) // to move an entry
+		client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+			if isMove(cmd) {
+				mu.Lock()
+				id := fmt.Sprint(cmd.Args()[6])
+				tries[id] = append(tries[id], time.Now())
+				mu.Unlock()
+			}
+			return next()
+		}})
+		publishN(t, admin, topic, bad)
+		publish(t, admin, topic, "good")
+		begin, handled := make(chan struct{}), make(chan struct{})
+		messages := subscribe(t, newSubscriber(t, limited(client, 3)), topic)
+		go settling(messages, goxstreams.Retry{}.Middleware(func(msg *message.Message) ([]*message.Message, error) {
+			<-begin
+			if string(msg.Payload) != "good" {
+				return nil, goxstreams.Permanent(errBad)
+			}
+			close(handled)
+			return nil, nil
+		}))
+		refuse()
+		close(begin)
+		eventuallyAll(t, func() int { // each of the bad ones is tried, and then the good one is handled
+			select {
+			case <-handled:
+				return bad + 1
+			default:
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			return len(tries)
+		}, bad+1)
+
+		const n = 5
+		eventually(t, func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			for _, times := range tries {
+				if len(times) < n {
+					continue
+				}
+				for i := 1; i < n; i++ { // 40 ms, doubling, half of it at least
+					assert.GreaterOrEqual(t, times[i].Sub(times[i-1]), 10*time.Millisecond<<i, "try %d", i)
+				}
+				return true
+			}
+			return false
+		}, "it does not try again")
+		eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) == bad }, "the dead are to stay pending, alone")
+	}
+	t.Run("OOM", func(t *testing.T) {
+		t.Parallel()
+		server := testserver.Private(t)
+		admin := server.Client()
+		starve(t, admin, server.Client(), topic(t), func() {
+			require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "1").Err())
+		})
+	})
+	t.Run("NOPERM", func(t *testing.T) {
+		t.Parallel()
+		testserver.RequireReal(t) // it has ACLs
+		admin, topic := newClient(t), topic(t)
+		starve(t, admin, aclUser(t, admin, "resetkeys", "~"+topic), topic, func() {})
+	})
+}
+
+// A dead message whose stream was deleted before it could be moved vanished: it
+// was neither in the log nor in Stats.
+func TestDeletedBeforeTheMove(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"entry", "stream"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			client, topic, log := newClient(t), topic(t), newLogRecorder()
+			var full atomic.Bool
+			full.Store(true)
+			tried := make(chan struct{}, 1000)
+			config := limited(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if full.Load() && isMove(cmd) {
+					tried <- struct{}{}
+					return redisError("OOM command not allowed when used memory > 'maxmemory'.")
+				}
+				return next()
+			}}), -1)
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "x")
+			msg := next(t, messages)
+			id := delivery(t, msg).ID
+			msg.Nack()
+			<-tried
+			if what == "stream" {
+				require.NoError(t, client.Del(t.Context(), topic).Err())
+			} else {
+				require.NoError(t, client.XDel(t.Context(), topic, id).Err())
+			}
+			full.Store(false)
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "the deleted message stays in flight")
+			eventually(t, func() bool { return client.XPending(t.Context(), topic, testGroup).Err() == nil }, "the group is not made again")
+			eventuallySettled(t, client, topic, testGroup)
+			said := func() []string {
+				return append(logLinesWith(log.Errors(), "Message lost"), logLinesWith(log.Errors(), "Messages lost")...)
+			}
+			eventually(t, func() bool { return stats(t, sub).Lost == 1 && len(said()) == 1 }, "it is not said")
+			// A further try to move it, after 80 ms at most, says nothing more.
+			during(t, 300*time.Millisecond, func() bool { return stats(t, sub).Lost == 1 && len(said()) == 1 }, "it is said again")
+			require.Zero(t, stats(t, sub).Dead)
+			if what == "stream" {
+				require.Contains(t, said()[0], "entries:1")
+			} else {
+				require.Contains(t, said()[0], id)
+			}
+		})
+	}
+}
+
+// A message that dies on a dead-letter stream was an Error in the log each time
+// that it came again, for ever.
+func TestDeadOnADeadLetterStream(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	bury(t, client, topic, "x")
+	stream := goxstreams.DeadLetterTopic(topic)
+	for came := int64(0); came < 10; { // two processes
+		log := newLogRecorder()
+		sub := newSubscriberLog(t, limited(client, -1), log)
+		handler, _ := failing(always(errOther)...)
+		go settling(subscribe(t, sub, stream), handler)
+		came += 5
+		eventually(t, func() bool {
+			rows := pendingOf(t, client, stream, testGroup)
+			return len(rows) == 1 && rows[0].RetryCount >= came
+		}, "it does not come again")
+		require.Len(t, logLinesWith(log.Errors(), "died on a dead-letter stream"), 1)
+		require.NoError(t, sub.Close())
+		require.Len(t, pendingOf(t, client, stream, testGroup), 1)
+		require.Len(t, deadOf(t, client, topic), 1)
+	}
+}
+
+// DeadLetter.Topic was not asked where SubscriberConfig.Retry decided that the
+// message dies, after the middlewares; and a Topic that panicked ended the process.
+func TestTopicOfTheDead(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		topic     func(string) string
+		elsewhere int
+		logged    int
+	}{
+		"named":  {elsewhere("bad"), 1, 0},
+		"panics": {func(string) string { panic("what a pity") }, 0, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client, topic, log := newClient(t), topic(t), newLogRecorder()
+			config := grouped(client)
+			config.Retry = &goxstreams.Retry{ShouldRetry: func(middleware.RetryParams) bool { return false }}
+			sub := newSubscriberLog(t, config, log)
+			handler, calls := failing(always(errOther)...)
+			go settling(subscribe(t, sub, topic), goxstreams.DeadLetter{Topic: tt.topic}.Middleware(handler))
+			publish(t, client, topic, "x")
+			eventually(t, func() bool { return stats(t, sub).Dead == 1 })
+			require.EqualValues(t, 1, calls.Load())
+			require.Len(t, lettersIn(t, client, elsewhere("bad")(topic)), tt.elsewhere)
+			require.Len(t, deadOf(t, client, topic), 1-tt.elsewhere)
+			require.Len(t, logLinesWith(log.Errors(), "DeadLetter panicked"), tt.logged)
+		})
+	}
 }

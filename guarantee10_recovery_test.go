@@ -3,9 +3,12 @@ package goxstreams_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -752,4 +755,593 @@ func TestFault33_GroupMadeAnewWhileMessagesWait(t *testing.T) {
 			eventuallySettled(t, client, topic, testGroup)
 		})
 	}
+}
+
+// goxstreams asks whether the group exists and then makes it: of several
+// processes that start at once, some fail with BUSYGROUP (25 of 120). That the
+// group is there is what was wanted.
+func TestFault18_GroupCreationFailsAtOnce(t *testing.T) {
+	client := newClient(t)
+	for range 5 {
+		topic := topic(t)
+		start := make(chan struct{})
+		var wg sync.WaitGroup
+		for i := range 24 {
+			sub := newSubscriber(t, grouped(client))
+			wg.Go(func() {
+				<-start
+				if i%2 == 0 {
+					if err := sub.SubscribeInitialize(topic); err != nil {
+						t.Error(err)
+					}
+				}
+				if _, err := sub.Subscribe(context.Background(), topic); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		close(start)
+		wg.Wait()
+		groups, err := client.XInfoGroups(context.Background(), topic).Result()
+		require.NoError(t, err)
+		require.Len(t, groups, 1)
+	}
+}
+
+// That the group exists must not move it either: what it has not read yet stays
+// to be read.
+func TestFault18_ExistingGroupKeepsItsPlace(t *testing.T) {
+	client := newClient(t)
+	topic := topic(t)
+	config := grouped(client)
+	require.NoError(t, newSubscriber(t, config).SubscribeInitialize(topic))
+	publishN(t, client, topic, 3)
+	config.StartID = "$"
+	sub := newSubscriber(t, config)
+	require.NoError(t, sub.SubscribeInitialize(topic))
+	require.Len(t, collect(subscribe(t, sub, topic), 3, patience), 3)
+}
+
+// What Redis can answer, or not answer. goxstreams ends the process by log.Fatal
+// on some of it. Here every command gets the same error for a while, and
+// then the subscription goes on where it was, by itself.
+func TestFault22_ErrorEndsTheProcess(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	for _, fault := range []error{
+		errors.New("no Redis error at all"),
+		net.ErrClosed,
+		context.DeadlineExceeded,
+		redis.ErrPoolTimeout,
+		redisError("ERR unknown command"),
+		redisError("NOPERM this user has no permissions"),
+		redisError("NOAUTH Authentication required."),
+		redisError("LOADING Redis is loading the dataset in memory"),
+		redisError("READONLY You can't write against a read only replica."),
+		redisError("OOM command not allowed when used memory > 'maxmemory'."),
+		redisError("MASTERDOWN Link with MASTER is down"),
+		redisError("NOREPLICAS Not enough good replicas to write."),
+		redisError("CLUSTERDOWN The cluster is down"),
+		redisError("BUSY Redis is busy running a script."),
+		redisError("MISCONF Redis is configured to save RDB snapshots"),
+		redisError("WRONGTYPE Operation against a key holding the wrong kind of value"),
+		redisError("NOGROUP No such key"),
+		redisError("UNBLOCKED force unblock from blocking operation, instance state changed"),
+		redisError("-1"),
+		redis.Nil,
+	} {
+		t.Run(fmt.Sprint(fault), func(t *testing.T) {
+			t.Parallel()
+			var failing atomic.Bool
+			var failed, worked sync.Map
+			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				name := cmd.Name()
+				if isRenewal(cmd) {
+					name = "renewal"
+				} else if isClaim(cmd) {
+					name = "claim"
+				}
+				if !failing.Load() {
+					worked.Store(name, true)
+					return next()
+				}
+				failed.Store(name, true)
+				return fault
+			}})
+			admin := newClient(t)
+			topic := topic(t)
+			config := grouped(client)
+			config.MaxConcurrency, config.Retry = 4, quickRetry()
+			config.BlockTime = 50 * time.Millisecond // so that reads notice
+			config.ClaimMinIdle = 600 * time.Millisecond
+			sub := newSubscriber(t, config)
+			messages := subscribe(t, sub, topic)
+			want := publishN(t, admin, topic, 3)
+			toAck, toNack, toKeep := next(t, messages), next(t, messages), next(t, messages)
+
+			failing.Store(true)
+			want = append(want, publishN(t, admin, topic, 10)...)
+			toAck.Ack()
+			toNack.Nack()
+			for _, name := range []string{"xreadgroup", "xack", "claim", "xpending", "renewal"} {
+				eventually(t, func() bool { _, ok := failed.Load(name); return ok }, name)
+			}
+			if fault != redis.Nil { // which is an answer: nothing there
+				eventually(t, func() bool { return errors.Is(stats(t, sub).Err, fault) }, "Stats does not show the outage")
+			}
+			worked.Clear()
+			failing.Store(false)
+
+			got := map[string]bool{toAck.UUID: true}
+			for len(got) < len(want)-1 { // toNack again, and the new ones
+				msg := next(t, messages)
+				require.NotEqual(t, toKeep.UUID, msg.UUID, "a message in hand was delivered again")
+				msg.Ack()
+				got[msg.UUID] = true
+			}
+			eventually(t, func() bool { _, ok := worked.Load("renewal"); return ok }, "leases are not renewed any more")
+			require.NoError(t, context.Cause(toKeep.Context()))
+			toKeep.Ack()
+			got[toKeep.UUID] = true
+			for _, id := range want {
+				require.Contains(t, got, id)
+			}
+			eventuallySettled(t, admin, topic, testGroup)
+			eventually(t, func() bool { return stats(t, sub).Err == nil }, "Stats shows the outage still")
+		})
+	}
+}
+
+// Both peers: after FLUSHALL, XGROUP DESTROY or DEL, every read fails with
+// NOGROUP for ever; the group is made only when subscribing.
+//
+// Here the group is made again. What was in hand then is still this
+// subscription's: nobody gets it a second time, and its ack counts.
+func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, tt := range []struct {
+		name  string
+		lose  func(ctx context.Context, client *redis.Client, topic string) error
+		stays bool // the stream's entries
+	}{
+		{"DESTROY", func(ctx context.Context, client *redis.Client, topic string) error {
+			return client.XGroupDestroy(ctx, topic, testGroup).Err()
+		}, true},
+		{"DEL", func(ctx context.Context, client *redis.Client, topic string) error {
+			return client.Del(ctx, topic).Err()
+		}, false},
+		{"FLUSHALL", func(ctx context.Context, client *redis.Client, _ string) error {
+			return client.FlushAll(ctx).Err()
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			client := testserver.Private(t).Client()
+			topic := topic(t)
+			log := newLogRecorder()
+			config := grouped(client)
+			config.MaxConcurrency = 2
+			config.BlockTime = time.Minute // it must notice sooner
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			publish(t, client, topic, "acked")
+			require.Len(t, collect(messages, 1, patience), 1)
+			eventuallySettled(t, client, topic, testGroup)
+			publish(t, client, topic, "in hand")
+			held := next(t, messages)
+			eventuallyBlocked(t, client)
+			eventuallyLater(t, client, delivery(t, held).ID)
+			require.NoError(t, tt.lose(t.Context(), client, topic))
+			publish(t, client, topic, "1", "2", "3")
+			require.Equal(t, []string{"1", "2", "3"}, payloads(collect(messages, 3, patience)))
+			require.NoError(t, held.Context().Err())
+			if tt.stays {
+				eventually(t, func() bool {
+					rows := pendingOf(t, client, topic, testGroup)
+					return len(rows) == 1 && rows[0].ID == delivery(t, held).ID
+				}, "what is in hand is not pending again")
+			}
+			require.True(t, held.Ack())
+			eventuallySettled(t, client, topic, testGroup)
+			eventually(t, func() bool { return stats(t, sub).Err == nil }, "the outage goes on")
+
+			publish(t, client, topic, "after")
+			require.Equal(t, []string{"after"}, payloads(collect(messages, 1, patience)))
+			require.LessOrEqual(t, len(log.Errors()), 3, "the log is flooded: %s", log.Errors())
+			require.Contains(t, strings.Join(log.Errors(), "\n"), "group was lost")
+		})
+	}
+
+	// The stream that follows may begin with IDs that the old one has passed: the
+	// server's clock was set back, or the IDs are given by hand.
+	t.Run("SmallerIDs", func(t *testing.T) {
+		client := newClient(t)
+		topic := topic(t)
+		messages := subscribe(t, newSubscriber(t, grouped(client)), topic)
+		publish(t, client, topic, "old")
+		require.Len(t, collect(messages, 1, patience), 1)
+		eventuallySettled(t, client, topic, testGroup)
+		require.NoError(t, client.Del(t.Context(), topic).Err())
+		for _, id := range []string{"1-1", "1-2"} {
+			require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{
+				goxstreams.UUIDHeaderKey, id, "payload", id,
+			}}).Err())
+		}
+		require.Equal(t, []string{"1-1", "1-2"}, payloads(collect(messages, 2, patience)))
+	})
+}
+
+// TestRestart: the server is restarted twice while 10 goroutines publish and a
+// subscription consumes. Everything arrives.
+func TestRestart(t *testing.T) {
+	t.Parallel()
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			t.Parallel()
+			const publishers, each = 10, 200
+			server := testserver.Private(t, "--appendonly", "yes", "--appendfsync", "always")
+			client, topic := server.Client(), topic(t)
+			config := goxstreams.SubscriberConfig{Client: client, MaxConcurrency: mode.concurrency}
+			if mode.grouped {
+				config = claiming(client)
+				config.MaxConcurrency = mode.concurrency
+			}
+			sub := newSubscriber(t, config)
+			handled := newTally()
+			handled.handle(subscribe(t, sub, topic), nil)
+
+			var published, unknown atomic.Int64
+			var all []string
+			var running sync.WaitGroup
+			for p := range publishers {
+				for i := range each {
+					all = append(all, fmt.Sprintf("%d-%d", p, i))
+				}
+				running.Go(func() {
+					pub := newPublisher(t, client)
+					for i := range each {
+						msg := message.NewMessage(fmt.Sprintf("%d-%d", p, i), nil)
+						for err := pub.Publish(topic, msg); err != nil; err = pub.Publish(topic, msg) {
+							if errors.Is(err, goxstreams.ErrOutcomeUnknown) {
+								unknown.Add(1) // it may be stored twice now
+							}
+							time.Sleep(10 * time.Millisecond) // or the log fills up; how long does not matter
+						}
+						published.Add(1)
+						time.Sleep(2 * time.Millisecond) // so that the restarts hit more of it
+					}
+				})
+			}
+			for _, part := range []int{3, 2} {
+				eventuallyAll(t, func() int { return int(published.Load()) }, publishers*each/part)
+				server.Restart()
+			}
+			running.Wait()
+			eventuallyAll(t, handled.len, len(all))
+			assert.True(t, handled.has(all), "not everything arrives")
+			t.Logf("%d outcomes were unknown", unknown.Load())
+			if !mode.grouped {
+				return
+			}
+			eventuallySettled(t, client, topic, testGroup)
+			require.NoError(t, sub.Close())
+			// The server had written down what it had delivered, so that no entry
+			// comes twice.
+			for id, n := range handled.entries {
+				assert.Equal(t, 1, n, "entry %s", id)
+			}
+			assert.Equal(t, map[int64]int{1: len(handled.entries)}, handled.counts, "entries by delivery count")
+			assert.LessOrEqual(t, len(handled.entries), len(all)+int(unknown.Load()))
+		})
+	}
+}
+
+// TestServerAway: Redis counts idle time also while it is frozen or down, and
+// no holder can renew. Then all that is in hand looks abandoned, and is not:
+// claiming on idle time alone takes it from living holders, if one of them is a
+// little slower to come back than a claimer. Here all of them are.
+func TestServerAway(t *testing.T) {
+	t.Parallel()
+	for name, away := range map[string]func(s *testserver.Server, d time.Duration){
+		"Frozen": func(s *testserver.Server, d time.Duration) { s.Freeze(); time.Sleep(d); s.Thaw() },
+		"Down":   func(s *testserver.Server, d time.Duration) { s.Kill(); time.Sleep(d); s.Restart() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := testserver.Private(t, "--appendonly", "yes", "--appendfsync", "always")
+			client, topic := server.Client(), topic(t)
+			const minIdle = 2400 * time.Millisecond // the slower holders are within a third of it
+			var unreachable atomic.Bool
+			slow := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if unreachable.Load() && isRenewal(cmd) {
+					return io.EOF
+				}
+				return next()
+			}}
+			var subs [2]*goxstreams.Subscriber
+			var out [2]<-chan *message.Message
+			for i := range subs {
+				config := claiming(server.Client())
+				config.Client.(*redis.Client).AddHook(slow)
+				config.ClaimMinIdle = minIdle
+				config.MaxConcurrency = 16 // room for what the other one has, all of it
+				subs[i] = newSubscriber(t, config)
+				out[i] = subscribe(t, subs[i], topic)
+			}
+			publishN(t, client, topic, 8)
+			var held []*message.Message
+			for len(held) < 8 {
+				select {
+				case msg := <-out[0]:
+					held = append(held, msg)
+				case msg := <-out[1]:
+					held = append(held, msg)
+				case <-time.After(patience):
+					require.FailNow(t, "no message came")
+				}
+			}
+			for _, messages := range out {
+				go func() {
+					for msg := range messages {
+						d, _ := goxstreams.DeliveryFromContext(msg.Context())
+						assert.Fail(t, "a message in hand was claimed", "%+v", d)
+						msg.Ack()
+					}
+				}()
+			}
+			unreachable.Store(true)
+			away(server, 2*minIdle+minIdle/2)
+			time.AfterFunc(minIdle/16, func() { unreachable.Store(false) })
+			// A claim on idle time alone comes at the first look, one on two
+			// sightings without a renewal between them within claimTime.
+			during(t, minIdle*4/3+2*claimInterval+minIdle/3, func() bool {
+				return !slices.ContainsFunc(held, func(msg *message.Message) bool { return msg.Context().Err() != nil })
+			}, "a context ended")
+			for _, sub := range subs {
+				assert.Zero(t, stats(t, sub).Claimed)
+				assert.NoError(t, stats(t, sub).Err)
+			}
+			rows := pendingOf(t, client, topic, testGroup)
+			require.Len(t, rows, len(held))
+			for _, row := range rows {
+				assert.EqualValues(t, 1, row.RetryCount)
+			}
+			for _, msg := range held {
+				msg.Ack()
+			}
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+}
+
+// TestGroupLost: the group disappears, in one of the ways in which that happens.
+func TestGroupLost(t *testing.T) {
+	t.Parallel()
+	type server struct{ client *redis.Client }
+	losses := []struct {
+		name     string
+		entries  bool // the stream stays
+		disaster func(t *testing.T, client *redis.Client, topic string)
+	}{
+		{"Destroy", true, func(t *testing.T, client *redis.Client, topic string) {
+			require.NoError(t, client.XGroupDestroy(t.Context(), topic, testGroup).Err())
+		}},
+		{"DestroyAndCreateAtTheEnd", true, func(t *testing.T, client *redis.Client, topic string) {
+			_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+				p.XGroupDestroy(t.Context(), topic, testGroup)
+				p.XGroupCreate(t.Context(), topic, testGroup, "$")
+				return nil
+			})
+			require.NoError(t, err)
+		}},
+		{"Delete", false, func(t *testing.T, client *redis.Client, topic string) {
+			require.NoError(t, client.Del(t.Context(), topic).Err())
+		}},
+		{"Flush", false, func(t *testing.T, client *redis.Client, _ string) {
+			require.NoError(t, client.FlushAll(t.Context()).Err())
+		}},
+	}
+	for _, loss := range losses {
+		open := func(t *testing.T) server {
+			if loss.name == "Flush" {
+				return server{testserver.Private(t).Client()}
+			}
+			testserver.RequireReal(t)
+			return server{newClient(t)}
+		}
+		t.Run(loss.name+"/Idle", func(t *testing.T) {
+			t.Parallel()
+			client, topic := open(t).client, topic(t)
+			messages := subscribe(t, newSubscriber(t, claiming(client)), topic)
+			publish(t, client, topic, "before")
+			before := next(t, messages)
+			before.Ack()
+			eventuallySettled(t, client, topic, testGroup)
+
+			eventuallyLater(t, client, delivery(t, before).ID)
+			loss.disaster(t, client, topic)
+			publish(t, client, topic, "after")
+			msg := next(t, messages)
+			assert.Equal(t, "after", string(msg.Payload))
+			assert.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Ack()
+			eventuallySettled(t, client, topic, testGroup)
+		})
+		t.Run(loss.name+"/InFlight", func(t *testing.T) {
+			t.Parallel()
+			client, topic := open(t).client, topic(t)
+			log := newLogRecorder()
+			config := claiming(client)
+			config.MaxConcurrency = 4
+			config.Retry = &goxstreams.Retry{InitialInterval: 2 * time.Second} // the disaster comes before that
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			in := make(map[string]*message.Message)
+			publish(t, client, topic, "acked", "nacked", "finishes", "waits")
+			for range 4 {
+				msg := next(t, messages)
+				in[string(msg.Payload)] = msg
+			}
+			in["acked"].Ack()
+			in["waits"].Nack()
+			eventually(t, func() bool { s := stats(t, sub); return s.Waiting == 1 && s.InFlight == 3 })
+
+			eventuallyLater(t, client, delivery(t, in["waits"]).ID)
+			loss.disaster(t, client, topic)
+			publish(t, client, topic, "after")
+			in["after"] = next(t, messages)
+			assert.EqualValues(t, 1, delivery(t, in["after"]).Count)
+			in["after"].Ack()
+			assert.NoError(t, in["nacked"].Context().Err())
+			assert.NoError(t, in["finishes"].Context().Err())
+			in["nacked"].Nack()
+			in["finishes"].Ack()
+
+			if loss.entries {
+				again := make(map[string]int64)
+				for range 2 {
+					msg := next(t, messages)
+					again[string(msg.Payload)] = delivery(t, msg).Count
+					msg.Ack()
+				}
+				assert.Equal(t, map[string]int64{"nacked": 2, "waits": 2}, again)
+			}
+			eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "something is kept for ever")
+			eventuallySettled(t, client, topic, testGroup)
+			// Whatever is to come once more would come before this one, or instead.
+			publish(t, client, topic, "last")
+			msg := next(t, messages)
+			assert.Equal(t, "last", string(msg.Payload))
+			msg.Ack()
+			if !loss.entries {
+				eventually(t, func() bool { return stats(t, sub).Lost >= 2 }, "that messages are lost is not said")
+			}
+			eventually(t, func() bool { return stats(t, sub).Err == nil })
+			assert.True(t, slices.ContainsFunc(log.Errors(), func(l string) bool { return strings.Contains(l, "group") }), "it is not logged: %v", log.Errors())
+		})
+	}
+}
+
+// TestRecovery: Redis refuses a command for a while.
+func TestRecovery(t *testing.T) {
+	t.Parallel()
+	for _, command := range []string{"xreadgroup", "xack", "xclaim"} {
+		t.Run("NOPERM/"+command, func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t)
+			topic, admin, log := topic(t), newClient(t), newLogRecorder()
+			client := aclUser(t, admin)
+			var tries atomic.Int64
+			client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+				if cmd.Name() == command || command == "xclaim" && isRenewal(cmd) {
+					tries.Add(1)
+				}
+				return next()
+			}})
+			config := claiming(client)
+			config.MaxConcurrency = 2
+			config.BlockTime = 50 * time.Millisecond // 7.0 still serves a read that waits
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			publish(t, admin, topic, "held")
+			held := next(t, messages)
+
+			setUser(t, admin, client.Options().Username, "-"+command)
+			if command == "xack" {
+				held.Ack()
+			}
+			eventually(t, func() bool { return stats(t, sub).Err != nil })
+			assert.Regexp(t, "NOPERM|ACL failure in script|executing the script can't", stats(t, sub).Err.Error())
+			assert.WithinDuration(t, time.Now(), stats(t, sub).Since, patience)
+			before := tries.Load()
+			eventually(t, func() bool { return tries.Load() >= before+3 }, "it does not try again")
+			publish(t, admin, topic, "meanwhile")
+			began, ended := outageLogged(log)
+			assert.Equal(t, 1, began, "logged: %v", log.Errors())
+			assert.Zero(t, ended)
+
+			setUser(t, admin, client.Options().Username, "+"+command)
+			msg := next(t, messages)
+			assert.Equal(t, "meanwhile", string(msg.Payload))
+			assert.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Ack()
+			if command != "xack" {
+				assert.NoError(t, held.Context().Err(), "the lease is lost")
+				held.Ack()
+			}
+			eventuallySettled(t, admin, topic, testGroup)
+			eventually(t, func() bool { return stats(t, sub).Err == nil })
+			assert.EqualValues(t, 2, stats(t, sub).Delivered)
+			eventuallyLogged(t, log, 1)
+		})
+	}
+	t.Run("OOM", func(t *testing.T) {
+		t.Parallel()
+		server := testserver.Private(t)
+		topic, admin, log := topic(t), server.Client(), newLogRecorder()
+		client := server.Client()
+		var moves atomic.Int64
+		client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+			if isMove(cmd) {
+				moves.Add(1)
+			}
+			return next()
+		}})
+		config := claiming(client)
+		config.Retry = &goxstreams.Retry{MaxRetries: -1, InitialInterval: 20 * time.Millisecond}
+		sub := newSubscriberLog(t, config, log)
+		messages := subscribe(t, sub, topic)
+		publish(t, admin, topic, "dies", "lives")
+		msg := next(t, messages)
+		require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "1").Err())
+		msg.Nack()
+		msg = next(t, messages)
+		assert.Equal(t, "lives", string(msg.Payload), "the dead one is handled again, or holds up the others")
+		msg.Ack()
+		eventually(t, func() bool { return moves.Load() >= 3 }, "it does not try again")
+		require.Error(t, stats(t, sub).Err)
+		assert.ErrorContains(t, stats(t, sub).Err, "OOM")
+		began, _ := outageLogged(log)
+		assert.Equal(t, 1, began, "logged: %v", log.Errors())
+		assert.Len(t, pendingOf(t, admin, topic, testGroup), 1)
+
+		require.NoError(t, admin.ConfigSet(t.Context(), "maxmemory", "0").Err())
+		eventuallySettled(t, admin, topic, testGroup)
+		eventually(t, func() bool { return stats(t, sub).Err == nil })
+		eventuallyLogged(t, log, 1)
+		require.NoError(t, sub.Close())
+		letters := deadLetters(t, admin, topic)
+		require.Len(t, letters, 1)
+		assert.Equal(t, "dies", string(letters[0].Payload))
+	})
+}
+
+// The group is made anew by somebody else; this consumer reads something new before it renews what it has.
+func TestGroupRemade_ReadsOn(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	config := claiming(newClient(t))
+	config.MaxConcurrency = 2
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "old")
+	old := next(t, messages)
+	_, err := admin.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+		p.XGroupDestroy(t.Context(), topic, testGroup)
+		p.XGroupCreate(t.Context(), topic, testGroup, "$")
+		p.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{goxstreams.UUIDHeaderKey, "x", "payload", "new"}})
+		return nil
+	})
+	require.NoError(t, err)
+	fresh := next(t, messages)
+	require.Equal(t, "new", string(fresh.Payload))
+	select { // until a renewal found it missing, or put it back
+	case <-old.Context().Done():
+	case <-time.After(2 * minIdle):
+	}
+	old.Nack()
+	fresh.Ack()
+	assert.Equal(t, []string{"old"}, payloads(collect(messages, 1, patience)), "lost")
 }

@@ -455,3 +455,119 @@ func TestFault63_PublishWithinPublish(t *testing.T) {
 		finish(t, "Publish", func() error { return pub.Publish(name, plainMessages(1)...) })
 	})
 }
+
+// A pooled connection that somebody left with a WATCH: EXEC answers nil.
+func TestPublish_WatchLeftBehind(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	client := redis.NewClient(&redis.Options{Addr: admin.Options().Addr, PoolSize: 1})
+	t.Cleanup(func() { client.Close() })
+	pub := newPublisher(t, client)
+	two := func() error {
+		return pub.Publish(topic, message.NewMessage("a", nil), message.NewMessage("b", nil))
+	}
+	require.NoError(t, two())
+	_, err := client.Pipelined(t.Context(), func(p redis.Pipeliner) error { return p.Do(t.Context(), "watch", topic).Err() })
+	require.NoError(t, err)
+	publish(t, admin, topic, "by somebody else")
+	require.ErrorIs(t, two(), redis.TxFailedErr)
+	require.Len(t, stored(t, admin, topic), 3)
+	require.NoError(t, two(), "EXEC ends the WATCH")
+	require.Len(t, stored(t, admin, topic), 5)
+}
+
+// TestResend: go-redis, as it is by default, sends a command again when the answer
+// is lost: MaxRetries 3. What this library sends it does not, and nothing is stored
+// or counted twice.
+func TestResend(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	admin := testserver.Client(t)
+	open := func(t *testing.T) (*mute, *redis.Client) {
+		m := &mute{}
+		client := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), Dialer: m.dial})
+		t.Cleanup(func() { _ = client.Close() })
+		return m, client
+	}
+	requireLost := func(t *testing.T, m *mute, most int) {
+		t.Helper()
+		lost, sent := m.done()
+		require.True(t, lost, "no answer was lost")
+		require.LessOrEqual(t, sent, most, "it was sent again")
+	}
+	t.Run("go-redis itself stores twice", func(t *testing.T) { // else the rest proves nothing
+		m, client := open(t)
+		topic := topic(t)
+		m.next("xadd")
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{"a", "b"}}).Err())
+		require.Len(t, entriesOf(t, admin, topic), 2)
+	})
+	t.Run("Publish", func(t *testing.T) {
+		for _, n := range []int{1, 3} {
+			m, client := open(t)
+			topic := topic(t)
+			pub := newPublisher(t, client)
+			require.NoError(t, pub.Publish(topic+"-", numbered(2)...)) // asks for MULTI
+			m.next("xadd")
+			err := pub.Publish(topic, numbered(n)...)
+			require.ErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
+			requireLost(t, m, n)
+			require.Len(t, stored(t, admin, topic), n)
+		}
+	})
+	t.Run("Replay and Delete", func(t *testing.T) {
+		m, client := open(t)
+		topic := topic(t)
+		letters := lettersOf(t, admin, topic, 2)
+		q := queueOf(t, client, goxstreams.DeadLetterTopic(topic))
+		m.next("eval")
+		_, err := q.Replay(t.Context(), letters[0].ID)
+		require.ErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
+		requireLost(t, m, 1)
+		m.next("xdel")
+		_, err = q.Delete(t.Context(), letters[1].ID)
+		require.ErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
+		requireLost(t, m, 1)
+		require.Len(t, entriesOf(t, admin, topic), 2)
+		require.Empty(t, entriesOf(t, admin, goxstreams.DeadLetterTopic(topic)))
+	})
+	for _, command := range []string{"-- dead-letter", "-- take", "xack", "xreadgroup"} {
+		t.Run("Subscriber/"+command, func(t *testing.T) {
+			t.Parallel()
+			m, client := open(t)
+			topic, log := topic(t), newLogRecorder()
+			config := claiming(client)
+			config.BlockTime = 100 * time.Millisecond
+			config.Retry = quickRetry()
+			config.Retry.MaxRetries = 2
+			config.ClaimMinIdle = 10 * time.Minute // no renewals, nothing else is claimed
+			config.ClaimInterval = 50 * time.Millisecond
+			sub := newSubscriberLog(t, config, log)
+			messages := subscribe(t, sub, topic)
+			m.next(command)
+			publish(t, admin, topic, "flaky", "dies")
+			msg := next(t, messages)
+			require.Equal(t, "flaky", string(msg.Payload))
+			require.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Nack()
+			msg = next(t, messages)
+			require.EqualValues(t, 2, delivery(t, msg).Count, "a claim is counted once")
+			msg.Ack()
+			for count := range int64(3) {
+				msg = next(t, messages)
+				require.Equal(t, "dies", string(msg.Payload))
+				require.EqualValues(t, count+1, delivery(t, msg).Count)
+				msg.Nack()
+			}
+			eventuallySettled(t, admin, topic, testGroup)
+			eventually(t, func() bool { lost, _ := m.done(); return lost }, "no answer was lost")
+			require.NoError(t, sub.Close())
+			letters := lettersIn(t, admin, goxstreams.DeadLetterTopic(topic))
+			require.Len(t, letters, 1)
+			require.EqualValues(t, 3, letters[0].Deliveries)
+			began, _ := outageLogged(log)
+			assert.LessOrEqual(t, began, 1, strings.Join(log.Errors(), "\n"))
+		})
+	}
+}

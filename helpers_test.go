@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,12 +14,14 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
@@ -494,4 +497,370 @@ func connections(t testing.TB, admin redis.UniversalClient, name string) []strin
 		}
 	}
 	return conns
+}
+
+// addPending publishes a message and delivers it to the consumer, in one step,
+// so that no other one gets it. It stays pending: its consumer died. It returns
+// the entry's ID.
+func addPending(t testing.TB, client *redis.Client, topic, consumer, payload string) string {
+	t.Helper()
+	values, err := goxstreams.DefaultMarshaler{}.Marshal(topic, message.NewMessage(watermill.NewUUID(), message.Payload(payload)))
+	require.NoError(t, err)
+	var add *redis.StringCmd
+	_, err = client.TxPipelined(context.Background(), func(p redis.Pipeliner) error {
+		add = p.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, Values: values})
+		p.XReadGroup(context.Background(), &redis.XReadGroupArgs{
+			Group: testGroup, Consumer: consumer, Streams: []string{topic, ">"}, Count: 1, Block: -1,
+		})
+		return nil
+	})
+	require.NoError(t, err)
+	return add.Val()
+}
+
+// panicking panics in Unmarshal until told to stop, for the payload "broken".
+type panicking struct{ goxstreams.DefaultMarshaler }
+
+func (p panicking) Unmarshal(values map[string]any) (*message.Message, error) {
+	if values["payload"] == "broken" {
+		panic("Unmarshal")
+	}
+	return p.DefaultMarshaler.Unmarshal(values)
+}
+
+type redisError string
+
+func (e redisError) Error() string { return string(e) }
+
+func (redisError) RedisError() {}
+
+func poisonOf(topic string) string { return topic + ".poison" }
+
+var errOdd = errors.New("odd")
+
+// eventuallyBlocked waits until a client of the server is blocked in a read.
+func eventuallyBlocked(t *testing.T, client *redis.Client) {
+	t.Helper()
+	eventually(t, func() bool { return blocked(t, client) > 0 }, "nobody reads")
+}
+
+// blocked returns how many clients of the server wait in a read.
+func blocked(t *testing.T, client *redis.Client) int {
+	t.Helper()
+	list, err := client.ClientList(context.Background()).Result()
+	require.NoError(t, err)
+	n := 0
+	for line := range strings.Lines(list) {
+		if strings.Contains(line, " flags=b") && strings.Contains(line, " cmd=xread") {
+			n++
+		}
+	}
+	return n
+}
+
+const (
+	// minIdle is ClaimMinIdle where its running out is waited for: so long that
+	// a busy machine does not let a lease run out by itself.
+	minIdle = 1500 * time.Millisecond
+	// claimInterval is ClaimInterval there.
+	claimInterval = 100 * time.Millisecond
+	// claimTime is how long a takeover takes at most, by the guarantee.
+	claimTime = minIdle*4/3 + 2*claimInterval
+	// slack is what a busy machine may add to that: all that a bound from above tells is that nothing else was waited
+	// for. (How long things take exactly is shown in virtual time.)
+	slack = 5 * time.Second
+)
+
+// claiming is grouped, with the times above.
+func claiming(client redis.UniversalClient) goxstreams.SubscriberConfig {
+	config := grouped(client)
+	config.ClaimMinIdle = minIdle
+	config.ClaimInterval = claimInterval
+	return config
+}
+
+// during checks a condition again and again for as long as given. It is for
+// what must not happen: the caller says why it would have happened by then.
+func during(t testing.TB, d time.Duration, condition func() bool, msgAndArgs ...any) {
+	t.Helper()
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if !condition() {
+			require.FailNow(t, "it happened", msgAndArgs...)
+		}
+	}
+}
+
+// tally collects what several consumers have handled.
+type tally struct {
+	mu      sync.Mutex
+	uuids   map[string]int
+	entries map[string]int // by entry ID
+	counts  map[int64]int  // by delivery count
+}
+
+func newTally() *tally {
+	return &tally{uuids: make(map[string]int), entries: make(map[string]int), counts: make(map[int64]int)}
+}
+
+func (c *tally) add(msg *message.Message) {
+	d, _ := goxstreams.DeliveryFromContext(msg.Context())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.uuids[msg.UUID]++
+	c.entries[d.ID]++
+	c.counts[d.Count]++
+}
+
+// has reports whether each of the messages was handled.
+func (c *tally) has(uuids []string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.uuids) >= len(uuids) && hasAll(c.uuids, uuids)
+}
+
+func (c *tally) len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.uuids)
+}
+
+// total returns how many messages were handled, those that were handled more than
+// once as often.
+func (c *tally) total() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := 0
+	for _, times := range c.uuids {
+		n += times
+	}
+	return n
+}
+
+// handle acks every message after calling work, each in a goroutine of its own
+// as Watermill's router does, and counts it.
+func (c *tally) handle(messages <-chan *message.Message, work func(*message.Message)) {
+	go func() {
+		var handlers sync.WaitGroup
+		for msg := range messages {
+			handlers.Go(func() {
+				if work != nil {
+					work(msg)
+				}
+				c.add(msg)
+				msg.Ack()
+			})
+		}
+		handlers.Wait()
+	}()
+}
+
+// claimAs takes the entry over, as a consumer does that thinks the holder dead.
+func claimAs(t testing.TB, client redis.UniversalClient, topic, consumer, id string) {
+	t.Helper()
+	got, err := client.XClaim(context.Background(), &redis.XClaimArgs{
+		Stream: topic, Group: testGroup, Consumer: consumer, Messages: []string{id},
+	}).Result()
+	require.NoError(t, err)
+	require.Len(t, got, 1)
+}
+
+// leaseLost waits until the message's context has ended because of a lost lease.
+func leaseLost(t testing.TB, msg *message.Message) {
+	t.Helper()
+	select {
+	case <-msg.Context().Done():
+		require.ErrorIs(t, context.Cause(msg.Context()), goxstreams.ErrLeaseLost)
+	case <-time.After(patience):
+		require.FailNow(t, "the context of a message whose lease is lost does not end")
+	}
+}
+
+// loseReply returns a hook that says that the connection broke, after the n-th
+// command for which match is true has run; and the number of commands that it
+// did that to.
+func loseReply(n int64, match func(cmd redis.Cmder) bool) (*hook, *atomic.Int64) {
+	var seen, lost atomic.Int64
+	return &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		err := next()
+		if err != nil || !match(cmd) || seen.Add(1) != n {
+			return err
+		}
+		lost.Add(1)
+		return io.EOF
+	}}, &lost
+}
+
+func isCommand(name string, args ...any) func(redis.Cmder) bool {
+	return func(cmd redis.Cmder) bool {
+		if cmd.Name() != name {
+			return false
+		}
+		for _, arg := range args {
+			if !slices.Contains(cmd.Args(), arg) {
+				return false
+			}
+		}
+		return true
+	}
+}
+
+// aclUser returns a client with all rights but for the rules given.
+func aclUser(t testing.TB, admin *redis.Client, rules ...string) *redis.Client {
+	t.Helper()
+	name := watermill.NewShortUUID()
+	setUser(t, admin, name, append([]string{"on", ">" + name, "~*", "&*", "+@all"}, rules...)...)
+	t.Cleanup(func() { admin.Do(context.Background(), "acl", "deluser", name) })
+	client := redis.NewClient(&redis.Options{Addr: admin.Options().Addr, Username: name, Password: name})
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+func setUser(t testing.TB, admin *redis.Client, name string, rules ...string) {
+	t.Helper()
+	args := []any{"acl", "setuser", name}
+	for _, rule := range rules {
+		args = append(args, rule)
+	}
+	require.NoError(t, admin.Do(context.Background(), args...).Err())
+}
+
+// picky rejects entries with the field "broken".
+type picky struct{ goxstreams.BodyMarshaler }
+
+func (p picky) Unmarshal(values map[string]any) (*message.Message, error) {
+	if _, ok := values["broken"]; ok {
+		return nil, errors.New("this is broken")
+	}
+	return p.BodyMarshaler.Unmarshal(values)
+}
+
+func addRaw(t testing.TB, client *redis.Client, topic string, fields ...string) string {
+	t.Helper()
+	id, err := client.XAdd(context.Background(), &redis.XAddArgs{Stream: topic, Values: fields}).Result()
+	require.NoError(t, err)
+	return id
+}
+
+// hasCommand reports whether the server knows the command.
+func hasCommand(t testing.TB, client *redis.Client, name string) bool {
+	t.Helper()
+	v, err := client.Do(context.Background(), "command", "info", name).Slice()
+	require.NoError(t, err)
+	return len(v) > 0 && v[0] != nil
+}
+
+func consumersOf(t testing.TB, client *redis.Client, topic string) []string {
+	t.Helper()
+	infos, err := client.XInfoConsumers(context.Background(), topic, testGroup).Result()
+	require.NoError(t, err)
+	var names []string
+	for _, info := range infos {
+		names = append(names, info.Name)
+	}
+	return names
+}
+
+// outageLogged counts what a log says of outages' beginnings and ends.
+func outageLogged(log logRecorder) (began, ended int) {
+	for _, l := range log.Errors() {
+		if strings.Contains(l, "does not serve") {
+			began++
+		}
+	}
+	for _, l := range log.Infos() {
+		if strings.Contains(l, "serves the subscription again") {
+			ended++
+		}
+	}
+	return began, ended
+}
+
+// eventuallyLogged waits until the log says that so many outages began, and as
+// many ended: Stats knows of an end a moment before.
+func eventuallyLogged(t testing.TB, log logRecorder, outages int) {
+	t.Helper()
+	eventually(t, func() bool { _, ended := outageLogged(log); return ended >= outages }, "the end is not logged")
+	began, ended := outageLogged(log)
+	assert.Equal(t, outages, began, "logged: %v", log.Errors())
+	assert.Equal(t, outages, ended)
+}
+
+// A gate keeps back, while it is locked, what connections have read.
+type gate struct{ sync.RWMutex }
+
+func (g *gate) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+	return gatedConn{conn, g}, err
+}
+
+type gatedConn struct {
+	net.Conn
+	gate *gate
+}
+
+func (c gatedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.gate.RLock()
+	defer c.gate.RUnlock()
+	return n, err
+}
+
+// A mute loses the answer to the next command of a name, after the server has run
+// it, and counts how often the command was sent from then on.
+type mute struct {
+	mu   sync.Mutex
+	word []byte // as it stands in a command; nil: nothing is lost
+	sent int
+	lost bool
+}
+
+func (m *mute) next(command string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.word, m.sent, m.lost = []byte("\r\n"+command+"\r\n"), 0, false
+	if strings.HasPrefix(command, "--") { // a script's first line
+		m.word = []byte("\r\n" + command + "\n")
+	}
+}
+
+// done reports whether an answer was lost, and how often its command was sent.
+func (m *mute) done() (lost bool, sent int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.lost, m.sent
+}
+
+func (m *mute) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	return &muteConn{turnConn: turnConn{Conn: conn}, m: m}, nil
+}
+
+type muteConn struct {
+	turnConn
+	m    *mute
+	lose bool
+}
+
+func (c *muteConn) Write(b []byte) (int, error) {
+	c.m.mu.Lock()
+	if n := bytes.Count(bytes.ToLower(b), c.m.word); c.m.word != nil && n > 0 {
+		c.m.sent += n
+		c.lose = !c.m.lost
+		c.m.lost = true
+	}
+	c.m.mu.Unlock()
+	return c.turnConn.Write(b)
+}
+
+func (c *muteConn) Read(b []byte) (int, error) {
+	n, err := c.turnConn.Read(b)
+	if !c.lose || err != nil {
+		return n, err
+	}
+	c.readAll(b[:n])
+	_ = c.Close()
+	return 0, io.EOF
 }

@@ -363,3 +363,25 @@ func TestWatermillsCorrelationID(t *testing.T) {
 	require.Equal(t, []int64{1, 2}, seen.seen())
 	out.Ack()
 }
+
+// A middleware that copies messages takes their delivery from the worker, which
+// then saw a RetryCount of -1.
+//
+// Not in parallel: that copies have no verdict is written to the log of the newest
+// subscription, which may be one that is to have an empty log.
+func TestRetryCountOfACopy(t *testing.T) {
+	client, topic := newClient(t), topic(t)
+	worker := &testWorker[order]{}
+	router := newRouter(t)
+	consumer := newConsumer(t, worker, goxstreams.ConsumerConfig{Subscriber: limited(client, 1), Topic: topic}, nil)
+	consumer.AddTo(router).AddMiddleware(func(h message.HandlerFunc) message.HandlerFunc {
+		return func(msg *message.Message) ([]*message.Message, error) { return h(msg.Copy()) }
+	})
+	produce(t, client, topic, order{"cup", 1})
+	startRouter(t, router)
+	eventuallyDone(t, client, topic)
+	processed, _, _ := worker.calls()
+	require.Len(t, processed, 1)
+	require.Equal(t, order{"cup", 1}, processed[0].Body)
+	require.Zero(t, processed[0].RetryCount)
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -395,4 +396,130 @@ func TestDeadAmongMany(t *testing.T) {
 	// Among 1000 consumers also those that are gone are looked for every third of
 	// ClaimMinIdle only; the whole list after 10 ClaimMinIdle.
 	assert.LessOrEqual(t, time.Since(began), claimTime+minIdle/3+slack)
+}
+
+// watermill-redisstream reads a fan-out subscription's first batch without
+// COUNT, and keeps one message of it: from "0" the server sends the whole stream
+// (a gigabyte, if it holds one) before the first message is handled. Here a read
+// takes what there is room for.
+func TestFault13_FanOutReadsTheWholeStream(t *testing.T) {
+	const (
+		entries = 5000
+		payload = 1024
+	)
+	var received atomic.Int64
+	client := redis.NewClient(&redis.Options{
+		Addr: testserver.Addr(t),
+		Dialer: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+			return &countingConn{conn, &received}, err
+		},
+	})
+	t.Cleanup(func() { _ = client.Close() })
+	topic := topic(t)
+	payloads := make([]string, entries)
+	for i := range payloads {
+		payloads[i] = fmt.Sprintf("%0*d", payload, i)
+	}
+	publish(t, newClient(t), topic, payloads...)
+
+	sub := newSubscriber(t, goxstreams.SubscriberConfig{Client: client, StartID: "0"})
+	messages := subscribe(t, sub, topic)
+	first := next(t, messages)
+	require.Equal(t, payloads[0], string(first.Payload))
+	require.Less(t, received.Load(), int64(20*payload), "bytes received for the first message")
+	first.Ack()
+	// Also later no more than a batch ahead.
+	require.Len(t, collect(messages, 199, patience), 199)
+	require.Less(t, received.Load(), int64((200+2*100)*(payload+300)), "bytes received for 200 messages")
+}
+
+type countingConn struct {
+	net.Conn
+	received *atomic.Int64
+}
+
+func (c *countingConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.received.Add(int64(n))
+	return n, err
+}
+
+// Each of watermill-redisstream's subscriptions keeps a connection of the pool for as
+// long as its read waits: with ten for each core, a process with twenty idle
+// subscriptions cannot publish any more, which shows after 16 s as a pool
+// timeout. Here waiting reads take half of the pool at most.
+func TestFault15_IdleSubscriptionsExhaustThePool(t *testing.T) {
+	testserver.RequireReal(t) // CLIENT LIST
+	const subscriptions, pool = 20, 10
+	name := watermill.NewShortUUID() // of the connections, those that the library opens for itself included
+	client := redis.NewClient(&redis.Options{
+		Addr: testserver.Addr(t), ClientName: name, PoolSize: pool, PoolTimeout: time.Second,
+	})
+	t.Cleanup(func() { _ = client.Close() })
+	sub := newSubscriber(t, grouped(client))
+	topics := make([]string, subscriptions)
+	all := make(map[string]<-chan *message.Message)
+	for i := range topics {
+		topics[i] = topic(t)
+		all[topics[i]] = subscribe(t, sub, topics[i])
+	}
+	admin := newClient(t)
+	// All that can block does; with a connection for each topic that is the pool
+	// and more.
+	blocked := func() int {
+		n := 0
+		for _, conn := range connections(t, admin, name) {
+			if strings.Contains(conn, " cmd=xreadgroup ") && strings.Contains(conn, " flags=b ") {
+				n++
+			}
+		}
+		return n
+	}
+	eventually(t, func() bool { return blocked() > 0 }, "nothing waits for messages")
+	for range 3 {
+		for _, topic := range topics {
+			publish(t, client, topic, "to "+topic) // which fails after PoolTimeout without a connection
+		}
+	}
+	for topic, messages := range all {
+		require.Len(t, collect(messages, 3, patience), 3, topic)
+	}
+	eventually(t, func() bool { return blocked() > 0 }, "nothing waits for messages")
+	require.LessOrEqual(t, blocked(), 8)
+}
+
+// watermill-redisstream reads one entry at a time and acks each by itself:
+// 14,600 messages/s where the server gives 250,000.
+//
+// How fast a machine is proves nothing, how many commands it takes does. The
+// first XACK is answered when the handler is through, so that all later acks
+// have gathered meanwhile.
+func TestFault11_ReadsAndAcksComeInBatches(t *testing.T) {
+	const n = 5000
+	handled := make(chan struct{})
+	counter, counts := countCommands()
+	client := newClient(t, counter, &hook{process: func(_ context.Context, cmd redis.Cmder, run func() error) error {
+		if cmd.Name() == "xack" {
+			select {
+			case <-handled:
+			case <-time.After(patience):
+			}
+		}
+		return run()
+	}})
+	topic := topic(t)
+	plain := newClient(t)
+	sent := publishN(t, plain, topic, n)
+	sub := newSubscriber(t, grouped(client))
+	got := collect(subscribe(t, sub, topic), n, 2*patience)
+	close(handled)
+	require.Equal(t, sent, uuids(got))
+	eventuallySettled(t, plain, topic, testGroup)
+
+	// 100 a read and 1,000 an ack, but the prefetch starts small, and is made
+	// smaller where a slow machine consumes it slowly.
+	t.Logf("%d messages: %d XREADGROUP, %d XACK", n, counts.of("xreadgroup"), counts.of("xack"))
+	require.Less(t, counts.of("xreadgroup"), n/10)
+	require.Less(t, counts.of("xack"), n/100)
 }

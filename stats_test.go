@@ -3,14 +3,18 @@ package goxstreams_test
 import (
 	"context"
 	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
-	goxstreams "github.com/goxstreams/watermill-goxstreams"
-	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
 func TestTopicStats(t *testing.T) {
@@ -94,4 +98,64 @@ func TestStats_Retried(t *testing.T) {
 	require.Equal(t, int64(4), got.Delivered)
 	require.Equal(t, int64(2), got.Retried)
 	require.Equal(t, testGroup, got.Group)
+}
+
+// A claim fails; others settle the entry meanwhile. That is no outage any more.
+func TestStats_FailedClaimSettledElsewhere(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	createGroup(t, admin, topic, testGroup)
+	publish(t, admin, topic, "x")
+	readAs(t, admin, topic, testGroup, "dead", 1)
+	var fail atomic.Bool
+	fail.Store(true)
+	sub := newSubscriber(t, claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if isClaim(cmd) && fail.Load() {
+			return io.EOF
+		}
+		return next()
+	}})))
+	subscribe(t, sub, topic)
+	eventually(t, func() bool { return stats(t, sub).Err != nil })
+	next(t, subscribe(t, newSubscriber(t, claiming(admin)), topic)).Ack()
+	eventuallySettled(t, admin, topic, testGroup)
+	fail.Store(false)
+	eventually(t, func() bool { return stats(t, sub).Err == nil })
+}
+
+// A read fails while the only slot is taken. Nobody needs to read until it is free.
+func TestStats_FailedReadWithoutRoom(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	createGroup(t, admin, topic, testGroup)
+	publish(t, admin, topic, "x")
+	readAs(t, admin, topic, testGroup, "dead", 1)
+	taken, failed := make(chan struct{}), make(chan struct{})
+	var first sync.Once
+	config := claiming(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		err := next()
+		if cmd.Name() == "xreadgroup" {
+			first.Do(func() {
+				select {
+				case <-taken:
+				case <-time.After(patience):
+				}
+				close(failed)
+				err = io.EOF
+			})
+		}
+		return err
+	}}))
+	config.BlockTime = 50 * time.Millisecond
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	msg := next(t, subscribe(t, sub, topic)) // claimed, while the first read goes on
+	close(taken)
+	<-failed
+	eventuallyLogged(t, log, 1)
+	require.NoError(t, stats(t, sub).Err)
+	msg.Ack()
+	eventuallySettled(t, admin, topic, testGroup)
 }

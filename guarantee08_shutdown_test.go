@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,6 +17,8 @@ import (
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
+
+// Guarantee 8: a shutdown is no failure.
 
 // Watermill's PoisonQueue inside its Retry takes every error before Retry sees it:
 // nothing is tried again. Outside of it, or with any Retry, it takes what a
@@ -65,8 +68,6 @@ func TestFault25_PoisonQueueInsideRetry(t *testing.T) {
 		})
 	}
 }
-
-func poisonOf(topic string) string { return topic + ".poison" }
 
 type fault25 struct {
 	flaky, hopeless int      // calls of the handler
@@ -137,4 +138,53 @@ func runFault25(t *testing.T, client *redis.Client, topic string, maxRetries int
 	}
 	require.Zero(t, lost, "messages that are nowhere")
 	return result
+}
+
+// A worker whose ProcessDead heeds the end of its context at a shutdown was told
+// on at Error, as if it had failed.
+func TestShutdownInProcessDead(t *testing.T) {
+	t.Parallel()
+	client, topic, log := newClient(t), topic(t), newLogRecorder()
+	entered := make(chan struct{})
+	worker := &testWorker[order]{
+		onProcess: fails[goxstreams.Message[order]](goxstreams.Permanent(errBad)),
+		onDead: func(ctx context.Context, _ goxstreams.Message[order]) error {
+			close(entered)
+			<-ctx.Done()
+			return ctx.Err()
+		},
+	}
+	produce(t, client, topic, order{"cup", 1})
+	config := limited(client, 5)
+	config.CloseTimeout = 500 * time.Millisecond
+	r := run(t, newConsumer(t, worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: topic}, log))
+	<-entered
+	// What the middlewares say of another test's message may come here too: they
+	// write to the log of the newest subscription.
+	ours := func() []string {
+		return slices.DeleteFunc(log.Errors(), func(line string) bool { return !strings.Contains(line, topic) })
+	}
+	before := ours()
+	require.Len(t, before, 1, "that of Process")
+	r.stop(t)
+	require.Equal(t, before, ours())
+
+	successor := &testWorker[order]{}
+	start(t, successor, goxstreams.ConsumerConfig{Subscriber: limited(client, 5), Topic: topic})
+	eventuallyDone(t, client, topic)
+	require.Equal(t, [3]int{0, 0, 1}, successor.counts())
+}
+
+// The context of a worker's own call that was canceled looked like a shutdown:
+// the failure was never said.
+func TestCanceledIsSaid(t *testing.T) {
+	t.Parallel()
+	client, topic, log := newClient(t), topic(t), newLogRecorder()
+	worker := &testWorker[order]{onProcess: fails[goxstreams.Message[order]](fmt.Errorf("rpc: %w", context.Canceled))}
+	produce(t, client, topic, order{"cup", 1})
+	run(t, newConsumer(t, worker, goxstreams.ConsumerConfig{Subscriber: limited(client, -1), Topic: topic}, log))
+	eventually(t, func() bool { return worker.counts() == [3]int{1, 0, 1} })
+	lines := logLinesWith(log.Errors(), "Process failed")
+	require.Len(t, lines, 1)
+	require.Contains(t, lines[0], "rpc: context canceled")
 }
