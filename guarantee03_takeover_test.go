@@ -65,15 +65,15 @@ func abandoned(t *testing.T, client *redis.Client, topic string, n int, count in
 func TestFault27_SuspectsUnderSteadyLoad(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
-	const work = 300 * time.Millisecond
+	const work = 1500 * time.Millisecond
 	client, topic := newClient(t), topic(t)
-	ids := abandoned(t, client, topic, 5, 1)
-	config := claiming(client)
-	config.MaxConcurrency = 20
+	ids := abandoned(t, client, topic, 3, 1)
+	config := grouped(client)
+	config.ClaimMinIdle, config.MaxConcurrency = 1500*time.Millisecond, 20
 	config.Retry = &goxstreams.Retry{MaxRetries: -1}
 	sub := newSubscriber(t, config)
 	messages := subscribe(t, sub, topic)
-	steadily(t, client, topic, 10)
+	steadily(t, client, topic, 4)
 	var mu sync.Mutex
 	running, together := 0, 0
 	seen, fresh := make(map[string]int64), 0
@@ -258,6 +258,7 @@ func TestFault42_ReleasedEntries(t *testing.T) {
 	const n = 300
 	client, topic := newClient(t), topic(t)
 	config := grouped(client)
+	config.ClaimInterval = time.Second
 	config.BatchSize, config.MaxConcurrency = 1000, 1000
 	first := newSubscriber(t, config)
 	messages := subscribe(t, first, topic)

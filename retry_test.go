@@ -28,7 +28,7 @@ import (
 )
 
 // Retry as a middleware, and the errors that it obeys. SubscriberConfig.Retry
-// by itself is in guarantee_test.go.
+// by itself is in guarantee02_counts_test.go.
 
 var errFails = errors.New("it fails")
 

@@ -23,7 +23,7 @@ const (
 	ruleStoredTwice = "stored twice" // by one call of Publish, or by its repetitions
 	ruleRefused     = "refused, but stored"
 	ruleTorn        = "torn batch"
-	ruleSuspect     = "suspect not alone" // who may have crashed two processes, in the company of others
+	ruleSuspect     = "suspect not alone" // who may have crashed two processes, beside another such; or in its last delivery, beside anything
 	ruleHandled     = "broken, but handled"
 	ruleDied        = "process died" // by itself
 )
@@ -573,7 +573,7 @@ func (c *checker) letters(topic string, letters []Letter) {
 }
 
 // victim tells whether nobody could tell the message from one that ends its process: each of its deliveries from suspectFrom on,
-// when nothing else of its subscription was in flight, ended with its process, or while that was away.
+// the last of them with nothing else of its subscription in flight, ended with its process, or while that was away.
 func (c *checker) victim(key entryKey) bool {
 	ended := make(map[int64]bool)
 	for _, r := range c.entries[key] {
@@ -589,11 +589,11 @@ func (c *checker) victim(key entryKey) bool {
 	return true
 }
 
-// suspectFrom is the delivery count from which on the library has a claimed message handled alone.
+// suspectFrom is the delivery count from which on the library suspects a claimed message.
 const suspectFrom = 3
 
-// suspects: a message that was claimed, and not given back, for the third time or more is the only one of its subscription that
-// is handled.
+// suspects: of messages that were claimed, and not given back, for the third time or more a subscription handles one at a time; in
+// the last delivery before the limit, nothing else.
 func (c *checker) suspects() {
 	type subscription struct {
 		life
@@ -609,8 +609,9 @@ func (c *checker) suspects() {
 			if !c.suspect(r) {
 				continue
 			}
+			last := r.Start.Count >= int64(c.Rules.MaxRetries)+2
 			for j, other := range all {
-				if i != j && other.Start.Mono < r.End && r.Start.Mono < other.End && !c.wasAway(other, r.End) && !c.wasAway(r, other.End) &&
+				if i != j && (last || c.suspect(other)) && other.Start.Mono < r.End && r.Start.Mono < other.End && !c.wasAway(other, r.End) && !c.wasAway(r, other.End) &&
 					!c.lostSince(r, r) {
 					c.violate(ruleSuspect, r.key(), r.Start.UUID, "%s handles it in delivery %d, and %s of run %d at the same time",
 						r.Start.Process, r.Start.Count, other.Start.ID, other.Start.Run)

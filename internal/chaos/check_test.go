@@ -407,6 +407,26 @@ func TestCheck(t *testing.T) {
 				r.end(other, Acked).end(run, Crashed)
 			})
 			r.bury(1, "deadly-1")
+		}, ruleConcurrency},
+		{"one in its last delivery with company", func(r *record) {
+			r.publish(Published, true, 2).publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+1)
+			r.crash(testRetries+2, func() {
+				run := r.startOf("deadly-1", "consumer-1", testRetries+2, 1, testRetries+2)
+				other := r.startOf(testUUID(2), "consumer-1", testRetries+2, 2, 1)
+				r.end(other, Acked).end(run, Crashed)
+			})
+			r.bury(1, "deadly-1")
+		}, ruleSuspect + "," + ruleConcurrency},
+		{"two suspects", func(r *record) {
+			r.publishOf("deadly-1", 1).publishOf("deadly-2", 2)
+			for life := 1; life <= suspectFrom; life++ {
+				r.crash(life, func() {
+					run := r.startOf("deadly-1", "consumer-1", life, 1, int64(life))
+					other := r.startOf("deadly-2", "consumer-1", life, 2, int64(life))
+					r.end(other, Crashed).end(run, Crashed)
+				})
+			}
+			r.bury(1, "deadly-1").bury(2, "deadly-2")
 		}, ruleSuspect + "," + ruleConcurrency},
 		{"a broken one, dead", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1") }, ""},
 		{"a broken one, not dead", func(r *record) { r.publishOf("broken-1", 1) }, ruleImmortal},
