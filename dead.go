@@ -20,7 +20,7 @@ const maxBrokenCalls = 16
 
 // handleBroken hands an entry that is no message to OnBroken, outside of the slots and
 // of the order: one that hangs stops nothing.
-func (s *subscription) handleBroken(h *held, err error) {
+func (s *subscription) handleBroken(h *task, err error) {
 	s.stats.broken.Add(1)
 	s.log.Error("Broken entry", err, s.entryFields(h.Entry))
 	if s.cfg.OnBroken == nil {
@@ -38,7 +38,7 @@ func (s *subscription) callBroken() {
 	var in *ledger.Entry // OnBroken's
 	defer func() {
 		if in != nil { // it has ended its goroutine
-			s.brokenCalled(&held{Entry: in}, errPanicked)
+			s.brokenCalled(&task{Entry: in}, errPanicked)
 		}
 		if !ended {
 			s.ledger.CallerEnded()
@@ -51,14 +51,14 @@ func (s *subscription) callBroken() {
 		if ended = e == nil; ended {
 			return
 		}
-		h := &held{Entry: e}
+		h := &task{Entry: e}
 		if h.Fields == nil && !s.acquire(h) {
 			continue
 		}
 		h.Fields, _, _ = cutReplay(h.Fields)
 		if s.retry.exhaustedBefore(h.Count()) {
-			h.Doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-			s.mode.bury(h)
+			h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
+			s.mode.dead(h)
 			continue
 		}
 		ctx, cancel := context.WithCancelCause(s.life.calling)
@@ -77,15 +77,15 @@ func (s *subscription) callBroken() {
 }
 
 // brokenCalled acts on what OnBroken returned.
-func (s *subscription) brokenCalled(h *held, err error) {
+func (s *subscription) brokenCalled(h *task, err error) {
 	switch {
 	case err == nil:
 		s.settle(h)
 	case h.Lost() || s.ledger.IsGone(h.Entry) || !s.mode.retries():
 		s.ledger.Remove(time.Now(), h.Entry)
 	case IsDead(err):
-		h.Doom = &doom{kind: Broken, err: h.Broken}
-		s.mode.bury(h)
+		h.Death = &death{kind: Broken, err: h.Broken}
+		s.mode.dead(h)
 	case s.isClosing():
 		s.giveBack(h, h.Count()-1)
 	default:
@@ -94,8 +94,8 @@ func (s *subscription) brokenCalled(h *held, err error) {
 	}
 }
 
-// doom is the decision that an entry is dead. It stays until the entry is moved.
-type doom struct {
+// death is the decision that an entry is dead. It stays until the entry is moved.
+type death struct {
 	kind    DeadKind
 	err     error
 	topic   string // a DeadLetter's; empty: the subscription's
@@ -110,7 +110,7 @@ type doom struct {
 }
 
 // cause returns the error with its kind, for errors.Is.
-func (d *doom) cause() error {
+func (d *death) cause() error {
 	switch d.kind {
 	case Exhausted:
 		return mark(d.err, ErrRetriesExhausted)
@@ -122,10 +122,10 @@ func (d *doom) cause() error {
 
 // route returns the dead-letter stream that the innermost DeadLetter names of
 // those that are for such errors; "" for the subscription's.
-func (s *subscription) route(h *held, letters []DeadLetter) (topic string) {
+func (s *subscription) route(h *task, letters []DeadLetter) (topic string) {
 	for _, l := range letters {
 		err := h.user(func() error {
-			if l.Topic != nil && l.matches(doomOf(h.Entry).cause()) {
+			if l.Topic != nil && l.matches(deathOf(h.Entry).cause()) {
 				topic = l.Topic(s.topic)
 			}
 			return nil
@@ -140,12 +140,12 @@ func (s *subscription) route(h *held, letters []DeadLetter) (topic string) {
 	return topic
 }
 
-func doomOf(e *ledger.Entry) *doom { return e.Doom.(*doom) }
+func deathOf(e *ledger.Entry) *death { return e.Death.(*death) }
 
 // deadLetter moves the entry to the dead-letter stream, unless a Consumer's worker
 // takes it.
-func (s *subscription) deadLetter(h *held) {
-	d := doomOf(h.Entry)
+func (s *subscription) deadLetter(h *task) {
+	d := deathOf(h.Entry)
 	if d.unsure != nil {
 		s.move(h, *d.unsure)
 		return
@@ -158,11 +158,11 @@ func (s *subscription) deadLetter(h *held) {
 	switch {
 	case s.typed != nil && dead.Message != nil && !s.process(h, dead):
 	case isDeadLetter(fields): // it is where the dead go already
-		s.markHealthy(dutyBury)
+		s.markHealthy(dutyDeadLetter)
 		if !h.Stuck {
 			s.log.Error("A message died on a dead-letter stream; it stays pending there", d.err, s.entryFields(h.Entry))
 		}
-		h.Doom, h.Stuck = nil, true
+		h.Death, h.Stuck = nil, true
 		s.schedule(h, true, s.retry.MaxInterval)
 	default:
 		s.move(h, dead)
@@ -171,15 +171,15 @@ func (s *subscription) deadLetter(h *held) {
 
 // deadFields returns the entry's fields as the stream has them. If there is
 // nothing to be moved, it sees to what becomes of the entry.
-func (s *subscription) deadFields(h *held) (fields []string, ok bool) {
+func (s *subscription) deadFields(h *task) (fields []string, ok bool) {
 	h.Fields = nil
 	fields, err := s.keeper.Recount(s.life.ctx, h.Entry, h.Count())
 	if err != nil {
-		s.buryFailed(h, err)
+		s.moveFailed(h, err)
 		return nil, false
 	}
 	if fields == nil {
-		s.markHealthy(dutyBury)
+		s.markHealthy(dutyDeadLetter)
 		s.notOurs(h)
 	}
 	return fields, fields != nil
@@ -187,7 +187,7 @@ func (s *subscription) deadFields(h *held) (fields []string, ok bool) {
 
 // notOurs ends an entry that was to be moved, or has it tried again: the group was lost,
 // and it is put back.
-func (s *subscription) notOurs(h *held) {
+func (s *subscription) notOurs(h *task) {
 	if s.ledger.Owned(h.Entry) {
 		s.schedule(h, true, minBackoff)
 		return
@@ -197,8 +197,8 @@ func (s *subscription) notOurs(h *held) {
 }
 
 // move moves the entry.
-func (s *subscription) move(h *held, dead DeadMessage) {
-	d, topic := doomOf(h.Entry), s.deadLetters
+func (s *subscription) move(h *task, dead DeadMessage) {
+	d, topic := deathOf(h.Entry), s.deadLetters
 	switch d.topic {
 	case "":
 	case s.topic:
@@ -218,10 +218,10 @@ func (s *subscription) move(h *held, dead DeadMessage) {
 			s.move(h, dead)
 			return
 		}
-		s.buryFailed(h, err)
+		s.moveFailed(h, err)
 		return
 	}
-	s.markHealthy(dutyBury)
+	s.markHealthy(dutyDeadLetter)
 	if id == "" {
 		s.notOurs(h)
 		return
@@ -244,8 +244,8 @@ const dyingCrashes = 3
 // process lets a Consumer's worker decide about its dead message, and returns
 // true if that is to be moved. A worker that fails is asked again; it runs in
 // the message's place, until CloseTimeout.
-func (s *subscription) process(h *held, dead DeadMessage) (move bool) {
-	d := doomOf(h.Entry)
+func (s *subscription) process(h *task, dead DeadMessage) (move bool) {
+	d := deathOf(h.Entry)
 	if d.final || dead.Kind == Broken || s.diedTooOften(h.Entry) {
 		return true
 	}
@@ -253,7 +253,7 @@ func (s *subscription) process(h *held, dead DeadMessage) (move bool) {
 	if !s.countAsDead(h) {
 		return false
 	}
-	s.markHealthy(dutyBury)
+	s.markHealthy(dutyDeadLetter)
 	ctx, cancel := context.WithCancelCause(s.life.calling)
 	if !h.Attach(&cancel) {
 		cancel(nil)
@@ -296,14 +296,14 @@ func (s *subscription) diedTooOften(e *ledger.Entry) bool {
 // countAsDead gives the entry, in Redis, the least count with which everybody takes
 // it for dead: should the worker crash now, it is the dead message that crashed.
 // It returns false if the entry is not ours, or Redis does not answer.
-func (s *subscription) countAsDead(h *held) bool {
+func (s *subscription) countAsDead(h *task) bool {
 	if !s.ledger.Leased() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
 		return true
 	}
 	fields, err := s.keeper.Recount(s.life.ctx, h.Entry, int64(max(s.retry.MaxRetries, 0))+3)
 	switch {
 	case err != nil:
-		s.buryFailed(h, err)
+		s.moveFailed(h, err)
 	case fields == nil:
 		s.notOurs(h)
 	}
@@ -311,7 +311,7 @@ func (s *subscription) countAsDead(h *held) bool {
 }
 
 // callOnDead waits for OnDead in the message's place, until CloseTimeout.
-func (s *subscription) callOnDead(h *held, dead DeadMessage) {
+func (s *subscription) callOnDead(h *task, dead DeadMessage) {
 	done := make(chan struct{})
 	s.slots.calls.Go(func() {
 		defer close(done)
@@ -325,15 +325,15 @@ func (s *subscription) callOnDead(h *held, dead DeadMessage) {
 	}
 }
 
-// buryFailed keeps the dead entry, for the move to be tried again; its handler
+// moveFailed keeps the dead entry, for the move to be tried again; its handler
 // does not see it again.
-func (s *subscription) buryFailed(h *held, err error) {
-	s.markFailed(dutyBury, err)
+func (s *subscription) moveFailed(h *task, err error) {
+	s.markFailed(dutyDeadLetter, err)
 	if s.isClosing() {
 		s.giveBack(h, h.Count())
 		return
 	}
-	d := doomOf(h.Entry)
+	d := deathOf(h.Entry)
 	d.tries++
 	s.schedule(h, true, jitter(min(minBackoff<<min(d.tries, 11), defaultMaxInterval)))
 }

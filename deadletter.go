@@ -171,12 +171,12 @@ func isDeadLetter(fields []string) bool {
 }
 
 // deadMessage is what is known of a dead entry before it is moved.
-func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
-	doom := doomOf(h.Entry)
+func (s *subscription) deadMessage(h *task, fields []string) DeadMessage {
+	death := deathOf(h.Entry)
 	fields, replays, _ := cutReplay(fields)
 	d := DeadMessage{
 		EntryID: h.ID, Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
-		Handler: doom.handler, Reason: shorten(doom.err.Error()), Kind: doom.kind, Deliveries: cmp.Or(doom.deliveries, h.Count()),
+		Handler: death.handler, Reason: shorten(death.err.Error()), Kind: death.kind, Deliveries: cmp.Or(death.deliveries, h.Count()),
 		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Replays: replays, Fields: fields,
 	}
 	if d.Handler == "" && s.typed != nil {
@@ -187,7 +187,7 @@ func (s *subscription) deadMessage(h *held, fields []string) DeadMessage {
 	case DefaultMarshaler, BodyMarshaler:
 		safe = true
 	}
-	if doom.kind == Broken || doom.crashed && !safe {
+	if death.kind == Broken || death.crashed && !safe {
 		return d
 	}
 	// Unmarshaled once more: the handler may have changed what it was given.

@@ -79,9 +79,9 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 
 // handle brings an entry to its outcome: acked, waiting for its retry, moved to
 // the dead-letter stream, released, or not ours any more.
-func (s *subscription) handle(h *held) {
-	if h.Doom != nil {
-		s.mode.bury(h)
+func (s *subscription) handle(h *task) {
+	if h.Death != nil {
+		s.mode.dead(h)
 		return
 	}
 	if !s.acquire(h) {
@@ -94,8 +94,8 @@ func (s *subscription) handle(h *held) {
 		s.settle(h) // a replay for another group
 		return
 	case s.retry.exhaustedBefore(h.Count()):
-		h.Doom = &doom{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-		s.mode.bury(h)
+		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
+		s.mode.dead(h)
 		return
 	}
 	msg, body, err := s.unmarshal(h)
@@ -109,7 +109,7 @@ func (s *subscription) handle(h *held) {
 // acquire makes sure that the entry is ours, with its fields: it takes what was not
 // read just now. It returns false if the entry is somebody else's business, or comes
 // later.
-func (s *subscription) acquire(h *held) bool {
+func (s *subscription) acquire(h *task) bool {
 	if h.Fields != nil {
 		return true
 	}
@@ -140,7 +140,7 @@ func (s *subscription) acquire(h *held) bool {
 
 // unmarshal turns the entry into a message, and for a Consumer its payload into
 // the body.
-func (s *subscription) unmarshal(h *held) (msg *message.Message, body any, err error) {
+func (s *subscription) unmarshal(h *task) (msg *message.Message, body any, err error) {
 	msg, err = s.message(h, h.Fields)
 	if err == nil && s.typed != nil {
 		err = h.user(func() error { body, err = s.typed.decode(msg.Payload); return err })
@@ -153,7 +153,7 @@ func (s *subscription) unmarshal(h *held) (msg *message.Message, body any, err e
 
 // message unmarshals an entry. A dead letter is decoded the way this library
 // wrote it, whatever the topic's format.
-func (s *subscription) message(h *held, fields []string) (msg *message.Message, err error) {
+func (s *subscription) message(h *task, fields []string) (msg *message.Message, err error) {
 	u := s.cfg.Unmarshaler
 	if isDeadLetter(fields) {
 		u = DefaultMarshaler{}
@@ -171,7 +171,7 @@ func (s *subscription) message(h *held, fields []string) (msg *message.Message, 
 }
 
 // deliver hands the message over and waits for it to be settled.
-func (s *subscription) deliver(h *held, msg *message.Message, body any) {
+func (s *subscription) deliver(h *task, msg *message.Message, body any) {
 	d := &deliveryContext{Context: s.life.base, sub: s, msg: msg, delivery: Delivery{
 		Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
 		ID: h.ID, Count: h.Count(), MaxRetries: s.retry.MaxRetries,
@@ -219,7 +219,7 @@ func (s *subscription) deliver(h *held, msg *message.Message, body any) {
 
 // offer waits for somebody to take the message. It returns false if the
 // subscription closes or the lease is lost before.
-func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message) bool {
+func (s *subscription) offer(ctx context.Context, h *task, msg *message.Message) bool {
 	withdraw, ended := s.mode.offer(ctx)
 	select {
 	case s.output <- msg:
@@ -233,10 +233,10 @@ func (s *subscription) offer(ctx context.Context, h *held, msg *message.Message)
 }
 
 // settle is the end of an entry that nobody needs any more.
-func (s *subscription) settle(h *held) { s.apply(s.ledger.Acked(time.Now(), h.Entry)) }
+func (s *subscription) settle(h *task) { s.apply(s.ledger.Acked(time.Now(), h.Entry)) }
 
 // nacked carries the verdict out: what becomes of a message whose handler failed.
-func (s *subscription) nacked(h *held, d *deliveryContext) {
+func (s *subscription) nacked(h *task, d *deliveryContext) {
 	s.stats.nacked.Add(1)
 	v := d.verdict.Load()
 	closing, count := s.isClosing(), h.Count()
@@ -264,10 +264,10 @@ func (s *subscription) nacked(h *held, d *deliveryContext) {
 	v = s.complete(h, *v)
 	switch {
 	case v.fate == dead:
-		doom := &doom{kind: v.kind, err: v.err, handler: d.handlerName()}
-		h.Doom = doom
-		doom.topic = s.route(h, v.letters)
-		s.mode.bury(h)
+		death := &death{kind: v.kind, err: v.err, handler: d.handlerName()}
+		h.Death = death
+		death.topic = s.route(h, v.letters)
+		s.mode.dead(h)
 		return
 	case closing:
 		s.giveBack(h, count)
@@ -282,10 +282,10 @@ func (s *subscription) nacked(h *held, d *deliveryContext) {
 }
 
 // again has the entry come again after the delay.
-func (s *subscription) again(h *held, delay time.Duration) { s.schedule(h, false, delay) }
+func (s *subscription) again(h *task, delay time.Duration) { s.schedule(h, false, delay) }
 
 // schedule has the entry come again after the delay; aside: without holding up the order.
-func (s *subscription) schedule(h *held, aside bool, delay time.Duration) {
+func (s *subscription) schedule(h *task, aside bool, delay time.Duration) {
 	if s.isClosing() {
 		s.giveBack(h, h.Next-1)
 		return
@@ -312,7 +312,7 @@ func (d *deliveryContext) handlerName() string {
 
 // complete completes a verdict with the subscription's own policy, the limit of
 // which holds whatever a middleware has decided.
-func (s *subscription) complete(h *held, v verdict) *verdict {
+func (s *subscription) complete(h *task, v verdict) *verdict {
 	switch {
 	case v.fate == dead:
 		return &v
@@ -344,7 +344,7 @@ func (s *subscription) complete(h *held, v verdict) *verdict {
 
 // abandoned gives up on a handler that did not heed the end of its context. It
 // may still be at work, so the entry is not released.
-func (s *subscription) abandoned(h *held) {
+func (s *subscription) abandoned(h *task) {
 	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.entryFields(h.Entry))
 	s.mode.abandoned(h)
 	s.ledger.Remove(time.Now(), h.Entry)
@@ -357,18 +357,18 @@ func guard(f func() error) (err error) {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	return sane(f())
+	return usable(f())
 }
 
-// sane returns err, or another one in its place if its methods panic: those of a
+// usable returns err, or another one in its place if its methods panic: those of a
 // nil pointer that became an error may.
-func sane(err error) (usable error) {
+func usable(err error) (fine error) {
 	if err == nil {
 		return nil
 	}
 	defer func() {
 		if p := recover(); p != nil {
-			usable = fmt.Errorf("goxstreams: an error of type %T, the methods of which panic: %v", err, p)
+			fine = fmt.Errorf("goxstreams: an error of type %T, the methods of which panic: %v", err, p)
 		}
 	}()
 	_, _ = err.Error(), IsDead(err)

@@ -12,13 +12,13 @@ import (
 
 // What the subscription does that can fail by itself.
 const (
-	dutyOpen  = "open"
-	dutyRead  = "read"
-	dutyAck   = "ack"
-	dutyRenew = "renew leases"
-	dutyClaim = "claim"
-	dutyLook  = "look for abandoned messages"
-	dutyBury  = "dead-letter"
+	dutyOpen       = "open"
+	dutyRead       = "read"
+	dutyAck        = "ack"
+	dutyRenew      = "renew leases"
+	dutyClaim      = "claim"
+	dutyLook       = "look for abandoned messages"
+	dutyDeadLetter = "dead-letter"
 )
 
 // health is what Stats says of an outage, which is logged once, however many
@@ -75,7 +75,7 @@ func (h *health) outage() (time.Time, error) {
 		return time.Time{}, nil
 	}
 	var errs []error
-	for _, duty := range []string{dutyOpen, dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyBury} {
+	for _, duty := range []string{dutyOpen, dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyDeadLetter} {
 		if err := h.failing[duty]; err != nil {
 			errs = append(errs, err)
 		}

@@ -370,7 +370,7 @@ func metadataToJSON(msg *message.Message) ([]byte, error) {
 func metadataFromJSON(s string, msg *message.Message) error {
 	var object map[string]string
 	if err := json.Unmarshal([]byte(s), &object); err != nil {
-		return discreetJSON(err)
+		return redactedJSON(err)
 	}
 	msg.UUID = object[UUIDHeaderKey]
 	delete(object, UUIDHeaderKey)

@@ -30,23 +30,23 @@ type mode interface {
 	// subscription's end, and that of its context.
 	offer(ctx context.Context) (withdraw, ended <-chan struct{})
 	// withdrawn ends the entry of such a message.
-	withdrawn(h *held)
+	withdrawn(h *task)
 	// handedOut is said once somebody has taken it.
-	handedOut(h *held)
+	handedOut(h *task)
 
 	// retries reports whether a message that fails comes again.
 	retries() bool
 	// postponed is said of what waits for its next delivery.
-	postponed(h *held)
-	// bury ends a dead message, and malformed what is none where nobody wants to hear of
+	postponed(h *task)
+	// dead ends a dead message, and malformed what is none where nobody wants to hear of
 	// it.
-	bury(h *held)
-	malformed(h *held, err error)
+	dead(h *task)
+	malformed(h *task, err error)
 
 	// release gives entries back.
 	release(ctx context.Context, give []lease.Counted) error
 	// abandoned leaves an entry that may be handled still.
-	abandoned(h *held)
+	abandoned(h *task)
 	// leave takes back what Redis knows of the subscription.
 	leave(ctx context.Context)
 }
@@ -128,18 +128,18 @@ func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
 }
 
-func (m leased) withdrawn(h *held) { m.giveBack(h, h.Count()-1) }
+func (m leased) withdrawn(h *task) { m.giveBack(h, h.Count()-1) }
 
 // handedOut: the fields can be read again.
-func (m leased) handedOut(h *held) { h.Fields = nil }
+func (m leased) handedOut(h *task) { h.Fields = nil }
 
 func (leased) retries() bool     { return true }
-func (leased) postponed(h *held) { h.Fields = nil }
+func (leased) postponed(h *task) { h.Fields = nil }
 
-func (m leased) bury(h *held) { m.deadLetter(h) }
+func (m leased) dead(h *task) { m.deadLetter(h) }
 
-func (m leased) malformed(h *held, err error) {
-	h.Doom = &doom{kind: Broken, err: err}
+func (m leased) malformed(h *task, err error) {
+	h.Death = &death{kind: Broken, err: err}
 	m.deadLetter(h)
 }
 
@@ -149,7 +149,7 @@ func (m leased) release(ctx context.Context, give []lease.Counted) error {
 
 // abandoned: the entry stays in this consumer's name until its lease has run out. This
 // delivery does not count.
-func (m leased) abandoned(h *held) {
+func (m leased) abandoned(h *task) {
 	m.shared.poller.Disown(m.topic, h.ID) // it is no orphan while its handler is at work
 	if err := m.keeper.Abandon(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
 		m.log.Error("The message keeps a delivery that was not to count", err, m.entryFields(h.Entry))
@@ -172,19 +172,19 @@ func (m unleased) offer(context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.abandon, nil
 }
 
-func (m unleased) withdrawn(h *held) {
+func (m unleased) withdrawn(h *task) {
 	m.stats.lost.Add(1)
 	m.log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), m.entryFields(h.Entry))
 	m.ledger.Remove(time.Now(), h.Entry)
 }
 
-func (unleased) handedOut(*held)                                {}
+func (unleased) handedOut(*task)                                {}
 func (unleased) retries() bool                                  { return false }
-func (unleased) postponed(*held)                                {}
-func (m unleased) bury(h *held)                                 { m.drop(h) }
-func (m unleased) malformed(h *held, _ error)                   { m.ledger.Remove(time.Now(), h.Entry) }
+func (unleased) postponed(*task)                                {}
+func (m unleased) dead(h *task)                                 { m.drop(h) }
+func (m unleased) malformed(h *task, _ error)                   { m.ledger.Remove(time.Now(), h.Entry) }
 func (unleased) release(context.Context, []lease.Counted) error { return nil }
-func (unleased) abandoned(*held)                                {}
+func (unleased) abandoned(*task)                                {}
 
 // fanOut: the subscription reads by itself, and nothing is stored about it but how far it
 // is.
@@ -236,22 +236,22 @@ func (m fanOut) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
 }
 
-func (m fanOut) withdrawn(h *held) { m.ledger.Remove(time.Now(), h.Entry) }
-func (fanOut) handedOut(*held)     {}
+func (m fanOut) withdrawn(h *task) { m.ledger.Remove(time.Now(), h.Entry) }
+func (fanOut) handedOut(*task)     {}
 func (fanOut) retries() bool       { return true }
 
 // postponed counts the next delivery, which nobody else does.
-func (fanOut) postponed(h *held) { h.SetCount(h.Next, h.Next+1) }
+func (fanOut) postponed(h *task) { h.SetCount(h.Next, h.Next+1) }
 
-func (m fanOut) bury(h *held)                                 { m.drop(h) }
-func (m fanOut) malformed(h *held, _ error)                   { m.ledger.Remove(time.Now(), h.Entry) }
+func (m fanOut) dead(h *task)                                 { m.drop(h) }
+func (m fanOut) malformed(h *task, _ error)                   { m.ledger.Remove(time.Now(), h.Entry) }
 func (fanOut) release(context.Context, []lease.Counted) error { return nil }
-func (fanOut) abandoned(*held)                                {}
+func (fanOut) abandoned(*task)                                {}
 func (m fanOut) leave(context.Context)                        { m.position.remove() }
 
 // drop ends a dead message that cannot be moved.
-func (s *subscription) drop(h *held) {
-	d := doomOf(h.Entry)
+func (s *subscription) drop(h *task) {
+	d := deathOf(h.Entry)
 	dead := s.deadMessage(h, h.Fields)
 	if s.typed != nil && dead.Message != nil && !s.process(h, dead) {
 		return

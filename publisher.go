@@ -79,7 +79,7 @@ type Publisher struct {
 
 	prepared sync.Map // topics whose streams are set for Idempotence
 
-	line *pipeline.Line // what gathers while a pipeline is under way shares the next
+	pipe *pipeline.Pipeline // what gathers while a pipeline is under way shares the next
 
 	calls calls
 }
@@ -104,7 +104,7 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 	}
 	client := redisx.Client{UniversalClient: config.Client}
 	_, quiet := logger.(watermill.NopLogger)
-	return &Publisher{config: config, client: client, line: pipeline.New(client, 1, false), logger: logger, quiet: quiet}, nil
+	return &Publisher{config: config, client: client, pipe: pipeline.New(client, 1, false), logger: logger, quiet: quiet}, nil
 }
 
 // String names the Publisher in Watermill's logs and metadata.
@@ -219,7 +219,7 @@ func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
 	if p.client.Single() == nil {
 		err = call.SendTo(p.client)
 	} else {
-		err = call.Send(p.line)
+		err = call.Send(p.pipe)
 	}
 	if xstream.MultiRefused(err) {
 		p.forgetMulti(node)

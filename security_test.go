@@ -37,7 +37,8 @@ var rights = []struct {
 	{"removing consumers' names", []string{"+xinfo|consumers +xgroup|delconsumer"}},
 	{"groups of many consumers with very much pending", []string{"+xgroup|createconsumer +xinfo|consumers"}},
 	{"a Close that waits for nothing, topics that share reads", []string{"+client|id +client|unblock"}},
-	{"a lost group", []string{"+xinfo|groups +xinfo|stream"}},
+	{"a lost group", []string{"+xinfo|groups +xinfo|stream +xinfo|consumers"}},
+	{"a move to the dead-letter stream that had no answer", []string{"+xrevrange"}},
 	{"DeleteAcked", []string{"+xackdel", "+xdel +xinfo|groups", "+hgetall +time", "+xinfo|groups +xrevrange +xdel +hdel"}},
 	{"fan-out", []string{"+xread", "+xinfo|stream", "+eval +hset +expire +time +hdel +xinfo|stream +xrange"}},
 }

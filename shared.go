@@ -13,15 +13,15 @@ import (
 )
 
 const (
-	// subscriberLanes: a command that takes long must not hold up the others.
-	subscriberLanes = 2
+	// subscriberConns: a command that takes long must not hold up the others.
+	subscriberConns = 2
 )
 
-// shared is what the subscriptions of a Subscriber have in common: a line for
+// shared is what the subscriptions of a Subscriber have in common: a pipeline for
 // commands, the connections that wait for entries, a consumer's name, and bounds.
 type shared struct {
 	client   redisx.Client
-	line     *pipeline.Line // for all but reads that block
+	pipe     *pipeline.Pipeline // for all but reads that block
 	poller   *poll.Poller
 	consumer string
 
@@ -35,12 +35,12 @@ type shared struct {
 func newShared(c SubscriberConfig, log watermill.LoggerAdapter) *shared {
 	client := redisx.Client{UniversalClient: c.Client}
 	s := &shared{
-		client: client, line: pipeline.New(client, subscriberLanes, true), consumer: consumerName(c.Consumer),
+		client: client, pipe: pipeline.New(client, subscriberConns, true), consumer: consumerName(c.Consumer),
 		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + jitter(c.ClaimInterval/10),
 		bounds: ledger.NewBounds(),
 	}
 	s.poller = poll.New(poll.Config{
-		Client: client, Line: s.line, Group: c.ConsumerGroup, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
+		Client: client, Pipeline: s.pipe, Group: c.ConsumerGroup, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
 		Unwakable: func() {
 			if client.Wrapped() {
 				log.Info("The client is not one of go-redis's own: its topics share one connection of its pool, and take it for 0.1s at a time", nil)

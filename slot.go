@@ -18,7 +18,7 @@ type slot struct {
 	s     *subscription
 	state atomic.Int32
 	entry atomic.Pointer[ledger.Entry] // in hand
-	held  held
+	task  task
 }
 
 // slots are those of a subscription, and the calls of its user's functions outside of
@@ -31,8 +31,8 @@ type slots struct {
 	calls   sync.WaitGroup
 }
 
-// held is an entry in the hands of a slot; nil: of another goroutine.
-type held struct {
+// task is an entry in the hands of a slot; nil: of another goroutine.
+type task struct {
 	*ledger.Entry
 	slot *slot
 }
@@ -69,7 +69,7 @@ func (sl *slot) run() {
 	defer func() {
 		// A function of the user's has ended its goroutine (t.FailNow does): it failed.
 		if e := sl.entry.Load(); e != nil && sl.state.Load() == slotCalls {
-			s.giveBack(&held{Entry: e}, e.Count())
+			s.giveBack(&task{Entry: e}, e.Count())
 		}
 		if !ended {
 			s.ledger.SlotEnded()
@@ -89,15 +89,15 @@ func (sl *slot) run() {
 		}
 		s.apply(fx)
 		sl.entry.Store(e)
-		sl.held = held{e, sl}
-		s.handle(&sl.held)
+		sl.task = task{e, sl}
+		s.handle(&sl.task)
 		sl.entry.Store(nil)
 	}
 }
 
 // user calls a function of the user's in the slot that has the entry, and turns its
 // panic into an error. It does not return if the subscription has ended meanwhile.
-func (h *held) user(f func() error) error {
+func (h *task) user(f func() error) error {
 	sl := h.slot
 	if sl == nil { // a goroutine of its own
 		return guard(f)

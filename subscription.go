@@ -100,7 +100,7 @@ func newSubscription(s *Subscriber, ctx context.Context, topic string) *subscrip
 		close(l.abandon)
 		time.AfterFunc(lastWords, l.cancelCtx)
 	})
-	sub.stream = xstream.Stream{Client: sub.client, Via: sub.shared.line, Key: topic, Group: s.config.ConsumerGroup}
+	sub.stream = xstream.Stream{Client: sub.client, Via: sub.shared.pipe, Key: topic, Group: s.config.ConsumerGroup}
 	if s.config.ConsumerGroup != "" {
 		sub.deadLetters = s.config.DeadLetterTopic(topic)
 		sub.stream.Consumer = sub.shared.consumer
@@ -246,14 +246,14 @@ func (s *subscription) release(give []lease.Counted) {
 }
 
 // giveBack releases one entry, with the deliveries that are to count.
-func (s *subscription) giveBack(h *held, count int64) {
+func (s *subscription) giveBack(h *task, count int64) {
 	s.release([]lease.Counted{{Entry: h.Entry, Count: s.releaseCount(h.Entry, count)}})
 }
 
 // releaseCount keeps a dead entry that could not be moved dead for whoever claims
 // it, which counts as no more than this delivery of it.
 func (s *subscription) releaseCount(e *ledger.Entry, count int64) int64 {
-	if e.Doom != nil && s.retry.MaxRetries != 0 {
+	if e.Death != nil && s.retry.MaxRetries != 0 {
 		return max(e.Count()-1, int64(max(s.retry.MaxRetries, 0))+2)
 	}
 	return max(count, 0)

@@ -168,7 +168,7 @@ func (d *deliveryContext) judged(h message.HandlerFunc, judge func(*deliveryCont
 		}
 	}()
 	produced, failure = h(d.msg)
-	failure = sane(failure)
+	failure = usable(failure)
 	if failure == nil {
 		d.verdict.Store(nil) // a failure further inside was overcome
 	}

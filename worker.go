@@ -58,11 +58,11 @@ type jsonCodec struct{}
 
 func (jsonCodec) Encode(event any) ([]byte, error) {
 	payload, err := json.Marshal(event)
-	return payload, discreetJSON(err)
+	return payload, redactedJSON(err)
 }
 
 func (jsonCodec) Decode(payload []byte, event any) error {
-	return discreetJSON(json.Unmarshal(payload, event))
+	return redactedJSON(json.Unmarshal(payload, event))
 }
 
 // jsonError is an error of package json without what that quotes of a payload: it
@@ -75,10 +75,10 @@ type jsonError struct {
 func (e *jsonError) Error() string { return e.text }
 func (e *jsonError) Unwrap() error { return e.err }
 
-// discreetJSON keeps the texts that quote nothing, or one character. What a type's
+// redactedJSON keeps the texts that quote nothing, or one character. What a type's
 // own UnmarshalJSON or UnmarshalText returns is not among them: time.Time's, for
 // one, quotes what it could not read.
-func discreetJSON(err error) error {
+func redactedJSON(err error) error {
 	switch e := err.(type) {
 	case nil, *json.SyntaxError, *json.InvalidUnmarshalError, *json.MarshalerError, *json.UnsupportedTypeError, *json.UnsupportedValueError:
 		return err

@@ -55,7 +55,7 @@ type Entry struct {
 	Idle  time.Duration
 
 	Released bool  // its holder gave it back: it has crashed nobody
-	Doom     any   // the decision that it is dead, until it is moved
+	Death    any   // the decision that it is dead, until it is moved
 	Broken   error // why OnBroken has it
 	Stuck    bool  // it has died where it can only stay, which was said
 
@@ -69,7 +69,7 @@ type Entry struct {
 	moving  bool // a move to the dead-letter stream was sent, and may have happened
 	moved   bool // it has
 	past    bool // taken as a retry or a candidate, not as a fresh one
-	doomed  bool // it waits to be moved
+	dead    bool // it waits to be moved
 	in      *queue
 	heap    *waiting
 	place   int       // in the heap
@@ -190,7 +190,7 @@ type usage struct {
 	running int
 	past    int // of these, retries and candidates
 	waiting int
-	doomed  int // of these, to be moved
+	dead    int // of these, to be moved
 }
 
 // New returns an empty Ledger.
@@ -306,7 +306,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 		return nil, true
 	}
 	from := &l.retries
-	if e.state == Calling && e.Doom == nil {
+	if e.state == Calling && e.Death == nil {
 		from = &l.recalls
 	}
 	l.settle(now, e)
@@ -314,8 +314,8 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	e.state, e.due = Waiting, due
 	l.use.waiting++
 	l.cfg.Bounds.Waiting.used.Add(1)
-	if e.doomed = e.Doom != nil; e.doomed {
-		l.use.doomed++
+	if e.dead = e.Death != nil; e.dead {
+		l.use.dead++
 	}
 	if l.cfg.Slots == 1 && !aside && from == &l.retries {
 		l.head = e
@@ -323,7 +323,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 		heap.Push(from, e)
 		e.heap = from
 	}
-	if l.cfg.Leased && !e.doomed && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.use.waiting) {
+	if l.cfg.Leased && !e.dead && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.use.waiting) {
 		if dropped = from.latest(); dropped != nil {
 			l.remove(now, dropped)
 		}
@@ -453,9 +453,9 @@ func (l *Ledger) leave(e *Entry) {
 	case Waiting:
 		l.use.waiting--
 		l.cfg.Bounds.Waiting.used.Add(-1)
-		if e.doomed {
-			e.doomed = false
-			l.use.doomed--
+		if e.dead {
+			e.dead = false
+			l.use.dead--
 		}
 		if e == l.head {
 			l.head = nil
@@ -483,7 +483,7 @@ func (l *Ledger) settle(now time.Time, e *Entry) {
 func (l *Ledger) remove(now time.Time, e *Entry) {
 	l.settle(now, e)
 	l.leave(e)
-	e.Fields, e.Doom = nil, nil // others of its read may stay for long
+	e.Fields, e.Death = nil, nil // others of its read may stay for long
 	if l.entries[e.ID] == e {
 		delete(l.entries, e.ID)
 	} else if e.gone {

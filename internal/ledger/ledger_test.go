@@ -168,7 +168,7 @@ func TestTake(t *testing.T) {
 		{"but not what waits to be moved", 1, func(l *Ledger) {
 			l.Add(start, start, read("1", "2"))
 			_, e := take(l, start)
-			e.Doom = "dead"
+			e.Death = "dead"
 			l.Retry(start, e, at(10), true)
 		}, 1, []string{"2"}},
 		{"what was claimed is older than what was read", 1, func(l *Ledger) {
@@ -443,7 +443,7 @@ func check(t *testing.T, l *Ledger) {
 			place("acks", e)
 		}
 	}
-	past, doomed := 0, 0
+	past, dead := 0, 0
 	all := slices.Clone(l.strays)
 	for id, e := range l.entries {
 		require.Equal(t, id, e.ID)
@@ -461,15 +461,15 @@ func check(t *testing.T, l *Ledger) {
 				past++
 			}
 		}
-		if e.doomed {
-			doomed++
+		if e.dead {
+			dead++
 		}
 	}
 	require.Equal(t, counts[Running], l.use.running)
 	require.LessOrEqual(t, l.use.running, l.cfg.Slots)
 	require.Equal(t, past, l.use.past)
 	require.Equal(t, counts[Waiting], l.use.waiting)
-	require.Equal(t, doomed, l.use.doomed)
+	require.Equal(t, dead, l.use.dead)
 	require.Equal(t, counts[Queued], l.cfg.Bounds.Ahead())
 	require.EqualValues(t, counts[Waiting], l.cfg.Bounds.Waiting.used.Load())
 	if !l.ended {

@@ -88,7 +88,7 @@ func (w waiting) first(now time.Time) *Entry {
 // at all, which only a ledger at its bound pays for.
 func (w waiting) latest() (latest *Entry) {
 	for _, e := range w {
-		if !e.doomed && (latest == nil || e.due.After(latest.due)) {
+		if !e.dead && (latest == nil || e.due.After(latest.due)) {
 			latest = e
 		}
 	}

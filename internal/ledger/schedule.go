@@ -263,7 +263,7 @@ func (l *Ledger) room() int {
 		return 0
 	case b.full(&b.Unacked, len(l.acks)):
 		return 0
-	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting), b.full(&b.Waiting, 2*l.use.doomed):
+	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting), b.full(&b.Waiting, 2*l.use.dead):
 		return 0 // they are kept here, come what may
 	}
 	free := l.cfg.Slots - l.use.running

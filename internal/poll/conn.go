@@ -274,7 +274,7 @@ func (c *conn) connect() (*redisx.Conn, error) {
 		}
 		c.disconnect()
 	}
-	link, err := p.cfg.Client.OpenConn(c.ctx, p.cfg.Line, key, p.cfg.Block)
+	link, err := p.cfg.Client.OpenConn(c.ctx, p.cfg.Pipeline, key, p.cfg.Block)
 	if err != nil {
 		return nil, err
 	}

@@ -89,7 +89,7 @@ func newPoller(t *testing.T, group string) (*Poller, *redis.Client) {
 	client := testserver.Client(t)
 	c := redisx.Client{UniversalClient: client}
 	return New(Config{
-		Client: c, Line: pipeline.New(c, 2, true), Group: group, Consumer: "consumer", Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
+		Client: c, Pipeline: pipeline.New(c, 2, true), Group: group, Consumer: "consumer", Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
 	}), client
 }
 
@@ -253,7 +253,7 @@ func TestSeat_Abandon(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Line: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	stream := xstream.New(c, "key", "group")
 	_, err := stream.CreateGroup(context.Background(), "0")
 	require.NoError(t, err)
@@ -281,7 +281,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Line: pipeline.New(c, 2, true), Consumer: "consumer", Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Consumer: "consumer", Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
 	add := func(id string) {
 		t.Helper()
 		require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", ID: id, Values: []any{"a", "b"}}).Err())
@@ -370,7 +370,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	client := redis.NewClient(&options)
 	t.Cleanup(func() { _ = client.Close() }) // after the seats are left
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Line: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	var seats []*Seat
 	var members []*member
 	for i := range 1 + maxConns {

@@ -78,8 +78,8 @@ type Batch struct {
 // Config is what a Poller needs.
 type Config struct {
 	Client   redisx.Client
-	Line     *pipeline.Line // for CLIENT UNBLOCK
-	Group    string         // empty: fan-out
+	Pipeline *pipeline.Pipeline // for CLIENT UNBLOCK
+	Group    string             // empty: fan-out
 	Consumer string
 	NoAck    bool
 	Block    time.Duration // the longest that a read waits

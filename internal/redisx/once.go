@@ -7,7 +7,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Processor runs a command: a client, one connection of it, or a pipeline.Line.
+// Processor runs a command: a client, one connection of it, or a pipeline.Pipeline.
 type Processor interface {
 	Process(ctx context.Context, cmd redis.Cmder) error
 }

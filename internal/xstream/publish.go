@@ -87,11 +87,11 @@ var errNoMulti = errors.New("MULTI was refused")
 // MultiRefused reports whether a call failed for want of the right to MULTI or EXEC.
 func MultiRefused(err error) bool { return errors.Is(err, errNoMulti) }
 
-// Send sends the call over the line, in one round trip, with others that come at the
+// Send sends the call over the pipeline, in one round trip, with others that come at the
 // same time.
-func (c *Publishing) Send(line *pipeline.Line) error {
+func (c *Publishing) Send(pipe *pipeline.Pipeline) error {
 	if len(c.adds) == 1 {
-		return c.single(line.Process(c.ctx, c.adds[0]))
+		return c.single(pipe.Process(c.ctx, c.adds[0]))
 	}
 	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.OnceRawCmd{RawCmd: redis.NewRawCmd(c.ctx, "exec")}
 	cmds := make([]redis.Cmder, 0, len(c.adds)+2)
@@ -99,7 +99,7 @@ func (c *Publishing) Send(line *pipeline.Line) error {
 	for _, add := range c.adds {
 		cmds = append(cmds, add)
 	}
-	if err := line.Do(c.ctx, append(cmds, c.exec)...); err != nil {
+	if err := pipe.Do(c.ctx, append(cmds, c.exec)...); err != nil {
 		return c.sent.Outcome(err)
 	}
 	if c.multi.Err() != nil {

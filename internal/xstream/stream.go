@@ -25,7 +25,7 @@ type Entry struct {
 // Stream is a topic, as one consumer of one group sees it if these are set.
 type Stream struct {
 	Client   redisx.Client
-	Via      redisx.Processor // what commands go through: the client, or a line over it
+	Via      redisx.Processor // what commands go through: the client, or a pipeline over it
 	Key      string
 	Group    string
 	Consumer string

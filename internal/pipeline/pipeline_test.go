@@ -66,7 +66,7 @@ func lineDone(t *testing.T, done <-chan error, what string) {
 }
 
 // echo sends a command of its own in the background.
-func echo(ctx context.Context, l *Line, what string) <-chan error {
+func echo(ctx context.Context, l *Pipeline, what string) <-chan error {
 	done := make(chan error, 1)
 	go func() {
 		_, err := redisx.DoOnce(ctx, l, "echo", what)
@@ -79,8 +79,8 @@ func echo(ctx context.Context, l *Line, what string) <-chan error {
 func isEcho(cmd redis.Cmder, what string) bool { return cmd.Name() == "echo" && cmd.Args()[1] == what }
 
 // TestLine_Strands: one call hangs. What came soon after it, or soon after another
-// call had been on the second lane, waited behind the one that hangs, though the
-// second lane was free, and nobody looked again until the next call came.
+// call had been on the second connection, waited behind the one that hangs, though the
+// second connection was free, and nobody looked again until the next call came.
 func TestLine_Strands(t *testing.T) {
 	client := testserver.Client(t)
 	hang, hanging := make(chan struct{}), make(chan struct{})
@@ -113,7 +113,7 @@ func TestLine_Strands(t *testing.T) {
 // shareFlight has a call under ctx and another one, under its own, wait together
 // while a first one is under way, and lets them go: they are sent as one pipeline,
 // for which led is called.
-func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func(other <-chan error)) (l *Line, leader, other <-chan error) {
+func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func(other <-chan error)) (l *Pipeline, leader, other <-chan error) {
 	t.Helper()
 	client := testserver.Client(t)
 	hold := make(chan struct{})
@@ -172,7 +172,7 @@ func TestLine_LeaderContext(t *testing.T) {
 }
 
 // TestLine_LeftUnderWay: a call whose caller had gone was put back into the queue. It
-// was given the lane then, and kept it for good: all further calls hung.
+// was given the connection then, and kept it for good: all further calls hung.
 func TestLine_LeftUnderWay(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()

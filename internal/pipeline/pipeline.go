@@ -26,25 +26,25 @@ const (
 	maxBytes = 64 << 10
 
 	// slowFlight is how long a call may be under way before the next one takes
-	// another lane: more than a round trip to a far server. (Where several
+	// another connection: more than a round trip to a far server. (Where several
 	// goroutines want connections at once, go-redis opens about twice as many.)
 	slowFlight = 100 * time.Millisecond
 )
 
-// Line sends commands over one connection, and up to Lanes of them where one takes
+// Pipeline sends commands over one connection, and up to connections of them where one takes
 // long. What comes while a call is under way waits, and shares the next pipeline.
 // There is no delay: a caller that finds the line free sends at once, and then
 // passes it on to the first that waits.
 //
 // (go-redis's own AutoPipeline does likewise, but does not keep the commands of
 // one call together, which MULTI and EXEC need.)
-type Line struct {
-	client redisx.Client
-	lanes  int // 0: each call goes by itself
-	leave  bool
+type Pipeline struct {
+	client      redisx.Client
+	connections int // 0: each call goes by itself
+	leave       bool
 
 	mu     sync.Mutex
-	busy   int       // lanes
+	busy   int       // connections
 	began  time.Time // the last flight
 	queue  []*call
 	expiry *time.Timer // of calls that wait for too long; nil: none is set
@@ -57,11 +57,11 @@ type Line struct {
 // With leave a caller can go when its context ends, though its commands are under
 // way: they then run in a goroutine of their own, which ends when the client's
 // timeouts let it.
-func New(client redisx.Client, lanes int, leave bool) *Line {
+func New(client redisx.Client, connections int, leave bool) *Pipeline {
 	if client.Single() == nil {
-		lanes = 0
+		connections = 0
 	}
-	return &Line{client: client, lanes: lanes, leave: leave}
+	return &Pipeline{client: client, connections: connections, leave: leave}
 }
 
 // call is some commands on their way. They stay together.
@@ -76,13 +76,13 @@ type turn uint8
 
 const (
 	done turn = iota // it was sent with others
-	lead             // the lane is its caller's
+	lead             // the connection is its caller's
 	late             // it has waited for too long
 )
 
 // Process sends one command and returns its error. If that is the end of ctx,
 // the command may still be under way, and must not be read.
-func (l *Line) Process(ctx context.Context, cmd redis.Cmder) error {
+func (l *Pipeline) Process(ctx context.Context, cmd redis.Cmder) error {
 	if err := l.Do(ctx, cmd); err != nil {
 		return err
 	}
@@ -92,19 +92,19 @@ func (l *Line) Process(ctx context.Context, cmd redis.Cmder) error {
 // Do sends the commands, in their order and with nothing in between. Each has its
 // own error then. The error of Do itself says that they were not sent, or that ctx
 // has ended and they may still be under way.
-func (l *Line) Do(ctx context.Context, cmds ...redis.Cmder) error {
+func (l *Pipeline) Do(ctx context.Context, cmds ...redis.Cmder) error {
 	if l.leave {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 	}
-	if l.lanes == 0 || !small(cmds) {
+	if l.connections == 0 || !small(cmds) {
 		return l.run(ctx, func(ctx context.Context) { l.send(ctx, []*call{{cmds: cmds}}) })
 	}
 	l.mu.Lock()
-	if l.busy == 0 || l.busy < l.lanes && time.Since(l.began) > slowFlight {
+	if l.busy == 0 || l.busy < l.connections && time.Since(l.began) > slowFlight {
 		l.busy++
-		return l.fly(ctx, &call{cmds: cmds})
+		return l.lead(ctx, &call{cmds: cmds})
 	}
 	c := &call{cmds: cmds, turn: make(chan turn, 1), since: time.Now()}
 	l.queue = append(l.queue, c)
@@ -116,9 +116,9 @@ func (l *Line) Do(ctx context.Context, cmds ...redis.Cmder) error {
 }
 
 // await waits for the call's turn, or for its end.
-func (l *Line) await(ctx context.Context, c *call) error {
+func (l *Pipeline) await(ctx context.Context, c *call) error {
 	var slow <-chan time.Time
-	if l.lanes > 1 {
+	if l.connections > 1 {
 		timer := time.NewTimer(slowFlight)
 		defer timer.Stop()
 		slow = timer.C
@@ -136,12 +136,12 @@ func (l *Line) await(ctx context.Context, c *call) error {
 				return ctx.Err()
 			}
 			l.mu.Lock()
-			return l.fly(ctx, c)
+			return l.lead(ctx, c)
 		case <-slow:
 			l.mu.Lock()
-			if l.busy < l.lanes && l.unqueueLocked(c) {
+			if l.busy < l.connections && l.unqueueLocked(c) {
 				l.busy++
-				return l.fly(ctx, c)
+				return l.lead(ctx, c)
 			}
 			l.mu.Unlock()
 		case <-ctx.Done():
@@ -153,7 +153,7 @@ func (l *Line) await(ctx context.Context, c *call) error {
 
 // expire ends the calls that have waited for longer than go-redis lets one wait for
 // a connection: to wait for a turn is no different.
-func (l *Line) expire() {
+func (l *Pipeline) expire() {
 	patience := l.client.PoolTimeout()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -166,10 +166,10 @@ func (l *Line) expire() {
 	}
 }
 
-// fly sends the call with those that wait, and passes the lane on. l.mu is held
+// lead sends the call with those that wait, and passes the connection on. l.mu is held
 // before, and not after.
-func (l *Line) fly(ctx context.Context, c *call) error {
-	if l.lanes > 1 {
+func (l *Pipeline) lead(ctx context.Context, c *call) error {
+	if l.connections > 1 {
 		l.began = time.Now()
 	}
 	batch := []*call{c}
@@ -184,7 +184,7 @@ func (l *Line) fly(ctx context.Context, c *call) error {
 
 // run runs a flight: with leave beside the caller, who can go. The flight goes on
 // then: others may be in it, and a Limiter would take its end for the server's fault.
-func (l *Line) run(ctx context.Context, flight func(context.Context)) error {
+func (l *Pipeline) run(ctx context.Context, flight func(context.Context)) error {
 	if !l.leave {
 		flight(ctx)
 		return nil
@@ -202,7 +202,7 @@ func (l *Line) run(ctx context.Context, flight func(context.Context)) error {
 	}
 }
 
-func (l *Line) flight(ctx context.Context, batch []*call) {
+func (l *Pipeline) flight(ctx context.Context, batch []*call) {
 	sent := false
 	defer func() {
 		for _, c := range batch[1:] {
@@ -219,7 +219,7 @@ func (l *Line) flight(ctx context.Context, batch []*call) {
 	sent = true
 }
 
-func (l *Line) send(ctx context.Context, batch []*call) {
+func (l *Pipeline) send(ctx context.Context, batch []*call) {
 	if len(batch) == 1 && len(batch[0].cmds) == 1 {
 		_ = l.client.Process(ctx, batch[0].cmds[0])
 		return
@@ -254,8 +254,8 @@ func small(cmds []redis.Cmder) bool {
 	return true
 }
 
-// pass gives the lane to the first that waits.
-func (l *Line) pass() {
+// pass gives the connection to the first that waits.
+func (l *Pipeline) pass() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if next := l.shiftLocked(); next != nil {
@@ -266,7 +266,7 @@ func (l *Line) pass() {
 }
 
 // abandon takes back a call whose caller does not wait any more.
-func (l *Line) abandon(c *call) {
+func (l *Pipeline) abandon(c *call) {
 	l.mu.Lock()
 	waited := l.unqueueLocked(c)
 	l.mu.Unlock()
@@ -283,7 +283,7 @@ func (l *Line) abandon(c *call) {
 }
 
 // unqueueLocked takes a call out of the queue, if it is still there.
-func (l *Line) unqueueLocked(c *call) bool {
+func (l *Pipeline) unqueueLocked(c *call) bool {
 	i := slices.Index(l.queue, c)
 	if i >= 0 {
 		l.queue = slices.Delete(l.queue, i, i+1)
@@ -291,7 +291,7 @@ func (l *Line) unqueueLocked(c *call) bool {
 	return i >= 0
 }
 
-func (l *Line) shiftLocked() *call {
+func (l *Pipeline) shiftLocked() *call {
 	if len(l.queue) == 0 {
 		return nil
 	}
