@@ -28,7 +28,12 @@ func (s *subscription) handleBroken(h *task, err error) {
 		return
 	}
 	h.Broken = err
-	s.ledger.Broken(time.Now(), h.Entry)
+	switch full, ok := s.ledger.Broken(time.Now(), h.Entry); {
+	case !ok: // the subscription closes
+		s.giveBack(h, h.Count()-1)
+	case full:
+		s.gaveUp(h.Entry)
+	}
 }
 
 // callBroken calls OnBroken while there is something for it. There are maxBrokenCalls of

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
@@ -114,6 +115,13 @@ func (s *subscription) acquire(h *task) bool {
 		return true
 	}
 	claim := h.Owner != ""
+	if claim { // the Subscriber's other subscriptions of the topic have the same name
+		if !s.shared.poller.Reserve(s.topic, h.ID, s.reader) {
+			s.ledger.Remove(time.Now(), h.Entry)
+			return false
+		}
+		defer s.shared.poller.Unreserve(s.topic, h.ID)
+	}
 	taken, err := s.keeper.Take(s.life.ctx, h.Entry)
 	switch {
 	case err != nil && claim: // it may have happened: then it is an orphan
@@ -296,10 +304,19 @@ func (s *subscription) schedule(h *task, aside bool, delay time.Duration) {
 	switch {
 	case !ok: // close came in between
 		s.giveBack(h, h.Next-1)
-	case dropped != nil && !s.overflow.Swap(true):
+	case dropped != nil:
+		s.gaveUp(dropped)
+	}
+}
+
+// gaveUp is said of what left the ledger since too much waits: it stays pending, and is no
+// orphan.
+func (s *subscription) gaveUp(e *ledger.Entry) {
+	s.shared.poller.Disown(s.topic, e.ID)
+	s.overflow.Do(func() {
 		s.log.Error("Very many messages wait for a retry", errors.New(
 			"those that wait longest come again when their leases have run out, whenever they are due"), s.logFields)
-	}
+	})
 }
 
 // handlerName returns the router's name of the handler; "" without a router.

@@ -35,6 +35,7 @@ func (s *subscription) markFailed(duty string, err error) {
 	s.client.Refresh(err)
 	if xstream.GroupLost(err) {
 		_ = s.keeper.Regroup(s.life.ctx)
+		s.update()
 	}
 	h := &s.health
 	h.mu.Lock()

@@ -22,6 +22,7 @@ type loops struct {
 
 	mu    sync.Mutex
 	timer *time.Timer // for what is due next; nil: none was needed yet
+	at    time.Time   // when it runs out; zero: it has
 }
 
 func newLoops() loops {
@@ -68,21 +69,32 @@ func (s *subscription) apply(fx ledger.Effects) {
 		poke(s.loops.look)
 	}
 	if !fx.Timer.IsZero() {
-		s.loops.arm(time.Until(fx.Timer), s.update)
+		s.loops.arm(fx.Timer, s.update)
 	}
 }
 
 // update does what is to be done now.
 func (s *subscription) update() { s.apply(s.ledger.Effects(time.Now())) }
 
-func (l *loops) arm(d time.Duration, run func()) {
+// arm has run called at that time. It was called for an earlier one, maybe, by somebody
+// whose change was later.
+func (l *loops) arm(at time.Time, run func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.timer == nil {
-		l.timer = time.AfterFunc(d, run)
+	if !l.at.IsZero() && l.at.Before(at) {
 		return
 	}
-	l.timer.Reset(d)
+	l.at = at
+	if l.timer != nil {
+		l.timer.Reset(time.Until(at))
+		return
+	}
+	l.timer = time.AfterFunc(time.Until(at), func() {
+		l.mu.Lock()
+		l.at = time.Time{}
+		l.mu.Unlock()
+		run()
+	})
 }
 
 // ackLinger: several acks in one batch say that more are coming. To wait this long for

@@ -23,8 +23,10 @@ type mode interface {
 
 	// read returns those of the entries that are to be handled.
 	read(entries []xstream.Entry) []xstream.Entry
-	// late ends entries that came when nobody takes them any more; added of them are new.
-	late(entries []*ledger.Entry, added int)
+	// late ends entries that came when nobody takes them any more.
+	late(entries []*ledger.Entry)
+	// reconnect is said before reading is tried again.
+	reconnect(ctx context.Context)
 
 	// offer returns what ends the offer of a message that nobody has taken: the
 	// subscription's end, and that of its context.
@@ -122,7 +124,22 @@ func (m leased) read(entries []xstream.Entry) []xstream.Entry {
 	return entries
 }
 
-func (m leased) late([]*ledger.Entry, int) { m.releaseAll() }
+func (m leased) late(entries []*ledger.Entry) {
+	give := make([]lease.Counted, len(entries))
+	for i, e := range entries {
+		give[i] = lease.Counted{Entry: e}
+	}
+	m.subscription.release(give)
+}
+
+// reconnect: if the group is another one by now, that is to be seen before anything is
+// read from it.
+func (m leased) reconnect(ctx context.Context) {
+	if err := m.keeper.Renew(ctx, 0); err != nil {
+		m.markFailed(dutyRenew, err)
+	}
+	m.update()
+}
 
 func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
@@ -162,10 +179,8 @@ type unleased struct{ grouped }
 
 func (unleased) read(entries []xstream.Entry) []xstream.Entry { return entries }
 
-func (m unleased) late(entries []*ledger.Entry, added int) {
-	m.stats.lost.Add(int64(added))
-	m.ledger.Remove(time.Now(), entries...)
-}
+func (m unleased) late(entries []*ledger.Entry) { m.stats.lost.Add(int64(len(entries))) }
+func (unleased) reconnect(context.Context)      {}
 
 // offer: there is no lease to be lost, and a second left before CloseTimeout.
 func (m unleased) offer(context.Context) (withdraw, ended <-chan struct{}) {
@@ -230,7 +245,8 @@ func (m fanOut) read(entries []xstream.Entry) []xstream.Entry {
 	return entries
 }
 
-func (m fanOut) late(entries []*ledger.Entry, _ int) { m.ledger.Remove(time.Now(), entries...) }
+func (fanOut) late([]*ledger.Entry)      {}
+func (fanOut) reconnect(context.Context) {}
 
 func (m fanOut) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()

@@ -62,6 +62,7 @@ func (r *reader) run() {
 		if !pause.wait(s.life.closing) {
 			return
 		}
+		s.mode.reconnect(s.life.ctx)
 	}
 }
 
@@ -105,10 +106,9 @@ func (r *reader) Take(b poll.Batch) {
 			add[i].Fields = []string{}
 		}
 	}
-	n, fx := s.ledger.Add(b.At, b.Sent, add)
-	s.apply(fx)
-	if s.life.drained.Load() { // an answer that Close did not wait for
-		s.mode.late(add, n)
+	fx, ok := s.ledger.Add(b.At, b.Sent, add)
+	if s.apply(fx); !ok { // an answer that Close did not wait for
+		s.mode.late(add)
 	}
 }
 
@@ -123,7 +123,7 @@ func own(fields []string) []string {
 }
 
 // Holds reports whether the entry is in this subscription's hands.
-func (r *reader) Holds(id string) bool { return r.s.ledger.Has(id) }
+func (r *reader) Holds(id string) bool { return r.s.ledger.Owns(id) }
 
 // Reading notes that reading works, or that there is no need to.
 func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
@@ -132,9 +132,6 @@ func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 // answer to a command that took it was lost. Its delivery has reached nobody.
 func (r *reader) Orphans(rows []xstream.Pending) bool {
 	s := r.s
-	if s.overflow.Load() {
-		return true // what was given up waits for its lease to run out
-	}
 	orphans := make([]*ledger.Entry, len(rows))
 	for i, p := range rows {
 		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(p.Count, p.Count)

@@ -54,7 +54,7 @@ type subscription struct {
 	life     life
 	loops    loops
 	slots    slots
-	overflow atomic.Bool // something of ours is pending that the ledger has not: see again
+	overflow sync.Once // something of ours is pending that the ledger has not, which was said
 }
 
 // life is the contexts and the end of a subscription.

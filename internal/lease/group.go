@@ -172,6 +172,7 @@ func (k *Keeper) restore(ctx context.Context) error {
 	if !k.cfg.Ledger.Leased() {
 		return nil
 	}
+	k.partly = true
 	ours := slices.DeleteFunc(k.cfg.Ledger.Ours(), func(e *ledger.Entry) bool { return !k.cfg.Ledger.Owned(e) })
 	for chunk := range slices.Chunk(ours, xstream.MaxOwned) {
 		counted := make([]xstream.Counted, len(chunk))
@@ -193,5 +194,6 @@ func (k *Keeper) restore(ctx context.Context) error {
 		}
 		k.stand(others)
 	}
+	k.partly = false
 	return nil
 }

@@ -46,6 +46,7 @@ type Keeper struct {
 	Lost, GivenBack atomic.Int64
 
 	mu       sync.Mutex // one renewal, or repair of the group, at a time
+	partly   bool       // a repair has begun, and not ended: what is missing is to be put back
 	seen     sync.Mutex
 	progress progress // guarded by seen
 }
@@ -174,7 +175,10 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 	id, how, err := k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, look, letter)
 	if err == nil && how != xstream.Mine && how != xstream.Elsewhere && !unsure {
 		unsure = true
-		id, how, err = k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, marks, letter)
+		found := how
+		if id, how, err = k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, marks, letter); how != xstream.Mine {
+			how = found // what the first one has changed
+		}
 	}
 	switch {
 	case err != nil && (!redisx.IsReply(err) || unsure):
@@ -198,6 +202,7 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 // made anew.
 func (k *Keeper) refused(ctx context.Context, e *ledger.Entry, how xstream.Standing) error {
 	switch {
+	case e.Owner == "" && !k.cfg.Ledger.Owned(e): // an orphan that was none
 	case e.Owner == "" && how == xstream.Settled:
 		return k.Renew(ctx, 0)
 	case e.Owner == "":
@@ -249,6 +254,11 @@ func (k *Keeper) entryFields(e *ledger.Entry) watermill.LogFields {
 func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.partly {
+		if err := k.restore(ctx); err != nil {
+			return err
+		}
+	}
 	var renewed []*ledger.Entry
 	others := make(map[*ledger.Entry]xstream.Standing)
 	for entries := range slices.Chunk(k.cfg.Ledger.Renewals(time.Now(), age, xstream.CompareIDs), xstream.MaxOwned) {
@@ -272,10 +282,10 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 		renewed = append(renewed, ours...)
 		defer k.cfg.Ledger.Renewed(sent, ours...) // what is missing is compared with what was known before
 	}
+	remade, err := k.isRemade(ctx, others, renewed)
 	if len(renewed) > 0 {
 		k.wasActive()
 	}
-	remade, err := k.isRemade(ctx, others, renewed)
 	switch {
 	case err != nil:
 		return err
@@ -287,22 +297,31 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 }
 
 // isRemade reports whether entries are not pending any more because the group was made
-// anew, or the consumer removed. Several go missing at once for no other reason. Of a
-// single one it is assumed as long as a handler has it: to put it back costs nothing then.
-// Else the server's memory of the consumer has to tell: what waits here, and was settled
-// elsewhere, must not hold up others, nor come again.
+// anew, or the consumer removed, and not because others took or acked them.
+//
+// Several go missing at once for no other reason while their leases are good. Of a single
+// one it is assumed as long as a handler has it: to put it back costs nothing then. So it
+// is if something was read since, which may be of the new group: better twice than never.
+// Else, and where leases may have run out, the server's memory of the consumer tells.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
-	missing := 0
-	var one *ledger.Entry
+	missing, expired, sure := 0, false, false
 	for e, how := range others {
-		expired := time.Now().Add(-k.cfg.MinIdle)
-		if how == xstream.Settled && k.cfg.Ledger.Owned(e) && !k.cfg.Ledger.Taken(e, expired, renewed) {
-			missing++
-			one = e
+		if how != xstream.Settled || !k.cfg.Ledger.Owned(e) {
+			continue
 		}
+		m := k.cfg.Ledger.Missing(e, time.Now().Add(-k.cfg.MinIdle), renewed)
+		if m.Taken {
+			continue
+		}
+		missing++
+		expired = expired || m.Expired
+		sure = sure || e.InHand() || m.ReadOn
 	}
-	if missing != 1 || one.InHand() {
-		return missing > 0, nil
+	switch {
+	case missing == 0:
+		return false, nil
+	case !expired && (missing > 1 || sure):
+		return true, nil
 	}
 	return k.consumerIsNew(ctx)
 }

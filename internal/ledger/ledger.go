@@ -66,6 +66,7 @@ type Entry struct {
 	// Guarded by the ledger.
 	state   State
 	gone    bool // not in the stream any more
+	orphan  bool // it was seen pending in our name, and may be acked by now
 	moving  bool // a move to the dead-letter stream was sent, and may have happened
 	moved   bool // it has
 	past    bool // taken as a retry or a candidate, not as a fresh one
@@ -180,6 +181,7 @@ type Ledger struct {
 	armed  time.Time
 	more   bool // candidates than were offered
 	closed bool // nothing new is taken
+	over   bool // nothing more is added
 	ended  bool // acks are not sent any more
 }
 
@@ -199,22 +201,26 @@ func New(cfg Config) *Ledger {
 	return &Ledger{cfg: cfg, entries: make(map[string]*Entry), patience: cfg.Patience}
 }
 
-// Add takes entries that were read by a command sent at that time, and returns how many
-// of them are new here. An entry may come twice: after a failover, or after the group was
-// made anew, the server may repeat what it delivered before. It is ours afresh then.
-func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (added int, fx Effects) {
+// Add takes entries that were read by a command sent at that time; after Close it takes
+// none, and returns false. An entry may come twice: after a failover, or after the group
+// was made anew, the server may repeat what it delivered before. It is ours afresh then.
+func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (fx Effects, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.over {
+		return fx, false
+	}
+	l.clock++
 	for _, e := range entries {
-		if old := l.entries[e.ID]; old != nil && !old.gone && old.state != Candidate {
+		if old := l.entries[e.ID]; old != nil && !old.gone && !old.lost.Load() && old.state != Candidate {
+			old.since = l.clock
 			l.touch(sent, old)
 			continue
 		}
 		l.insert(now, sent, e)
 		l.enqueue(e)
-		added++
 	}
-	return added, l.effects(now)
+	return l.effects(now), true
 }
 
 // Offer takes candidates that are not known here. If there are more of them, whoever
@@ -228,7 +234,9 @@ func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 			continue
 		}
 		added++
+		l.clock++
 		l.insert(now, now, e)
+		e.orphan = e.Owner == ""
 		if e.readHere() {
 			l.enqueue(e)
 			continue
@@ -267,8 +275,9 @@ func (l *Ledger) Has(id string) bool {
 func (l *Ledger) Claimed(sent time.Time, e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e.Owner != "" {
-		e.Owner, e.since = "", l.tick()
+	l.clock++
+	if e.orphan = false; e.Owner != "" {
+		e.Owner, e.since = "", l.clock
 	}
 	l.touch(sent, e)
 	return l.entries[e.ID] == e
@@ -331,14 +340,23 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	return dropped, true
 }
 
-// Broken hands an entry that a slot has to the callers of OnBroken.
-func (l *Ledger) Broken(now time.Time, e *Entry) {
+// Broken hands an entry that a slot has to the callers of OnBroken. It returns false, and
+// does nothing, if the ledger is closed. Where too many wait for them, the entry leaves the
+// ledger, and full is true.
+func (l *Ledger) Broken(now time.Time, e *Entry) (full, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return false, false
+	}
+	if l.cfg.Leased && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.use.waiting+l.broken.len()) {
+		l.remove(now, e)
+		return true, true
+	}
 	l.settle(now, e)
 	l.leave(e)
-	e.state = Calling
-	l.broken.push(e)
+	l.call(e)
+	return false, true
 }
 
 // Remove is the end of entries that are no business of this subscription any more.
@@ -376,6 +394,12 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.stop()
+	l.over = true
+	for _, e := range l.strays {
+		if e.state == Queued {
+			l.leave(e)
+		}
+	}
 	for _, e := range l.entries {
 		switch {
 		case e.state == Candidate:
@@ -410,15 +434,22 @@ func (l *Ledger) stop() {
 // insert puts an entry under its ID.
 func (l *Ledger) insert(now, sent time.Time, e *Entry) {
 	if old := l.entries[e.ID]; old != nil {
-		if old.gone {
-			l.strays = append(l.strays, old) // another entry with the same ID
+		if old.state != Candidate {
+			l.strays = append(l.strays, old) // another entry with the same ID, or another delivery
 		} else {
 			l.remove(now, old) // a candidate that was delivered to us instead
 		}
 	}
 	l.entries[e.ID] = e
-	e.since = l.tick()
+	e.since = l.clock
 	l.touch(sent, e)
+}
+
+// call has an entry wait for OnBroken.
+func (l *Ledger) call(e *Entry) {
+	e.state = Calling
+	l.broken.push(e)
+	l.cfg.Bounds.Waiting.used.Add(1)
 }
 
 func (l *Ledger) enqueue(e *Entry) {
@@ -427,18 +458,16 @@ func (l *Ledger) enqueue(e *Entry) {
 	l.cfg.Bounds.ahead.Add(1)
 }
 
-func (l *Ledger) tick() uint64 {
-	l.clock++
-	return l.clock
-}
-
 // touch notes that the entry is ours, by a command sent at that time.
 func (l *Ledger) touch(sent time.Time, e *Entry) {
-	e.renewed, e.sure = sent, l.tick()
+	e.renewed, e.sure = sent, l.clock
 }
 
 // leave takes an entry out of its state.
 func (l *Ledger) leave(e *Entry) {
+	if e.in == &l.broken {
+		l.cfg.Bounds.Waiting.used.Add(-1)
+	}
 	if e.in != nil {
 		e.in.drop(e)
 	}
@@ -486,7 +515,7 @@ func (l *Ledger) remove(now time.Time, e *Entry) {
 	e.Fields, e.Death = nil, nil // others of its read may stay for long
 	if l.entries[e.ID] == e {
 		delete(l.entries, e.ID)
-	} else if e.gone {
+	} else {
 		l.strays = slices.DeleteFunc(l.strays, func(other *Entry) bool { return other == e })
 	}
 }

@@ -237,7 +237,7 @@ func TestTake_StartsTheNextSlot(t *testing.T) {
 	l.Retry(start, e, at(1), false)
 	require.Equal(t, 0, l.Effects(start).Slots)
 	l.use.slots = 0
-	_, fx := l.Add(at(1), at(1), read("2"))
+	fx, _ := l.Add(at(1), at(1), read("2"))
 	require.Equal(t, 1, fx.Slots)
 	first, fx := l.Take(at(1))
 	require.NotNil(t, first)
@@ -253,7 +253,7 @@ func TestTake_Lonely(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1", "2", "3", "4", "5", "6"))
 	_, slow := take(l, start)
-	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
+	l.Offer(at(1), []*Entry{claim("a", 5), claim("b", 5)}, false)
 	id, _ := take(l, at(1))
 	require.Empty(t, id, "it waits for the slow one")
 	require.Equal(t, at(6), l.armed, "not for longer than its patience")
@@ -390,18 +390,94 @@ func TestEndAcks(t *testing.T) {
 	require.Zero(t, l.cfg.Bounds.Unacked.used.Load())
 }
 
-// An entry that is not pending was taken from us if its lease may have run out, or if
-// others are that were here as long; not if all are missing.
-func TestTaken(t *testing.T) {
+// An entry that is not pending was taken from us if others are pending that were here as
+// long; not if all are missing that were read with it, or before.
+func TestMissing(t *testing.T) {
 	l := newLedger(4)
-	l.Add(at(0), at(0), read("1"))
+	l.Add(at(0), at(0), read("1", "1b"))
 	l.Add(at(1), at(1), read("2"))
-	one, two := l.entries["1"], l.entries["2"]
-	require.False(t, l.Taken(one, at(-1), nil))
-	require.True(t, l.Taken(one, at(0.5), nil), "its lease may have run out")
-	require.False(t, l.Taken(one, at(-1), []*Entry{two}), "2 may be of another group")
+	one, sibling, two := l.entries["1"], l.entries["1b"], l.entries["2"]
+	require.Equal(t, Missing{}, l.Missing(one, at(-1), nil))
+	require.Equal(t, Missing{Expired: true}, l.Missing(one, at(0.5), nil))
+	require.Equal(t, Missing{ReadOn: true}, l.Missing(one, at(-1), []*Entry{two}), "2 may be of another group")
+	require.Equal(t, Missing{Taken: true}, l.Missing(one, at(-1), []*Entry{sibling}))
 	l.Renewed(at(2), one, two)
-	require.True(t, l.Taken(one, at(-1), []*Entry{two}))
+	require.Equal(t, Missing{Taken: true}, l.Missing(one, at(-1), []*Entry{two}))
+	l.Add(at(3), at(3), read("2")) // once more, by another group
+	require.Equal(t, Missing{ReadOn: true}, l.Missing(one, at(-1), []*Entry{two}))
+}
+
+// A message that never ends keeps one with a last delivery to go from its turn; but not
+// what is fresh from being read.
+func TestTake_LonelyBesideOneThatNeverEnds(t *testing.T) {
+	l := newLedger(4)
+	l.Add(start, start, read("endless"))
+	take(l, start)
+	l.Offer(start, []*Entry{claim("a", 5)}, false)
+	require.Zero(t, l.Room(10), "nothing is read for its sake")
+	require.Equal(t, at(5), l.armed)
+	l.Effects(at(5))
+	require.Positive(t, l.Room(10), "but not for ever")
+	served := 0
+	for now := 5.0; now < 65; now += 0.5 {
+		if l.Room(10) > 0 {
+			l.Add(at(now), at(now), read(fmt.Sprint(now)))
+		}
+		if id, e := take(l, at(now)); e != nil {
+			require.NotEqual(t, "a", id)
+			served++
+			l.Acked(at(now), e)
+			l.Confirmed(at(now), len(l.acks))
+		}
+	}
+	require.GreaterOrEqual(t, served, 50, "of 120: half of the time")
+}
+
+// What is malformed and decoded while the subscription closes is given back; and what
+// waits for OnBroken has a bound.
+func TestBroken(t *testing.T) {
+	l := newLedger(1)
+	l.Add(start, start, read("1"))
+	_, e := take(l, start)
+	l.Stop()
+	_, ok := l.Broken(start, e)
+	require.False(t, ok)
+	l = newLedger(1)
+	for i := range maxWaiting + 10 {
+		l.Add(start, start, read(fmt.Sprint(i)))
+		_, e := take(l, start)
+		full, ok := l.Broken(start, e)
+		require.True(t, ok)
+		require.Equal(t, i > maxWaiting, full, "entry %d", i)
+	}
+	check(t, l)
+}
+
+// Nothing is added any more after the end.
+func TestClose_NothingIsAdded(t *testing.T) {
+	l := newLedger(1, func(c *Config) { c.Serve, c.Leased = true, false })
+	l.Close(start)
+	fx, ok := l.Add(start, start, read("1"))
+	require.False(t, ok)
+	require.Equal(t, Effects{}, fx)
+	require.Zero(t, l.cfg.Bounds.Ahead())
+}
+
+// What was lost, and is delivered to us anew while its handler still runs, is another
+// delivery.
+func TestAdd_LostBefore(t *testing.T) {
+	l := newLedger(2)
+	l.Add(start, start, read("1"))
+	_, old := take(l, start)
+	l.Lose(start, old)
+	l.Add(start, start, read("1"))
+	_, e := take(l, start)
+	require.NotSame(t, old, e)
+	require.False(t, e.Lost())
+	l.Retry(start, old, at(1), false)
+	require.Same(t, e, l.entries["1"])
+	require.Empty(t, l.strays)
+	check(t, l)
 }
 
 // check says what must be true of a ledger at any time.
@@ -471,7 +547,7 @@ func check(t *testing.T, l *Ledger) {
 	require.Equal(t, counts[Waiting], l.use.waiting)
 	require.Equal(t, dead, l.use.dead)
 	require.Equal(t, counts[Queued], l.cfg.Bounds.Ahead())
-	require.EqualValues(t, counts[Waiting], l.cfg.Bounds.Waiting.used.Load())
+	require.EqualValues(t, counts[Waiting]+l.broken.len(), l.cfg.Bounds.Waiting.used.Load())
 	if !l.ended {
 		require.EqualValues(t, counts[Acked], l.cfg.Bounds.Unacked.used.Load())
 		require.Equal(t, counts[Acked], acks)
@@ -563,7 +639,7 @@ func TestRandom(t *testing.T) {
 						entries = append(entries, read(fmt.Sprint(ids))...)
 						came[fmt.Sprint(ids)] = true
 					}
-					_, fx := l.Add(now, now, entries)
+					fx, _ := l.Add(now, now, entries)
 					apply(fx)
 				case 5:
 					var entries []*Entry

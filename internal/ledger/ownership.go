@@ -17,6 +17,26 @@ func (l *Ledger) Renewals(now time.Time, age time.Duration, compare func(a, b st
 	return ours
 }
 
+// Owns reports whether an entry with the ID is ours.
+func (l *Ledger) Owns(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.entries[id]
+	return e != nil && !e.gone && e.Owner == ""
+}
+
+// Pending returns how many entries must be pending in our name.
+func (l *Ledger) Pending() (n int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.entries {
+		if e.ours() && e.state != Acked && !e.moving {
+			n++
+		}
+	}
+	return n
+}
+
 // Leased reports whether entries stay pending until they are acked.
 func (l *Ledger) Leased() bool { return l.cfg.Leased }
 
@@ -43,7 +63,7 @@ func (e *Entry) ours() bool {
 func (l *Ledger) Owned(e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return e.ours() && e.state != Acked && !e.moving
+	return e.ours() && e.state != Acked && !e.moving && !e.orphan
 }
 
 // Moving notes whether the entry may have been moved to the dead-letter stream, and
@@ -65,20 +85,32 @@ func (l *Ledger) Moved(e *Entry) {
 func (l *Ledger) Renewed(sent time.Time, entries ...*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.clock++
 	for _, e := range entries {
 		l.touch(sent, e)
 	}
 }
 
-// Taken reports whether an entry that is not pending any more was taken, or acked, by
-// somebody else. It was if its lease may have run out: if it was last renewed before the
-// time given. And it was if others are pending that were ours when it was last known to
-// be: what became ours later may be of another group with the same name.
-func (l *Ledger) Taken(missing *Entry, expired time.Time, others []*Entry) bool {
+// Missing is what is known of an entry that is not pending any more.
+type Missing struct {
+	Taken   bool // by somebody else: others are pending that were ours when it was last known to be
+	Expired bool // its lease may have run out: it was last renewed before the time given
+	ReadOn  bool // something became ours since, maybe of another group with the same name
+}
+
+// Missing compares such an entry with those that are pending.
+func (l *Ledger) Missing(missing *Entry, expired time.Time, others []*Entry) (m Missing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return missing.renewed.Before(expired) ||
-		slices.ContainsFunc(others, func(e *Entry) bool { return e != missing && e.since <= missing.sure })
+	for _, e := range others {
+		if e != missing && e.since <= missing.sure {
+			m.Taken = true
+		} else if e.since > missing.sure {
+			m.ReadOn = true
+		}
+	}
+	m.Expired = missing.renewed.Before(expired)
+	return m
 }
 
 // Lose ends the lease of an entry that somebody else has, or may have.

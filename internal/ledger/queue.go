@@ -23,14 +23,6 @@ func (q *queue) peek() *Entry {
 	return q.entries[0]
 }
 
-func (q *queue) pop() *Entry {
-	e := q.peek()
-	if e != nil {
-		q.drop(e)
-	}
-	return e
-}
-
 // drop takes an entry out. It is the first one nearly always.
 func (q *queue) drop(e *Entry) {
 	e.in = nil

@@ -44,7 +44,10 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 	var e *Entry
 	if !l.closed {
 		l.brokenDue(now)
-		e = l.broken.pop()
+		if e = l.broken.peek(); e != nil {
+			l.leave(e)
+			e.state = Calling
+		}
 	}
 	if e == nil {
 		l.use.callers--
@@ -56,15 +59,14 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 func (l *Ledger) brokenDue(now time.Time) {
 	for e := l.recalls.first(now); e != nil; e = l.recalls.first(now) {
 		l.leave(e)
-		e.state = Calling
-		l.broken.push(e)
+		l.call(e)
 	}
 }
 
 // next decides what a slot takes:
 //
 //   - With one slot: what waits to come again, and nothing before that.
-//   - What must run alone, when nothing else runs: see turnOfLonely.
+//   - What must run alone, when nothing else runs: see drain.
 //   - With one slot: what was claimed, which is older than what was read; then that.
 //   - Else what was read on the one hand, and due retries, claims and a suspect on the
 //     other, in turn. Of the latter half of the slots at most have one while something
@@ -86,8 +88,12 @@ func (l *Ledger) next(now time.Time) *Entry {
 	if l.head != nil {
 		return l.head
 	}
-	if e, wait := l.turnOfLonely(now); wait {
-		return e
+	if l.drain(now); !l.drainFrom.IsZero() {
+		if l.busy() {
+			return nil
+		}
+		l.alone = l.lonely.peek()
+		return l.alone
 	}
 	if l.cfg.Slots == 1 {
 		if e := l.pastWork(now); e != nil {
@@ -131,32 +137,27 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 	return nil
 }
 
-// turnOfLonely returns what must run alone, if it is its turn, and whether nothing else
-// may be taken. For its turn, what runs comes to its end and nothing new is taken; but
-// not for longer than other work had before, so that a handler which takes very
-// long stops nothing for good.
-func (l *Ledger) turnOfLonely(now time.Time) (e *Entry, wait bool) {
+// drain decides whether nothing new is taken, for the sake of what must run alone: what
+// runs comes to its end then. Not for longer than its patience, though, so that a handler
+// which takes very long stops nothing for good; other work has as long after that, and
+// after each that has run alone, before the next one's turn.
+func (l *Ledger) drain(now time.Time) {
 	switch {
+	case l.alone != nil:
 	case l.lonely.len() == 0:
 		l.drainFrom = time.Time{}
-		return nil, false
-	case now.Before(l.restUntil) && l.ordinary(now):
-		return nil, false
+	case l.drainFrom.IsZero():
+		if !now.Before(l.restUntil) || !l.busy() && !l.ordinary(now) {
+			l.drainFrom = now
+		}
+	case l.busy() && !now.Before(l.drainFrom.Add(l.patience)):
+		l.restUntil = now.Add(now.Sub(l.drainFrom))
+		l.drainFrom, l.patience = time.Time{}, 2*l.patience
 	}
-	if l.drainFrom.IsZero() {
-		l.drainFrom = now
-	}
-	switch {
-	case l.use.running == 0 && l.suspect == nil:
-		l.alone = l.lonely.peek()
-		return l.alone, true
-	case now.Before(l.drainFrom.Add(l.patience)):
-		return nil, true
-	}
-	l.restUntil = now.Add(now.Sub(l.drainFrom))
-	l.drainFrom, l.patience = time.Time{}, 2*l.patience
-	return nil, false
 }
+
+// busy reports whether something is under way beside which nothing may run alone.
+func (l *Ledger) busy() bool { return l.use.running > 0 || l.suspect != nil }
 
 // ordinary reports whether there is something to take that need not run alone.
 func (l *Ledger) ordinary(now time.Time) bool {
@@ -172,14 +173,10 @@ func (l *Ledger) takeable(now time.Time) bool {
 		return false
 	case l.head != nil:
 		return !l.head.due.After(now)
-	case l.lonely.len() == 0 || now.Before(l.restUntil) && l.ordinary(now):
-		return l.ordinary(now)
-	case l.use.running == 0 && l.suspect == nil:
-		return true
+	case !l.drainFrom.IsZero():
+		return !l.busy()
 	}
-	// While the slots that run come to their end nothing is taken. The first to look
-	// notes since when; after that, the timer.
-	return l.drainFrom.IsZero() || !now.Before(l.drainFrom.Add(l.patience)) && l.ordinary(now)
+	return l.ordinary(now)
 }
 
 // effects is what is to be done after a change. One slot is started at a time: it
@@ -187,6 +184,7 @@ func (l *Ledger) takeable(now time.Time) bool {
 func (l *Ledger) effects(now time.Time) (fx Effects) {
 	if !l.closed {
 		l.brokenDue(now)
+		l.drain(now)
 	}
 	if l.use.slots < l.cfg.Slots && l.takeable(now) {
 		l.use.slots++
@@ -233,8 +231,11 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 			first(w[0].due)
 		}
 	}
-	if l.lonely.len() > 0 && !l.drainFrom.IsZero() {
-		first(l.drainFrom.Add(l.patience))
+	if l.lonely.len() > 0 {
+		first(l.restUntil)
+		if !l.drainFrom.IsZero() {
+			first(l.drainFrom.Add(l.patience))
+		}
 	}
 	return at
 }
@@ -257,13 +258,13 @@ func (l *Ledger) room() int {
 		ahead = 0
 	}
 	switch {
-	case l.closed, l.alone != nil, l.lonely.len() > 0 && !l.drainFrom.IsZero():
+	case l.closed, l.alone != nil, !l.drainFrom.IsZero():
 		return 0
 	case l.fresh.len() > ahead:
 		return 0
 	case b.full(&b.Unacked, len(l.acks)):
 		return 0
-	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting), b.full(&b.Waiting, 2*l.use.dead):
+	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting+l.broken.len()), b.full(&b.Waiting, 2*l.use.dead):
 		return 0 // they are kept here, come what may
 	}
 	free := l.cfg.Slots - l.use.running

@@ -104,6 +104,7 @@ type Poller struct {
 	topics   map[string]*topic
 	members  map[string][]Member        // of each topic, from the first Serve until Release: they may have entries in hand
 	disowned map[string]map[string]bool // topic -> entries that a handler may have still, though it was given up
+	reserved map[[2]string]bool         // topic and entry: a member claims it just now
 }
 
 // group is the topics that one command can read.
@@ -144,6 +145,7 @@ type Seat struct {
 func New(cfg Config) *Poller {
 	p := &Poller{
 		cfg: cfg, groups: make(map[string]*group), topics: make(map[string]*topic), members: make(map[string][]Member), disowned: make(map[string]map[string]bool),
+		reserved: make(map[[2]string]bool),
 	}
 	p.cfg.Unwakable = sync.OnceFunc(cfg.Unwakable)
 	p.route = redisx.NewRoute(cfg.Client, cfg.Block/2, p.moved)
@@ -272,6 +274,32 @@ func (p *Poller) Disown(key, id string) {
 		p.disowned[key] = make(map[string]bool)
 	}
 	p.disowned[key][id] = true
+}
+
+// Reserve reports whether the member may claim the entry for the consumer: whether no
+// other one of the topic does so, or has it.
+func (p *Poller) Reserve(key, id string, m Member) bool {
+	entry := [2]string{key, id}
+	p.mu.Lock()
+	if p.reserved[entry] {
+		p.mu.Unlock()
+		return false
+	}
+	p.reserved[entry] = true
+	others := slices.DeleteFunc(slices.Clone(p.members[key]), func(other Member) bool { return other == m })
+	p.mu.Unlock()
+	if slices.ContainsFunc(others, func(other Member) bool { return other.Holds(id) }) {
+		p.Unreserve(key, id)
+		return false
+	}
+	return true
+}
+
+// Unreserve ends what Reserve began, once the member has the entry, or has not got it.
+func (p *Poller) Unreserve(key, id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.reserved, [2]string{key, id})
 }
 
 // Has reports whether a subscription of the topic is there, or may have something in

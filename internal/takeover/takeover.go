@@ -106,7 +106,8 @@ type sighting struct {
 // idleBy returns how long it must have been idle by then if nobody has touched it: what
 // a server whose clock steps shows is too little, or no sign.
 func (s sighting) idleBy(now time.Time) time.Duration {
-	return s.idle + max(0, now.Sub(s.at)-time.Millisecond) // rounded by the server
+	elapsed := max(0, now.Sub(s.at)-time.Millisecond) // rounded by the server
+	return s.idle + elapsed - elapsed/100             // whose clock may be slower
 }
 
 // New returns a Finder.
@@ -134,7 +135,7 @@ func (f *Finder) Look(ctx context.Context) (ledger.Effects, error) {
 func (f *Finder) third() time.Duration { return f.cfg.MinIdle / RenewalsPerLease }
 
 func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more bool, err error) {
-	ours, _ := f.cfg.Ledger.Counts() // before the server counts
+	ours := f.cfg.Ledger.Pending() // before the server counts
 	sum, err := f.cfg.Stream.PendingSummary(ctx)
 	if err != nil {
 		return nil, false, err
@@ -147,8 +148,7 @@ func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more boo
 		return nil, false, nil
 	}
 	mine := sum.Consumers[f.cfg.Stream.Consumer]
-	if sum.Count == mine && mine <= int64(ours) {
-		f.Forget()
+	if sum.Count == mine && mine <= ours {
 		return nil, false, nil
 	}
 	defer f.sayTrimmed()
@@ -159,8 +159,7 @@ func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more boo
 		if candidates, more, err = f.released(ctx); err != nil {
 			return candidates, more, err
 		}
-		if sum.Count -= n; sum.Count == mine && mine <= int64(ours) {
-			f.Forget()
+		if sum.Count -= n; sum.Count == mine && mine <= ours {
 			return candidates, more, nil
 		}
 	}

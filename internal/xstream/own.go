@@ -70,12 +70,10 @@ local args = {}
 for i, id in ipairs(ids) do args[i] = id end
 args[#args + 1] = 'JUSTID'
 for _, id in ipairs(redis.call('XCLAIM', KEYS[1], ARGV[1], me, 0, unpack(args))) do found[id] = nil end
-for id in pairs(found) do
-  for _, asked in ipairs(ids) do
-    if asked == id then
-      others[#others + 1] = id
-      others[#others + 1] = 'trimmed'
-    end
+for _, id in ipairs(ids) do
+  if found[id] then
+    others[#others + 1] = id
+    others[#others + 1] = 'trimmed'
   end
 end
 return others`
