@@ -815,3 +815,32 @@ func TestFenceByName(t *testing.T) {
 	require.EqualValues(t, 1, <-counts)
 	require.EqualValues(t, 2, <-counts, "it is to come again")
 }
+
+// Subscriptions of one topic on one Subscriber have one consumer's name. Each of them
+// found what a dead consumer had left, or a closed one released, and took what another one
+// had taken for its own claim, of which the answer had been lost.
+func TestTakeover_SubscriptionsOfOneTopic(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, owner := range []string{"dead", "released"} {
+		t.Run(owner, func(t *testing.T) {
+			t.Parallel()
+			const n, subscriptions = 50, 3
+			client, topic := newClient(t), topic(t)
+			createGroup(t, client, topic, testGroup)
+			uuids := publishN(t, client, topic, n)
+			readAs(t, client, topic, testGroup, owner, n)
+			config := claiming(client)
+			config.MaxConcurrency = 4
+			sub := newSubscriber(t, config)
+			handled := newTally()
+			for range subscriptions {
+				handled.handle(subscribe(t, sub, topic), func(*message.Message) { time.Sleep(10 * time.Millisecond) })
+			}
+			eventually(t, func() bool { return handled.has(uuids) })
+			eventuallySettled(t, client, topic, testGroup)
+			require.Equal(t, n, handled.total(), "handled twice")
+			require.Equal(t, map[int64]int{2: n}, handled.counts)
+		})
+	}
+}

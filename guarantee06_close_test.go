@@ -1105,3 +1105,38 @@ func TestStragglerSetsContext(t *testing.T) {
 		require.Equal(t, "handler", letter.Handler)
 	}
 }
+
+// An entry turns out to be malformed while its subscription closes: it is given back, at
+// once and uncounted, and does not wait for a call that nobody makes any more.
+func TestClose_WhileDecoding(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	decoding, decoded := make(chan struct{}), make(chan struct{})
+	config := grouped(client)
+	config.CloseTimeout = patience
+	config.Unmarshaler = unmarshalerFunc(func(map[string]any) (*message.Message, error) {
+		close(decoding)
+		<-decoded
+		return nil, errFails
+	})
+	config.OnBroken = func(context.Context, goxstreams.BrokenMessage) error { return errFails }
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, client, topic, "x")
+	<-decoding
+	closing := make(chan struct{})
+	go func() { defer close(closing); _ = sub.Close() }()
+	eventually(t, func() bool {
+		_, err := sub.Subscribe(t.Context(), topic)
+		return errors.Is(err, goxstreams.ErrSubscriberClosed)
+	})
+	close(decoded)
+	<-closing
+	_, open := <-messages
+	require.False(t, open)
+	rows := pendingOf(t, client, topic, testGroup)
+	require.Len(t, rows, 1)
+	require.Equal(t, "released", rows[0].Consumer)
+	require.Zero(t, rows[0].RetryCount)
+}

@@ -1,0 +1,294 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/require"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
+)
+
+func TestMain(m *testing.M) { testserver.Main(m) }
+
+var errLost = errors.New("lost")
+
+// holder is a consumer that has entries, as a subscription does.
+type holder struct {
+	*Keeper
+	t      *testing.T
+	client *redis.Client
+	stream *xstream.Stream
+	ledger *ledger.Ledger
+	buf    xstream.Buffer
+}
+
+func newHolder(t *testing.T, minIdle time.Duration) *holder {
+	t.Helper()
+	testserver.RequireReal(t)
+	client := testserver.Client(t)
+	stream := xstream.New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
+	stream.Consumer = "holder"
+	_, err := stream.CreateGroup(t.Context(), "0")
+	require.NoError(t, err)
+	l := ledger.New(ledger.Config{Slots: 1000, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost})
+	return &holder{
+		Keeper: New(Config{Stream: &stream, Ledger: l, MinIdle: minIdle, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}}),
+		t:      t, client: client, stream: &stream, ledger: l,
+	}
+}
+
+func (h *holder) publish(ids ...string) {
+	h.t.Helper()
+	for _, id := range ids {
+		require.NoError(h.t, h.client.XAdd(h.t.Context(), &redis.XAddArgs{Stream: h.stream.Key, ID: id, Values: []string{"id", id}}).Err())
+	}
+}
+
+// read reads what there is, as the poller would, and has slots take it.
+func (h *holder) read() (taken []*ledger.Entry) {
+	h.t.Helper()
+	sent := time.Now()
+	read := xstream.Read{Group: "group", Consumer: "holder", From: []xstream.Cursor{{Key: h.stream.Key, After: ">"}}, Count: 1000, Block: -1}
+	readings, err := read.Do(h.t.Context(), h.client, &h.buf)
+	require.NoError(h.t, err)
+	for _, r := range readings {
+		var entries []*ledger.Entry
+		for _, e := range r.Entries {
+			entry := (&ledger.Entry{ID: e.ID, Fields: e.Fields}).SetCount(1, 2)
+			entries = append(entries, entry)
+			h.SawEntry(e)
+		}
+		h.ledger.Add(time.Now(), sent, entries)
+	}
+	for {
+		e, _ := h.ledger.Take(time.Now())
+		if e == nil {
+			return taken
+		}
+		taken = append(taken, e)
+	}
+}
+
+func (h *holder) wait(entries ...*ledger.Entry) {
+	for _, e := range entries {
+		h.ledger.Retry(time.Now(), e, time.Now().Add(time.Hour), false)
+	}
+}
+
+func (h *holder) pending() (ids []string) {
+	h.t.Helper()
+	rows, err := h.stream.Pending(h.t.Context(), 0, "-", "+", 10_000, "holder")
+	require.NoError(h.t, err)
+	for _, r := range rows {
+		ids = append(ids, r.ID)
+	}
+	return ids
+}
+
+// remake is another group with the same name, that begins after the ID.
+func (h *holder) remake(start string) {
+	h.t.Helper()
+	_, err := h.client.TxPipelined(h.t.Context(), func(p redis.Pipeliner) error {
+		p.XGroupDestroy(h.t.Context(), h.stream.Key, "group")
+		p.XGroupCreate(h.t.Context(), h.stream.Key, "group", start)
+		return nil
+	})
+	require.NoError(h.t, err)
+}
+
+// Whatever a group that was made anew delivers again, or has delivered since, all that
+// waited in the old one is put back.
+func TestRenew_GroupMadeAnew(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		n       int
+		start   string
+		then    []string // published after that, and read
+		renewed bool     // before that
+	}{
+		{name: "Several", n: 4, start: "$"},
+		{name: "SeveralAndOneMore", n: 4, start: "$", then: []string{"9-1"}},
+		{name: "OneIsDeliveredAgain", n: 4, start: "3-1", renewed: true, then: []string{}},
+		{name: "One", n: 1, start: "$"},
+		{name: "OneAndOneMore", n: 1, start: "$", then: []string{"9-1"}},
+		{name: "OneThatWasRenewedAndOneMore", n: 1, start: "$", renewed: true, then: []string{"9-1"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHolder(t, time.Minute)
+			var want []string
+			for i := range tt.n {
+				want = append(want, fmt.Sprintf("%d-1", i+1))
+			}
+			h.publish(want...)
+			h.wait(h.read()...)
+			if tt.renewed {
+				require.NoError(t, h.Renew(t.Context(), 0))
+			}
+			h.remake(tt.start)
+			if tt.then != nil {
+				h.publish(tt.then...)
+				h.read()
+			}
+			require.NoError(t, h.Renew(t.Context(), 0))
+			require.Equal(t, append(want, tt.then...), h.pending())
+			require.Zero(t, h.Lost.Load())
+		})
+	}
+}
+
+// The same after an outage that was longer than a lease, where others may also have
+// taken and acked what is missing.
+func TestRenew_AfterALongOutage(t *testing.T) {
+	for _, remade := range []bool{true, false} {
+		t.Run(fmt.Sprint("GroupMadeAnew", remade), func(t *testing.T) {
+			h := newHolder(t, 50*time.Millisecond)
+			h.publish("1-1", "2-1", "3-1", "4-1")
+			waiting := h.read()
+			h.wait(waiting...)
+			time.Sleep(1200 * time.Millisecond) // the outage: a lease, and what consumerIsNew allows for
+			if remade {
+				h.remake("$")
+			} else {
+				require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1", "3-1", "4-1").Err())
+			}
+			require.NoError(t, h.Renew(t.Context(), 0))
+			if remade {
+				require.Len(t, h.pending(), 4)
+			} else {
+				require.Empty(t, h.pending(), "they were settled, and would come again")
+				require.True(t, waiting[0].Lost())
+			}
+		})
+	}
+}
+
+// failing fails some of the commands that go through it.
+type failing struct {
+	redis.Cmdable
+	fail func(cmd redis.Cmder) error
+}
+
+func (f failing) DialHook(next redis.DialHook) redis.DialHook {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) { return next(ctx, network, addr) }
+}
+
+func (f failing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if err := f.fail(cmd); err != nil {
+			return err
+		}
+		return next(ctx, cmd)
+	}
+}
+
+func (f failing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func isScript(cmd redis.Cmder, name string) bool {
+	return cmd.Name() == "eval" && strings.HasPrefix(fmt.Sprint(cmd.Args()[1]), "-- "+name+"\n")
+}
+
+// What is ours is put back by several commands. One fails: what it left out is put back
+// later, and not given up beside what is there.
+func TestRegroup_Halfway(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	const n = 2*xstream.MaxOwned + 50
+	var ids []string
+	for i := range n {
+		ids = append(ids, fmt.Sprintf("%d-1", i+1))
+	}
+	h.publish(ids...)
+	h.wait(h.read()...)
+	restores := 0
+	h.client.AddHook(failing{fail: func(cmd redis.Cmder) error {
+		if isScript(cmd, "restore") {
+			if restores++; restores == 2 {
+				return io.EOF
+			}
+		}
+		return nil
+	}})
+	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+	require.Error(t, h.Regroup(t.Context()))
+	require.Len(t, h.pending(), xstream.MaxOwned)
+	require.NoError(t, h.Renew(t.Context(), 0))
+	require.Len(t, h.pending(), n)
+	require.Zero(t, h.Lost.Load())
+}
+
+// An entry that was seen pending in our name, and is acked by the time that it is taken,
+// is none of ours; nor does it look like one of a group that was made anew.
+func TestTake_AckedOrphan(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1", "2-1", "3-1")
+	h.read() // by somebody else, as far as the second ledger knows
+	other := ledger.New(ledger.Config{Slots: 10, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost})
+	k := New(Config{Stream: h.stream, Ledger: other, MinIdle: time.Minute, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}})
+	var orphans []*ledger.Entry
+	for _, id := range []string{"1-1", "2-1", "3-1"} {
+		orphans = append(orphans, (&ledger.Entry{ID: id}).SetCount(1, 1))
+	}
+	other.Offer(time.Now(), orphans, false)
+	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1", "3-1").Err())
+	e, _ := other.Take(time.Now())
+	ok, err := k.Take(t.Context(), e)
+	require.NoError(t, err)
+	require.False(t, ok)
+	require.False(t, other.Owned(e))
+	require.NoError(t, k.Renew(t.Context(), 0))
+	require.Empty(t, h.pending(), "acked entries are put back")
+}
+
+// A take whose answer was lost is done once.
+func TestTake_AnswerLost(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1")
+	e := h.read()[0]
+	for range 2 {
+		e.Fields, e.Next = nil, 2
+		ok, err := h.Take(t.Context(), e)
+		require.NoError(t, err)
+		require.True(t, ok)
+		require.EqualValues(t, 2, e.Count())
+	}
+	rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 10, "")
+	require.NoError(t, err)
+	require.EqualValues(t, 2, rows[0].Count)
+}
+
+// What is trimmed is counted as lost, once, and what others took ends its message's
+// context.
+func TestRenew_TrimmedAndTaken(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1", "2-1", "3-1", "4-1")
+	entries := h.read()
+	var cause error
+	cancel := context.CancelCauseFunc(func(err error) { cause = err })
+	require.True(t, entries[1].Attach(&cancel))
+	require.NoError(t, h.client.XDel(t.Context(), h.stream.Key, "1-1").Err())
+	require.NoError(t, h.client.XClaimJustID(t.Context(), &redis.XClaimArgs{Stream: h.stream.Key, Group: "group", Consumer: "other", Messages: []string{"2-1"}}).Err())
+	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "3-1").Err())
+	for range 2 {
+		require.NoError(t, h.Renew(t.Context(), 0))
+		require.EqualValues(t, 1, h.Lost.Load())
+	}
+	require.Equal(t, errLost, cause)
+	require.True(t, h.ledger.IsGone(entries[0]))
+	require.True(t, entries[1].Lost())
+	require.True(t, entries[2].Lost(), "4-1 is pending: 3-1 was acked by itself")
+	require.False(t, entries[3].Lost())
+	require.Equal(t, []string{"4-1"}, h.pending())
+}
