@@ -71,11 +71,11 @@
 //
 //	Publish:    Marshaler -> MULTI XADD.. EXEC -> result
 //	Consume:    poller (XREADGROUP) -> unmarshal -> output channel -> Ack | Nack
-//	Acked:      acker: what has gathered while the last XACK was under way
-//	Nacked:     waits, ID and due time only -> XCLAIM to itself
-//	Abandoned:  claimer: XPENDING IDLE -> seen twice -> XCLAIM
-//	Alive:      keeper: one script: still ours? then XCLAIM .. JUSTID
-//	Released:   XCLAIM .. JUSTID to the consumer named "released"
+//	Acked:      what has gathered while the last XACK was under way
+//	Nacked:     waits, ID and due time only -> one script: still ours? then XCLAIM
+//	Abandoned:  XPENDING IDLE -> seen twice -> one script: untouched? then XCLAIM
+//	Alive:      one script: still ours? then XCLAIM .. JUSTID
+//	Released:   one script: still ours? then XCLAIM .. to the consumer named "released"
 //	Dead:       one script: still ours? then XADD and XACK
 //
 // How it works inside, and which file does what, is in ARCHITECTURE.md.

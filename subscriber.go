@@ -354,6 +354,7 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	defer s.opening.Done()
 
 	if err := sub.openPatiently(ctx); err != nil {
+		sub.ledger.Stop()
 		s.forget(sub)
 		return nil, err
 	}

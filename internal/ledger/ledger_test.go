@@ -692,3 +692,34 @@ func TestRandom(t *testing.T) {
 		})
 	}
 }
+
+// BenchmarkLedger is what a message costs that is read, taken, and acked.
+func BenchmarkLedger(b *testing.B) {
+	for _, slots := range []int{1, 100} {
+		b.Run(fmt.Sprint("Slots", slots), func(b *testing.B) {
+			l := newLedger(slots)
+			const batch = 100
+			entries := make([]Entry, batch)
+			pointers := make([]*Entry, batch)
+			ids := make([]string, batch)
+			for i := range ids {
+				ids[i] = fmt.Sprint(i)
+			}
+			for b.Loop() {
+				for i := range entries {
+					entries[i] = Entry{ID: ids[i]}
+					pointers[i] = entries[i].SetCount(1, 2)
+				}
+				now := time.Now()
+				l.Add(now, now, pointers)
+				for range pointers {
+					l.use.slots = l.use.running + 1
+					e, _ := l.Take(time.Now())
+					l.Acked(time.Now(), e)
+				}
+				l.Confirmed(now, batch)
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/batch, "ns/message")
+		})
+	}
+}
