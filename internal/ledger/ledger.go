@@ -169,11 +169,7 @@ type Ledger struct {
 	acks     []*Entry
 	use      usage
 
-	alone     *Entry    // the lonely one that runs, or whose ack is not confirmed
-	suspect   *Entry    // likewise, of suspects
-	drainFrom time.Time // nothing new is taken since, for a lonely one
-	restUntil time.Time // no lonely one is taken before, while there is other work
-	patience  time.Duration
+	apart apart
 
 	turn   int // counts what was taken: see next
 	ahead  int // entries that may be read ahead, when the reader last asked
@@ -183,6 +179,15 @@ type Ledger struct {
 	closed bool // nothing new is taken
 	over   bool // nothing more is added
 	ended  bool // acks are not sent any more
+}
+
+// apart is what keeps messages from each other that may crash their process.
+type apart struct {
+	alone    *Entry        // the lonely one that runs, or whose ack is not confirmed
+	suspect  *Entry        // likewise, of suspects
+	from     time.Time     // nothing new is taken since, for a lonely one; zero: it is
+	until    time.Time     // no lonely one is taken before, while there is other work
+	patience time.Duration // for how long nothing new is taken
 }
 
 // usage counts what counts against a bound.
@@ -198,7 +203,7 @@ type usage struct {
 // New returns an empty Ledger.
 func New(cfg Config) *Ledger {
 	cfg.Bounds.Open.Add(1)
-	return &Ledger{cfg: cfg, entries: make(map[string]*Entry), patience: cfg.Patience}
+	return &Ledger{cfg: cfg, entries: make(map[string]*Entry), apart: apart{patience: cfg.Patience}}
 }
 
 // Add takes entries that were read by a command sent at that time; after Close it takes
@@ -499,13 +504,13 @@ func (l *Ledger) leave(e *Entry) {
 
 // settle lets others have their turn after an entry that ran alone, or as a suspect.
 func (l *Ledger) settle(now time.Time, e *Entry) {
-	if e == l.alone {
-		l.alone = nil
-		l.restUntil = now.Add(now.Sub(l.drainFrom))
-		l.drainFrom, l.patience = time.Time{}, l.cfg.Patience
+	if e == l.apart.alone {
+		l.apart.alone = nil
+		l.apart.until = now.Add(now.Sub(l.apart.from))
+		l.apart.from, l.apart.patience = time.Time{}, l.cfg.Patience
 	}
-	if e == l.suspect {
-		l.suspect = nil
+	if e == l.apart.suspect {
+		l.apart.suspect = nil
 	}
 }
 

@@ -552,7 +552,7 @@ func check(t *testing.T, l *Ledger) {
 		require.EqualValues(t, counts[Acked], l.cfg.Bounds.Unacked.used.Load())
 		require.Equal(t, counts[Acked], acks)
 	}
-	if l.alone != nil {
+	if l.apart.alone != nil {
 		require.LessOrEqual(t, l.use.running, 1, "something runs beside the one that must be alone")
 	}
 	require.LessOrEqual(t, l.use.slots, l.cfg.Slots)

@@ -82,18 +82,18 @@ func (l *Ledger) next(now time.Time) *Entry {
 		}
 		return nil
 	}
-	if l.alone != nil || l.head != nil && l.head.due.After(now) {
+	if l.apart.alone != nil || l.head != nil && l.head.due.After(now) {
 		return nil
 	}
 	if l.head != nil {
 		return l.head
 	}
-	if l.drain(now); !l.drainFrom.IsZero() {
+	if l.drain(now); !l.apart.from.IsZero() {
 		if l.busy() {
 			return nil
 		}
-		l.alone = l.lonely.peek()
-		return l.alone
+		l.apart.alone = l.lonely.peek()
+		return l.apart.alone
 	}
 	if l.cfg.Slots == 1 {
 		if e := l.pastWork(now); e != nil {
@@ -125,9 +125,9 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 		case 1:
 			e = l.claims.peek()
 		case 2:
-			if l.suspect == nil {
+			if l.apart.suspect == nil {
 				e = l.suspects.peek()
-				l.suspect = e
+				l.apart.suspect = e
 			}
 		}
 		if e != nil {
@@ -143,25 +143,25 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 // after each that has run alone, before the next one's turn.
 func (l *Ledger) drain(now time.Time) {
 	switch {
-	case l.alone != nil:
+	case l.apart.alone != nil:
 	case l.lonely.len() == 0:
-		l.drainFrom = time.Time{}
-	case l.drainFrom.IsZero():
-		if !now.Before(l.restUntil) || !l.busy() && !l.ordinary(now) {
-			l.drainFrom = now
+		l.apart.from = time.Time{}
+	case l.apart.from.IsZero():
+		if !now.Before(l.apart.until) || !l.busy() && !l.ordinary(now) {
+			l.apart.from = now
 		}
-	case l.busy() && !now.Before(l.drainFrom.Add(l.patience)):
-		l.restUntil = now.Add(now.Sub(l.drainFrom))
-		l.drainFrom, l.patience = time.Time{}, 2*l.patience
+	case l.busy() && !now.Before(l.apart.from.Add(l.apart.patience)):
+		l.apart.until = now.Add(now.Sub(l.apart.from))
+		l.apart.from, l.apart.patience = time.Time{}, 2*l.apart.patience
 	}
 }
 
 // busy reports whether something is under way beside which nothing may run alone.
-func (l *Ledger) busy() bool { return l.use.running > 0 || l.suspect != nil }
+func (l *Ledger) busy() bool { return l.use.running > 0 || l.apart.suspect != nil }
 
 // ordinary reports whether there is something to take that need not run alone.
 func (l *Ledger) ordinary(now time.Time) bool {
-	return l.fresh.len() > 0 || l.claims.len() > 0 || l.suspects.len() > 0 && l.suspect == nil || l.retries.first(now) != nil
+	return l.fresh.len() > 0 || l.claims.len() > 0 || l.suspects.len() > 0 && l.apart.suspect == nil || l.retries.first(now) != nil
 }
 
 // takeable reports whether Take would return something.
@@ -169,11 +169,11 @@ func (l *Ledger) takeable(now time.Time) bool {
 	switch {
 	case l.closed:
 		return l.cfg.Serve && l.fresh.len() > 0
-	case l.alone != nil:
+	case l.apart.alone != nil:
 		return false
 	case l.head != nil:
 		return !l.head.due.After(now)
-	case !l.drainFrom.IsZero():
+	case !l.apart.from.IsZero():
 		return !l.busy()
 	}
 	return l.ordinary(now)
@@ -232,9 +232,9 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 		}
 	}
 	if l.lonely.len() > 0 {
-		first(l.restUntil)
-		if !l.drainFrom.IsZero() {
-			first(l.drainFrom.Add(l.patience))
+		first(l.apart.until)
+		if !l.apart.from.IsZero() {
+			first(l.apart.from.Add(l.apart.patience))
 		}
 	}
 	return at
@@ -258,7 +258,7 @@ func (l *Ledger) room() int {
 		ahead = 0
 	}
 	switch {
-	case l.closed, l.alone != nil, !l.drainFrom.IsZero():
+	case l.closed, l.apart.alone != nil, !l.apart.from.IsZero():
 		return 0
 	case l.fresh.len() > ahead:
 		return 0
