@@ -19,7 +19,7 @@ import (
 // Defaults of SubscriberConfig.
 const (
 	defaultMaxConcurrency = 1
-	defaultBatchSize      = 100
+	defaultBatchSize      = 500
 	defaultBlockTime      = 5 * time.Second
 	defaultClaimMinIdle   = time.Minute // goxstreams' FailIdle
 	defaultClaimInterval  = time.Second // goxstreams' ReadInterval
@@ -66,7 +66,7 @@ type SubscriberConfig struct {
 
 	// BatchSize is the most entries that one read takes. What is read ahead of
 	// the handlers adapts: a tenth of a second of work, and twice BatchSize at
-	// most. Default 100.
+	// most. Default 500.
 	BatchSize int
 
 	// BlockTime is how long one read waits for entries, in whole milliseconds.

@@ -399,11 +399,9 @@ func (c *conn) read() {
 		c.deal(p, Batch{Entries: entries, Sent: sent, At: at, Asked: asked})
 		c.keepPlace(p, len(entries) == read.Count)
 	}
-	if len(c.parts) > 1 {
-		// Handlers that are quick make room first, or their topics would have to
-		// wake the next read.
-		runtime.Gosched()
-	}
+	// Handlers begin at once, and those that are quick make room before the next read,
+	// which their topics would have to wake.
+	runtime.Gosched()
 }
 
 // dropAbandoned leaves out the topics of which all seats are gone: to connect may have
