@@ -78,7 +78,7 @@ func (k *Keeper) Ack(ctx context.Context) (n int, fx ledger.Effects, err error) 
 	return len(entries), k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
 }
 
-// ErrSeveralGroups is logged once.
+// errSeveralGroups is logged once.
 var errSeveralGroups = errors.New("this server has no XACKDEL (Redis 8.2)")
 
 func (k *Keeper) ack(ctx context.Context, ids []any) error {
