@@ -423,7 +423,7 @@ func TestFault13_FanOutReadsTheWholeStream(t *testing.T) {
 	}
 	publish(t, newClient(t), topic, payloads...)
 
-	sub := newSubscriber(t, goxstreams.SubscriberConfig{Client: client, StartID: "0"})
+	sub := newSubscriber(t, goxstreams.SubscriberConfig{Client: client, StartID: "0", BatchSize: 100})
 	messages := subscribe(t, sub, topic)
 	first := next(t, messages)
 	require.Equal(t, payloads[0], string(first.Payload))
