@@ -9,13 +9,16 @@ import (
 
 	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
 // shiftClock makes the pending entries look as if the server's clock had been set by d
 // since they were delivered: a step back leaves delivery times that lie in the future. No
 // command sets such a time. It is in what DUMP returns, with a checksum over all.
-func shiftClock(t testing.TB, client *redis.Client, topic, group string, d time.Duration) {
+func shiftClock(t testing.TB, topic, group string, d time.Duration) {
 	t.Helper()
+	client := testserver.Client(t)
 	// Nothing may be delivered or renewed between the two commands.
 	var dumped string
 	for {

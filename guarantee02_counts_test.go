@@ -51,10 +51,10 @@ func TestFault39_ClockSetBack(t *testing.T) {
 				case msg = <-others:
 				}
 				require.EqualValues(t, 1, delivery(t, msg).Count)
-				shiftClock(t, client, topic, testGroup, step)
+				shiftClock(t, topic, testGroup, step)
 				// In hand it stays whose it is, for longer than a lease.
 				during(t, 2*config.ClaimMinIdle, func() bool { return msg.Context().Err() == nil })
-				shiftClock(t, client, topic, testGroup, step)
+				shiftClock(t, topic, testGroup, step)
 				holder := delivery(t, msg).Consumer
 				began := time.Now()
 				require.True(t, msg.Nack())
