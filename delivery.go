@@ -122,6 +122,10 @@ func (s *subscription) acquire(h *task) bool {
 		}
 		defer s.shared.poller.Unreserve(s.topic, h.ID)
 	}
+	own := h.Owner == s.stream.Consumer
+	if own && !s.shared.poller.Disowned(s.topic, h.ID) {
+		h.Next = h.Count() // the answer to what took it was lost: it has reached nobody
+	}
 	taken, err := s.keeper.Take(s.life.ctx, h.Entry)
 	switch {
 	case err != nil && claim: // it may have happened: then it is an orphan
@@ -133,7 +137,7 @@ func (s *subscription) acquire(h *task) bool {
 		s.again(h, max(s.retry.InitialInterval, minBackoff))
 	case taken:
 		s.markHealthy(dutyClaim)
-		if claim {
+		if claim && !own {
 			s.stats.claimed.Add(1)
 		}
 		return true

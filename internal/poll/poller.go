@@ -276,6 +276,13 @@ func (p *Poller) Disown(key, id string) {
 	p.disowned[key][id] = true
 }
 
+// Disowned reports whether Disown was said of the entry.
+func (p *Poller) Disowned(key, id string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.disowned[key][id]
+}
+
 // Reserve reports whether the member may claim the entry for the consumer: whether no
 // other one of the topic does so, or has it.
 func (p *Poller) Reserve(key, id string, m Member) bool {
