@@ -313,8 +313,7 @@ func (s *subscription) schedule(h *task, aside bool, delay time.Duration) {
 	}
 }
 
-// gaveUp is said of what left the ledger since too much waits: it stays pending, and is no
-// orphan.
+// gaveUp leaves an entry, for which there is no room among those that wait, to its lease.
 func (s *subscription) gaveUp(e *ledger.Entry) {
 	s.shared.poller.Disown(s.topic, e.ID)
 	s.overflow.Do(func() {

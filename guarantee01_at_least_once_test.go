@@ -870,6 +870,20 @@ func handledBy(t *testing.T, messages <-chan *message.Message, enough func(map[s
 	return seen
 }
 
+// eventuallyLooked waits until the topic's only fan-out has looked at its stream after it
+// had read the entry, and said so.
+func eventuallyLooked(t *testing.T, client *redis.Client, topic, id string) {
+	t.Helper()
+	eventually(t, func() bool {
+		for _, position := range client.HGetAll(context.Background(), topic+".fanout{"+topic+"}").Val() {
+			if strings.HasPrefix(position, id+" ") {
+				return true
+			}
+		}
+		return false
+	}, "nobody has looked after %s", id)
+}
+
 func stillFor(t *testing.T, messages <-chan *message.Message, d time.Duration) {
 	t.Helper()
 	select {
@@ -892,11 +906,11 @@ func TestFanOut_TailLost(t *testing.T) {
 			messages := subscribe(t, newSubscriber(t, goxstreams.SubscriberConfig{Client: client}), topic)
 			addWithID(client, topic, "1000-1", "1000-2", "1000-3")
 			handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 3 })
-			time.Sleep(1500 * time.Millisecond) // for it to have looked
+			eventuallyLooked(t, client, topic, "1000-3")
 			dump := client.Dump(t.Context(), topic).Val()
 			addWithID(client, topic, "1000-5", "1000-6")
 			handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 2 })
-			time.Sleep(1500 * time.Millisecond)
+			eventuallyLooked(t, client, topic, "1000-6")
 			restored(t, client, topic, dump, func(p redis.Pipeliner) { addWithID(p, topic, below) })
 			seen := handledBy(t, messages, func(seen map[string]int) bool { return seen[below] > 0 })
 			require.Equal(t, map[string]int{below: 1}, seen)
@@ -929,7 +943,7 @@ func TestFanOut_BeginsAnewAgain(t *testing.T) {
 			require.True(t, strings.HasPrefix(payload, fmt.Sprint(round, ".")), "%s in round %d", payload, round)
 			require.LessOrEqual(t, times, 2, payload)
 		}
-		time.Sleep(2500 * time.Millisecond) // two looks
+		eventuallyLooked(t, client, topic, fmt.Sprintf("1000-%d", 10-round))
 	}
 	stillFor(t, messages, 3*time.Second)
 }
@@ -945,6 +959,7 @@ func TestFanOut_AckedEntriesAreTrimmed(t *testing.T) {
 	for round := range 4 {
 		addWithID(client, topic, fmt.Sprintf("1000-%d", 2*round+1), fmt.Sprintf("1000-%d", 2*round+2))
 		handledBy(t, messages, func(seen map[string]int) bool { return len(seen) == 2 })
+		eventuallyLooked(t, client, topic, fmt.Sprintf("1000-%d", 2*round+2))
 		for _, id := range readAs(t, client, topic, testGroup, "other", 2) {
 			require.NoError(t, client.XAck(t.Context(), topic, testGroup, id).Err())
 		}
@@ -952,7 +967,6 @@ func TestFanOut_AckedEntriesAreTrimmed(t *testing.T) {
 			require.ErrorContains(t, err, "syntax error") // before Redis 8.2
 			require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
 		}
-		time.Sleep(1500 * time.Millisecond) // a look
 	}
 	stillFor(t, messages, 2*time.Second)
 	require.Empty(t, log.Errors())

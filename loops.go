@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"errors"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -182,13 +183,9 @@ func (s *subscription) lookLoop() {
 		case <-s.life.closing:
 			return
 		}
-		err := s.keeper.Trim(s.life.ctx)
-		if err == nil {
-			var fx ledger.Effects
-			fx, err = s.finder.Look(s.life.ctx)
-			s.apply(fx)
-		}
-		if err != nil {
+		fx, err := s.finder.Look(s.life.ctx)
+		s.apply(fx)
+		if err = errors.Join(err, s.keeper.Trim(s.life.ctx)); err != nil {
 			s.markFailed(dutyLook, err)
 		} else {
 			s.markHealthy(dutyLook)

@@ -38,10 +38,10 @@ type mode interface {
 
 	// retries reports whether a message that fails comes again.
 	retries() bool
-	// postponed is said of what waits for its next delivery.
+	// postponed prepares an entry that waits for its next delivery.
 	postponed(h *task)
-	// dead ends a dead message, and malformed what is none where nobody wants to hear of
-	// it.
+	// dead ends a dead message, and malformed an entry that cannot be unmarshaled where
+	// there is no OnBroken.
 	dead(h *task)
 	malformed(h *task, err error)
 

@@ -54,8 +54,8 @@ type Retry struct {
 	// ErrNacked in SubscriberConfig.Retry, which sees a Nack only.
 	ShouldRetry func(middleware.RetryParams) bool
 
-	// OnRetryHook, if set, is told that a redelivery is scheduled: the how
-	// manieth, from 1, and after which delay. A Snooze is none.
+	// OnRetryHook, if set, is told of each redelivery that is scheduled: the 1-based
+	// retry number, and the delay before it. It is not called for Snooze.
 	OnRetryHook func(retryNum int, delay time.Duration)
 }
 

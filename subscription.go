@@ -194,6 +194,9 @@ func (s *subscription) drain() {
 	s.life.drained.Store(true)
 	s.releaseAll()
 	s.awaitSlots()
+	// A slot may be asked for, and not have begun: it finds nothing any more.
+	s.stats.lost.Add(int64(s.ledger.End(time.Now())))
+	s.awaitSlots()
 	s.waitCalls()
 	s.loops.end()
 	if n := s.ledger.EndAcks(); n > 0 {

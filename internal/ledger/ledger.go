@@ -422,6 +422,20 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	return queued, retries
 }
 
+// End has nothing taken any more, not even what Serve asks for, and returns how many
+// entries nobody has taken.
+func (l *Ledger) End(now time.Time) (left int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stop()
+	l.over, l.cfg.Serve = true, false
+	for e := l.fresh.peek(); e != nil; e = l.fresh.peek() {
+		l.remove(now, e)
+		left++
+	}
+	return left
+}
+
 // Stop has nothing new taken from now on; Close takes back what is there.
 func (l *Ledger) Stop() {
 	l.mu.Lock()

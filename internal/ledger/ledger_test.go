@@ -433,6 +433,42 @@ func TestTake_LonelyBesideOneThatNeverEnds(t *testing.T) {
 	require.GreaterOrEqual(t, served, 50, "of 120: half of the time")
 }
 
+// A head that waits for an hour is no reason to let a lonely one wait for as long after
+// it.
+func TestTake_LonelyBehindAHead(t *testing.T) {
+	l := newLedger(1)
+	l.Add(start, start, read("1", "2", "3"))
+	_, head := take(l, start)
+	l.Offer(start, []*Entry{claim("a", 5)}, false)
+	l.Retry(start, head, at(3600), false)
+	l.Effects(at(1))
+	id, head := take(l, at(3600))
+	require.Equal(t, "1", id)
+	l.Effects(at(3610)) // it takes longer than anybody is patient
+	l.Acked(at(3611), head)
+	now := 3611.0
+	for id = ""; id != "a"; now++ {
+		var e *Entry
+		if id, e = take(l, at(now)); e != nil && id != "a" {
+			l.Acked(at(now), e)
+		}
+		require.Less(t, now, 3700.0, "it starves")
+	}
+}
+
+// A slot that is started after the end finds nothing, whatever was queued.
+func TestEnd(t *testing.T) {
+	l := newLedger(2, func(c *Config) { c.Serve, c.Leased = true, false })
+	fx, _ := l.Add(start, start, read("1", "2"))
+	require.Equal(t, 1, fx.Slots)
+	l.Close(start)
+	require.Equal(t, 2, l.End(start))
+	e, fx := l.Take(start)
+	require.Nil(t, e)
+	require.Equal(t, Effects{}, fx)
+	require.Zero(t, l.cfg.Bounds.Ahead())
+}
+
 // What is malformed and decoded while the subscription closes is given back; and what
 // waits for OnBroken has a bound.
 func TestBroken(t *testing.T) {

@@ -144,7 +144,7 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 func (l *Ledger) drain(now time.Time) {
 	switch {
 	case l.apart.alone != nil:
-	case l.lonely.len() == 0:
+	case l.lonely.len() == 0, l.head != nil: // which has nothing taken anyway
 		l.apart.from = time.Time{}
 	case l.apart.from.IsZero():
 		if !now.Before(l.apart.until) || !l.busy() && !l.ordinary(now) {
