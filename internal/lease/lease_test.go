@@ -174,6 +174,29 @@ func TestRenew_AfterALongOutage(t *testing.T) {
 	}
 }
 
+// A single entry that is not pending any more, and nothing was read since: acked by hand,
+// or the group was made anew. While a handler has it, it is put back; else the server's
+// memory of the consumer tells.
+func TestRenew_OneIsMissing(t *testing.T) {
+	for _, inHand := range []bool{true, false} {
+		t.Run(fmt.Sprint("InHand", inHand), func(t *testing.T) {
+			h := newHolder(t, time.Minute)
+			h.publish("1-1")
+			e := h.read()[0]
+			if inHand {
+				cancel := context.CancelCauseFunc(func(error) {})
+				require.True(t, e.Attach(&cancel))
+			} else {
+				h.wait(e)
+			}
+			require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1").Err())
+			require.NoError(t, h.Renew(t.Context(), 0))
+			require.Equal(t, inHand, len(h.pending()) == 1)
+			require.Equal(t, !inHand, e.Lost())
+		})
+	}
+}
+
 // failing fails some of the commands that go through it.
 type failing struct {
 	redis.Cmdable

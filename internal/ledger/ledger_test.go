@@ -228,6 +228,25 @@ func TestTake(t *testing.T) {
 	}
 }
 
+// What is not fresh may all be slow: it takes half of the slots, one after the other, and
+// no more while something fresh comes.
+func TestTake_PastIsSlow(t *testing.T) {
+	l := newLedger(4)
+	l.Offer(start, []*Entry{claim("a", 2), claim("b", 2), claim("c", 2), claim("d", 2)}, false)
+	for i := range 20 {
+		l.Add(start, start, read(fmt.Sprint(i)))
+		for l.fresh.len() > 0 {
+			id, e := take(l, start)
+			require.NotNil(t, e)
+			if id == fmt.Sprint(i) {
+				l.Acked(start, e)
+			}
+		}
+	}
+	require.Equal(t, 2, l.use.past)
+	require.Equal(t, 2, l.use.running)
+}
+
 // A slot takes a retry that fell due, before that one's own timer; the new entry that
 // the slot was started for is another one's, which is started then.
 func TestTake_StartsTheNextSlot(t *testing.T) {
@@ -315,6 +334,37 @@ func TestRoom(t *testing.T) {
 	take(l, start)
 	fx = l.Acked(start, l.entries["2"])
 	require.True(t, fx.Room)
+}
+
+// While very many wait to be moved to the dead-letter stream nothing more is read.
+func TestRoom_Dead(t *testing.T) {
+	l := newLedger(1)
+	for i := range maxWaiting/2 + 1 {
+		require.Positive(t, l.Room(1), "%d wait", i)
+		l.Add(start, start, read(fmt.Sprint(i)))
+		_, e := take(l, start)
+		e.Death = "dead"
+		dropped, ok := l.Retry(start, e, at(60), true)
+		require.True(t, ok)
+		require.Nil(t, dropped)
+	}
+	require.Zero(t, l.Room(1))
+	check(t, l)
+}
+
+// An entry that may have been moved is tried again, whatever became of its stream: only
+// the dead-letter stream knows.
+func TestGone_Moving(t *testing.T) {
+	l := newLedger(1)
+	l.Add(start, start, read("1"))
+	_, e := take(l, start)
+	l.Moving(e, true)
+	l.Retry(start, e, at(1), true)
+	require.Zero(t, l.Gone(start, e))
+	require.Equal(t, Waiting, e.state)
+	l.Moving(e, false)
+	require.Equal(t, 1, l.Gone(start, e))
+	require.Equal(t, None, e.state)
 }
 
 // Of a read what nobody has in hand is given back at the end.
@@ -449,6 +499,7 @@ func TestTake_LonelyBehindAHead(t *testing.T) {
 	now := 3611.0
 	for id = ""; id != "a"; now++ {
 		var e *Entry
+		l.Add(at(now), at(now), read(fmt.Sprint(now))) // there is always something else
 		if id, e = take(l, at(now)); e != nil && id != "a" {
 			l.Acked(at(now), e)
 		}
