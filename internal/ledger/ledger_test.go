@@ -339,7 +339,7 @@ func TestRoom(t *testing.T) {
 // While very many wait to be moved to the dead-letter stream nothing more is read.
 func TestRoom_Dead(t *testing.T) {
 	l := newLedger(1)
-	for i := range maxWaiting/2 + 1 {
+	for i := range maxWaiting / 2 {
 		require.Positive(t, l.Room(1), "%d wait", i)
 		l.Add(start, start, read(fmt.Sprint(i)))
 		_, e := take(l, start)

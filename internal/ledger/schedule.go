@@ -264,7 +264,7 @@ func (l *Ledger) room() int {
 		return 0
 	case b.full(&b.Unacked, len(l.acks)):
 		return 0
-	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting+l.broken.len()), b.full(&b.Waiting, 2*l.use.dead):
+	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting+l.broken.len()), 2*l.use.dead >= b.Most(&b.Waiting, l.use.waiting):
 		return 0 // they are kept here, come what may
 	}
 	free := l.cfg.Slots - l.use.running
