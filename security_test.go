@@ -371,6 +371,10 @@ func (l *life) leaveBehind(t testing.TB) {
 func (l *life) requireWell(t testing.TB) {
 	t.Helper()
 	eventually(t, func() bool { return l.handled.has(l.want) }, "a message is not handled")
+	// What dies may be read last: nothing is pending before that either.
+	eventually(t, func() bool {
+		return l.admin.XLen(context.Background(), goxstreams.DeadLetterTopic(l.topic)).Val() >= int64(l.dying)
+	}, "a message is not dead")
 	eventuallySettled(t, l.admin, l.topic, testGroup)
 	eventually(t, func() bool { return stats(t, l.sub).InFlight == 0 })
 	eventually(t, func() bool { return stats(t, l.sub).Err == nil }, "Stats shows an outage that is over")
