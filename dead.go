@@ -5,97 +5,71 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
+	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
 // This file is about what cannot be handled: broken entries, and dead messages.
 
-// maxBrokenCalls bounds how many calls of OnBroken can hang.
-const maxBrokenCalls = 16
-
 // handleBroken hands an entry that is no message to OnBroken, outside of the slots and
 // of the order: one that hangs stops nothing.
-func (s *subscription) handleBroken(h *task, err error) {
+func (s *subscription) handleBroken(h *consume.Task, err error) {
 	s.stats.broken.Add(1)
-	s.log.Error("Broken entry", err, s.entryFields(h.Entry))
-	if s.cfg.OnBroken == nil {
-		s.mode.malformed(h, err)
-		return
-	}
-	h.Broken = err
-	switch full, ok := s.ledger.Broken(time.Now(), h.Entry); {
-	case !ok: // the subscription closes
-		s.giveBack(h, h.Count()-1)
-	case full:
-		s.gaveUp(h.Entry)
+	s.log.Error("Broken entry", err, s.Fields(h))
+	switch {
+	case s.cfg.OnBroken != nil:
+		h.Broken = err
+		s.Subscription.Broken(h)
+	case s.KeepsDead():
+		h.Death = &death{kind: Broken, err: err}
+		s.deadLetter(h)
+	default:
+		s.Drop(h)
 	}
 }
 
-// callBroken calls OnBroken while there is something for it. There are maxBrokenCalls of
-// these goroutines at most.
-func (s *subscription) callBroken() {
-	ended := false
-	var in *ledger.Entry // OnBroken's
-	defer func() {
-		if in != nil { // it has ended its goroutine
-			s.brokenCalled(&task{Entry: in}, errPanicked)
-		}
-		if !ended {
-			s.ledger.CallerEnded()
-		}
-		s.update()
-	}()
-	for {
-		e, fx := s.ledger.TakeBroken(time.Now())
-		s.apply(fx)
-		if ended = e == nil; ended {
-			return
-		}
-		h := &task{Entry: e}
-		if h.Fields == nil && !s.acquire(h) {
-			continue
-		}
-		h.Fields, _, _ = cutReplay(h.Fields)
-		if s.retry.exhaustedBefore(h.Count()) {
-			h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-			s.mode.dead(h)
-			continue
-		}
-		ctx, cancel := context.WithCancelCause(s.life.calling)
-		if !h.Attach(&cancel) {
-			cancel(nil)
-			s.ledger.Remove(time.Now(), e)
-			continue
-		}
-		in = e
-		b := BrokenMessage{Topic: s.topic, ID: e.ID, Fields: h.Fields, RetryCount: e.Count() - 1, Err: e.Broken}
-		err := guard(func() error { return s.cfg.OnBroken(ctx, b) })
-		in = nil
-		cancel(nil)
-		s.brokenCalled(h, err)
+// CallBroken calls OnBroken with a malformed entry.
+func (s *subscription) CallBroken(h *consume.Task) {
+	h.Fields, _, _ = cutReplay(h.Fields)
+	if s.retry.exhaustedBefore(h.Count()) {
+		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
+		s.dead(h)
+		return
 	}
+	ctx, cancel := context.WithCancelCause(s.Calling())
+	if !h.Attach(&cancel) {
+		cancel(nil)
+		s.Drop(h)
+		return
+	}
+	err := errPanicked // or it has ended its goroutine
+	defer func() {
+		cancel(nil)
+		h.Detach()
+		s.brokenCalled(h, err)
+	}()
+	b := BrokenMessage{Topic: s.topic, ID: h.ID, Fields: h.Fields, RetryCount: h.Count() - 1, Err: h.Broken}
+	err = guard(func() error { return s.cfg.OnBroken(ctx, b) })
 }
 
 // brokenCalled acts on what OnBroken returned.
-func (s *subscription) brokenCalled(h *task, err error) {
+func (s *subscription) brokenCalled(h *consume.Task, err error) {
 	switch {
 	case err == nil:
-		s.settle(h)
-	case h.Lost() || s.ledger.IsGone(h.Entry) || !s.mode.retries():
-		s.ledger.Remove(time.Now(), h.Entry)
+		s.Settle(h)
+	case s.IsLost(h) || !s.Retries():
+		s.Drop(h)
 	case IsDead(err):
 		h.Death = &death{kind: Broken, err: h.Broken}
-		s.mode.dead(h)
-	case s.isClosing():
-		s.giveBack(h, h.Count()-1)
+		s.dead(h)
+	case s.IsClosing():
+		s.GiveBack(h, h.Count()-1)
 	default:
-		s.log.Error("OnBroken failed; the entry comes again", err, s.entryFields(h.Entry))
-		s.again(h, s.retry.delay(h.Count()))
+		s.log.Error("OnBroken failed; the entry comes again", err, s.Fields(h))
+		s.Again(h, s.retry.delay(h.Count()))
 	}
 }
 
@@ -127,16 +101,16 @@ func (d *death) cause() error {
 
 // route returns the dead-letter stream that the innermost DeadLetter names of
 // those that are for such errors; "" for the subscription's.
-func (s *subscription) route(h *task, letters []DeadLetter) (topic string) {
+func (s *subscription) route(h *consume.Task, letters []DeadLetter) (topic string) {
 	for _, l := range letters {
-		err := h.user(func() error {
-			if l.Topic != nil && l.matches(deathOf(h.Entry).cause()) {
+		err := user(h, func() error {
+			if l.Topic != nil && l.matches(deathOf(h).cause()) {
 				topic = l.Topic(s.topic)
 			}
 			return nil
 		})
 		if err != nil {
-			s.log.Error("DeadLetter panicked; using "+s.deadLetters, err, s.entryFields(h.Entry))
+			s.log.Error("DeadLetter panicked; using "+s.deadLetters, err, s.Fields(h))
 		}
 		if topic != "" {
 			break
@@ -145,12 +119,28 @@ func (s *subscription) route(h *task, letters []DeadLetter) (topic string) {
 	return topic
 }
 
-func deathOf(e *ledger.Entry) *death { return e.Death.(*death) }
+func deathOf(h *consume.Task) *death { return h.Death.(*death) }
+
+// dead ends a dead entry.
+func (s *subscription) dead(h *consume.Task) {
+	if s.KeepsDead() {
+		s.deadLetter(h)
+		return
+	}
+	d := deathOf(h)
+	dead := s.deadMessage(h, h.Fields)
+	if s.typed != nil && dead.Message != nil && !s.process(h, dead) {
+		return
+	}
+	s.stats.dead.Add(1)
+	s.log.Error("Dead message; without a group it is not stored, since every subscriber would", d.err, s.Fields(h))
+	s.Drop(h)
+}
 
 // deadLetter moves the entry to the dead-letter stream, unless a Consumer's worker
 // takes it.
-func (s *subscription) deadLetter(h *task) {
-	d := deathOf(h.Entry)
+func (s *subscription) deadLetter(h *consume.Task) {
+	d := deathOf(h)
 	if d.unsure != nil {
 		s.move(h, *d.unsure)
 		return
@@ -163,12 +153,12 @@ func (s *subscription) deadLetter(h *task) {
 	switch {
 	case s.typed != nil && dead.Message != nil && !s.process(h, dead):
 	case isDeadLetter(fields): // it is where the dead go already
-		s.markHealthy(dutyDeadLetter)
+		s.MoveEnded()
 		if !h.Stuck {
-			s.log.Error("A message died on a dead-letter stream; it stays pending there", d.err, s.entryFields(h.Entry))
+			s.log.Error("A message died on a dead-letter stream; it stays pending there", d.err, s.Fields(h))
 		}
 		h.Death, h.Stuck = nil, true
-		s.schedule(h, true, s.retry.MaxInterval)
+		s.Aside(h, s.retry.MaxInterval)
 	default:
 		s.move(h, dead)
 	}
@@ -176,49 +166,36 @@ func (s *subscription) deadLetter(h *task) {
 
 // deadFields returns the entry's fields as the stream has them. If there is
 // nothing to be moved, it sees to what becomes of the entry.
-func (s *subscription) deadFields(h *task) (fields []string, ok bool) {
+func (s *subscription) deadFields(h *consume.Task) (fields []string, ok bool) {
 	h.Fields = nil
-	fields, err := s.keeper.Recount(s.life.ctx, h.Entry, h.Count())
-	if err != nil {
+	fields, err := s.Recount(h, h.Count())
+	switch {
+	case err != nil:
 		s.moveFailed(h, err)
-		return nil, false
-	}
-	if fields == nil {
-		s.markHealthy(dutyDeadLetter)
-		s.notOurs(h)
+	case fields == nil:
+		s.NotOurs(h)
 	}
 	return fields, fields != nil
 }
 
-// notOurs ends an entry that was to be moved, or has it tried again: the group was lost,
-// and it is put back.
-func (s *subscription) notOurs(h *task) {
-	if s.ledger.Owned(h.Entry) {
-		s.schedule(h, true, minBackoff)
-		return
-	}
-	s.ledger.Remove(time.Now(), h.Entry)
-	s.log.Info("A dead message was settled or claimed elsewhere before it could be moved", s.entryFields(h.Entry))
-}
-
 // move moves the entry.
-func (s *subscription) move(h *task, dead DeadMessage) {
-	d, topic := deathOf(h.Entry), s.deadLetters
+func (s *subscription) move(h *consume.Task, dead DeadMessage) {
+	d, topic := deathOf(h), s.deadLetters
 	switch d.topic {
 	case "":
 	case s.topic:
-		s.log.Error("Using "+s.deadLetters, errors.New("DeadLetter.Topic returned the message's own topic"), s.entryFields(h.Entry))
+		s.log.Error("Using "+s.deadLetters, errors.New("DeadLetter.Topic returned the message's own topic"), s.Fields(h))
 	default:
 		topic = d.topic
 	}
-	id, err := s.keeper.Move(s.life.ctx, h.Entry, topic, d.unsure != nil, dead.marks(), dead.letter())
+	id, err := s.Move(h, topic, d.unsure != nil, dead.marks(), dead.letter())
 	if err != nil {
 		err = fmt.Errorf("moving %s to %s: %w", h.ID, topic, err)
 		if !redisx.IsReply(err) {
 			d.unsure = &dead
 		}
 		if topic != s.deadLetters && redisx.ReplyHas(err, "CROSSSLOT") {
-			s.log.Error("DeadLetter.Topic is in another slot of the Cluster than the topic; using "+s.deadLetters, err, s.entryFields(h.Entry))
+			s.log.Error("DeadLetter.Topic is in another slot of the Cluster than the topic; using "+s.deadLetters, err, s.Fields(h))
 			d.topic = ""
 			s.move(h, dead)
 			return
@@ -226,20 +203,20 @@ func (s *subscription) move(h *task, dead DeadMessage) {
 		s.moveFailed(h, err)
 		return
 	}
-	s.markHealthy(dutyDeadLetter)
 	if id == "" {
-		s.notOurs(h)
+		s.NotOurs(h)
 		return
 	}
+	s.MoveEnded()
 	dead.ID = id
 	s.stats.dead.Add(1)
-	s.log.Info("Dead message moved to "+topic, s.entryFields(h.Entry).Add(watermill.LogFields{
+	s.log.Info("Dead message moved to "+topic, s.Fields(h).Add(watermill.LogFields{
 		"reason": dead.Reason, "kind": string(dead.Kind), "deliveries": strconv.FormatInt(dead.Deliveries, 10),
 	}))
 	if s.cfg.OnDead != nil {
 		s.callOnDead(h, dead)
 	}
-	s.ledger.Remove(time.Now(), h.Entry)
+	s.Drop(h)
 }
 
 // dyingCrashes is how many processes a dead message may crash in its worker's
@@ -249,32 +226,32 @@ const dyingCrashes = 3
 // process lets a Consumer's worker decide about its dead message, and returns
 // true if that is to be moved. A worker that fails is asked again; it runs in
 // the message's place, until CloseTimeout.
-func (s *subscription) process(h *task, dead DeadMessage) (move bool) {
-	d := deathOf(h.Entry)
-	if d.final || dead.Kind == Broken || s.diedTooOften(h.Entry) {
+func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
+	d := deathOf(h)
+	if d.final || dead.Kind == Broken || s.diedTooOften(h) {
 		return true
 	}
 	d.deliveries = dead.Deliveries
 	if !s.countAsDead(h) {
 		return false
 	}
-	s.markHealthy(dutyDeadLetter)
-	ctx, cancel := context.WithCancelCause(s.life.calling)
+	s.MoveEnded()
+	ctx, cancel := context.WithCancelCause(s.Calling())
 	if !h.Attach(&cancel) {
 		cancel(nil)
-		s.ledger.Remove(time.Now(), h.Entry)
+		s.Drop(h)
 		return false
 	}
 	err := errPanicked // or ended its goroutine
 	done := make(chan struct{})
-	s.slots.calls.Go(func() {
+	s.Go(func() {
 		defer close(done)
 		defer cancel(nil)
 		err = guard(func() error { return s.typed.dead(ctx, dead, d.cause()) })
 	})
 	select {
 	case <-done:
-	case <-s.life.abandon:
+	case <-s.Abandon():
 		s.abandoned(h)
 		return false
 	}
@@ -282,63 +259,57 @@ func (s *subscription) process(h *task, dead DeadMessage) (move bool) {
 	switch {
 	case err == nil:
 		s.stats.dead.Add(1)
-		s.settle(h)
+		s.Settle(h)
 		return false
 	case IsDead(err):
 		d.final = true
 		return true
-	case !h.Lost() && s.life.calling.Err() == nil:
-		s.log.Error("The worker failed to process a dead message; it is asked again", err, s.entryFields(h.Entry))
+	case !h.Lost() && s.Calling().Err() == nil:
+		s.log.Error("The worker failed to process a dead message; it is asked again", err, s.Fields(h))
 	}
-	s.schedule(h, true, s.retry.delay(dead.Deliveries))
+	s.Aside(h, s.retry.delay(dead.Deliveries))
 	return false
 }
 
-func (s *subscription) diedTooOften(e *ledger.Entry) bool {
-	return s.retry.exhaustedBefore(e.Count() - dyingCrashes)
+func (s *subscription) diedTooOften(h *consume.Task) bool {
+	return s.retry.exhaustedBefore(h.Count() - dyingCrashes)
 }
 
 // countAsDead gives the entry, in Redis, the least count with which everybody takes
 // it for dead: should the worker crash now, it is the dead message that crashed.
 // It returns false if the entry is not ours, or Redis does not answer.
-func (s *subscription) countAsDead(h *task) bool {
-	if !s.ledger.Leased() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
+func (s *subscription) countAsDead(h *consume.Task) bool {
+	if !s.KeepsDead() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
 		return true
 	}
-	fields, err := s.keeper.Recount(s.life.ctx, h.Entry, int64(max(s.retry.MaxRetries, 0))+3)
+	fields, err := s.Recount(h, int64(max(s.retry.MaxRetries, 0))+3)
 	switch {
 	case err != nil:
 		s.moveFailed(h, err)
 	case fields == nil:
-		s.notOurs(h)
+		s.NotOurs(h)
 	}
 	return fields != nil
 }
 
 // callOnDead waits for OnDead in the message's place, until CloseTimeout.
-func (s *subscription) callOnDead(h *task, dead DeadMessage) {
+func (s *subscription) callOnDead(h *consume.Task, dead DeadMessage) {
 	done := make(chan struct{})
-	s.slots.calls.Go(func() {
+	s.Go(func() {
 		defer close(done)
-		if err := guard(func() error { s.cfg.OnDead(s.life.calling, dead); return nil }); err != nil {
-			s.log.Error("OnDead panicked", err, s.entryFields(h.Entry))
+		if err := guard(func() error { s.cfg.OnDead(s.Calling(), dead); return nil }); err != nil {
+			s.log.Error("OnDead panicked", err, s.Fields(h))
 		}
 	})
 	select {
 	case <-done:
-	case <-s.life.abandon:
+	case <-s.Abandon():
 	}
 }
 
-// moveFailed keeps the dead entry, for the move to be tried again; its handler
-// does not see it again.
-func (s *subscription) moveFailed(h *task, err error) {
-	s.markFailed(dutyDeadLetter, err)
-	if s.isClosing() {
-		s.giveBack(h, h.Count())
-		return
-	}
-	d := deathOf(h.Entry)
+// moveFailed keeps the dead entry, for the move to be tried again.
+func (s *subscription) moveFailed(h *consume.Task, err error) {
+	d := deathOf(h)
 	d.tries++
-	s.schedule(h, true, jitter(min(minBackoff<<min(d.tries, 11), defaultMaxInterval)))
+	s.MoveFailed(h, d.tries, err)
 }

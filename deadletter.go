@@ -12,6 +12,7 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
+	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
@@ -171,18 +172,18 @@ func isDeadLetter(fields []string) bool {
 }
 
 // deadMessage is what is known of a dead entry before it is moved.
-func (s *subscription) deadMessage(h *task, fields []string) DeadMessage {
-	death := deathOf(h.Entry)
+func (s *subscription) deadMessage(h *consume.Task, fields []string) DeadMessage {
+	death := deathOf(h)
 	fields, replays, _ := cutReplay(fields)
 	d := DeadMessage{
-		EntryID: h.ID, Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
+		EntryID: h.ID, Topic: s.topic, Group: s.cfg.ConsumerGroup, Consumer: s.Consumer(),
 		Handler: death.handler, Reason: shorten(death.err.Error()), Kind: death.kind, Deliveries: cmp.Or(death.deliveries, h.Count()),
 		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Replays: replays, Fields: fields,
 	}
 	if d.Handler == "" && s.typed != nil {
 		d.Handler = s.typed.name
 	}
-	safe := s.typed != nil && !s.diedTooOften(h.Entry) // a crash counts as one of its worker's
+	safe := s.typed != nil && !s.diedTooOften(h) // a crash counts as one of its worker's
 	switch s.cfg.Unmarshaler.(type) {
 	case DefaultMarshaler, BodyMarshaler:
 		safe = true

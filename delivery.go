@@ -10,7 +10,7 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
-	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
+	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
@@ -78,25 +78,25 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 	return d.delivery, true
 }
 
-// handle brings an entry to its outcome: acked, waiting for its retry, moved to
+// Handle brings an entry to its outcome: acked, waiting for its retry, moved to
 // the dead-letter stream, released, or not ours any more.
-func (s *subscription) handle(h *task) {
+func (s *subscription) Handle(h *consume.Task) {
 	if h.Death != nil {
-		s.mode.dead(h)
+		s.dead(h)
 		return
 	}
-	if !s.acquire(h) {
+	if !s.Acquire(h) {
 		return
 	}
 	published, _, group := cutReplay(h.Fields)
 	h.Fields = published
 	switch {
-	case group != "" && group != s.stream.Group:
-		s.settle(h) // a replay for another group
+	case group != "" && group != s.cfg.ConsumerGroup:
+		s.Settle(h) // a replay for another group
 		return
 	case s.retry.exhaustedBefore(h.Count()):
 		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-		s.mode.dead(h)
+		s.dead(h)
 		return
 	}
 	msg, body, err := s.unmarshal(h)
@@ -107,55 +107,12 @@ func (s *subscription) handle(h *task) {
 	s.deliver(h, msg, body)
 }
 
-// acquire makes sure that the entry is ours, with its fields: it takes what was not
-// read just now. It returns false if the entry is somebody else's business, or comes
-// later.
-func (s *subscription) acquire(h *task) bool {
-	if h.Fields != nil {
-		return true
-	}
-	claim := h.Owner != ""
-	if claim { // the Subscriber's other subscriptions of the topic have the same name
-		if !s.shared.poller.Reserve(s.topic, h.ID, s.reader) {
-			s.ledger.Remove(time.Now(), h.Entry)
-			return false
-		}
-		defer s.shared.poller.Unreserve(s.topic, h.ID)
-	}
-	own := h.Owner == s.stream.Consumer
-	if own && !s.shared.poller.Disowned(s.topic, h.ID) {
-		h.Next = h.Count() // the answer to what took it was lost: it has reached nobody
-	}
-	taken, err := s.keeper.Take(s.life.ctx, h.Entry)
-	switch {
-	case err != nil && claim: // it may have happened: then it is an orphan
-		s.markFailed(dutyLook, err)
-		s.ledger.Remove(time.Now(), h.Entry)
-		s.shared.poller.Unsure(s.topic)
-	case err != nil:
-		s.markFailed(dutyClaim, err)
-		s.again(h, max(s.retry.InitialInterval, minBackoff))
-	case taken:
-		s.markHealthy(dutyClaim)
-		if claim && !own {
-			s.stats.claimed.Add(1)
-		}
-		return true
-	case !claim && s.ledger.Owned(h.Entry): // the group was lost, and it is put back
-		s.again(h, minBackoff)
-	default:
-		s.markHealthy(dutyClaim)
-		s.ledger.Remove(time.Now(), h.Entry)
-	}
-	return false
-}
-
 // unmarshal turns the entry into a message, and for a Consumer its payload into
 // the body.
-func (s *subscription) unmarshal(h *task) (msg *message.Message, body any, err error) {
+func (s *subscription) unmarshal(h *consume.Task) (msg *message.Message, body any, err error) {
 	msg, err = s.message(h, h.Fields)
 	if err == nil && s.typed != nil {
-		err = h.user(func() error { body, err = s.typed.decode(msg.Payload); return err })
+		err = user(h, func() error { body, err = s.typed.decode(msg.Payload); return err })
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrBroken, err)
@@ -165,7 +122,7 @@ func (s *subscription) unmarshal(h *task) (msg *message.Message, body any, err e
 
 // message unmarshals an entry. A dead letter is decoded the way this library
 // wrote it, whatever the topic's format.
-func (s *subscription) message(h *task, fields []string) (msg *message.Message, err error) {
+func (s *subscription) message(h *consume.Task, fields []string) (msg *message.Message, err error) {
 	u := s.cfg.Unmarshaler
 	if isDeadLetter(fields) {
 		u = DefaultMarshaler{}
@@ -174,7 +131,7 @@ func (s *subscription) message(h *task, fields []string) (msg *message.Message, 
 	case DefaultMarshaler, BodyMarshaler:
 		msg, err = unmarshalFields(u, fields)
 	default:
-		err = h.user(func() error { msg, err = unmarshalFields(u, fields); return err })
+		err = user(h, func() error { msg, err = unmarshalFields(u, fields); return err })
 	}
 	if err == nil && msg.UUID == "" {
 		msg.UUID = h.ID
@@ -183,9 +140,9 @@ func (s *subscription) message(h *task, fields []string) (msg *message.Message, 
 }
 
 // deliver hands the message over and waits for it to be settled.
-func (s *subscription) deliver(h *task, msg *message.Message, body any) {
-	d := &deliveryContext{Context: s.life.base, sub: s, msg: msg, delivery: Delivery{
-		Topic: s.topic, Group: s.stream.Group, Consumer: s.stream.Consumer,
+func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) {
+	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, delivery: Delivery{
+		Topic: s.topic, Group: s.cfg.ConsumerGroup, Consumer: s.Consumer(),
 		ID: h.ID, Count: h.Count(), MaxRetries: s.retry.MaxRetries,
 	}}
 	if body != nil {
@@ -196,80 +153,57 @@ func (s *subscription) deliver(h *task, msg *message.Message, body any) {
 	d.own, d.cancel = ctx, cancel
 	msg.SetContext(ctx)
 	if !h.Attach(&d.cancel) {
-		s.ledger.Remove(time.Now(), h.Entry)
+		s.Drop(h)
 		return
 	}
 
 	s.stats.delivered.Add(1) // before whoever takes it can ask
-	select {
-	case s.output <- msg:
-	default:
-		if !s.offer(ctx, h, msg) {
-			s.stats.delivered.Add(-1)
-			return
-		}
+	if !consume.HandOver(ctx, s.Subscription, h, s.output, msg) {
+		s.stats.delivered.Add(-1)
+		return
 	}
 	if d.delivery.Count > 1 {
 		s.stats.retried.Add(1)
 	}
-	s.mode.handedOut(h)
 
 	select {
 	case <-msg.Acked():
 	case <-msg.Nacked():
 		s.nacked(h, d)
 		return
-	case <-s.life.abandon:
+	case <-s.Abandon():
 		if msg.Nack() { // so that whoever waits for the outcome goes on
 			s.abandoned(h)
 			return
 		}
 	}
 	s.stats.acked.Add(1)
-	s.settle(h)
+	s.Settle(h)
 }
-
-// offer waits for somebody to take the message. It returns false if the
-// subscription closes or the lease is lost before.
-func (s *subscription) offer(ctx context.Context, h *task, msg *message.Message) bool {
-	withdraw, ended := s.mode.offer(ctx)
-	select {
-	case s.output <- msg:
-		return true
-	case <-withdraw:
-		s.mode.withdrawn(h)
-	case <-ended:
-		s.ledger.Remove(time.Now(), h.Entry)
-	}
-	return false
-}
-
-// settle is the end of an entry that nobody needs any more.
-func (s *subscription) settle(h *task) { s.apply(s.ledger.Acked(time.Now(), h.Entry)) }
 
 // nacked carries the verdict out: what becomes of a message whose handler failed.
-func (s *subscription) nacked(h *task, d *deliveryContext) {
+func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 	s.stats.nacked.Add(1)
 	v := d.verdict.Load()
-	closing, count := s.isClosing(), h.Count()
+	closing, count := s.IsClosing(), h.Count()
 	switch {
-	case !s.mode.retries():
-		s.log.Debug("Nacked, but the subscription is NoAck: dropped", s.entryFields(h.Entry))
-		s.ledger.Remove(time.Now(), h.Entry)
+	case !s.Retries():
+		s.log.Debug("Nacked, but the subscription is NoAck: dropped", s.Fields(h))
+		s.Drop(h)
 		return
-	case h.Lost() || s.ledger.IsGone(h.Entry): // another consumer's, or nobody's any more
-		s.ledger.Remove(time.Now(), h.Entry)
+	case s.IsLost(h): // another consumer's, or nobody's any more
+		s.Drop(h)
 		return
 	case closing && (v == nil || v.fate == interrupted || v.fate == snoozed || errors.Is(context.Cause(d.own), ErrSubscriberClosed)):
 		// A shutdown is no failure. Whether it was one cannot be told of a Nack
 		// without an error; a retry too many does less harm than one too few.
-		s.giveBack(h, count-1)
+		s.GiveBack(h, count-1)
 		return
 	case v == nil:
 		v = &verdict{delay: -1}
 	case v.fate == snoozed:
 		h.Next = count // its next delivery counts for this one
-		s.again(h, v.delay)
+		s.Again(h, v.delay)
 		return
 	}
 
@@ -279,47 +213,18 @@ func (s *subscription) nacked(h *task, d *deliveryContext) {
 		death := &death{kind: v.kind, err: v.err, handler: d.handlerName()}
 		h.Death = death
 		death.topic = s.route(h, v.letters)
-		s.mode.dead(h)
+		s.dead(h)
 		return
 	case closing:
-		s.giveBack(h, count)
+		s.GiveBack(h, count)
 		return
 	}
 	if v.hook != nil {
-		if err := h.user(func() error { v.hook(int(count), v.delay); return nil }); err != nil {
-			s.log.Error("Retry.OnRetryHook panicked", err, s.entryFields(h.Entry))
+		if err := user(h, func() error { v.hook(int(count), v.delay); return nil }); err != nil {
+			s.log.Error("Retry.OnRetryHook panicked", err, s.Fields(h))
 		}
 	}
-	s.again(h, v.delay)
-}
-
-// again has the entry come again after the delay.
-func (s *subscription) again(h *task, delay time.Duration) { s.schedule(h, false, delay) }
-
-// schedule has the entry come again after the delay; aside: without holding up the order.
-func (s *subscription) schedule(h *task, aside bool, delay time.Duration) {
-	if s.isClosing() {
-		s.giveBack(h, h.Next-1)
-		return
-	}
-	s.mode.postponed(h)
-	now := time.Now()
-	dropped, ok := s.ledger.Retry(now, h.Entry, now.Add(delay), aside)
-	switch {
-	case !ok: // close came in between
-		s.giveBack(h, h.Next-1)
-	case dropped != nil:
-		s.gaveUp(dropped)
-	}
-}
-
-// gaveUp leaves an entry, for which there is no room among those that wait, to its lease.
-func (s *subscription) gaveUp(e *ledger.Entry) {
-	s.shared.poller.Disown(s.topic, e.ID)
-	s.overflow.Do(func() {
-		s.log.Error("Very many messages wait for a retry", errors.New(
-			"those that wait longest come again when their leases have run out, whenever they are due"), s.logFields)
-	})
+	s.Again(h, v.delay)
 }
 
 // handlerName returns the router's name of the handler; "" without a router.
@@ -332,7 +237,7 @@ func (d *deliveryContext) handlerName() string {
 
 // complete completes a verdict with the subscription's own policy, the limit of
 // which holds whatever a middleware has decided.
-func (s *subscription) complete(h *task, v verdict) *verdict {
+func (s *subscription) complete(h *consume.Task, v verdict) *verdict {
 	switch {
 	case v.fate == dead:
 		return &v
@@ -353,8 +258,8 @@ func (s *subscription) complete(h *task, v verdict) *verdict {
 		params.Err = ErrNacked
 	}
 	retry := true
-	if err := h.user(func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
-		s.log.Error("Retry.ShouldRetry panicked; the message is tried again", err, s.entryFields(h.Entry))
+	if err := user(h, func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
+		s.log.Error("Retry.ShouldRetry panicked; the message is tried again", err, s.Fields(h))
 	}
 	if !retry {
 		return v.end(PermanentFailure, ErrPermanent)
@@ -364,10 +269,16 @@ func (s *subscription) complete(h *task, v verdict) *verdict {
 
 // abandoned gives up on a handler that did not heed the end of its context. It
 // may still be at work, so the entry is not released.
-func (s *subscription) abandoned(h *task) {
-	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.entryFields(h.Entry))
-	s.mode.abandoned(h)
-	s.ledger.Remove(time.Now(), h.Entry)
+func (s *subscription) abandoned(h *consume.Task) {
+	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.Fields(h))
+	s.Abandoned(h)
+}
+
+// user calls a function of the user's for an entry, in the slot that has it, and turns its
+// panic into an error. It does not return if the subscription has ended meanwhile.
+func user(h *consume.Task, f func() error) (err error) {
+	h.Call(func() { err = guard(f) })
+	return err
 }
 
 // guard calls a function of the user and turns its panic into an error.

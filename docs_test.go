@@ -16,6 +16,58 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
+// TestDocs_Imports: each package imports what stands below it in ARCHITECTURE's tree, and
+// what it is not to know it does not.
+func TestDocs_Imports(t *testing.T) {
+	const (
+		module    = "github.com/goxstreams/watermill-goxstreams/internal/"
+		goRedis   = "github.com/redis/go-redis"
+		watermill = "github.com/ThreeDotsLabs/watermill"
+		message   = watermill + "/message"
+	)
+	below := map[string][]string{
+		".":        {"consume", "xstream", "pipeline", "redisx"},
+		"consume":  {"takeover", "lease", "poll", "ledger", "xstream", "pipeline", "redisx"},
+		"takeover": {"lease", "ledger", "xstream", "redisx"},
+		"lease":    {"ledger", "xstream", "redisx"},
+		"poll":     {"xstream", "pipeline", "redisx"},
+		"xstream":  {"pipeline", "redisx"},
+		"pipeline": {"redisx"},
+		"redisx":   nil,
+		"ledger":   nil,
+	}
+	unknown := map[string][]string{
+		"consume": {message, goRedis}, "takeover": {message, goRedis}, "lease": {message, goRedis}, "poll": {watermill, goRedis},
+		"xstream": {watermill}, "pipeline": {watermill}, "redisx": {watermill}, "ledger": {watermill, goRedis, "net"},
+	}
+	for dir, allowed := range below {
+		path := dir
+		if dir != "." {
+			path = filepath.Join("internal", dir)
+		}
+		files, err := filepath.Glob(filepath.Join(path, "*.go"))
+		require.NoError(t, err)
+		require.NotEmpty(t, files)
+		for _, file := range files {
+			if strings.HasSuffix(file, "_test.go") {
+				continue
+			}
+			parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+			require.NoError(t, err)
+			for _, spec := range parsed.Imports {
+				imported, err := strconv.Unquote(spec.Path.Value)
+				require.NoError(t, err)
+				if layer, ours := strings.CutPrefix(imported, module); ours {
+					require.Contains(t, allowed, layer, "%s imports what does not stand below it", file)
+				}
+				for _, foreign := range unknown[dir] {
+					require.False(t, imported == foreign || strings.HasPrefix(imported, foreign+"/"), "%s imports %s", file, imported)
+				}
+			}
+		}
+	}
+}
+
 // TestDocs_LogLines: docs/operations.md explains every line that the library
 // logs, and no other.
 func TestDocs_LogLines(t *testing.T) {

@@ -1,7 +1,6 @@
 package goxstreams
 
 import (
-	"context"
 	"errors"
 	"fmt"
 
@@ -48,7 +47,7 @@ var (
 
 	// ErrUnsupported means that the server, or the right to use it, lacks what
 	// an option needs. The message names both.
-	ErrUnsupported = errors.New("goxstreams: not supported by the server")
+	ErrUnsupported = xstream.ErrUnsupported
 )
 
 // configErrors collects every mistake of a config, each naming its field.
@@ -65,8 +64,3 @@ func (c *configErrors) add(field, format string, args ...any) {
 }
 
 func (c *configErrors) err() error { return errors.Join(c.errs...) }
-
-// unsupported is the error for what this server does not have.
-func unsupported(ctx context.Context, s *xstream.Stream, what string) error {
-	return fmt.Errorf("%w: %s; this is %s", ErrUnsupported, what, s.Version(ctx))
-}

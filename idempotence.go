@@ -141,7 +141,7 @@ func (p *Publisher) prepare(ctx context.Context, topic string) error {
 	s := xstream.New(p.client, topic, "")
 	known, err := s.KnowsIdempotence(ctx)
 	if err == nil && !known {
-		return unsupported(ctx, &s, "PublisherConfig.Idempotence needs XADD IDMP and XIDMPRECORD (Redis 8.6.2)")
+		return s.Unsupported(ctx, "PublisherConfig.Idempotence needs XADD IDMP and XIDMPRECORD (Redis 8.6.2)")
 	}
 	if err == nil {
 		err = s.SetIdempotence(ctx, p.config.Idempotence.Window, p.config.Idempotence.MaxIDs)

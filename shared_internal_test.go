@@ -85,5 +85,5 @@ func TestShared_AheadDrifts(t *testing.T) {
 	}
 	close(hold)
 	require.NoError(t, sub.Close())
-	assert.Zero(t, sub.shared.bounds.Ahead(), "entries read ahead, and no subscription")
+	assert.Zero(t, sub.shared.Bounds.Ahead(), "entries read ahead, and no subscription")
 }

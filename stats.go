@@ -45,22 +45,19 @@ func (s *Subscriber) Stats() []SubscriptionStats {
 	return stats
 }
 
-// counters are the sums of SubscriptionStats.
+// counters are those sums of SubscriptionStats that are not internal/consume's.
 type counters struct {
-	delivered, retried, acked, nacked, claimed, broken, dead, lost atomic.Int64
+	delivered, retried, acked, nacked, broken, dead atomic.Int64
 }
 
 func (s *subscription) snapshot() SubscriptionStats {
-	st := SubscriptionStats{
-		Topic: s.topic, Group: s.stream.Group,
-		Delivered: s.stats.delivered.Load(), Retried: s.stats.retried.Load(),
-		Acked: s.stats.acked.Load(), Nacked: s.stats.nacked.Load(),
-		Claimed: s.stats.claimed.Load(), Released: s.keeper.GivenBack.Load(), Broken: s.stats.broken.Load(),
-		Dead: s.stats.dead.Load(), Lost: s.stats.lost.Load() + s.keeper.Lost.Load() + s.finder.Lost.Load(),
+	c := s.Stats()
+	return SubscriptionStats{
+		Topic: s.topic, Group: s.cfg.ConsumerGroup, InFlight: c.InFlight, Waiting: c.Waiting,
+		Delivered: s.stats.delivered.Load(), Retried: s.stats.retried.Load(), Acked: s.stats.acked.Load(), Nacked: s.stats.nacked.Load(),
+		Claimed: c.Claimed, Released: c.Released, Broken: s.stats.broken.Load(), Dead: s.stats.dead.Load(), Lost: c.Lost,
+		Err: c.Err, Since: c.Since,
 	}
-	st.InFlight, st.Waiting = s.ledger.Counts()
-	st.Since, st.Err = s.health.outage()
-	return st
 }
 
 // TopicStats is what Redis holds of a topic, and of the Subscriber's group there.
@@ -103,7 +100,7 @@ func (s *Subscriber) topicStats(ctx context.Context, topic string) (st TopicStat
 		return st, errors.New("the topic is empty")
 	}
 	st = TopicStats{Topic: topic, Group: s.config.ConsumerGroup}
-	stream := xstream.New(s.shared.client, topic, st.Group)
+	stream := xstream.New(s.client, topic, st.Group)
 	if st.Length, err = stream.Length(ctx); err != nil || st.Group == "" {
 		return st, err
 	}
@@ -121,7 +118,7 @@ func (s *Subscriber) topicStats(ctx context.Context, topic string) (st TopicStat
 		st.OldestPending = max(0, time.Since(published))
 	}
 	st.DeadLetterTopic = s.config.DeadLetterTopic(topic)
-	deadLetters := xstream.New(s.shared.client, st.DeadLetterTopic, "")
+	deadLetters := xstream.New(s.client, st.DeadLetterTopic, "")
 	st.DeadLetters, err = deadLetters.Length(ctx)
 	return st, err
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 	"github.com/redis/go-redis/v9"
@@ -281,7 +282,8 @@ func (c SubscriberConfig) validate() error {
 type Subscriber struct {
 	config SubscriberConfig
 	logger watermill.LoggerAdapter
-	shared *shared
+	client redisx.Client
+	shared *consume.Shared
 	typed  *typed // a Consumer's part; nil without
 
 	mu      sync.Mutex
@@ -308,11 +310,16 @@ func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Su
 		logger = watermill.NopLogger{}
 	}
 	config = config.withDefaults()
+	client := redisx.Client{UniversalClient: config.Client}
 	return &Subscriber{
 		config: config,
 		logger: logger,
-		shared: newShared(config, logger),
-		subs:   make(map[*subscription]struct{}),
+		client: client,
+		shared: consume.NewShared(consume.SharedConfig{
+			Client: client, Group: config.ConsumerGroup, Consumer: config.Consumer, NoAck: config.NoAck,
+			BlockTime: config.BlockTime, BatchSize: config.BatchSize, ClaimInterval: config.ClaimInterval, Log: logger,
+		}),
+		subs: make(map[*subscription]struct{}),
 	}, nil
 }
 
@@ -342,7 +349,7 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	sub := newSubscription(s, ctx, topic) // calls DeadLetterTopic, which may call Close
+	sub := newSubscription(ctx, s, topic) // calls DeadLetterTopic, which may call Close
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -353,16 +360,11 @@ func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription
 	s.mu.Unlock()
 	defer s.opening.Done()
 
-	if err := sub.openPatiently(ctx); err != nil {
-		sub.ledger.Stop()
+	if err := sub.Open(ctx); err != nil {
 		s.forget(sub)
 		return nil, err
 	}
-	sub.start()
-	go func() {
-		<-sub.life.done
-		s.forget(sub)
-	}()
+	sub.start(func() { s.forget(sub) })
 	return sub, nil
 }
 
@@ -370,74 +372,6 @@ func (s *Subscriber) forget(sub *subscription) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.subs, sub)
-}
-
-// openPatiently opens the subscription, and waits for Redis if the config says so.
-func (s *subscription) openPatiently(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	go func() {
-		select {
-		case <-s.life.closing:
-			cancel(ErrSubscriberClosed)
-		case <-ctx.Done():
-		}
-	}()
-	deadline := time.Now().Add(s.cfg.WaitForRedis)
-	for pause := (backoff{}); ; {
-		err := s.mode.open(ctx)
-		switch {
-		case err == nil:
-			s.markHealthy(dutyOpen)
-			return nil
-		case ctx.Err() != nil:
-			return context.Cause(ctx)
-		case !redisx.NotReady(err) || !time.Now().Before(deadline):
-			return err
-		}
-		s.markFailed(dutyOpen, err)
-		pause.wait(ctx.Done())
-	}
-}
-
-// checkDeadLetters refuses a dead-letter stream that entries cannot be moved to
-// in one step.
-func (s *subscription) checkDeadLetters(ctx context.Context) error {
-	if s.deadLetters == "" || s.deadLetters == s.topic {
-		return fmt.Errorf("SubscriberConfig.DeadLetterTopic: returned %q for this topic", s.deadLetters)
-	}
-	err := s.client.OneServer(ctx, s.topic, s.deadLetters)
-	if errors.Is(err, redisx.ErrTwoServers) {
-		return fmt.Errorf("SubscriberConfig.DeadLetterTopic: the dead-letter stream %q is in another slot of the Cluster than the topic, or on another shard; "+
-			"give both a common hash tag", s.deadLetters)
-	}
-	return err
-}
-
-const needsAckDel = "SubscriberConfig.DeleteAcked on a topic with several groups needs XACKDEL (Redis 8.2)"
-
-// checkDeleteAcked asks the server whether it has XACKDEL.
-func (s *subscription) checkDeleteAcked(ctx context.Context) error {
-	if err := s.client.OneServer(ctx, s.topic, xstream.PositionsKey(s.topic)); err != nil {
-		return fmt.Errorf("SubscriberConfig.DeleteAcked: the positions of fan-outs, %q: %w", xstream.PositionsKey(s.topic), err)
-	}
-	err := s.stream.HasAckAndDelete(ctx)
-	if err == nil {
-		s.keeper.SetDeletes(xstream.DeleteByServer)
-		return nil
-	}
-	if !redisx.IsDenied(err) {
-		return err
-	}
-	groups, err := s.stream.Groups(ctx)
-	if err != nil {
-		return err
-	}
-	if groups > 1 {
-		return unsupported(ctx, &s.stream, needsAckDel)
-	}
-	s.keeper.SetDeletes(xstream.DeleteByScript)
-	return nil
 }
 
 // SubscribeInitialize makes the topic's stream and the group, so that what is
@@ -450,7 +384,7 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 	if s.config.ConsumerGroup == "" {
 		return nil
 	}
-	st := xstream.New(s.shared.client, topic, s.config.ConsumerGroup)
+	st := xstream.New(s.client, topic, s.config.ConsumerGroup)
 	if _, err := st.CreateGroup(context.Background(), s.config.StartID); err != nil {
 		return fmt.Errorf("goxstreams: initialize %q: %w", topic, err)
 	}
@@ -465,7 +399,7 @@ func (s *Subscriber) Close() error {
 	s.mu.Lock()
 	s.closed = true
 	for sub := range s.subs {
-		sub.close() // those that open end it, or are closed at once
+		sub.Close() // those that open end it, or are closed at once
 	}
 	s.mu.Unlock()
 	s.opening.Wait()
@@ -476,7 +410,7 @@ func (s *Subscriber) Close() error {
 	}
 	s.mu.Unlock()
 	for _, sub := range subs {
-		<-sub.life.done
+		<-sub.done
 	}
 	return nil
 }

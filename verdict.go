@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -230,7 +229,7 @@ func (d *deliveryContext) interrupted(err error) bool {
 	notice := time.NewTimer(shutdownNotice)
 	defer notice.Stop()
 	select {
-	case <-d.sub.life.closing:
+	case <-d.sub.Closing():
 		return true
 	case <-d.own.Done():
 		return true
@@ -270,8 +269,3 @@ func (b *bystander) pass(msg *message.Message) {
 }
 
 var errCopied = errors.New("the message is a copy of the one that was delivered, or has lost its context: put the middleware outside of what copies it")
-
-// latest is the subscription that was opened last, if it is still open, for its
-// logger: the middlewares have none, and a message that lost its context leads to
-// none.
-var latest atomic.Pointer[subscription]

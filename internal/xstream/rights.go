@@ -2,6 +2,7 @@ package xstream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -55,4 +56,12 @@ func (s *Stream) CheckRights(ctx context.Context) error {
 		return redisx.ReplyError("NOPERM the right to " + strings.Join(names, ", ") + " is missing")
 	}
 	return nil
+}
+
+// ErrUnsupported is the library's sentinel of that name.
+var ErrUnsupported = errors.New("goxstreams: not supported by the server")
+
+// Unsupported returns the error for what this server does not have.
+func (s *Stream) Unsupported(ctx context.Context, what string) error {
+	return fmt.Errorf("%w: %s; this is %s", ErrUnsupported, what, s.Version(ctx))
 }

@@ -1,7 +1,6 @@
-package goxstreams
+package consume
 
 import (
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,10 +14,10 @@ import (
 // there are any. There are MaxConcurrency of them at most: that is the bound on
 // unsettled messages, and with one, the order.
 type slot struct {
-	s     *subscription
+	s     *Subscription
 	state atomic.Int32
 	entry atomic.Pointer[ledger.Entry] // in hand
-	task  task
+	task  Task
 }
 
 // slots are those of a subscription, and the calls of its user's functions outside of
@@ -31,12 +30,6 @@ type slots struct {
 	calls   sync.WaitGroup
 }
 
-// task is an entry in the hands of a slot; nil: of another goroutine.
-type task struct {
-	*ledger.Entry
-	slot *slot
-}
-
 // A slot that is in a function of the user's when CloseTimeout is over is detached:
 // nobody waits for it, and it ends when that function returns.
 const (
@@ -45,12 +38,12 @@ const (
 	slotDetached
 )
 
-func (s *subscription) startSlot() {
+func (s *Subscription) startSlot() {
 	go s.slots.one(s).run()
 }
 
 // one returns a slot that counts as running.
-func (ss *slots) one(s *subscription) *slot {
+func (ss *slots) one(s *Subscription) *slot {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	var sl *slot
@@ -69,7 +62,7 @@ func (sl *slot) run() {
 	defer func() {
 		// A function of the user's has ended its goroutine (t.FailNow does): it failed.
 		if e := sl.entry.Load(); e != nil && sl.state.Load() == slotCalls {
-			s.giveBack(&task{Entry: e}, e.Count())
+			s.GiveBack(&Task{Entry: e}, e.Count())
 		}
 		if !ended {
 			s.ledger.SlotEnded()
@@ -89,25 +82,10 @@ func (sl *slot) run() {
 		}
 		s.apply(fx)
 		sl.entry.Store(e)
-		sl.task = task{e, sl}
-		s.handle(&sl.task)
+		sl.task = Task{e, sl}
+		s.work.Handle(&sl.task)
 		sl.entry.Store(nil)
 	}
-}
-
-// user calls a function of the user's in the slot that has the entry, and turns its
-// panic into an error. It does not return if the subscription has ended meanwhile.
-func (h *task) user(f func() error) error {
-	sl := h.slot
-	if sl == nil { // a goroutine of its own
-		return guard(f)
-	}
-	sl.state.Store(slotCalls)
-	err := guard(f)
-	if !sl.state.CompareAndSwap(slotCalls, slotRuns) {
-		runtime.Goexit()
-	}
-	return err
 }
 
 // forget is called with the mutex held.
@@ -125,7 +103,7 @@ const detachPause = 10 * time.Millisecond
 
 // awaitSlots waits until no slot runs. After CloseTimeout it leaves those behind that
 // are in a function of the user's.
-func (s *subscription) awaitSlots() {
+func (s *Subscription) awaitSlots() {
 	abandon := s.life.abandon
 	var again <-chan time.Time
 	for {
@@ -151,7 +129,7 @@ func (s *subscription) awaitSlots() {
 	}
 }
 
-func (s *subscription) detachSlots() {
+func (s *Subscription) detachSlots() {
 	n := 0
 	s.slots.mu.Lock()
 	var left []string
@@ -166,10 +144,10 @@ func (s *subscription) detachSlots() {
 	}
 	s.slots.mu.Unlock()
 	for _, id := range left {
-		s.shared.poller.Disown(s.topic, id) // it is no orphan while the function is at work
+		s.shared.poller.Disown(s.cfg.Topic, id) // it is no orphan while the function is at work
 	}
 	if n > 0 {
-		s.log.Info("A function of the config did not return within CloseTimeout; its message is handled again once its lease has run out",
-			s.logFields.Add(watermill.LogFields{"entries": n}))
+		s.cfg.Log.Info("A function of the config did not return within CloseTimeout; its message is handled again once its lease has run out",
+			s.cfg.Fields.Add(watermill.LogFields{"entries": n}))
 	}
 }

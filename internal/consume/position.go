@@ -1,4 +1,4 @@
-package goxstreams
+package consume
 
 import (
 	"context"
@@ -33,7 +33,7 @@ const (
 // when the stream was deleted and began anew: a read after an ID of the old one would
 // pass over what has a smaller one.
 type position struct {
-	s    *subscription
+	s    *Subscription
 	name string // in the stream's positions
 
 	denied bool // the right to say so is missing
@@ -52,7 +52,7 @@ type position struct {
 	at     time.Time
 }
 
-func newPosition(s *subscription) *position {
+func newPosition(s *Subscription) *position {
 	return &position{s: s, name: watermill.NewUUID(), recent: make(map[string]uint64)}
 }
 
@@ -74,7 +74,7 @@ func (p *position) say(ctx context.Context, id string) {
 	err := s.stream.SetPosition(ctx, p.name, id, positionTTL)
 	if redisx.IsDenied(err) || redisx.ReplyHas(err, "CROSSSLOT", "can't access non local key", "READONLY You can't write against a read only replica") {
 		p.denied = true
-		s.log.Info("No right to say how far a fan-out has come; consumers with DeleteAcked may delete what it has not read: "+err.Error(), s.logFields)
+		s.cfg.Log.Info("No right to say how far a fan-out has come; consumers with DeleteAcked may delete what it has not read: "+err.Error(), s.cfg.Fields)
 	}
 }
 
@@ -155,8 +155,8 @@ func (p *position) look(ctx context.Context) {
 	p.mu.Unlock()
 	if again != "" {
 		s.reader.seat.Rewind(again)
-		s.log.Error("The stream was deleted and began anew, or a failover has lost the end of it; reading it again from where it changed",
-			errors.New("stream changed"), s.logFields.Add(watermill.LogFields{"start_id": again}))
+		s.cfg.Log.Error("The stream was deleted and began anew, or a failover has lost the end of it; reading it again from where it changed",
+			errors.New("stream changed"), s.cfg.Fields.Add(watermill.LogFields{"start_id": again}))
 	}
 	p.say(ctx, was.last.ID)
 }

@@ -1,4 +1,4 @@
-package goxstreams
+package consume
 
 import (
 	"os"
@@ -17,9 +17,9 @@ const (
 	subscriberConns = 2
 )
 
-// shared is what the subscriptions of a Subscriber have in common: a pipeline for
+// Shared is what the subscriptions of a Subscriber have in common: a pipeline for
 // commands, the connections that wait for entries, a consumer's name, and bounds.
-type shared struct {
+type Shared struct {
 	client   redisx.Client
 	pipe     *pipeline.Pipeline // for all but reads that block
 	poller   *poll.Poller
@@ -29,18 +29,31 @@ type shared struct {
 	epoch time.Time
 	tick  time.Duration
 
-	bounds *ledger.Bounds
+	Bounds *ledger.Bounds
 }
 
-func newShared(c SubscriberConfig, log watermill.LoggerAdapter) *shared {
-	client := redisx.Client{UniversalClient: c.Client}
-	s := &shared{
+// SharedConfig has the fields of SubscriberConfig.
+type SharedConfig struct {
+	Client        redisx.Client
+	Group         string
+	Consumer      string // how its name begins
+	NoAck         bool
+	BlockTime     time.Duration
+	BatchSize     int
+	ClaimInterval time.Duration
+	Log           watermill.LoggerAdapter
+}
+
+// NewShared opens no connection yet.
+func NewShared(c SharedConfig) *Shared {
+	client, log := c.Client, c.Log
+	s := &Shared{
 		client: client, pipe: pipeline.New(client, subscriberConns, true), consumer: consumerName(c.Consumer),
 		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + jitter(c.ClaimInterval/10),
-		bounds: ledger.NewBounds(),
+		Bounds: ledger.NewBounds(),
 	}
 	s.poller = poll.New(poll.Config{
-		Client: client, Pipeline: s.pipe, Group: c.ConsumerGroup, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
+		Client: client, Pipeline: s.pipe, Group: c.Group, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
 		Unwakable: func() {
 			if client.Wrapped() {
 				log.Info("The client is not one of go-redis's own: its topics share one connection of its pool, and take it for 0.1s at a time", nil)
@@ -68,6 +81,6 @@ func consumerName(prefix string) string {
 }
 
 // untilTick returns the time until the next look at the groups.
-func (s *shared) untilTick() time.Duration {
+func (s *Shared) untilTick() time.Duration {
 	return s.tick - time.Since(s.epoch)%s.tick
 }

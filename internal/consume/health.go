@@ -1,4 +1,4 @@
-package goxstreams
+package consume
 
 import (
 	"errors"
@@ -31,8 +31,8 @@ type health struct {
 
 // markFailed notes that something failed. If it was for want of the group, that is made
 // again; where that fails too, the next failure has it tried again.
-func (s *subscription) markFailed(duty string, err error) {
-	s.client.Refresh(err)
+func (s *Subscription) markFailed(duty string, err error) {
+	s.shared.client.Refresh(err)
 	if xstream.GroupLost(err) {
 		_ = s.keeper.Regroup(s.life.ctx)
 		s.update()
@@ -47,15 +47,15 @@ func (s *subscription) markFailed(duty string, err error) {
 	err = fmt.Errorf("%s: %w", duty, err)
 	h.failing[duty] = err
 	h.mu.Unlock()
-	if redisx.IsClosed(err) && s.isClosing() {
+	if redisx.IsClosed(err) && s.IsClosing() {
 		s.life.giveUp() // it never serves again
 	}
-	if first && !s.isClosing() {
-		s.log.Error("Redis does not serve the subscription; trying again", err, s.logFields)
+	if first && !s.IsClosing() {
+		s.cfg.Log.Error("Redis does not serve the subscription; trying again", err, s.cfg.Fields)
 	}
 }
 
-func (s *subscription) markHealthy(duty string) {
+func (s *Subscription) markHealthy(duty string) {
 	h := &s.health
 	h.mu.Lock()
 	_, failed := h.failing[duty]
@@ -64,7 +64,7 @@ func (s *subscription) markHealthy(duty string) {
 	since := h.since
 	h.mu.Unlock()
 	if recovered {
-		s.log.Info("Redis serves the subscription again after "+time.Since(since).Round(time.Millisecond).String(), s.logFields)
+		s.cfg.Log.Info("Redis serves the subscription again after "+time.Since(since).Round(time.Millisecond).String(), s.cfg.Fields)
 	}
 }
 

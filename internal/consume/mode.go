@@ -1,4 +1,4 @@
-package goxstreams
+package consume
 
 import (
 	"context"
@@ -32,30 +32,28 @@ type mode interface {
 	// subscription's end, and that of its context.
 	offer(ctx context.Context) (withdraw, ended <-chan struct{})
 	// withdrawn ends the entry of such a message.
-	withdrawn(h *task)
+	withdrawn(h *Task)
 	// handedOut is said once somebody has taken it.
-	handedOut(h *task)
+	handedOut(h *Task)
 
 	// retries reports whether a message that fails comes again.
 	retries() bool
 	// postponed prepares an entry that waits for its next delivery.
-	postponed(h *task)
-	// dead ends a dead message, and malformed an entry that cannot be unmarshaled where
-	// there is no OnBroken.
-	dead(h *task)
-	malformed(h *task, err error)
+	postponed(h *Task)
+	// deadLetters reports whether there is a dead-letter stream for what is dead.
+	deadLetters() bool
 
 	// release gives entries back.
 	release(ctx context.Context, give []lease.Counted) error
 	// abandoned leaves an entry that may be handled still.
-	abandoned(h *task)
+	abandoned(h *Task)
 	// leave takes back what Redis knows of the subscription.
 	leave(ctx context.Context)
 }
 
-func modeOf(s *subscription) mode {
+func modeOf(s *Subscription) mode {
 	switch {
-	case s.cfg.ConsumerGroup == "":
+	case s.cfg.Group == "":
 		return fanOut{s, newPosition(s)}
 	case s.cfg.NoAck:
 		return unleased{grouped{s}}
@@ -64,10 +62,10 @@ func modeOf(s *subscription) mode {
 }
 
 // grouped is what both kinds of groups have in common.
-type grouped struct{ *subscription }
+type grouped struct{ *Subscription }
 
 func (m grouped) open(ctx context.Context) error {
-	m.reader.seat = m.shared.poller.NewSeat(m.topic, m.reader, "")
+	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.reader, "")
 	if err := m.stream.CheckRights(ctx); err != nil {
 		return err
 	}
@@ -90,7 +88,7 @@ func (m grouped) open(ctx context.Context) error {
 }
 
 func (m grouped) start() {
-	m.log.Info("Subscribing to Redis stream", m.logFields)
+	m.cfg.Log.Info("Subscribing to Redis stream", m.cfg.Fields)
 	m.loops.start(m.lookLoop)
 }
 
@@ -102,11 +100,11 @@ func (m grouped) ping(ctx context.Context) error {
 // leave takes the consumer's name out of the group, unless other subscriptions of the
 // topic have it or something is pending under it.
 func (m grouped) leave(ctx context.Context) {
-	if m.shared.poller.Has(m.topic) {
+	if m.shared.poller.Has(m.cfg.Topic) {
 		return
 	}
 	if err := m.stream.RemoveConsumer(ctx); err != nil {
-		m.log.Debug("The consumer's name stays in the group: "+err.Error(), m.logFields)
+		m.cfg.Log.Debug("The consumer's name stays in the group: "+err.Error(), m.cfg.Fields)
 	}
 }
 
@@ -129,7 +127,7 @@ func (m leased) late(entries []*ledger.Entry) {
 	for i, e := range entries {
 		give[i] = lease.Counted{Entry: e}
 	}
-	m.subscription.release(give)
+	m.Subscription.release(give)
 }
 
 // reconnect: if the group is another one by now, that is to be seen before anything is
@@ -145,20 +143,15 @@ func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
 }
 
-func (m leased) withdrawn(h *task) { m.giveBack(h, h.Count()-1) }
+func (m leased) withdrawn(h *Task) { m.GiveBack(h, h.Count()-1) }
 
 // handedOut: the fields can be read again.
-func (m leased) handedOut(h *task) { h.Fields = nil }
+func (m leased) handedOut(h *Task) { h.Fields = nil }
 
 func (leased) retries() bool     { return true }
-func (leased) postponed(h *task) { h.Fields = nil }
+func (leased) postponed(h *Task) { h.Fields = nil }
 
-func (m leased) dead(h *task) { m.deadLetter(h) }
-
-func (m leased) malformed(h *task, err error) {
-	h.Death = &death{kind: Broken, err: err}
-	m.deadLetter(h)
-}
+func (leased) deadLetters() bool { return true }
 
 func (m leased) release(ctx context.Context, give []lease.Counted) error {
 	return m.keeper.Release(ctx, give)
@@ -166,10 +159,10 @@ func (m leased) release(ctx context.Context, give []lease.Counted) error {
 
 // abandoned: the entry stays in this consumer's name until its lease has run out. This
 // delivery does not count.
-func (m leased) abandoned(h *task) {
-	m.shared.poller.Disown(m.topic, h.ID) // it is no orphan while its handler is at work
+func (m leased) abandoned(h *Task) {
+	m.shared.poller.Disown(m.cfg.Topic, h.ID) // it is no orphan while its handler is at work
 	if err := m.keeper.Abandon(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
-		m.log.Error("The message keeps a delivery that was not to count", err, m.entryFields(h.Entry))
+		m.cfg.Log.Error("The message keeps a delivery that was not to count", err, m.Fields(h))
 	}
 }
 
@@ -179,7 +172,7 @@ type unleased struct{ grouped }
 
 func (unleased) read(entries []xstream.Entry) []xstream.Entry { return entries }
 
-func (m unleased) late(entries []*ledger.Entry) { m.stats.lost.Add(int64(len(entries))) }
+func (m unleased) late(entries []*ledger.Entry) { m.lost.Add(int64(len(entries))) }
 func (unleased) reconnect(context.Context)      {}
 
 // offer: there is no lease to be lost, and a second left before CloseTimeout.
@@ -187,24 +180,23 @@ func (m unleased) offer(context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.abandon, nil
 }
 
-func (m unleased) withdrawn(h *task) {
-	m.stats.lost.Add(1)
-	m.log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), m.entryFields(h.Entry))
+func (m unleased) withdrawn(h *Task) {
+	m.lost.Add(1)
+	m.cfg.Log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), m.Fields(h))
 	m.ledger.Remove(time.Now(), h.Entry)
 }
 
-func (unleased) handedOut(*task)                                {}
+func (unleased) handedOut(*Task)                                {}
 func (unleased) retries() bool                                  { return false }
-func (unleased) postponed(*task)                                {}
-func (m unleased) dead(h *task)                                 { m.drop(h) }
-func (m unleased) malformed(h *task, _ error)                   { m.ledger.Remove(time.Now(), h.Entry) }
+func (unleased) postponed(*Task)                                {}
+func (unleased) deadLetters() bool                              { return false }
 func (unleased) release(context.Context, []lease.Counted) error { return nil }
-func (unleased) abandoned(*task)                                {}
+func (unleased) abandoned(*Task)                                {}
 
 // fanOut: the subscription reads by itself, and nothing is stored about it but how far it
 // is.
 type fanOut struct {
-	*subscription
+	*Subscription
 	position *position
 }
 
@@ -220,13 +212,13 @@ func (m fanOut) open(ctx context.Context) error {
 	if after == "$" {
 		after = info.Last
 	}
-	m.reader.seat = m.shared.poller.NewSeat(m.topic, m.reader, after)
+	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.reader, after)
 	m.position.begin(ctx, after, info)
 	return nil
 }
 
 func (m fanOut) start() {
-	m.log.Info("Subscribing without a consumer group: fan-out, every subscription gets every message", m.logFields)
+	m.cfg.Log.Info("Subscribing without a consumer group: fan-out, every subscription gets every message", m.cfg.Fields)
 	m.loops.start(m.position.run)
 }
 
@@ -252,27 +244,14 @@ func (m fanOut) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
 }
 
-func (m fanOut) withdrawn(h *task) { m.ledger.Remove(time.Now(), h.Entry) }
-func (fanOut) handedOut(*task)     {}
+func (m fanOut) withdrawn(h *Task) { m.ledger.Remove(time.Now(), h.Entry) }
+func (fanOut) handedOut(*Task)     {}
 func (fanOut) retries() bool       { return true }
 
 // postponed counts the next delivery, which nobody else does.
-func (fanOut) postponed(h *task) { h.SetCount(h.Next, h.Next+1) }
+func (fanOut) postponed(h *Task) { h.SetCount(h.Next, h.Next+1) }
 
-func (m fanOut) dead(h *task)                                 { m.drop(h) }
-func (m fanOut) malformed(h *task, _ error)                   { m.ledger.Remove(time.Now(), h.Entry) }
+func (fanOut) deadLetters() bool                              { return false }
 func (fanOut) release(context.Context, []lease.Counted) error { return nil }
-func (fanOut) abandoned(*task)                                {}
+func (fanOut) abandoned(*Task)                                {}
 func (m fanOut) leave(context.Context)                        { m.position.remove() }
-
-// drop ends a dead message that cannot be moved.
-func (s *subscription) drop(h *task) {
-	d := deathOf(h.Entry)
-	dead := s.deadMessage(h, h.Fields)
-	if s.typed != nil && dead.Message != nil && !s.process(h, dead) {
-		return
-	}
-	s.stats.dead.Add(1)
-	s.log.Error("Dead message; without a group it is not stored, since every subscriber would", d.err, s.entryFields(h.Entry))
-	s.ledger.Remove(time.Now(), h.Entry)
-}

@@ -1,4 +1,4 @@
-package goxstreams
+package consume
 
 import (
 	"errors"
@@ -53,7 +53,7 @@ func poke(c chan struct{}) {
 }
 
 // apply does what a change of the ledger has made necessary.
-func (s *subscription) apply(fx ledger.Effects) {
+func (s *Subscription) apply(fx ledger.Effects) {
 	if fx.Slots > 0 {
 		s.startSlot()
 	}
@@ -75,7 +75,7 @@ func (s *subscription) apply(fx ledger.Effects) {
 }
 
 // update does what is to be done now.
-func (s *subscription) update() { s.apply(s.ledger.Effects(time.Now())) }
+func (s *Subscription) update() { s.apply(s.ledger.Effects(time.Now())) }
 
 // arm has run called at that time. It was called for an earlier one, maybe, by somebody
 // whose change was later.
@@ -106,7 +106,7 @@ const ackLinger = 200 * time.Microsecond
 // ackLoop acks until stop is closed and all has arrived, or CloseTimeout is over. A
 // batch is what has gathered while the last one was under way, and a moment longer: a
 // single ack goes at once, and under load one command carries many.
-func (s *subscription) ackLoop() {
+func (s *Subscription) ackLoop() {
 	pause := backoff{}
 	stop, linger := s.loops.stop, false
 	for {
@@ -146,7 +146,7 @@ func (s *subscription) ackLoop() {
 // renewLoop renews leases until stop is closed: messages are in hand while the
 // subscription drains. What was confirmed in the last sixth of ClaimMinIdle is left for
 // the next round, so that each lease is renewed within a third.
-func (s *subscription) renewLoop() {
+func (s *Subscription) renewLoop() {
 	every := s.cfg.ClaimMinIdle / (2 * takeover.RenewalsPerLease)
 	pause := backoff{}
 	timer := time.NewTimer(every)
@@ -172,7 +172,7 @@ func (s *subscription) renewLoop() {
 
 // lookLoop looks at the group, and for what dead consumers left in it, until the
 // subscription closes.
-func (s *subscription) lookLoop() {
+func (s *Subscription) lookLoop() {
 	defer s.finder.Forget()
 	timer := time.NewTimer(0)
 	defer timer.Stop()

@@ -1,4 +1,4 @@
-package goxstreams
+package consume
 
 import (
 	"strings"
@@ -30,7 +30,7 @@ const (
 // reader is the subscription's side of its poller (a poll.Member), and the goroutine
 // that sees to it when reading fails.
 type reader struct {
-	s    *subscription
+	s    *Subscription
 	seat *poll.Seat
 	done chan struct{}
 
@@ -42,7 +42,7 @@ type reader struct {
 	size     int // of an entry of the last read, in bytes
 }
 
-func newReader(s *subscription) *reader { return &reader{s: s, done: make(chan struct{})} }
+func newReader(s *Subscription) *reader { return &reader{s: s, done: make(chan struct{})} }
 
 // run has the poller read until the subscription leaves.
 func (r *reader) run() {
@@ -137,7 +137,7 @@ func (r *reader) Orphans(rows []xstream.Pending) bool {
 		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(p.Count, p.Count)
 	}
 	s.apply(s.ledger.Offer(time.Now(), orphans, false))
-	return !s.isClosing()
+	return !s.IsClosing()
 }
 
 // fits returns how many entries like the last ones are read at a time, and ahead.
