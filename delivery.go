@@ -85,9 +85,6 @@ func (s *subscription) Handle(h *consume.Task) {
 		s.dead(h)
 		return
 	}
-	if !s.Acquire(h) {
-		return
-	}
 	published, _, group := cutReplay(h.Fields)
 	h.Fields = published
 	switch {

@@ -41,7 +41,8 @@ const (
 // Work is what is done with entries. It brings each to its outcome, by a method of
 // Subscription that ends it: Settle, Drop, Again, Aside, GiveBack, Broken or Abandoned.
 type Work interface {
-	// Handle is called in a slot.
+	// Handle is called in a slot, with an entry that is ours and has its fields, or has died
+	// already and waits to be moved.
 	Handle(*Task)
 	// CallBroken is called, beside the slots, with what Broken was called with before.
 	CallBroken(*Task)

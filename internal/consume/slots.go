@@ -83,7 +83,9 @@ func (sl *slot) run() {
 		s.apply(fx)
 		sl.entry.Store(e)
 		sl.task = Task{e, sl}
-		s.work.Handle(&sl.task)
+		if e.Death != nil || s.acquire(&sl.task) {
+			s.work.Handle(&sl.task)
+		}
 		sl.entry.Store(nil)
 	}
 }

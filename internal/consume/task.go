@@ -39,10 +39,10 @@ func (t *Task) Call(f func()) {
 // CloseTimeout.
 func (s *Subscription) Go(f func()) { s.slots.calls.Go(f) }
 
-// Acquire makes sure that the entry is ours, with its fields: it takes what was not
+// acquire makes sure that the entry is ours, with its fields: it takes what was not
 // read just now. It returns false if the entry is somebody else's business, or comes
 // later.
-func (s *Subscription) Acquire(t *Task) bool {
+func (s *Subscription) acquire(t *Task) bool {
 	if t.Fields != nil {
 		return true
 	}
@@ -159,7 +159,7 @@ func (s *Subscription) callBroken() {
 		if ended = e == nil; ended {
 			return
 		}
-		if t := (&Task{Entry: e}); s.Acquire(t) {
+		if t := (&Task{Entry: e}); s.acquire(t) {
 			s.work.CallBroken(t)
 		}
 	}
