@@ -14,6 +14,7 @@ import (
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 // The deployments by their names.
@@ -263,9 +264,9 @@ func (b *Bench) strike(ctx context.Context, s Strike) error {
 	}
 	injecting, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	heal, err := s.Fault.inject(injecting, b, s, func(e Effect) {
+	heal, err := s.Fault.inject(injecting, b, s, func(e rules.Effect) {
 		e.Number, e.Fault = s.Number, s.Fault.Name
-		b.journal.write(Event{Kind: Injected, Strike: &e})
+		b.journal.write(rules.Event{Kind: rules.Injected, Strike: &e})
 		b.printf("fault %d: %s %s", s.Number, e.Fault, strings.Join(e.Target, " "))
 	})
 	if err != nil {
@@ -279,7 +280,7 @@ func (b *Bench) strike(ctx context.Context, s Strike) error {
 	if err := heal(healing); err != nil {
 		return err
 	}
-	b.journal.write(Event{Kind: Healed, Strike: &Effect{Number: s.Number, Fault: s.Fault.Name}})
+	b.journal.write(rules.Event{Kind: rules.Healed, Strike: &rules.Effect{Number: s.Number, Fault: s.Fault.Name}})
 	b.printf("fault %d: healed", s.Number)
 	return nil
 }
@@ -291,7 +292,7 @@ func (b *Bench) settle(ctx context.Context) {
 	for changed := monotonic(); monotonic()-changed < patience; {
 		now, done := b.progress(ctx)
 		if done {
-			b.journal.write(Event{Kind: Settled})
+			b.journal.write(rules.Event{Kind: rules.Settled})
 			b.printf("everything is worked off")
 			return
 		}
@@ -323,8 +324,8 @@ func (b *Bench) progress(ctx context.Context) (text string, done bool) {
 // An Outcome is a run that has ended.
 type Outcome struct {
 	Settings Settings
-	Evidence *Evidence
-	Verdict  Verdict
+	Evidence *rules.Evidence
+	Verdict  rules.Verdict
 }
 
 func (b *Bench) outcome(ctx context.Context) (Outcome, error) {
@@ -336,8 +337,8 @@ func (b *Bench) outcome(ctx context.Context) (Outcome, error) {
 	if err != nil {
 		return Outcome{}, err
 	}
-	evidence := sift(b.settings.rules(), events, final)
-	return Outcome{b.settings, evidence, check(evidence)}, nil
+	evidence := rules.Sift(b.settings.rules(), events, final)
+	return Outcome{b.settings, evidence, rules.Check(evidence)}, nil
 }
 
 // runInScratch makes a run with its logs in a folder that stays only if somebody has to look into it.

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 // endTimeout is how long a child may take to end by itself; on a busy machine, after a fault, that is more than its CloseTimeout.
@@ -58,17 +60,17 @@ func (p *Place) startLocked() error {
 		return fmt.Errorf("start %s: %w", p.name(), err)
 	}
 	p.process, p.gone, p.expected = cmd.Process, make(chan struct{}), false
-	p.journal.write(p.event(Spawned))
-	go p.reap(p.event(Ended), wait, p.gone)
+	p.journal.write(p.event(rules.Spawned))
+	go p.reap(p.event(rules.Ended), wait, p.gone)
 	return nil
 }
 
-func (p *Place) event(kind Kind) Event {
-	return Event{Kind: kind, Process: p.name(), Life: p.role.Life, PID: p.process.Pid}
+func (p *Place) event(kind rules.Kind) rules.Event {
+	return rules.Event{Kind: kind, Process: p.name(), Life: p.role.Life, PID: p.process.Pid}
 }
 
 // reap waits for the process's end and logs it.
-func (p *Place) reap(event Event, wait <-chan error, gone chan struct{}) {
+func (p *Place) reap(event rules.Event, wait <-chan error, gone chan struct{}) {
 	err := <-wait
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -76,7 +78,7 @@ func (p *Place) reap(event Event, wait <-chan error, gone chan struct{}) {
 		event.Error = err.Error()
 	}
 	if !p.expected {
-		event.Kind = Died
+		event.Kind = rules.Died
 		p.revival = time.AfterFunc(revivalDelay, p.revive)
 	}
 	p.journal.write(event)
@@ -141,7 +143,7 @@ func (p *Place) runningLocked() bool {
 }
 
 // signal sends sig to the process, if it runs, and logs that before. ends: the process is meant to end of it.
-func (p *Place) signal(sig syscall.Signal, kind Kind, ends bool) (gone <-chan struct{}, err error) {
+func (p *Place) signal(sig syscall.Signal, kind rules.Kind, ends bool) (gone <-chan struct{}, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if ends {
@@ -170,18 +172,18 @@ func (p *Place) kill() error {
 }
 
 func (p *Place) stop() error {
-	_, err := p.signal(syscall.SIGSTOP, Stopped, false)
+	_, err := p.signal(syscall.SIGSTOP, rules.Stopped, false)
 	return err
 }
 
 func (p *Place) thaw() error {
-	_, err := p.signal(syscall.SIGCONT, Continued, false)
+	_, err := p.signal(syscall.SIGCONT, rules.Continued, false)
 	return err
 }
 
 // close lets the process end by itself.
 func (p *Place) close() error {
-	gone, err := p.signal(syscall.SIGTERM, Closing, true)
+	gone, err := p.signal(syscall.SIGTERM, rules.Closing, true)
 	if err != nil || gone == nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/ThreeDotsLabs/watermill/message"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 const (
@@ -73,7 +74,7 @@ func (c child) retry() goxstreams.Retry {
 	}
 }
 
-func (c child) subscriberConfig(topic Topic) goxstreams.SubscriberConfig {
+func (c child) subscriberConfig(topic rules.Topic) goxstreams.SubscriberConfig {
 	retry := c.retry()
 	config := goxstreams.SubscriberConfig{
 		Client: c.client, ConsumerGroup: group, MaxConcurrency: topic.MaxConcurrency,
@@ -81,8 +82,8 @@ func (c child) subscriberConfig(topic Topic) goxstreams.SubscriberConfig {
 		ClaimMinIdle: c.role.Settings.ClaimMinIdle, ClaimInterval: c.role.Settings.ClaimInterval,
 		Retry: &retry, CloseTimeout: subscriberCloseTimeout, ConsumerTimeout: time.Minute,
 		OnDead: func(_ context.Context, dead goxstreams.DeadMessage) {
-			c.journal.write(Event{
-				Kind: Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: uuidOf(dead),
+			c.journal.write(rules.Event{
+				Kind: rules.Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: uuidOf(dead),
 				Count: dead.Deliveries, Consumer: dead.Consumer, Error: dead.Reason,
 			})
 		},
@@ -99,25 +100,25 @@ func (c child) handle(msg *message.Message, run int64) error {
 	if !ok {
 		panic("a message without a delivery")
 	}
-	event := Event{
-		Kind: Started, Topic: delivery.Topic, ID: delivery.ID, UUID: msg.UUID,
+	event := rules.Event{
+		Kind: rules.Started, Topic: delivery.Topic, ID: delivery.ID, UUID: msg.UUID,
 		Count: delivery.Count, Consumer: delivery.Consumer, Run: run,
 	}
 	c.journal.write(event)
 	err := work(msg, delivery.Count)
 	switch {
 	case err == nil:
-		event.Kind = Acked
+		event.Kind = rules.Acked
 	case errors.Is(err, goxstreams.ErrLeaseLost):
-		event.Kind = Lost
+		event.Kind = rules.Lost
 	case errors.Is(err, context.Canceled):
-		event.Kind = Closed
+		event.Kind = rules.Closed
 	case errors.Is(err, errDeadly):
-		event.Kind = Crashed
+		event.Kind = rules.Crashed
 		c.journal.write(event)
 		c.crash(delivery.Count)
 	default:
-		event.Kind = Nacked
+		event.Kind = rules.Nacked
 	}
 	c.journal.write(event)
 	return err

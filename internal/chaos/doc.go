@@ -16,9 +16,9 @@
 //	consumer.go  handles, and logs what it was given
 //	journal.go   the logs
 //	final.go     what Redis has in the end
-//	evidence.go  the logs, sorted for the checker
-//	check.go     the rules
 //	report.go    what is printed
 //	soak.go      goroutines, memory and connections over a long time
 //	deploy/      servers, Sentinels, Clusters
+//
+// The rules themselves, and the events that they read, are in ../sim/rules: the simulation has the same.
 package main

@@ -13,6 +13,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 // A Fault is something that happens, and passes.
@@ -26,7 +27,7 @@ type Fault struct {
 	// takes is about how long it takes to inject and to heal, if that is long.
 	takes time.Duration
 	// inject makes it happen. It says by effect what it is about to do, before it does it, and returns what makes it pass.
-	inject func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (heal func(context.Context) error, err error)
+	inject func(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (heal func(context.Context) error, err error)
 }
 
 // between returns a time of that many ClaimMinIdles.
@@ -79,20 +80,20 @@ func allFaults() []*Fault {
 func topologyFaults() []*Fault {
 	return []*Fault{
 		{Name: "failover", on: []string{sentinel}, servers: true, hold: atOnce, takes: 4 * time.Second,
-			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).Failover))},
+			inject: change(rules.Everything, sentinelOf((*deploy.SentinelDeployment).Failover))},
 		{Name: "master-kill", on: []string{sentinel}, servers: true, hold: atOnce, takes: 5 * time.Second,
-			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).KillMaster))},
+			inject: change(rules.Everything, sentinelOf((*deploy.SentinelDeployment).KillMaster))},
 		{Name: "master-freeze", on: []string{sentinel}, servers: true, hold: atOnce, takes: 5 * time.Second,
-			inject: change(everything, sentinelOf((*deploy.SentinelDeployment).FreezeMaster))},
+			inject: change(rules.Everything, sentinelOf((*deploy.SentinelDeployment).FreezeMaster))},
 		// By agreement, and so without loss; as is the move of a slot.
 		{Name: "shard-failover", on: []string{cluster}, servers: true, hold: atOnce, takes: 1 * time.Second,
 			inject: change(nil, clusterOf((*deploy.ClusterDeployment).Failover))},
 		{Name: "slot-move", on: []string{cluster}, servers: true, hold: atOnce, takes: 1 * time.Second,
 			inject: change(nil, moveSlot)},
 		{Name: "shard-kill", on: []string{cluster}, servers: true, hold: atOnce, takes: 4 * time.Second,
-			inject: change(everything, clusterOf((*deploy.ClusterDeployment).FailoverShard))},
+			inject: change(rules.Everything, clusterOf((*deploy.ClusterDeployment).FailoverShard))},
 		{Name: "shard-freeze", on: []string{cluster}, servers: true, hold: atOnce, takes: 5 * time.Second,
-			inject: change(everything, clusterOf(freezeShard))},
+			inject: change(rules.Everything, clusterOf(freezeShard))},
 	}
 }
 
@@ -111,10 +112,10 @@ func insist(ctx context.Context, f func(context.Context) error) error {
 
 type changeTopology func(ctx context.Context, b *Bench, key string) error
 
-func change(loses []string, f changeTopology) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func change(loses []string, f changeTopology) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
+	return func(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		key := pick(strike, topics).Name
-		effect(Effect{Target: []string{key}, Loses: loses, Breaks: true})
+		effect(rules.Effect{Target: []string{key}, Loses: loses, Breaks: true})
 		return healed, f(ctx, b, key)
 	}
 }
@@ -147,24 +148,24 @@ func freezeShard(d *deploy.ClusterDeployment, ctx context.Context, key string) e
 
 type choosePlace func(*Bench, Strike) *Place
 
-func killPlace(choose choosePlace) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func killPlace(choose choosePlace) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		place := choose(b, strike)
-		effect(Effect{Target: []string{place.name()}})
+		effect(rules.Effect{Target: []string{place.name()}, Local: true})
 		return func(context.Context) error { return place.start() }, place.kill()
 	}
 }
 
-func stopPlace(choose choosePlace) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func stopPlace(choose choosePlace) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		place := choose(b, strike)
-		effect(Effect{Target: []string{place.name()}})
+		effect(rules.Effect{Target: []string{place.name()}, Local: true})
 		return func(context.Context) error { return place.thaw() }, place.stop()
 	}
 }
 
-func rollingRestart(_ context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
-	effect(Effect{Target: names(b.consumers)})
+func rollingRestart(_ context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
+	effect(rules.Effect{Target: names(b.consumers), Local: true})
 	for _, place := range b.consumers {
 		if err := errors.Join(place.close(), place.start()); err != nil {
 			return nil, err
@@ -180,11 +181,8 @@ func (b *Bench) loses(aof deploy.AOF) []string {
 	if alone && aof == deploy.Always {
 		return nil
 	}
-	return everything
+	return rules.Everything
 }
-
-// everything stands for all topics.
-var everything = []string{"*"}
 
 func (b *Bench) setAOF(ctx context.Context, aof deploy.AOF) error {
 	return insist(ctx, func(ctx context.Context) error {
@@ -194,11 +192,11 @@ func (b *Bench) setAOF(ctx context.Context, aof deploy.AOF) error {
 	})
 }
 
-func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
+	return func(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		node := pick(strike, b.deployment.Nodes())
 		// An orderly end loses nothing, whatever appendfsync is, where nobody takes over.
-		effect(Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
+		effect(rules.Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
 		if err := b.setAOF(ctx, aof); err != nil {
 			return nil, err
 		}
@@ -207,8 +205,8 @@ func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Eff
 }
 
 // restartEverything does with one after the other what an upgrade of everything does.
-func restartEverything(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
-	effect(Effect{Loses: b.loses(deploy.Always), Breaks: true})
+func restartEverything(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
+	effect(rules.Effect{Loses: b.loses(deploy.Always), Breaks: true})
 	for _, place := range slices.Concat(b.consumers, b.producers) {
 		if err := errors.Join(place.close(), place.start()); err != nil {
 			return nil, err
@@ -227,13 +225,13 @@ func restartEverything(ctx context.Context, b *Bench, _ Strike, effect func(Effe
 }
 
 // publishDeadly publishes a message that ends each process that handles it, and waits until nobody has it any more.
-func publishDeadly(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func publishDeadly(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
-	effect(Effect{Target: []string{topic}})
+	effect(rules.Effect{Target: []string{topic}, Local: true})
 	for try := 1; ; try++ {
-		uuid := fmt.Sprintf("%s-%d-%d", deadly, strike.Number, try)
+		uuid := fmt.Sprintf("%s-%d-%d", rules.Deadly, strike.Number, try)
 		kind, err := publish(b.journal, b.publisher, b.settings, topic, []string{uuid}, false)
-		if kind != Refused {
+		if kind != rules.Refused {
 			break
 		}
 		if wait(ctx, 100*time.Millisecond) != nil {
@@ -260,8 +258,8 @@ func (b *Bench) buried(ctx context.Context, topic string) error {
 		return err
 	}
 	for _, entry := range entries {
-		waits := compareIDs(entry.ID, p.delivered) > 0 || slices.ContainsFunc(pending, func(p Pending) bool { return p.ID == entry.ID })
-		if natureOf(entry.UUID) == deadly && waits {
+		waits := rules.CompareIDs(entry.ID, p.delivered) > 0 || slices.ContainsFunc(pending, func(p rules.Pending) bool { return p.ID == entry.ID })
+		if rules.Nature(entry.UUID) == rules.Deadly && waits {
 			return fmt.Errorf("%s of %s is still there", entry.UUID, topic)
 		}
 	}
@@ -269,19 +267,19 @@ func (b *Bench) buried(ctx context.Context, topic string) error {
 }
 
 // disconnectRedis takes the container off its network, and puts it back with the same address.
-func disconnectRedis(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func disconnectRedis(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	node := pick(strike, b.deployment.Nodes())
-	effect(Effect{Target: []string{node.Name}, Breaks: true})
+	effect(rules.Effect{Target: []string{node.Name}, Breaks: true})
 	heal := func(ctx context.Context) error {
 		return errors.Join(node.Connect(), b.deployment.Settle(ctx))
 	}
 	return heal, node.Disconnect()
 }
 
-func killRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func killRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
+	return func(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		node := pick(strike, b.deployment.Nodes())
-		effect(Effect{Target: []string{node.Name}, Loses: b.loses(aof), Breaks: true})
+		effect(rules.Effect{Target: []string{node.Name}, Loses: b.loses(aof), Breaks: true})
 		if err := b.setAOF(ctx, aof); err != nil {
 			return nil, err
 		}
@@ -292,33 +290,33 @@ func killRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(Effect
 	}
 }
 
-func freezeRedis(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func freezeRedis(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	node := pick(strike, b.deployment.Nodes())
-	effect(Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
+	effect(rules.Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
 	heal := func(ctx context.Context) error {
 		return errors.Join(node.Thaw(), b.deployment.Settle(ctx))
 	}
 	return heal, node.Freeze()
 }
 
-func flushAll(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
-	effect(Effect{Loses: everything, Destroys: true})
+func flushAll(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
+	effect(rules.Effect{Loses: rules.Everything, Destroys: true})
 	return healed, insist(ctx, func(ctx context.Context) error {
 		return b.eachMaster(ctx, func(ctx context.Context, n *deploy.Node) error { return n.Client().FlushAll(ctx).Err() })
 	})
 }
 
-func deleteStream(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func deleteStream(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
-	effect(Effect{Target: []string{topic}, Loses: []string{topic}, Destroys: true})
+	effect(rules.Effect{Target: []string{topic}, Loses: []string{topic}, Destroys: true})
 	return healed, insist(ctx, func(ctx context.Context) error { return b.deployment.Client().Del(ctx, topic).Err() })
 }
 
 // destroyGroup notes who holds what, because what dead holders held is not pending any more, and nobody puts it back.
-func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
 	client := b.deployment.Client()
-	var pending []Pending
+	var pending []rules.Pending
 	err := insist(ctx, func(ctx context.Context) (err error) {
 		pending, err = pendingOf(ctx, client, topic)
 		return err
@@ -330,7 +328,7 @@ func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(Effe
 	for _, p := range pending {
 		held[p.ID] = p.Consumer
 	}
-	effect(Effect{Target: []string{topic}, Loses: []string{topic}, Group: true, Held: held})
+	effect(rules.Effect{Target: []string{topic}, Loses: []string{topic}, Group: true, Held: held})
 	return healed, insist(ctx, func(ctx context.Context) error {
 		err := client.XGroupDestroy(ctx, topic, group).Err()
 		if noGroup(err) { // another fault was faster
@@ -340,8 +338,8 @@ func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(Effe
 	})
 }
 
-func killClients(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
-	effect(Effect{Breaks: true})
+func killClients(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
+	effect(rules.Effect{Breaks: true})
 	b.moving.Lock()
 	defer b.moving.Unlock()
 	return healed, insist(ctx, func(ctx context.Context) error {
@@ -352,8 +350,8 @@ func killClients(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (
 }
 
 // fillMemory sets the limit to what is in use: what needs memory is refused, reading and acking are not.
-func fillMemory(ctx context.Context, b *Bench, _ Strike, effect func(Effect)) (func(context.Context) error, error) {
-	effect(Effect{})
+func fillMemory(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
+	effect(rules.Effect{})
 	limit := func(bytes func(*deploy.Node) (string, error)) func(context.Context) error {
 		return func(ctx context.Context) error {
 			return insist(ctx, func(ctx context.Context) error {
@@ -387,9 +385,9 @@ func usedMemory(ctx context.Context, client *redis.Client) (string, error) {
 }
 
 // partition lets nothing through between one consumer and all servers, in either direction; its connections stay.
-func partition(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func partition(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	process := []string{b.consumer(strike).name()}
-	effect(Effect{Target: process, Isolates: process, Breaks: true})
+	effect(rules.Effect{Target: process, Isolates: process, Breaks: true})
 	heal := func(context.Context) error { return b.network.cure(strike, process) }
 	return heal, b.network.poison(strike, process, nothing("upstream"), nothing("downstream"))
 }
@@ -399,9 +397,9 @@ func nothing(direction string) toxic {
 }
 
 // slowDown lets 1 KB a second through between one consumer and the servers: too little for its reads, so it is cut off.
-func slowDown(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func slowDown(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	process := []string{b.consumer(strike).name()}
-	effect(Effect{Target: process, Isolates: process, Breaks: true})
+	effect(rules.Effect{Target: process, Isolates: process, Breaks: true})
 	heal := func(context.Context) error { return b.network.cure(strike, process) }
 	return heal, b.network.poison(strike, process,
 		toxic{Name: "crawl", Type: "bandwidth", Stream: "downstream", Toxicity: 1, Attributes: map[string]any{"rate": 1}},
@@ -411,10 +409,10 @@ func slowDown(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (
 const cutRate = 0.1
 
 // cutReplies closes the connections of all processes, at one reply of ten.
-func cutReplies(place string) func(context.Context, *Bench, Strike, func(Effect)) (func(context.Context) error, error) {
-	return func(_ context.Context, b *Bench, strike Strike, effect func(Effect)) (func(context.Context) error, error) {
+func cutReplies(place string) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
+	return func(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		processes := append(names(b.consumers), names(b.producers)...)
-		effect(Effect{Breaks: true})
+		effect(rules.Effect{Breaks: true})
 		heal := func(context.Context) error { return b.network.cure(strike, processes) }
 		return heal, b.network.poison(strike, processes, toxic{
 			Name: "cut", Type: cutType, Stream: "downstream", Toxicity: 1, Attributes: map[string]any{"place": place, "rate": cutRate},

@@ -11,38 +11,16 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
-
-// A TopicState is what Redis has of a topic in the end. Nothing is trimmed: what is missing, Redis has lost.
-type TopicState struct {
-	Entries []Entry
-	Pending []Pending
-	Dead    []Letter
-}
-
-// An Entry is one message in the stream.
-type Entry struct{ ID, UUID string }
-
-// A Pending entry was delivered, and neither acked nor moved.
-type Pending struct {
-	ID, Consumer string
-	Count        int64
-}
-
-// A Letter is one message in the dead-letter stream.
-type Letter struct {
-	ID, EntryID, UUID, Consumer, Reason string
-	Deliveries                          int64
-	At                                  time.Time // by the server's clock
-}
 
 const page = 1000
 
 // finalState reads everything.
-func finalState(ctx context.Context, client redis.UniversalClient) (map[string]TopicState, error) {
-	states := make(map[string]TopicState)
+func finalState(ctx context.Context, client redis.UniversalClient) (map[string]rules.TopicState, error) {
+	states := make(map[string]rules.TopicState)
 	for _, topic := range topics {
-		var state TopicState
+		var state rules.TopicState
 		var err error
 		if state.Entries, err = entriesOf(ctx, client, topic.Name); err != nil {
 			return nil, err
@@ -58,8 +36,8 @@ func finalState(ctx context.Context, client redis.UniversalClient) (map[string]T
 	return states, nil
 }
 
-func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) ([]Entry, error) {
-	var entries []Entry
+func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) ([]rules.Entry, error) {
+	var entries []rules.Entry
 	for from := "-"; ; {
 		got, err := client.XRangeN(ctx, topic, from, "+", page).Result()
 		if err != nil {
@@ -70,7 +48,7 @@ func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) 
 			if !ok {
 				return nil, fmt.Errorf("entry %s of %s has no UUID", e.ID, topic)
 			}
-			entries = append(entries, Entry{e.ID, uuid})
+			entries = append(entries, rules.Entry{ID: e.ID, UUID: uuid})
 			from = "(" + e.ID
 		}
 		if len(got) < page {
@@ -80,8 +58,8 @@ func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) 
 }
 
 // pendingOf returns nothing where there is no group: nothing is pending there.
-func pendingOf(ctx context.Context, client redis.UniversalClient, topic string) ([]Pending, error) {
-	var pending []Pending
+func pendingOf(ctx context.Context, client redis.UniversalClient, topic string) ([]rules.Pending, error) {
+	var pending []rules.Pending
 	for from := "-"; ; {
 		got, err := client.XPendingExt(ctx, &redis.XPendingExtArgs{Stream: topic, Group: group, Start: from, End: "+", Count: page}).Result()
 		if noGroup(err) {
@@ -90,7 +68,7 @@ func pendingOf(ctx context.Context, client redis.UniversalClient, topic string) 
 			return nil, fmt.Errorf("pending of %s: %w", topic, err)
 		}
 		for _, p := range got {
-			pending = append(pending, Pending{p.ID, p.Consumer, p.RetryCount})
+			pending = append(pending, rules.Pending{ID: p.ID, Consumer: p.Consumer, Count: p.RetryCount})
 			from = "(" + p.ID
 		}
 		if len(got) < page {
@@ -104,19 +82,19 @@ func noGroup(err error) bool {
 	return errors.As(err, &reply) && (strings.HasPrefix(err.Error(), "NOGROUP") || strings.Contains(err.Error(), "no such key"))
 }
 
-func lettersOf(ctx context.Context, client redis.UniversalClient, topic string) ([]Letter, error) {
+func lettersOf(ctx context.Context, client redis.UniversalClient, topic string) ([]rules.Letter, error) {
 	queue, err := goxstreams.NewDeadLetterQueue(client, goxstreams.DeadLetterTopic(topic))
 	if err != nil {
 		return nil, err
 	}
-	var letters []Letter
+	var letters []rules.Letter
 	for dead, err := range queue.All(ctx, "") {
 		if err != nil {
 			return nil, fmt.Errorf("dead letters of %s: %w", topic, err)
 		}
-		letters = append(letters, Letter{
+		letters = append(letters, rules.Letter{
 			ID: dead.ID, EntryID: dead.EntryID, UUID: uuidOf(dead), Consumer: dead.Consumer, Reason: dead.Reason,
-			Deliveries: dead.Deliveries, At: timeOf(dead.ID),
+			Deliveries: dead.Deliveries, At: monotonic() - time.Since(timeOf(dead.ID)),
 		})
 	}
 	return letters, nil

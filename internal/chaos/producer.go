@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -15,28 +14,8 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
-
-// What a message is. Its UUID begins with it, so that it can be read in every log.
-const (
-	plain  = "plain"
-	flaky  = "flaky"  // fails at first, then succeeds
-	slow   = "slow"   // takes so much longer than ClaimMinIdle that others would take it over if its lease were not renewed
-	poison = "poison" // always fails
-	broken = "broken" // no Unmarshaler can read it
-	deadly = "deadly" // ends the process that handles it: only faults publish it
-)
-
-func natureOf(uuid string) string {
-	nature, _, _ := strings.Cut(uuid, "-")
-	return nature
-}
-
-// doomed tells whether the message is to end in the dead-letter stream.
-func doomed(uuid string) bool {
-	nature := natureOf(uuid)
-	return nature == poison || nature == broken || nature == deadly
-}
 
 // A Task is a message's payload: what its handler does.
 type Task struct {
@@ -69,7 +48,7 @@ type saboteur struct{ goxstreams.DefaultMarshaler }
 
 func (s saboteur) Marshal(topic string, msg *message.Message) (map[string]any, error) {
 	fields, err := s.DefaultMarshaler.Marshal(topic, msg)
-	if err == nil && natureOf(msg.UUID) == broken {
+	if err == nil && rules.Nature(msg.UUID) == rules.Broken {
 		fields["metadata"] = "this is no MessagePack"
 	}
 	return fields, err
@@ -120,13 +99,13 @@ func (c child) goOn(publisher *goxstreams.Publisher) error {
 	if err != nil {
 		return err
 	}
-	var last Event
+	var last rules.Event
 	for _, e := range events {
 		if len(e.UUIDs) > 0 {
 			last = e
 		}
 	}
-	if last.Kind != Publishing && last.Kind != Unknown {
+	if last.Kind != rules.Publishing && last.Kind != rules.Unknown {
 		return nil
 	}
 	return c.publish(publisher, last.Topic, last.UUIDs, true)
@@ -135,29 +114,29 @@ func (c child) goOn(publisher *goxstreams.Publisher) error {
 func (c child) nature() string {
 	switch n := c.dice.IntN(1000); {
 	case n < 50:
-		return flaky
+		return rules.Flaky
 	case n < 60:
-		return poison
+		return rules.Poison
 	case n < 63:
-		return slow
+		return rules.Slow
 	case n < 68:
-		return broken
+		return rules.Broken
 	}
-	return plain
+	return rules.Plain
 }
 
 // makeMessage makes the same message of the same UUID, in whichever process.
 func makeMessage(settings Settings, uuid string) *message.Message {
 	dice := rand.New(rand.NewPCG(settings.Seed, hash(uuid, 0)))
 	task := Task{Work: time.Duration(dice.IntN(20_000)) * time.Microsecond}
-	switch natureOf(uuid) {
-	case flaky:
+	switch rules.Nature(uuid) {
+	case rules.Flaky:
 		task.Fails = 1 + dice.Int64N(2)
-	case poison:
+	case rules.Poison:
 		task.Poison = true
-	case slow:
+	case rules.Slow:
 		task.Work = 2 * settings.ClaimMinIdle
-	case deadly:
+	case rules.Deadly:
 		// What was claimed with it is done by then, and not a victim of every one of its crashes.
 		task.Deadly, task.Work = true, settings.ClaimMinIdle/4
 	}
@@ -176,7 +155,7 @@ func (c child) publish(publisher *goxstreams.Publisher, topic string, uuids []st
 		if errors.Is(err, goxstreams.ErrUnsupported) {
 			return err
 		}
-		unknown = kind == Unknown
+		unknown = kind == rules.Unknown
 		if !unknown || !c.role.Settings.Repeat {
 			return nil
 		}
@@ -185,21 +164,21 @@ func (c child) publish(publisher *goxstreams.Publisher, topic string, uuids []st
 }
 
 // publish makes one call and logs what came of it. unknown: the outcome of an earlier call of the same is.
-func publish(journal *Journal, publisher *goxstreams.Publisher, settings Settings, topic string, uuids []string, unknown bool) (Kind, error) {
+func publish(journal *Journal, publisher *goxstreams.Publisher, settings Settings, topic string, uuids []string, unknown bool) (rules.Kind, error) {
 	messages := make([]*message.Message, len(uuids))
 	for i, uuid := range uuids {
 		messages[i] = makeMessage(settings, uuid)
 	}
-	event := Event{Kind: Publishing, Topic: topic, UUIDs: uuids}
+	event := rules.Event{Kind: rules.Publishing, Topic: topic, UUIDs: uuids}
 	journal.write(event)
 	err := publisher.Publish(topic, messages...)
 	switch {
 	case err == nil:
-		event.Kind = Published
+		event.Kind = rules.Published
 	case unknown || errors.Is(err, goxstreams.ErrOutcomeUnknown):
-		event.Kind, event.Error = Unknown, err.Error()
+		event.Kind, event.Error = rules.Unknown, err.Error()
 	default:
-		event.Kind, event.Error = Refused, err.Error()
+		event.Kind, event.Error = rules.Refused, err.Error()
 	}
 	journal.write(event)
 	return event.Kind, err

@@ -5,6 +5,8 @@ import (
 	"io"
 	"slices"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 // report prints a run: its numbers, a row for each fault, and the story of each violation.
@@ -34,9 +36,9 @@ func report(out io.Writer, o Outcome) {
 const stories = 10
 
 // story prints all that the logs say of the violation's entry, and what happened to the processes and to Redis around it.
-func (o Outcome) story(out io.Writer, v Violation) {
+func (o Outcome) story(out io.Writer, v rules.Violation) {
 	e := o.Evidence
-	about := func(event Event) bool {
+	about := func(event rules.Event) bool {
 		switch {
 		case v.Process != "":
 			return event.Process == v.Process && event.UUID == "" && event.UUIDs == nil
@@ -58,7 +60,7 @@ func (o Outcome) story(out io.Writer, v Violation) {
 	}
 	for _, event := range e.Events {
 		near := event.Mono >= first-3*e.Rules.ClaimMinIdle && event.Mono <= last+e.Rules.ClaimMinIdle
-		circumstance := event.Topic == "" && event.Kind != Sampled && (processes[event.Process] || event.Strike != nil)
+		circumstance := event.Topic == "" && event.Kind != rules.Sampled && (processes[event.Process] || event.Strike != nil)
 		if about(event) || near && circumstance {
 			printEvent(out, e, event)
 		}
@@ -70,7 +72,7 @@ func (o Outcome) story(out io.Writer, v Violation) {
 	}
 }
 
-func printEvent(out io.Writer, e *Evidence, event Event) {
+func printEvent(out io.Writer, e *rules.Evidence, event rules.Event) {
 	fmt.Fprintf(out, "  %9.3fs %s", (event.Mono - e.Events[0].Mono).Seconds(), event.Kind)
 	if event.Strike != nil {
 		fmt.Fprintf(out, " fault %d %s %v\n", event.Strike.Number, event.Strike.Fault, event.Strike.Target)
@@ -130,17 +132,17 @@ func (o Outcome) rows() []Row {
 		}
 		return r
 	}
-	at := func(t time.Duration) *Row { return row(e.faultAt(t)) }
+	at := func(t time.Duration) *Row { return row(faultAt(e, t)) }
 	if len(e.Faults) == 0 {
 		row(noFault)
 	}
 	for _, w := range e.Faults {
 		r := row(w.Fault)
 		r.Times++
-		r.Recovery = max(r.Recovery, e.recovery(w))
+		r.Recovery = max(r.Recovery, recovery(e, w))
 	}
 	for _, m := range e.Messages {
-		if m.Outcome == Published {
+		if m.Outcome == rules.Published {
 			at(m.At).Messages++
 		}
 	}
@@ -151,8 +153,8 @@ func (o Outcome) rows() []Row {
 		row(l.Fault.Fault).ByRedis++
 	}
 	for _, v := range o.Verdict.Violations {
-		r := at(e.timeOf(v))
-		if v.Rule == ruleLost || v.Rule == ruleVanished || v.Rule == rulePending {
+		r := at(lastHeard(e, v))
+		if v.Rule == rules.RuleLost || v.Rule == rules.RuleVanished || v.Rule == rules.RulePending {
 			r.Lost++
 		} else {
 			r.Others++
@@ -169,7 +171,7 @@ func (o Outcome) rows() []Row {
 const noFault = "none yet"
 
 // faultAt returns the last fault before the time.
-func (e *Evidence) faultAt(t time.Duration) string {
+func faultAt(e *rules.Evidence, t time.Duration) string {
 	name := noFault
 	for _, w := range e.Faults {
 		if w.From <= t {
@@ -179,8 +181,8 @@ func (e *Evidence) faultAt(t time.Duration) string {
 	return name
 }
 
-// timeOf returns when the violation's entry was last heard of.
-func (e *Evidence) timeOf(v Violation) time.Duration {
+// lastHeard returns when the violation's entry was last heard of.
+func lastHeard(e *rules.Evidence, v rules.Violation) time.Duration {
 	var last time.Duration
 	for _, event := range e.Events {
 		if v.ID != "" && event.ID == v.ID && event.Topic == v.Topic || v.UUID != "" && slices.Contains(event.UUIDs, v.UUID) {
@@ -193,8 +195,8 @@ func (e *Evidence) timeOf(v Violation) time.Duration {
 // recovery returns the time from the fault's end until each consumer that lives on has been given a message again, and a
 // message published since has been handled. Of faults that overlap it is the last one's. A consumer that had nothing to do
 // until the next fault began does not wait for the end of that: the time of other faults does not count.
-func (e *Evidence) recovery(w *Window) time.Duration {
-	if slices.ContainsFunc(e.Faults, func(other *Window) bool { return other.From <= w.To && other.To > w.To }) {
+func recovery(e *rules.Evidence, w *rules.Window) time.Duration {
+	if slices.ContainsFunc(e.Faults, func(other *rules.Window) bool { return other.From <= w.To && other.To > w.To }) {
 		return unmeasured
 	}
 	until := e.End
@@ -204,17 +206,17 @@ func (e *Evidence) recovery(w *Window) time.Duration {
 			break
 		}
 	}
-	began := make(map[life]time.Duration)
+	began := make(map[rules.LifeID]time.Duration)
 	var flows time.Duration
 	for _, r := range e.Runs {
 		if r.Start.Mono < w.To {
 			continue
 		}
-		if _, ok := began[r.life()]; !ok {
-			began[r.life()] = e.calm(w.To, r.Start.Mono)
+		if _, ok := began[r.LifeID()]; !ok {
+			began[r.LifeID()] = calm(e, w.To, r.Start.Mono)
 		}
-		m, took := e.Messages[r.Start.UUID], e.calm(w.To, r.End)
-		if m != nil && m.From > w.To && r.Ending == Acked && (flows == 0 || took < flows) {
+		m, took := e.Messages[r.Start.UUID], calm(e, w.To, r.End)
+		if m != nil && m.From > w.To && r.Ending == rules.Acked && (flows == 0 || took < flows) {
 			flows = took
 		}
 	}
@@ -228,7 +230,7 @@ func (e *Evidence) recovery(w *Window) time.Duration {
 }
 
 // calm returns how much of the time from one moment to another no fault was under way that began in it.
-func (e *Evidence) calm(from, to time.Duration) time.Duration {
+func calm(e *rules.Evidence, from, to time.Duration) time.Duration {
 	var calm time.Duration
 	at := from
 	for _, f := range e.Faults { // in the order of their beginnings

@@ -16,6 +16,8 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 // roleEnv holds a Role as JSON. A process that has it is a child.
@@ -141,7 +143,7 @@ func (c child) watchTime(ctx context.Context) {
 		}
 		now := monotonic()
 		if took := now - last; took > limit {
-			c.journal.write(Event{Kind: Stalled, Took: took})
+			c.journal.write(rules.Event{Kind: rules.Stalled, Took: took})
 		}
 		last = now
 	}
@@ -159,6 +161,6 @@ func (c child) sample(ctx context.Context) {
 		runtime.GC()
 		var memory runtime.MemStats
 		runtime.ReadMemStats(&memory)
-		c.journal.write(Event{Kind: Sampled, Sample: &Sample{Goroutines: runtime.NumGoroutine(), Heap: int(memory.HeapAlloc)}})
+		c.journal.write(rules.Event{Kind: rules.Sampled, Sample: &rules.Sample{Goroutines: runtime.NumGoroutine(), Heap: int(memory.HeapAlloc)}})
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 func TestMain(m *testing.M) {
@@ -81,7 +82,7 @@ func TestRun(t *testing.T) {
 func TestRepeatedWithoutIdempotence(t *testing.T) {
 	settings := testSettings()
 	settings.Repeat, settings.For, settings.Rate = true, 10*time.Second, 20
-	assert.Equal(t, []string{ruleStoredTwice}, rulesOf(testRun(t, settings, cutFaults).Verdict))
+	assert.Equal(t, []string{rules.RuleStoredTwice}, testRun(t, settings, cutFaults).Verdict.Broken())
 }
 
 // requireServer skips a test that has no redis-server, unless there must be one.
@@ -107,14 +108,14 @@ func TestGoOn(t *testing.T) {
 	settings.Repeat = true
 	for _, test := range []struct {
 		name   string
-		events []Kind
+		events []rules.Kind
 		stored int
 	}{
 		{"nothing", nil, 0},
-		{"open", []Kind{Publishing, Published, Publishing}, 2},
-		{"unknown", []Kind{Publishing, Unknown}, 2},
-		{"known", []Kind{Publishing, Unknown, Publishing, Published}, 0},
-		{"refused", []Kind{Publishing, Refused}, 0},
+		{"open", []rules.Kind{rules.Publishing, rules.Published, rules.Publishing}, 2},
+		{"unknown", []rules.Kind{rules.Publishing, rules.Unknown}, 2},
+		{"known", []rules.Kind{rules.Publishing, rules.Unknown, rules.Publishing, rules.Published}, 0},
+		{"refused", []rules.Kind{rules.Publishing, rules.Refused}, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			uuids := []string{"plain-1", "broken-2"}
@@ -122,7 +123,7 @@ func TestGoOn(t *testing.T) {
 			c.journal, err = openJournal(c.role.Dir, c.role.Process, 1)
 			require.NoError(t, err)
 			for _, kind := range test.events {
-				c.journal.write(Event{Kind: kind, Topic: test.name, UUIDs: uuids})
+				c.journal.write(rules.Event{Kind: kind, Topic: test.name, UUIDs: uuids})
 			}
 			publisher, err := newPublisher(settings, c.client, nil)
 			require.NoError(t, err)
@@ -265,9 +266,9 @@ func TestJournal(t *testing.T) {
 	require.NoError(t, err)
 	second, err := openJournal(dir, "consumer-1", 2)
 	require.NoError(t, err)
-	first.write(Event{Kind: Started, UUID: "a"})
-	second.write(Event{Kind: Started, UUID: "b"})
-	first.write(Event{Kind: Acked, UUID: "a"})
+	first.write(rules.Event{Kind: rules.Started, UUID: "a"})
+	second.write(rules.Event{Kind: rules.Started, UUID: "b"})
+	first.write(rules.Event{Kind: rules.Acked, UUID: "a"})
 	require.NoError(t, first.close())
 	require.NoError(t, second.close())
 	events, err := readJournals(dir)
@@ -285,12 +286,12 @@ func TestJournal(t *testing.T) {
 
 // TestTrends: what grows with the messages is found, what is noisy is not.
 func TestTrends(t *testing.T) {
-	var events []Event
+	var events []rules.Event
 	for i := range 50 {
 		noise := i % 7
 		events = append(events,
-			Event{Kind: Sampled, Process: "consumer-1", Sample: &Sample{Goroutines: 60 + noise, Heap: (4 + i) << 20}},
-			Event{Kind: Sampled, Process: "runner", Sample: &Sample{Connections: 30 + noise, Pending: noise * 50, Consumers: 12}})
+			rules.Event{Kind: rules.Sampled, Process: "consumer-1", Sample: &rules.Sample{Goroutines: 60 + noise, Heap: (4 + i) << 20}},
+			rules.Event{Kind: rules.Sampled, Process: "runner", Sample: &rules.Sample{Connections: 30 + noise, Pending: noise * 50, Consumers: 12}})
 	}
 	grown := make(map[string]bool)
 	for _, trend := range trendsOf(events) {

@@ -3,20 +3,14 @@ package main
 import (
 	"fmt"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 const group = "chaos"
 
-// A Topic is one stream and how it is consumed.
-type Topic struct {
-	Name           string
-	MaxConcurrency int
-	// Named: the consumers have given names, which outlive their processes. Else each subscription has one of its own.
-	Named bool
-}
-
 // topics are all the combinations of order and names.
-var topics = []Topic{
+var topics = []rules.Topic{
 	{Name: "orders", MaxConcurrency: 1},
 	{Name: "payments", MaxConcurrency: 1, Named: true},
 	{Name: "mails", MaxConcurrency: 8},
@@ -69,4 +63,15 @@ func (s Settings) validate() error {
 		return fmt.Errorf("-overlap is %d; it must be 1 or more", s.Overlap)
 	}
 	return nil
+}
+
+// rules returns what the checker must know. Progress and CloseBound are not stated: on a busy machine, whose processes wait for
+// their turn, nothing can be said of how long something takes that would not fail runs in which all was well. The simulation
+// states them.
+func (s Settings) rules() rules.Rules {
+	all := make(map[string]rules.Topic)
+	for _, t := range topics {
+		all[t.Name] = t
+	}
+	return rules.Rules{ClaimMinIdle: s.ClaimMinIdle, ClaimInterval: s.ClaimInterval, MaxRetries: s.MaxRetries, Topics: all}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/chaos/deploy"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
 // samples is how many samples a soak takes of each process, and of Redis.
@@ -37,16 +38,6 @@ func soak(ctx context.Context, settings Settings, faults []*Fault, out io.Writer
 	return passed, nil
 }
 
-// A Sample is a size: of a process of ours, or of what Redis has of us.
-type Sample struct {
-	Goroutines int `json:"goroutines,omitempty"`
-	Heap       int `json:"heap,omitempty"` // bytes after a collection
-
-	Connections int `json:"connections,omitempty"`
-	Pending     int `json:"pending,omitempty"`
-	Consumers   int `json:"consumers,omitempty"` // names in the groups
-}
-
 // measure samples Redis until the context ends.
 func (b *Bench) measure(ctx context.Context) {
 	ticker := time.NewTicker(b.settings.SampleEvery)
@@ -62,12 +53,12 @@ func (b *Bench) measure(ctx context.Context) {
 			b.printf("no sample: %v", err) // a fault is under way
 			continue
 		}
-		b.journal.write(Event{Kind: Sampled, Sample: &s})
+		b.journal.write(rules.Event{Kind: rules.Sampled, Sample: &s})
 		b.printf("%d connections, %d pending, %d consumers", s.Connections, s.Pending, s.Consumers)
 	}
 }
 
-func (b *Bench) sampleRedis(ctx context.Context) (s Sample, err error) {
+func (b *Bench) sampleRedis(ctx context.Context) (s rules.Sample, err error) {
 	err = b.eachNode(ctx, func(ctx context.Context, n *deploy.Node) error {
 		list, err := n.Client().ClientList(ctx).Result()
 		s.Connections += strings.Count(list, "\n")
@@ -99,7 +90,7 @@ const growth = 1.25
 func (t trend) flat() bool { return t.last <= t.allowed }
 
 // trendsOf returns the trends of all that was sampled, those with too few samples left out.
-func trendsOf(events []Event) []trend {
+func trendsOf(events []rules.Event) []trend {
 	series := make(map[string][]float64)
 	slack := make(map[string]float64)
 	add := func(name string, value int, more float64) {

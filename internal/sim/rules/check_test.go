@@ -1,4 +1,4 @@
-package main
+package rules
 
 import (
 	"fmt"
@@ -16,13 +16,15 @@ type record struct {
 	final  map[string]TopicState
 	now    time.Duration
 	runs   int64
+	topic  string // of what the tests of progress tell
 }
 
 const (
-	testTopic   = "orders" // MaxConcurrency 1
-	testWide    = "mails"
-	testMinIdle = 2 * time.Second
-	testRetries = 4
+	testTopic    = "orders" // MaxConcurrency 1
+	testWide     = "mails"
+	testMinIdle  = 2 * time.Second
+	testInterval = 200 * time.Millisecond
+	testRetries  = 4
 )
 
 var testStart = time.UnixMilli(1_800_000_000_000)
@@ -146,27 +148,26 @@ func (r *record) bury(number int, uuid string) *record {
 	state := r.final[testTopic]
 	state.Dead = append(state.Dead, Letter{
 		ID: fmt.Sprintf("%d-%d", testStart.Add(r.now).UnixMilli(), len(state.Dead)), EntryID: testID(number), UUID: uuid,
-		Deliveries: testRetries + 1, At: testStart.Add(r.now),
+		Deliveries: testRetries + 1, At: r.now,
 	})
 	r.final[testTopic] = state
 	return r.add(Event{Kind: Dead, Process: "consumer-1", Life: 1, Topic: testTopic, ID: testID(number), UUID: uuid})
 }
 
 func (r *record) check() Verdict {
-	settings := defaultSettings()
-	settings.ClaimMinIdle, settings.MaxRetries = testMinIdle, testRetries
-	r.wait(time.Minute).process(Settled, "runner")
-	return check(sift(settings.rules(), slices.Clone(r.events), r.final))
+	return r.checkBy(testRules())
 }
 
-// rulesOf returns the rules that were broken, each once.
-func rulesOf(v Verdict) []string {
-	var broken []string
-	for _, violation := range v.Violations {
-		broken = append(broken, violation.Rule)
+func (r *record) checkBy(rules Rules) Verdict {
+	r.wait(time.Minute).process(Settled, "runner")
+	return Check(Sift(rules, slices.Clone(r.events), r.final))
+}
+
+func testRules() Rules {
+	return Rules{
+		ClaimMinIdle: testMinIdle, ClaimInterval: testInterval, MaxRetries: testRetries,
+		Topics: map[string]Topic{testTopic: {Name: testTopic, MaxConcurrency: 1}, testWide: {Name: testWide, MaxConcurrency: 8}},
 	}
-	slices.Sort(broken)
-	return slices.Compact(broken)
 }
 
 // TestCheck: each breach is found, and what looks like one and is none is not.
@@ -182,22 +183,22 @@ func TestCheck(t *testing.T) {
 			r.handle("consumer-1", 4, 1, Acked)
 		}, ""},
 
-		{"never delivered", func(r *record) { r.publish(Published, true, 1) }, ruleLost},
-		{"of unknown outcome, stored, and never delivered", func(r *record) { r.publish(Unknown, true, 1) }, ruleLost},
-		{"failed and forgotten", func(r *record) { r.publish(Published, true, 1).handle("consumer-1", 1, 1, Nacked) }, ruleLost},
-		{"not stored, and nothing happened", func(r *record) { r.publish(Published, false, 1) }, ruleVanished},
+		{"never delivered", func(r *record) { r.publish(Published, true, 1) }, RuleLost},
+		{"of unknown outcome, stored, and never delivered", func(r *record) { r.publish(Unknown, true, 1) }, RuleLost},
+		{"failed and forgotten", func(r *record) { r.publish(Published, true, 1).handle("consumer-1", 1, 1, Nacked) }, RuleLost},
+		{"not stored, and nothing happened", func(r *record) { r.publish(Published, false, 1) }, RuleVanished},
 		{"not stored, and the fault was before", func(r *record) {
-			r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0).wait(time.Minute).publish(Published, false, 1)
-		}, ruleVanished},
+			r.fault(Effect{Fault: "flushall", Loses: Everything, Destroys: true}, 0).wait(time.Minute).publish(Published, false, 1)
+		}, RuleVanished},
 		{"not stored, and the fault was another topic's", func(r *record) {
 			r.publish(Published, false, 1).fault(Effect{Fault: "stream-delete", Loses: []string{testWide}, Destroys: true}, 0)
-		}, ruleVanished},
+		}, RuleVanished},
 		{"not stored, and only the group was lost", func(r *record) {
-			r.publish(Published, false, 1).fault(Effect{Fault: "group-destroy", Loses: everything, Group: true}, 0)
-		}, ruleVanished},
+			r.publish(Published, false, 1).fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true}, 0)
+		}, RuleVanished},
 		{"not stored, and written long before Redis was killed", func(r *record) {
-			r.publish(Published, false, 1).wait(time.Minute).fault(Effect{Fault: "redis-kill-everysec", Loses: everything}, 0)
-		}, ruleVanished},
+			r.publish(Published, false, 1).wait(time.Minute).fault(Effect{Fault: "redis-kill-everysec", Loses: Everything}, 0)
+		}, RuleVanished},
 		{"stored twice", func(r *record) {
 			r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked)
 			state := r.final[testTopic]
@@ -205,7 +206,7 @@ func TestCheck(t *testing.T) {
 			r.final[testTopic] = state
 			again := r.start("consumer-1", 2, 1)
 			r.end(again, Acked)
-		}, ruleStoredTwice},
+		}, RuleStoredTwice},
 		{"stored once by a repetition", func(r *record) {
 			r.publish(Unknown, false, 1).publish(Published, true, 1).handle("consumer-1", 1, 1, Acked)
 		}, ""},
@@ -214,55 +215,55 @@ func TestCheck(t *testing.T) {
 			r.final[testTopic] = TopicState{Entries: []Entry{{testID(1), testUUID(1)}, {testID(2), testUUID(1)}}}
 			again := r.start("consumer-1", 2, 1)
 			r.end(again, Acked)
-		}, ruleStoredTwice},
+		}, RuleStoredTwice},
 		{"a repetition that does not store what was destroyed", func(r *record) {
 			r.publish(Unknown, false, 1)
-			r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0)
+			r.fault(Effect{Fault: "flushall", Loses: Everything, Destroys: true}, 0)
 			r.publish(Published, false, 1)
-		}, ruleVanished},
-		{"refused but stored", func(r *record) { r.publish(Refused, true, 1).handle("consumer-1", 1, 1, Acked) }, ruleRefused},
+		}, RuleVanished},
+		{"refused but stored", func(r *record) { r.publish(Refused, true, 1).handle("consumer-1", 1, 1, Acked) }, RuleRefused},
 		{"half a batch", func(r *record) {
 			r.publish(Unknown, false, 1, 2)
 			r.store(1)
 			r.handle("consumer-1", 1, 1, Acked)
-		}, ruleTorn},
+		}, RuleTorn},
 		{"a batch out of order", func(r *record) {
 			r.publish(Published, false, 2, 1)
 			r.store(1)
 			r.store(2)
 			r.handle("consumer-1", 1, 1, Acked).handle("consumer-1", 2, 1, Acked)
-		}, ruleTorn},
+		}, RuleTorn},
 
-		{"pending", func(r *record) { r.publish(Published, true, 1).pend(1, "consumer-1") }, rulePending},
+		{"pending", func(r *record) { r.publish(Published, true, 1).pend(1, "consumer-1") }, RulePending},
 		{"handled and pending", func(r *record) {
 			r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked).pend(1, "consumer-1")
-		}, rulePending},
+		}, RulePending},
 
 		{"two at once", func(r *record) {
 			r.publish(Published, true, 1)
 			first, second := r.start("consumer-1", 1, 1), r.start("consumer-2", 1, 2)
 			r.end(first, Acked).end(second, Acked)
-		}, ruleOverlap},
+		}, RuleOverlap},
 		{"two at once: stopped too shortly", func(r *record) {
 			r.publish(Published, true, 1)
 			first := r.start("consumer-1", 1, 1)
 			r.process(Stopped, "consumer-1").wait(testMinIdle/2).process(Continued, "consumer-1")
 			second := r.start("consumer-2", 1, 2)
 			r.end(first, Acked).end(second, Acked)
-		}, ruleOverlap},
+		}, RuleOverlap},
 		{"two at once: Redis was frozen", func(r *record) {
 			r.publish(Published, true, 1)
 			first := r.start("consumer-1", 1, 1)
 			r.fault(Effect{Fault: "redis-freeze-long", Breaks: true}, 5*testMinIdle)
 			second := r.start("consumer-2", 1, 2)
 			r.end(first, Acked).end(second, Acked)
-		}, ruleOverlap},
+		}, RuleOverlap},
 		{"two at once: the other one was stopped before", func(r *record) {
 			r.process(Stopped, "consumer-1").wait(2*testMinIdle).process(Continued, "consumer-1").wait(2 * testMinIdle)
 			r.publish(Published, true, 1)
 			first, second := r.start("consumer-1", 1, 1), r.start("consumer-2", 1, 2)
 			r.end(first, Acked).end(second, Acked)
-		}, ruleOverlap},
+		}, RuleOverlap},
 		{"one after the death of the other", func(r *record) {
 			r.publish(Published, true, 1)
 			r.start("consumer-1", 1, 1)
@@ -306,7 +307,7 @@ func TestCheck(t *testing.T) {
 
 		{"order", func(r *record) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
-		}, ruleOrder},
+		}, RuleOrder},
 		{"order: of two consumers", func(r *record) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-2", 1, 1, Acked)
 		}, ""},
@@ -320,27 +321,27 @@ func TestCheck(t *testing.T) {
 		{"order: published after the other one closed", func(r *record) {
 			r.process(Closing, "consumer-2").process(Ended, "consumer-2").wait(time.Minute)
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
-		}, ruleOrder},
+		}, RuleOrder},
 		{"overtaken", func(r *record) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 1, 1, Nacked).handle("consumer-1", 2, 1, Acked)
 			r.handle("consumer-1", 1, 2, Acked)
-		}, ruleRetryOrder},
+		}, RuleRetryOrder},
 		{"too many", func(r *record) {
 			r.publish(Published, true, 1, 2)
 			first, second := r.start("consumer-1", 1, 1), r.start("consumer-1", 2, 1)
 			r.end(first, Acked).end(second, Acked)
-		}, ruleConcurrency},
+		}, RuleConcurrency},
 
 		{"a delivery past the limit", func(r *record) {
 			r.publish(Published, true, 1).handle("consumer-1", 1, testRetries+3, Acked)
-		}, ruleLimit},
+		}, RuleLimit},
 		{"too many failures", func(r *record) {
 			r.publish(Published, true, 1)
 			for count := range int64(testRetries + 2) {
 				r.handle("consumer-1", 1, count+1, Nacked)
 			}
 			r.bury(1, "poison-1")
-		}, ruleLimit},
+		}, RuleLimit},
 		{"as many failures as runs are granted, one of a process that ended before Redis knew", func(r *record) {
 			r.publishOf("poison-1", 1)
 			for count := range int64(testRetries + 1) {
@@ -362,7 +363,7 @@ func TestCheck(t *testing.T) {
 				r.handle("consumer-1", 1, 1, Lost)
 			}
 			r.handle("consumer-1", 1, 1, Acked)
-		}, ruleLimit},
+		}, RuleLimit},
 		{"shutdowns are no runs", func(r *record) {
 			r.publish(Published, true, 1)
 			for range 2 * testRetries {
@@ -380,25 +381,25 @@ func TestCheck(t *testing.T) {
 			r.final[testTopic] = TopicState{Entries: []Entry{{testID(9), "poison-9"}}}
 			run := r.start("consumer-1", 9, 1)
 			r.end(run, Nacked)
-		}, ruleImmortal},
-		{"dead twice", func(r *record) { r.publish(Published, true, 1).bury(1, "poison-1").bury(1, "poison-1") }, ruleDeadTwice},
+		}, RuleImmortal},
+		{"dead twice", func(r *record) { r.publish(Published, true, 1).bury(1, "poison-1").bury(1, "poison-1") }, RuleDeadTwice},
 		{"dead twice, the first time forgotten by Redis", func(r *record) {
 			r.publish(Published, true, 1).bury(1, "poison-1")
-			r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true}, 0).bury(1, "poison-1")
+			r.fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true}, 0).bury(1, "poison-1")
 		}, ""},
 		{"a deadly one, dead in time", func(r *record) {
 			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+2).bury(1, "deadly-1")
 		}, ""},
 		{"a deadly one, dead too late", func(r *record) {
 			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+3).bury(1, "deadly-1")
-		}, ruleLimit},
-		{"a deadly one that is forgotten", func(r *record) { r.publishOf("deadly-1", 1).crashes("deadly-1", 1, 2) }, ruleImmortal},
+		}, RuleLimit},
+		{"a deadly one that is forgotten", func(r *record) { r.publishOf("deadly-1", 1).crashes("deadly-1", 1, 2) }, RuleImmortal},
 		{"an innocent killed by another one each time, alone in its subscription from the third on", func(r *record) {
 			r.publish(Published, true, 1).crashes(testUUID(1), 1, testRetries+2).bury(1, testUUID(1))
 		}, ""},
 		{"an innocent killed by others twice", func(r *record) {
 			r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).bury(1, testUUID(1))
-		}, ruleInnocent},
+		}, RuleInnocent},
 		{"a suspect with company", func(r *record) {
 			r.publish(Published, true, 2).publishOf("deadly-1", 1).crashes("deadly-1", 1, suspectFrom-1)
 			r.crash(suspectFrom, func() {
@@ -407,7 +408,7 @@ func TestCheck(t *testing.T) {
 				r.end(other, Acked).end(run, Crashed)
 			})
 			r.bury(1, "deadly-1")
-		}, ruleConcurrency},
+		}, RuleConcurrency},
 		{"one in its last delivery with company", func(r *record) {
 			r.publish(Published, true, 2).publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+1)
 			r.crash(testRetries+2, func() {
@@ -416,7 +417,7 @@ func TestCheck(t *testing.T) {
 				r.end(other, Acked).end(run, Crashed)
 			})
 			r.bury(1, "deadly-1")
-		}, ruleSuspect + "," + ruleConcurrency},
+		}, RuleSuspect + "," + RuleConcurrency},
 		{"two suspects", func(r *record) {
 			r.publishOf("deadly-1", 1).publishOf("deadly-2", 2)
 			for life := 1; life <= suspectFrom; life++ {
@@ -427,30 +428,30 @@ func TestCheck(t *testing.T) {
 				})
 			}
 			r.bury(1, "deadly-1").bury(2, "deadly-2")
-		}, ruleSuspect + "," + ruleConcurrency},
+		}, RuleSuspect + "," + RuleConcurrency},
 		{"a broken one, dead", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1") }, ""},
-		{"a broken one, not dead", func(r *record) { r.publishOf("broken-1", 1) }, ruleImmortal},
-		{"a broken one, dead twice", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1").bury(1, "broken-1") }, ruleDeadTwice},
+		{"a broken one, not dead", func(r *record) { r.publishOf("broken-1", 1) }, RuleImmortal},
+		{"a broken one, dead twice", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1").bury(1, "broken-1") }, RuleDeadTwice},
 		{"a broken one that is handled", func(r *record) {
 			run := r.publishOf("broken-1", 1).startOf("broken-1", "consumer-1", 1, 1, 1)
 			r.end(run, Nacked).bury(1, "broken-1")
-		}, ruleHandled},
-		{"an innocent dead", func(r *record) { r.publish(Published, true, 1).bury(1, testUUID(1)) }, ruleInnocent},
-		{"a process that panics", func(r *record) { r.process(Died, "consumer-1") }, ruleDied},
+		}, RuleHandled},
+		{"an innocent dead", func(r *record) { r.publish(Published, true, 1).bury(1, testUUID(1)) }, RuleInnocent},
+		{"a process that panics", func(r *record) { r.process(Died, "consumer-1") }, RuleDied},
 
 		{"a group destroyed while the holder lives", func(r *record) {
 			r.publish(Published, true, 1)
 			run := r.start("consumer-1", 1, 1)
-			r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
+			r.fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
 			r.end(run, Nacked)
-		}, ruleLost},
+		}, RuleLost},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			r := newRecord()
 			test.story(r)
 			v := r.check()
-			assert.Equal(t, test.broken, strings.Join(rulesOf(v), ","), "%v", v.Violations)
+			assert.Equal(t, test.broken, strings.Join(v.Broken(), ","), "%v", v.Violations)
 		})
 	}
 }
@@ -459,7 +460,7 @@ func TestCheck(t *testing.T) {
 func TestRedisLoses(t *testing.T) {
 	r := newRecord()
 	r.publish(Published, false, 1, 2, 3).handle("consumer-1", 1, 1, Acked)
-	r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0)
+	r.fault(Effect{Fault: "flushall", Loses: Everything, Destroys: true}, 0)
 	r.publish(Published, true, 4).handle("consumer-1", 4, 1, Acked)
 	v := r.check()
 	assert.Empty(t, v.Violations)
@@ -474,9 +475,9 @@ func TestRedisLoses(t *testing.T) {
 // TestCulprit: what may have lost a message is not blamed for what was destroyed later.
 func TestCulprit(t *testing.T) {
 	r := newRecord()
-	kill := Effect{Fault: "redis-kill-everysec", Loses: everything}
+	kill := Effect{Fault: "redis-kill-everysec", Loses: Everything}
 	r.publish(Published, false, 1).fault(kill, 0)
-	r.fault(Effect{Fault: "flushall", Loses: everything, Destroys: true}, 0)
+	r.fault(Effect{Fault: "flushall", Loses: Everything, Destroys: true}, 0)
 	r.wait(time.Minute).publish(Published, false, 2).fault(kill, 0)
 	v := r.check()
 	assert.Empty(t, v.Violations)
@@ -493,7 +494,7 @@ func TestRedisForgets(t *testing.T) {
 	r.publish(Published, true, 1, 2)
 	r.start("consumer-1", 1, 1)
 	r.handle("consumer-2", 2, 1, Acked).process(Ended, "consumer-1")
-	r.fault(Effect{Fault: "group-destroy", Loses: everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
+	r.fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
 	v := r.check()
 	assert.Empty(t, v.Violations)
 	assert.Len(t, v.LostByRedis, 1)
@@ -518,15 +519,45 @@ func TestExcusedOverlaps(t *testing.T) {
 	assert.Equal(t, 1, r.check().ExcusedOverlaps)
 }
 
-// TestRecovery ends when each consumer has been given something; what other faults take meanwhile is not the first one's.
-func TestRecovery(t *testing.T) {
+// TestMaxRetries: without a limit nothing is past it, and nothing is suspect; without retries the second delivery is the last one.
+func TestMaxRetries(t *testing.T) {
+	rules := testRules()
 	r := newRecord()
-	cut := Effect{Fault: "client-kill"}
-	r.fault(cut, time.Second).wait(time.Second)
-	r.publish(Published, true, 1).handle("consumer-1", 1, 1, Acked)
-	r.fault(cut, time.Minute).wait(2 * time.Second)
-	r.publish(Published, true, 2).handle("consumer-2", 2, 1, Acked).publish(Published, true, 3).handle("consumer-1", 3, 1, Acked)
-	e := sift(Rules{ClaimMinIdle: testMinIdle}, r.events, r.final)
-	assert.InDelta(t, 3*time.Second, e.recovery(e.Faults[0]), float64(50*time.Millisecond))
-	assert.InDelta(t, 2*time.Second, e.recovery(e.Faults[1]), float64(50*time.Millisecond))
+	r.publish(Published, true, 1).handle("consumer-1", 1, 20, Nacked).handle("consumer-1", 1, 21, Acked)
+	rules.MaxRetries = 0
+	assert.Empty(t, r.checkBy(rules).Violations)
+	rules.MaxRetries = -1
+	assert.Equal(t, []string{RuleLimit}, r.checkBy(rules).Broken())
+
+	r = newRecord()
+	r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).bury(1, testUUID(1))
+	assert.Equal(t, 1, r.checkBy(rules).Victims, "its second and last delivery ended with its process")
+}
+
+// TestTrimmed: what left the stream after it was handled has not vanished, what left it before has.
+func TestTrimmed(t *testing.T) {
+	trim := Event{Kind: Trimmed, Process: "consumer-1", Life: 1, Topic: testTopic, ID: testID(1), UUID: testUUID(1)}
+	r := newRecord()
+	r.publish(Published, false, 1).handle("consumer-1", 1, 1, Acked).add(trim)
+	assert.Empty(t, r.check().Violations)
+
+	r = newRecord()
+	r.publish(Published, false, 1).add(trim).handle("consumer-1", 1, 1, Acked)
+	assert.Equal(t, []string{RuleVanished}, r.check().Broken())
+}
+
+// TestOrderOfViolations: the same evidence gives the same verdict, in the same order.
+func TestOrderOfViolations(t *testing.T) {
+	r := newRecord()
+	for process := range 20 {
+		name := fmt.Sprintf("consumer-%d", 10+process)
+		r.process(Spawned, name)
+		n := 2 * process
+		r.publish(Published, true, n+1, n+2).handle(name, n+2, 1, Acked).handle(name, n+1, 1, Acked).process(Died, name)
+	}
+	first := r.check()
+	assert.Len(t, first.Violations, 40)
+	for range 10 {
+		assert.Equal(t, first.Violations, r.check().Violations)
+	}
 }

@@ -1,4 +1,4 @@
-package main
+package rules
 
 import (
 	"cmp"
@@ -7,25 +7,27 @@ import (
 	"time"
 )
 
-// The rules. None may be broken where Redis kept what it acknowledged.
+// The rules, as Violation.Rule names them. None may be broken where Redis kept what it acknowledged.
 const (
-	ruleLost        = "lost"            // stored and kept by Redis, and neither handled nor dead
-	ruleVanished    = "vanished"        // acknowledged and not stored, though no fault made Redis lose anything
-	rulePending     = "left pending"    // nobody finished it
-	ruleOverlap     = "handled at once" // by two holders whose leases were both good
-	ruleOrder       = "out of order"    // first deliveries of a topic with MaxConcurrency 1
-	ruleRetryOrder  = "overtaken"       // a nacked message comes again before its successors
-	ruleConcurrency = "too many at once"
-	ruleLimit       = "past the limit" // handled more often than MaxRetries allows
-	ruleDeadTwice   = "dead twice"
-	ruleInnocent    = "innocent dead"
-	ruleImmortal    = "doomed not dead"
-	ruleStoredTwice = "stored twice" // by one call of Publish, or by its repetitions
-	ruleRefused     = "refused, but stored"
-	ruleTorn        = "torn batch"
-	ruleSuspect     = "suspect not alone" // who may have crashed two processes, beside another such; or in its last delivery, beside anything
-	ruleHandled     = "broken, but handled"
-	ruleDied        = "process died" // by itself
+	RuleLost        = "lost"            // stored and kept by Redis, and neither handled nor dead
+	RuleVanished    = "vanished"        // acknowledged and not stored, though no fault made Redis lose anything
+	RulePending     = "left pending"    // nobody finished it
+	RuleOverlap     = "handled at once" // by two holders whose leases were both good
+	RuleOrder       = "out of order"    // first deliveries of a topic with MaxConcurrency 1
+	RuleRetryOrder  = "overtaken"       // a nacked message comes again before its successors
+	RuleConcurrency = "too many at once"
+	RuleLimit       = "past the limit" // handled more often than MaxRetries allows
+	RuleDeadTwice   = "dead twice"
+	RuleInnocent    = "innocent dead"
+	RuleImmortal    = "doomed not dead"
+	RuleStoredTwice = "stored twice" // by one call of Publish, or by its repetitions
+	RuleRefused     = "refused, but stored"
+	RuleTorn        = "torn batch"
+	RuleSuspect     = "suspect not alone" // who may have crashed two processes, beside another such; or in its last delivery, beside anything
+	RuleHandled     = "broken, but handled"
+	RuleDied        = "process died" // by itself
+	RuleCloseLate   = "close late"
+	RuleProgress    = "progress" // something waits that an idle consumer should take
 )
 
 // A Violation is one breach of a rule.
@@ -70,6 +72,16 @@ type Verdict struct {
 	Crashes int // of processes, by messages that do that
 }
 
+// Broken returns the rules that were broken, each once.
+func (v Verdict) Broken() []string {
+	var rules []string
+	for _, violation := range v.Violations {
+		rules = append(rules, violation.Rule)
+	}
+	slices.Sort(rules)
+	return slices.Compact(rules)
+}
+
 // A checker has the evidence in the forms that the rules need.
 type checker struct {
 	*Evidence
@@ -78,13 +90,15 @@ type checker struct {
 	stored  map[string][]entryKey // by UUID: more than one is too many
 	handled map[string][]*Run     // by UUID: the runs that succeeded
 	dead    map[entryKey]bool
+	trimmed map[entryKey]time.Duration
 }
 
-// check is a pure function: the same evidence comes to the same verdict.
-func check(e *Evidence) Verdict {
+// Check applies the rules. It is a pure function: the same evidence comes to the same verdict.
+func Check(e *Evidence) Verdict {
 	c := &checker{
 		Evidence: e, entries: e.byEntry(), dead: make(map[entryKey]bool),
 		stored: make(map[string][]entryKey), handled: make(map[string][]*Run),
+		trimmed: make(map[entryKey]time.Duration),
 	}
 	c.index()
 	c.count()
@@ -97,6 +111,8 @@ func check(e *Evidence) Verdict {
 	c.deaths()
 	c.suspects()
 	c.alive()
+	c.closes()
+	c.progress()
 	return c.verdict
 }
 
@@ -117,6 +133,22 @@ func (c *checker) index() {
 	for _, r := range c.Runs {
 		if r.Ending == Acked {
 			c.handled[r.Start.UUID] = append(c.handled[r.Start.UUID], r)
+		}
+	}
+	c.indexTrimmed()
+}
+
+// indexTrimmed: what was settled and then trimmed was stored. What was trimmed before that has vanished.
+func (c *checker) indexTrimmed() {
+	for _, event := range c.Events {
+		key := entryKey{event.Topic, event.ID}
+		if event.Kind != Trimmed {
+			continue
+		}
+		c.trimmed[key] = event.Mono
+		handled := slices.ContainsFunc(c.entries[key], func(r *Run) bool { return r.Ending == Acked && r.End <= event.Mono })
+		if handled || c.dead[key] {
+			c.stored[event.UUID] = append(c.stored[event.UUID], key)
 		}
 	}
 }
@@ -147,7 +179,7 @@ func (c *checker) count() {
 			c.verdict.Duplicates = append(c.verdict.Duplicates, Duplicate{uuid, again.End})
 		}
 	}
-	slices.SortFunc(c.verdict.Duplicates, func(a, b Duplicate) int { return cmp.Compare(a.At, b.At) })
+	slices.SortFunc(c.verdict.Duplicates, func(a, b Duplicate) int { return cmp.Or(cmp.Compare(a.At, b.At), cmp.Compare(a.UUID, b.UUID)) })
 }
 
 // published compares what Publish said with what Redis has.
@@ -156,9 +188,9 @@ func (c *checker) published() {
 		places := c.stored[m.UUID]
 		switch {
 		case len(places) > 1:
-			c.violate(ruleStoredTwice, places[0], m.UUID, "it is in the stream %d times: %v", len(places), places)
+			c.violate(RuleStoredTwice, places[0], m.UUID, "it is in the stream %d times: %v", len(places), places)
 		case len(places) == 1 && m.Outcome == Refused:
-			c.violate(ruleRefused, places[0], m.UUID, "Publish said that nothing is stored")
+			c.violate(RuleRefused, places[0], m.UUID, "Publish said that nothing is stored")
 		case len(places) == 0 && m.Outcome == Published:
 			c.missing(m)
 		}
@@ -187,7 +219,7 @@ func (c *checker) missing(m *Message) {
 	culprit := c.culprit(m)
 	switch {
 	case culprit == nil:
-		c.violate(ruleVanished, entryKey{topic: m.Topic}, m.UUID, "Publish returned nil, and Redis does not have it; no fault made Redis lose it")
+		c.violate(RuleVanished, entryKey{topic: m.Topic}, m.UUID, "Publish returned nil, and Redis does not have it; no fault made Redis lose it")
 	case len(c.handled[m.UUID]) == 0 && !c.diedBefore(m.UUID):
 		c.verdict.LostByRedis = append(c.verdict.LostByRedis, Loss{m.UUID, m.Topic, culprit})
 	}
@@ -197,7 +229,7 @@ func (c *checker) missing(m *Message) {
 func (c *checker) culprit(m *Message) (culprit *Window) {
 	for _, w := range c.Faults {
 		switch {
-		case !w.losesOf(m.Topic) || w.Group:
+		case !w.loses(m.Topic) || w.Group:
 		case w.Destroys && w.To >= m.Last: // what it destroyed before, the last call would have stored again
 			return w
 		case !w.Destroys && culprit == nil && w.From-late <= m.At && m.Last <= w.To+late:
@@ -223,10 +255,10 @@ func (c *checker) whole(first *Message) {
 	}
 	key := entryKey{topic: first.Topic}
 	if len(ids) != 0 && len(ids) != len(first.Batch) {
-		c.violate(ruleTorn, key, first.UUID, "%d of %d messages of one call are stored", len(ids), len(first.Batch))
+		c.violate(RuleTorn, key, first.UUID, "%d of %d messages of one call are stored", len(ids), len(first.Batch))
 	}
-	if !slices.IsSortedFunc(ids, compareIDs) {
-		c.violate(ruleTorn, key, first.UUID, "the messages of one call are stored in another order: %v", ids)
+	if !slices.IsSortedFunc(ids, CompareIDs) {
+		c.violate(RuleTorn, key, first.UUID, "the messages of one call are stored in another order: %v", ids)
 	}
 }
 
@@ -237,7 +269,7 @@ func (c *checker) settled() {
 		pending := make(map[string]bool)
 		for _, p := range state.Pending {
 			pending[p.ID] = true
-			c.violate(rulePending, entryKey{topic, p.ID}, "", "with %s, delivered %d times", p.Consumer, p.Count)
+			c.violate(RulePending, entryKey{topic, p.ID}, "", "with %s, delivered %d times", p.Consumer, p.Count)
 		}
 		for _, entry := range state.Entries {
 			key := entryKey{topic, entry.ID}
@@ -248,9 +280,9 @@ func (c *checker) settled() {
 				c.verdict.LostByRedis = append(c.verdict.LostByRedis, Loss{entry.UUID, topic, w})
 				continue
 			}
-			rule := ruleLost
-			if doomed(entry.UUID) && (natureOf(entry.UUID) == broken || len(c.entries[key]) > 0) {
-				rule = ruleImmortal
+			rule := RuleLost
+			if Doomed(entry.UUID) && (Nature(entry.UUID) == Broken || len(c.entries[key]) > 0) {
+				rule = RuleImmortal
 			}
 			c.violate(rule, key, entry.UUID, "it is in the stream, was handled %d times, never to success, and is not dead", len(c.entries[key]))
 		}
@@ -274,7 +306,7 @@ func (c *checker) succeeded(key entryKey) bool {
 // and so could not put it back.
 func (c *checker) forgotten(key entryKey) *Window {
 	for _, w := range c.Faults {
-		if !w.Group || !w.losesOf(key.topic) {
+		if !w.Group || !w.loses(key.topic) {
 			continue
 		}
 		holder, seen := c.lastHolder(key, w.From)
@@ -290,23 +322,23 @@ func (c *checker) forgotten(key entryKey) *Window {
 	return nil
 }
 
-func (c *checker) lastHolder(key entryKey, before time.Duration) (holder life, seen bool) {
+func (c *checker) lastHolder(key entryKey, before time.Duration) (holder LifeID, seen bool) {
 	for _, r := range c.entries[key] {
 		if r.Start.Mono < before {
-			holder, seen = r.life(), true
+			holder, seen = r.LifeID(), true
 		}
 	}
 	return holder, seen
 }
 
-func (c *checker) absent(holder life, at time.Duration) bool {
+func (c *checker) absent(holder LifeID, at time.Duration) bool {
 	l := c.Lives[holder]
-	return l.To <= at || l.Closing != 0 && l.Closing <= at || c.awayAt(holder.process, at)
+	return l.To <= at || l.Closing != 0 && l.Closing <= at || c.awayAt(holder.Process, at)
 }
 
 func (c *checker) awayAt(process string, at time.Duration) bool {
 	return slices.ContainsFunc(c.Away[process], func(s Span) bool {
-		return s.length() >= c.Rules.ClaimMinIdle && s.From <= at && at <= s.To
+		return s.Length() >= c.Rules.ClaimMinIdle && s.From <= at && at <= s.To
 	})
 }
 
@@ -314,7 +346,7 @@ func (c *checker) awayAt(process string, at time.Duration) bool {
 func (c *checker) someAbsent(at time.Duration) bool {
 	for key, l := range c.Lives {
 		recent := l.To <= at && at-l.To < 10*c.Rules.ClaimMinIdle
-		if recent || c.awayAt(key.process, at) {
+		if recent || c.awayAt(key.Process, at) {
 			return true
 		}
 	}
@@ -336,19 +368,21 @@ func (c *checker) alone() {
 					c.verdict.ExcusedOverlaps++
 					continue
 				}
-				c.violate(ruleOverlap, key, first.Start.UUID, "by %s (run %d) until %v and by %s (run %d) from %v on",
+				c.violate(RuleOverlap, key, first.Start.UUID, "by %s (run %d) until %v and by %s (run %d) from %v on",
 					first.Start.Process, first.Start.Run, first.End, second.Start.Process, second.Start.Run, second.Start.Mono)
 			}
 		}
 	}
 }
 
-func (c *checker) sortedEntries() []entryKey {
+func (c *checker) sortedEntries() []entryKey { return sortedKeys(c.entries) }
+
+func sortedKeys[V any](entries map[entryKey]V) []entryKey {
 	var keys []entryKey
-	for key := range c.entries {
+	for key := range entries {
 		keys = append(keys, key)
 	}
-	slices.SortFunc(keys, func(a, b entryKey) int { return cmp.Or(cmp.Compare(a.topic, b.topic), compareIDs(a.id, b.id)) })
+	slices.SortFunc(keys, func(a, b entryKey) int { return cmp.Or(cmp.Compare(a.topic, b.topic), CompareIDs(a.id, b.id)) })
 	return keys
 }
 
@@ -356,7 +390,7 @@ func (c *checker) sortedEntries() []entryKey {
 // takes until the next renewal for the holder to notice that it lost it: then the lease was never good.
 func (c *checker) leaseEnd(r *Run) time.Duration {
 	for _, s := range c.Away[r.Start.Process] {
-		if s.length() >= c.Rules.ClaimMinIdle && r.Start.Mono <= s.To+c.Rules.ClaimMinIdle && r.End >= s.From {
+		if s.Length() >= c.Rules.ClaimMinIdle && r.Start.Mono <= s.To+c.Rules.ClaimMinIdle && r.End >= s.From {
 			return max(s.From, 0)
 		}
 	}
@@ -366,44 +400,41 @@ func (c *checker) leaseEnd(r *Run) time.Duration {
 // lostSince tells whether Redis may have lost the first run's lease before the second began.
 func (c *checker) lostSince(first, second *Run) bool {
 	for _, w := range c.Faults {
-		if w.losesOf(first.Start.Topic) && w.From <= second.Start.Mono && w.To+late >= first.Start.Mono {
+		if w.loses(first.Start.Topic) && w.From <= second.Start.Mono && w.To+late >= first.Start.Mono {
 			return true
 		}
 	}
 	return false
 }
 
-// compareIDs orders entry IDs as Redis does.
-func compareIDs(a, b string) int {
-	ams, aseq := splitID(a)
-	bms, bseq := splitID(b)
-	return cmp.Or(cmp.Compare(ams, bms), cmp.Compare(aseq, bseq))
-}
-
-func splitID(id string) (ms, seq uint64) {
-	// An ID without a sequence number, or none at all, leaves zeros.
-	_, _ = fmt.Sscanf(id, "%d-%d", &ms, &seq)
-	return ms, seq
-}
-
 // ordered: on a topic with MaxConcurrency 1 the first deliveries to each subscription ascend, and what failed comes again
 // before its successors.
 func (c *checker) ordered() {
 	type subscription struct {
-		life
+		LifeID
 		topic, consumer string
 	}
-	runs := make(map[subscription][]*Run)
-	for _, r := range c.Runs {
-		if topic := c.Rules.Topics[r.Start.Topic]; topic.MaxConcurrency == 1 {
-			s := subscription{r.life(), topic.Name, r.Start.Consumer}
-			runs[s] = append(runs[s], r)
+	for _, all := range groups(c.Runs, func(r *Run) subscription { return subscription{r.LifeID(), r.Start.Topic, r.Start.Consumer} }) {
+		if c.Rules.Topics[all[0].Start.Topic].MaxConcurrency == 1 {
+			c.ascending(all)
+			c.notOvertaken(all)
 		}
 	}
-	for _, all := range runs {
-		c.ascending(all)
-		c.notOvertaken(all)
+}
+
+// groups returns the runs of each group, in the order of their first runs.
+func groups[K comparable](runs []*Run, key func(*Run) K) [][]*Run {
+	places := make(map[K]int)
+	var all [][]*Run
+	for _, r := range runs {
+		place, ok := places[key(r)]
+		if !ok {
+			place = len(all)
+			places[key(r)], all = place, append(all, nil)
+		}
+		all[place] = append(all[place], r)
 	}
+	return all
 }
 
 func (c *checker) ascending(runs []*Run) {
@@ -412,10 +443,10 @@ func (c *checker) ascending(runs []*Run) {
 		if r.Start.Count != 1 {
 			continue
 		}
-		if last != nil && compareIDs(r.Start.ID, last.Start.ID) < 0 && !c.mayComeLate(last, r) {
-			c.violate(ruleOrder, r.key(), r.Start.UUID, "%s got it after its successor %s", r.Start.Process, last.Start.ID)
+		if last != nil && CompareIDs(r.Start.ID, last.Start.ID) < 0 && !c.mayComeLate(last, r) {
+			c.violate(RuleOrder, r.key(), r.Start.UUID, "%s got it after its successor %s", r.Start.Process, last.Start.ID)
 		}
-		if last == nil || compareIDs(r.Start.ID, last.Start.ID) > 0 {
+		if last == nil || CompareIDs(r.Start.ID, last.Start.ID) > 0 {
 			last = r
 		}
 	}
@@ -434,7 +465,7 @@ func (c *checker) mayComeLate(successor, r *Run) bool {
 		if w.From > r.Start.Mono {
 			continue
 		}
-		if w.losesOf(r.Start.Topic) && w.To+late >= successor.Start.Mono {
+		if w.loses(r.Start.Topic) && w.To+late >= successor.Start.Mono {
 			return true
 		}
 		// What is delivered to a name of its own, the process looks for before it reads on.
@@ -461,9 +492,9 @@ func (c *checker) notOvertaken(runs []*Run) {
 			continue // at once, or not here: it is dead, or its lease was lost
 		}
 		for _, between := range runs[i+1 : i+1+again] {
-			if between.Start.Count == 1 && compareIDs(between.Start.ID, nacked.Start.ID) > 0 && !c.lostSince(nacked, between) &&
+			if between.Start.Count == 1 && CompareIDs(between.Start.ID, nacked.Start.ID) > 0 && !c.lostSince(nacked, between) &&
 				!c.wasAway(nacked, between.Start.Mono) {
-				c.violate(ruleRetryOrder, nacked.key(), nacked.Start.UUID, "%s got %s between a failure and its retry",
+				c.violate(RuleRetryOrder, nacked.key(), nacked.Start.UUID, "%s got %s between a failure and its retry",
 					nacked.Start.Process, between.Start.ID)
 			}
 		}
@@ -473,23 +504,23 @@ func (c *checker) notOvertaken(runs []*Run) {
 // wasAway tells whether the run's process may have lost its lease between the run and that time.
 func (c *checker) wasAway(r *Run, until time.Duration) bool {
 	return slices.ContainsFunc(c.Away[r.Start.Process], func(s Span) bool {
-		return s.length() >= c.Rules.ClaimMinIdle && s.From <= until && s.To >= r.Start.Mono
+		return s.Length() >= c.Rules.ClaimMinIdle && s.From <= until && s.To >= r.Start.Mono
 	})
 }
 
 // concurrency: a subscription has MaxConcurrency messages out at most.
 func (c *checker) concurrency() {
 	type subscription struct {
-		life
+		LifeID
 		topic string
 	}
 	out := make(map[subscription][]*Run)
 	for _, r := range c.Runs {
-		key := subscription{r.life(), r.Start.Topic}
+		key := subscription{r.LifeID(), r.Start.Topic}
 		running := slices.DeleteFunc(out[key], func(o *Run) bool { return o.End <= r.Start.Mono })
 		out[key] = append(running, r)
 		if most := c.Rules.Topics[r.Start.Topic].MaxConcurrency; len(out[key]) > most {
-			c.violate(ruleConcurrency, r.key(), r.Start.UUID, "%s has %d of the topic at once; MaxConcurrency is %d",
+			c.violate(RuleConcurrency, r.key(), r.Start.UUID, "%s has %d of the topic at once; MaxConcurrency is %d",
 				r.Start.Process, len(out[key]), most)
 		}
 	}
@@ -498,16 +529,19 @@ func (c *checker) concurrency() {
 // limits: a message that fails by error is handled MaxRetries+1 times, and one more at most if processes died or lost it.
 // Deliveries that a shutdown took back do not count.
 func (c *checker) limits() {
-	most := c.Rules.MaxRetries + 2
+	most, limited := c.Rules.last()
 	for _, key := range c.sortedEntries() {
 		runs := c.entries[key]
-		if natureOf(runs[0].Start.UUID) == broken {
-			c.violate(ruleHandled, key, runs[0].Start.UUID, "%s was given it", runs[0].Start.Process)
+		if Nature(runs[0].Start.UUID) == Broken {
+			c.violate(RuleHandled, key, runs[0].Start.UUID, "%s was given it", runs[0].Start.Process)
 		}
-		handled, failed := 0, 0
+		if !limited {
+			continue
+		}
+		var handled, failed int64
 		for i, r := range runs {
-			if r.Start.Count > int64(most) {
-				c.violate(ruleLimit, key, r.Start.UUID, "%s was given delivery %d; %d are allowed", r.Start.Process, r.Start.Count, most)
+			if r.Start.Count > most {
+				c.violate(RuleLimit, key, r.Start.UUID, "%s was given delivery %d; %d are allowed", r.Start.Process, r.Start.Count, most)
 			}
 			if r.Ending != Closed {
 				handled++
@@ -520,16 +554,16 @@ func (c *checker) limits() {
 			continue // Redis may have forgotten deliveries
 		}
 		if handled > most {
-			c.violate(ruleLimit, key, runs[0].Start.UUID, "it was handled %d times; %d are allowed", handled, most)
-		} else if failed > c.Rules.MaxRetries+1 {
-			c.violate(ruleLimit, key, runs[0].Start.UUID, "it failed %d times; %d are allowed", failed, c.Rules.MaxRetries+1)
+			c.violate(RuleLimit, key, runs[0].Start.UUID, "it was handled %d times; %d are allowed", handled, most)
+		} else if failed > most-1 {
+			c.violate(RuleLimit, key, runs[0].Start.UUID, "it failed %d times; %d are allowed", failed, most-1)
 		}
 	}
 }
 
 // crashedAfter tells whether the failed run is a crash to Redis, because its process ended, or was away, before it could tell.
 func (c *checker) crashedAfter(r, next *Run) bool {
-	return c.Lives[r.life()].To <= next.Start.Mono || c.wasAway(r, next.Start.Mono)
+	return c.Lives[r.LifeID()].To <= next.Start.Mono || c.wasAway(r, next.Start.Mono)
 }
 
 // deaths: each poison is dead once, and nothing else is dead. OnDead is told once.
@@ -541,10 +575,11 @@ func (c *checker) deaths() {
 			told[key] = append(told[key], event)
 		}
 	}
-	for key, events := range told {
+	for _, key := range sortedKeys(told) {
+		events := told[key]
 		for i, event := range events[1:] {
-			if !c.lostBetween(key.topic, events[i].Wall, event.Wall) {
-				c.violate(ruleDeadTwice, key, event.UUID, "OnDead was called %d times", len(events))
+			if !c.lostBetween(key.topic, events[i].Mono, event.Mono) {
+				c.violate(RuleDeadTwice, key, event.UUID, "OnDead was called %d times", len(events))
 				break
 			}
 		}
@@ -559,14 +594,14 @@ func (c *checker) letters(topic string, letters []Letter) {
 	for _, letter := range letters {
 		key := entryKey{topic, letter.EntryID}
 		switch {
-		case doomed(letter.UUID):
+		case Doomed(letter.UUID):
 		case c.victim(key):
 			c.verdict.Victims++
 		default:
-			c.violate(ruleInnocent, key, letter.UUID, "dead by %s after %d deliveries: %s", letter.Consumer, letter.Deliveries, letter.Reason)
+			c.violate(RuleInnocent, key, letter.UUID, "dead by %s after %d deliveries: %s", letter.Consumer, letter.Deliveries, letter.Reason)
 		}
 		if before, ok := seen[letter.EntryID]; ok && !c.lostBetween(topic, before.At, letter.At) {
-			c.violate(ruleDeadTwice, key, letter.UUID, "it is in the dead-letter stream as %s and %s", before.ID, letter.ID)
+			c.violate(RuleDeadTwice, key, letter.UUID, "it is in the dead-letter stream as %s and %s", before.ID, letter.ID)
 		}
 		seen[letter.EntryID] = letter
 	}
@@ -581,39 +616,45 @@ func (c *checker) victim(key entryKey) bool {
 			ended[r.Start.Count] = true
 		}
 	}
-	for count := int64(suspectFrom); count <= int64(c.Rules.MaxRetries)+2; count++ {
+	from, last := c.Rules.suspects()
+	for count := from; count <= last; count++ {
 		if !ended[count] {
 			return false
 		}
 	}
-	return true
+	return from > 0
 }
 
 // suspectFrom is the delivery count from which on the library suspects a claimed message.
 const suspectFrom = 3
 
+// suspects returns that, or the last count if that is less, and the last count; zeros where nothing can die.
+func (r Rules) suspects() (from, last int64) {
+	last, ok := r.last()
+	if !ok {
+		return 0, 0
+	}
+	return min(suspectFrom, last), last
+}
+
 // suspects: of messages that were claimed, and not given back, for the third time or more a subscription handles one at a time; in
 // the last delivery before the limit, nothing else.
 func (c *checker) suspects() {
 	type subscription struct {
-		life
+		LifeID
 		topic string
 	}
-	runs := make(map[subscription][]*Run)
-	for _, r := range c.Runs {
-		key := subscription{r.life(), r.Start.Topic}
-		runs[key] = append(runs[key], r)
-	}
-	for _, all := range runs {
+	_, limit := c.Rules.suspects()
+	for _, all := range groups(c.Runs, func(r *Run) subscription { return subscription{r.LifeID(), r.Start.Topic} }) {
 		for i, r := range all {
 			if !c.suspect(r) {
 				continue
 			}
-			last := r.Start.Count >= int64(c.Rules.MaxRetries)+2
+			last := r.Start.Count >= limit
 			for j, other := range all {
 				if i != j && (last || c.suspect(other)) && other.Start.Mono < r.End && r.Start.Mono < other.End && !c.wasAway(other, r.End) && !c.wasAway(r, other.End) &&
 					!c.lostSince(r, r) {
-					c.violate(ruleSuspect, r.key(), r.Start.UUID, "%s handles it in delivery %d, and %s of run %d at the same time",
+					c.violate(RuleSuspect, r.key(), r.Start.UUID, "%s handles it in delivery %d, and %s of run %d at the same time",
 						r.Start.Process, r.Start.Count, other.Start.ID, other.Start.Run)
 				}
 			}
@@ -623,7 +664,7 @@ func (c *checker) suspects() {
 
 // suspect tells whether the run's process claimed the message from one that did not finish it.
 func (c *checker) suspect(r *Run) bool {
-	if r.Start.Count < suspectFrom {
+	if from, _ := c.Rules.suspects(); from == 0 || r.Start.Count < from {
 		return false
 	}
 	var last time.Duration // when it was last handled before
@@ -631,7 +672,7 @@ func (c *checker) suspect(r *Run) bool {
 		if before.Start.Mono >= r.Start.Mono {
 			continue
 		}
-		if before.life() == r.life() && before.Ending == Nacked && before.Start.Count == r.Start.Count-1 || before.Ending == Closed {
+		if before.LifeID() == r.LifeID() && before.Ending == Nacked && before.Start.Count == r.Start.Count-1 || before.Ending == Closed {
 			return false // its own retry, or what a shutdown gave back
 		}
 		last = max(last, min(before.End, r.Start.Mono))
@@ -645,19 +686,55 @@ func (c *checker) suspect(r *Run) bool {
 }
 
 // lostBetween tells whether Redis may have lost an ack or a move that happened by the first time, before the second one.
-func (c *checker) lostBetween(topic string, first, second time.Time) bool {
+func (c *checker) lostBetween(topic string, first, second time.Duration) bool {
 	return slices.ContainsFunc(c.Faults, func(w *Window) bool {
-		return w.losesOf(topic) && !w.Wall[0].After(second) && !w.Wall[1].Add(late).Before(first)
+		return w.loses(topic) && w.From <= second && w.To+late >= first
 	})
 }
 
 // alive: no process ends by itself, unless it handles what ends it.
 func (c *checker) alive() {
-	for key, l := range c.Lives {
+	for _, key := range c.sortedLives() {
+		l := c.Lives[key]
 		if l.Crashed != nil {
 			c.verdict.Crashes++
 		} else if l.Died != "" {
-			c.verdict.Violations = append(c.verdict.Violations, Violation{Rule: ruleDied, Process: key.process, Words: l.Died})
+			c.verdict.Violations = append(c.verdict.Violations, Violation{Rule: RuleDied, Process: key.Process, Words: l.Died})
 		}
 	}
+}
+
+// closes: Close comes to an end, whatever handlers and the server do. The time that a process does not run does not count.
+func (c *checker) closes() {
+	if c.Rules.CloseBound == 0 {
+		return
+	}
+	most := c.Rules.CloseTimeout + c.Rules.CloseBound
+	for _, key := range c.sortedLives() {
+		l := c.Lives[key]
+		if l.Closing == 0 || l.Died != "" {
+			continue
+		}
+		took := l.To - l.Closing
+		for _, s := range intersect(c.Halted[key.Process], []Span{{l.Closing, l.To}}) {
+			took -= s.Length()
+		}
+		if took > most {
+			c.verdict.Violations = append(c.verdict.Violations, Violation{
+				Rule: RuleCloseLate, Process: key.Process,
+				Words: fmt.Sprintf("life %d closes for %v; %v are allowed", key.Number, took, most),
+			})
+		}
+	}
+}
+
+func (c *checker) sortedLives() []LifeID {
+	var keys []LifeID
+	for key := range c.Lives {
+		keys = append(keys, key)
+	}
+	slices.SortFunc(keys, func(a, b LifeID) int {
+		return cmp.Or(cmp.Compare(a.Process, b.Process), cmp.Compare(a.Number, b.Number))
+	})
+	return keys
 }

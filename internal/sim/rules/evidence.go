@@ -1,4 +1,4 @@
-package main
+package rules
 
 import (
 	"cmp"
@@ -8,20 +8,31 @@ import (
 
 // Rules are what the checker must know of the consumers.
 type Rules struct {
-	ClaimMinIdle time.Duration
-	MaxRetries   int
-	Topics       map[string]Topic
+	ClaimMinIdle  time.Duration
+	ClaimInterval time.Duration
+	MaxRetries    int // as in goxstreams.Retry: 0 is no limit, -1 no retries
+	Topics        map[string]Topic
+
+	// Progress states that nothing starves. Nil: it is not stated.
+	Progress *Progress
+
+	// CloseTimeout and CloseBound state that a process which is Closing has Ended within both together. CloseBound 0: it is
+	// not stated.
+	CloseTimeout, CloseBound time.Duration
 }
 
-func (s Settings) rules() Rules {
-	rules := Rules{s.ClaimMinIdle, s.MaxRetries, make(map[string]Topic)}
-	for _, t := range topics {
-		rules.Topics[t.Name] = t
-	}
-	return rules
+// last returns the greatest count that a message is delivered with. ok is false if there is none.
+func (r Rules) last() (count int64, ok bool) {
+	return int64(max(r.MaxRetries, 0)) + 2, r.MaxRetries != 0
 }
 
-// Evidence is the logs, sorted for the checker, and what Redis has in the end.
+// takeover is the promised time from the end of a holder until others have what it held.
+func (r Rules) takeover() time.Duration { return r.ClaimMinIdle*4/3 + r.handover() }
+
+// handover is the promised time from a release until others have what was released.
+func (r Rules) handover() time.Duration { return 2 * r.ClaimInterval }
+
+// Evidence is the journal, sorted for the checker, and what Redis has in the end. It is about one consumer group.
 type Evidence struct {
 	Rules    Rules
 	Events   []Event // in the order of time
@@ -30,7 +41,8 @@ type Evidence struct {
 	Runs     []*Run              // in the order of their beginnings
 	Faults   []*Window
 	Away     map[string][]Span // by process: when it did not run, or did not reach Redis
-	Lives    map[life]*Life
+	Halted   map[string][]Span // by process: when it did not run
+	Lives    map[LifeID]*Life
 	End      time.Duration
 }
 
@@ -44,17 +56,19 @@ type Message struct {
 	Batch       []string
 }
 
-// A life is one process of a place.
-type life struct {
-	process string
-	number  int
+// A LifeID names one process of a place: the first, the second, and so on.
+type LifeID struct {
+	Process string
+	Number  int
 }
 
-// A Life is when it was.
+// A Life is when such a process lived.
 type Life struct {
 	From, To time.Duration
-	Closing  time.Duration // SIGTERM; 0: never
+	Closing  time.Duration // when it was told to end; 0: never
+	Over     bool          // it ended; else To is the end of the evidence
 	Died     string        // by itself, and how
+	Error    string        // what was said of its end; empty: it ended as it was told to
 	Crashed  *Event        // the delivery that ended it
 }
 
@@ -62,36 +76,32 @@ type Life struct {
 type Run struct {
 	Start    Event
 	End      time.Duration
-	Ending   Kind // Acked, Nacked, Lost, Closed; Ended: with its process
-	Finished bool // by an event of its own
+	Delay    time.Duration // of a nack: until its retry is due
+	Ending   Kind          // Acked, Nacked, Lost, Closed; Ended: with its process
+	Finished bool          // by an event of its own
 }
 
-func (r *Run) life() life { return life{r.Start.Process, r.Start.Life} }
+func (r *Run) LifeID() LifeID { return LifeID{r.Start.Process, r.Start.Life} }
 
 // An entryKey is an entry's place in Redis.
 type entryKey struct{ topic, id string }
 
 func (r *Run) key() entryKey { return entryKey{r.Start.Topic, r.Start.ID} }
 
-// A Span is some time.
-type Span struct{ From, To time.Duration }
-
-func (s Span) length() time.Duration { return s.To - s.From }
-
 // A Window is a fault from its injection to its healing.
 type Window struct {
 	Effect
 	Span
-	Wall [2]time.Time
 }
 
-// sift sorts the logs.
-func sift(rules Rules, events []Event, final map[string]TopicState) *Evidence {
+// Sift sorts the events of a journal.
+func Sift(rules Rules, events []Event, final map[string]TopicState) *Evidence {
 	e := &Evidence{
 		Rules: rules, Events: events, Final: final,
-		Messages: make(map[string]*Message), Away: make(map[string][]Span), Lives: make(map[life]*Life),
+		Messages: make(map[string]*Message), Away: make(map[string][]Span), Halted: make(map[string][]Span),
+		Lives: make(map[LifeID]*Life),
 	}
-	sortEvents(e.Events)
+	Sort(e.Events)
 	if n := len(events); n > 0 {
 		e.End = events[n-1].Mono
 	}
@@ -129,19 +139,19 @@ func (e *Evidence) siftFaults() {
 	for _, event := range e.Events {
 		switch event.Kind {
 		case Injected:
-			w := &Window{Effect: *event.Strike, Span: Span{event.Mono, e.End}, Wall: [2]time.Time{event.Wall, event.Wall.Add(e.End - event.Mono)}}
+			w := &Window{Effect: *event.Strike, Span: Span{event.Mono, e.End}}
 			byNumber[event.Strike.Number] = w
 			e.Faults = append(e.Faults, w)
 		case Healed:
 			w := byNumber[event.Strike.Number]
-			w.To, w.Wall[1] = event.Mono, event.Wall
+			w.To = event.Mono
 		}
 	}
 }
 
 func (e *Evidence) siftLives() {
 	for _, event := range e.Events {
-		key := life{event.Process, event.Life}
+		key := LifeID{event.Process, event.Life}
 		switch event.Kind {
 		case Spawned:
 			e.Lives[key] = &Life{From: event.Mono, To: e.End}
@@ -153,7 +163,7 @@ func (e *Evidence) siftLives() {
 			}
 		case Ended, Died:
 			l := e.Lives[key]
-			l.To = event.Mono
+			l.To, l.Over, l.Error = event.Mono, true, event.Error
 			if event.Kind == Died {
 				l.Died = cmp.Or(event.Error, "exit status 0")
 			}
@@ -163,23 +173,23 @@ func (e *Evidence) siftLives() {
 
 func (e *Evidence) siftRuns() {
 	type number struct {
-		life
+		LifeID
 		run int64
 	}
 	open := make(map[number]*Run)
 	for _, event := range e.Events {
-		key := number{life{event.Process, event.Life}, event.Run}
+		key := number{LifeID{event.Process, event.Life}, event.Run}
 		switch event.Kind {
 		case Started:
 			r := &Run{Start: event, End: e.End, Ending: Ended}
-			if l, ok := e.Lives[key.life]; ok {
+			if l, ok := e.Lives[key.LifeID]; ok {
 				r.End = l.To
 			}
 			open[key] = r
 			e.Runs = append(e.Runs, r)
 		case Acked, Nacked, Lost, Closed:
 			if r, ok := open[key]; ok {
-				r.End, r.Ending, r.Finished = event.Mono, event.Kind, true
+				r.End, r.Ending, r.Finished, r.Delay = event.Mono, event.Kind, true, event.Delay
 			}
 		}
 	}
@@ -187,9 +197,9 @@ func (e *Evidence) siftRuns() {
 
 // siftAway finds when a process could not renew its leases: stopped by us, not scheduled by the machine, or cut off.
 func (e *Evidence) siftAway() {
-	stopped := make(map[life]time.Duration)
+	stopped := make(map[LifeID]time.Duration)
 	for _, event := range e.Events {
-		key := life{event.Process, event.Life}
+		key := LifeID{event.Process, event.Life}
 		switch event.Kind {
 		case Stopped:
 			if _, ok := stopped[key]; !ok { // by another fault
@@ -197,12 +207,19 @@ func (e *Evidence) siftAway() {
 			}
 		case Continued, Ended, Died:
 			if from, ok := stopped[key]; ok {
-				e.Away[event.Process] = append(e.Away[event.Process], Span{from, event.Mono})
+				e.Halted[event.Process] = append(e.Halted[event.Process], Span{from, event.Mono})
 				delete(stopped, key)
 			}
 		case Stalled:
-			e.Away[event.Process] = append(e.Away[event.Process], Span{event.Mono - event.Took, event.Mono})
+			e.Halted[event.Process] = append(e.Halted[event.Process], Span{event.Mono - event.Took, event.Mono})
 		}
+	}
+	for id, from := range stopped { // to the end
+		e.Halted[id.Process] = append(e.Halted[id.Process], Span{from, e.End})
+	}
+	for process, spans := range e.Halted {
+		e.Halted[process] = merge(spans, 0)
+		e.Away[process] = slices.Clone(spans)
 	}
 	for _, w := range e.Faults {
 		for _, process := range w.Isolates {
@@ -213,25 +230,6 @@ func (e *Evidence) siftAway() {
 		// A living holder renews every third of ClaimMinIdle: between two absences closer than that it may not have come to it.
 		e.Away[process] = merge(spans, e.Rules.ClaimMinIdle/3)
 	}
-}
-
-// merge makes one of spans that are less than gap apart.
-func merge(spans []Span, gap time.Duration) []Span {
-	slices.SortFunc(spans, func(a, b Span) int { return cmp.Compare(a.From, b.From) })
-	var merged []Span
-	for _, s := range spans {
-		if n := len(merged); n > 0 && s.From-merged[n-1].To < gap {
-			merged[n-1].To = max(merged[n-1].To, s.To)
-			continue
-		}
-		merged = append(merged, s)
-	}
-	return merged
-}
-
-// tells whether the fault may lose what the topic had.
-func (w *Window) losesOf(topic string) bool {
-	return slices.Contains(w.Loses, topic) || slices.Equal(w.Loses, everything)
 }
 
 // byEntry returns the runs of each entry, in the order of their beginnings.

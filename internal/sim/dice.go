@@ -1,0 +1,27 @@
+package sim
+
+import (
+	"hash/fnv"
+	"math/rand/v2"
+	"strconv"
+	"time"
+)
+
+// newDice returns a source of randomness of its own for an actor, so that what others
+// draw, and in which order, changes nothing for it.
+func newDice(seed uint64, actor string, number int) *rand.Rand {
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(actor))
+	_, _ = h.Write([]byte(strconv.Itoa(number)))
+	return rand.New(rand.NewPCG(seed, h.Sum64()))
+}
+
+// between returns a duration from least up to most.
+func between(dice *rand.Rand, least, most time.Duration) time.Duration {
+	return least + time.Duration(dice.Int64N(int64(most-least)+1))
+}
+
+func pick[T any](dice *rand.Rand, things ...T) T { return things[dice.IntN(len(things))] }
+
+// chance is true with that probability.
+func chance(dice *rand.Rand, p float64) bool { return dice.Float64() < p }

@@ -1,0 +1,358 @@
+package sim
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
+)
+
+// judge applies the rules to each group.
+func (s *simulation) judge(w *watcher) Result {
+	w.trimmed()
+	result := Result{Schedule: s.schedule, Violations: s.complaints, Stats: Stats{
+		Seeds: 1, Virtual: s.elapsed(), Faults: make(map[string]int), Violations: make(map[string]int), Known: make(map[string]int),
+	}}
+	for _, f := range s.schedule.Faults {
+		result.Stats.Faults[f.Kind]++
+	}
+	for _, c := range s.schedule.Calls {
+		result.Stats.Messages += len(c.UUIDs)
+	}
+	for i, g := range s.schedule.Groups {
+		events := s.journal.events(i)
+		for _, e := range events {
+			if e.Kind == rules.Started {
+				result.Stats.Deliveries++
+			}
+		}
+		if !g.leased() {
+			s.judgeUnleased(&result, i, events)
+			continue
+		}
+		verdict := rules.Check(rules.Sift(s.rules(g), events, s.final(g)))
+		result.Stats.Duplicates += len(verdict.Duplicates)
+		result.Stats.Dead += verdict.Dead
+		result.Stats.Lost += len(verdict.LostByRedis)
+		result.Stats.Crashes += verdict.Crashes
+		for _, v := range verdict.Violations {
+			if s.excused(i, v) {
+				continue
+			}
+			if name := s.known(i, v); name != "" && !s.options.Strict {
+				result.Stats.Known[name]++
+				continue
+			}
+			result.Violations = append(result.Violations, Violation{g.Name, v})
+		}
+	}
+	for _, v := range result.Violations {
+		result.Stats.Violations[v.Rule]++
+	}
+	for _, l := range s.journal.lines {
+		result.Journal = append(result.Journal, l.String())
+	}
+	return result
+}
+
+// excused: what the rules do not know of. A Snooze counts for nothing, and what comes
+// again after one is no suspect by that. XTRIM cuts batches
+// in two, and so does the loss of what DeleteAcked has left of them.
+func (s *simulation) excused(group int, v rules.Violation) bool {
+	switch v.Rule {
+	case rules.RuleInnocent:
+		return s.crashedLast(group, v)
+	case rules.RuleLimit: // a closer is given up when CloseTimeout is over
+		nature := rules.Nature(v.UUID)
+		return (nature == snoozing || nature == closer) && !strings.Contains(v.Words, "was given delivery")
+	case rules.RuleOrder: // what comes again after a loss may do so long after it
+		return s.struck("")
+	case rules.RuleDeadTwice: // a group that begins at 0 again is given what is dead, too
+		return slices.ContainsFunc(s.schedule.Faults, func(f Fault) bool { return f.Kind == "destroy group" && f.restart() == "0" })
+	case rules.RuleVanished: // the groups that are left ack for one that is lost
+		return s.schedule.Groups[0].DeleteAcked && len(s.schedule.Groups) > 1 && s.struck("")
+	case rules.RuleLost:
+		return s.endedSoon(group, v)
+	case rules.RuleSuspect:
+		return rules.Nature(v.UUID) == snoozing || slices.ContainsFunc(s.journal.lines, func(l line) bool {
+			return l.Kind == rules.Started && rules.Nature(l.UUID) == snoozing && strings.Contains(v.Words, " "+l.ID+" ")
+		})
+	case rules.RuleTorn:
+		return s.struck("trim") || s.schedule.Groups[0].DeleteAcked && s.struck("")
+	case rules.RuleRetryOrder: // what is dead comes again after a loss, as does what came after it
+		return s.struck("") && slices.ContainsFunc(s.journal.events(group), func(e rules.Event) bool {
+			return e.Kind == rules.Dead && e.Topic == v.Topic && e.ID == v.ID
+		})
+	case rules.RuleProgress: // what the topic waited for may be among what is lost: then nobody tells its story
+		return s.schedule.Groups[group].MaxConcurrency == 1 && (s.struck("trim") || s.struck("failover"))
+	}
+	return false
+}
+
+// endedSoon reports whether a message's holder ended before it noticed that its group, or
+// its name there, was lost.
+func (s *simulation) endedSoon(group int, v rules.Violation) bool {
+	lost, holder := time.Duration(-1), ""
+	for _, l := range s.journal.events(group) {
+		who := fmt.Sprint(l.Process, "/", l.Life)
+		switch {
+		case l.Kind == rules.Injected && l.Strike.Group:
+			lost = l.Mono
+		case l.Kind == rules.Started && l.ID == v.ID && l.Topic == v.Topic:
+			holder = who
+		case (l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 && l.Mono-lost < s.schedule.Groups[group].ClaimMinIdle/2:
+			return true
+		}
+	}
+	return false
+}
+
+// struck reports whether Redis lost something by a fault of that kind; "": of any.
+func (s *simulation) struck(kind string) bool {
+	return slices.ContainsFunc(s.journal.lines, func(l line) bool {
+		return l.Kind == rules.Injected && len(l.Strike.Loses) > 0 && (kind == "" || l.Strike.Fault == kind)
+	})
+}
+
+// crashedLast reports whether a message that is dead was in its last delivery when its
+// process ended, or was claimed for it by a process that ended before a handler had it.
+// Nothing else of its subscription was in flight (there is a rule for that), but the
+// process has others.
+func (s *simulation) crashedLast(group int, v rules.Violation) bool {
+	last := int64(max(s.schedule.Groups[group].MaxRetries, 0)) + 2
+	crashes := false
+	for _, l := range s.journal.events(group) {
+		switch {
+		case l.Kind == rules.Ended || l.Kind == rules.Died:
+			crashes = true
+		case l.ID != v.ID || l.Topic != v.Topic || l.Count != last:
+		case l.Kind == rules.Nacked || l.Kind == rules.Closed: // an ack may not have arrived
+			return false // it came back from its last delivery
+		}
+	}
+	return crashes
+}
+
+// Weaknesses of the library that are known. They are counted, and fail nothing.
+const (
+	// A message that waits after a Snooze is pending as one that is being handled: a crash of
+	// its process uses a delivery, whoever was to blame, and nothing keeps others apart from it.
+	knownSnooze = "a snoozed message died of other messages' crashes"
+	// After XGROUP DELCONSUMER of a living consumer, what waits for its retry is taken for
+	// settled by others, once another command has made the consumer again.
+	knownDelConsumer = "XGROUP DELCONSUMER lost what waited for its retry"
+	// What a release that failed was to give back is not put back into a group that was lost.
+	knownRelease = "the group was lost and a Close could not give back"
+	// A group that was lost is looked at, and then made: a stream that begins anew in between
+	// gets the position of the old one.
+	knownRegroup = "a stream began anew while its group was made"
+	// Whether the group is another one is told by how long the consumer was inactive, by a clock
+	// that was set back. So it puts back what others have settled.
+	knownClock = "after a clock step back a consumer that was away put back what was settled"
+	// A right that was missing once is not asked for again.
+	knownPosition = "a fan-out without the right for once does not report its position any more"
+)
+
+// known returns the weakness that a violation comes of; "" if it is none of these.
+func (s *simulation) known(group int, v rules.Violation) string {
+	switch v.Rule {
+	case rules.RuleInnocent:
+		if rules.Nature(v.UUID) == snoozing {
+			return knownSnooze
+		}
+	case rules.RuleDeadTwice:
+		if slices.ContainsFunc(s.journal.lines, func(l line) bool {
+			return l.Kind == rules.Injected && l.Strike.Fault == "clock step" && !l.Strike.Local
+		}) {
+			return knownClock
+		}
+	case rules.RuleLost:
+		last, closing := s.lastRun(group, v)
+		switch {
+		case strings.HasPrefix(v.UUID, "plain-hand") && last.Kind == "":
+			return knownRegroup
+		case last.Kind == rules.Nacked && s.struck("delete consumer"):
+			return knownDelConsumer
+		case closing && s.struck("destroy group"):
+			return knownRelease
+		}
+	}
+	return ""
+}
+
+// lastRun returns how an entry's last run ended, and whether its process was closed.
+func (s *simulation) lastRun(group int, v rules.Violation) (last rules.Event, closing bool) {
+	for _, e := range s.journal.events(group) {
+		switch {
+		case e.Run > 0 && e.ID == v.ID && e.Topic == v.Topic:
+			last, closing = e, false
+		case e.Kind == rules.Closing && e.Process == last.Process && e.Life == last.Life:
+			closing = true
+		}
+	}
+	return last, closing
+}
+
+// rules returns what is promised to the group.
+func (s *simulation) rules(g Group) rules.Rules {
+	r := rules.Rules{
+		ClaimMinIdle: g.ClaimMinIdle, ClaimInterval: g.ClaimInterval, MaxRetries: g.MaxRetries,
+		Topics: make(map[string]rules.Topic), CloseTimeout: g.CloseTimeout, CloseBound: closeBound,
+		Progress: &rules.Progress{Bound: bound, SuspectBound: 10 * time.Minute, Recovery: recovery},
+	}
+	if g.Mood.Hang+g.Mood.Close > 0 {
+		// What is in a hook that hangs when the Subscriber closes is not given back, but
+		// taken over.
+		r.Progress.Bound += g.ClaimMinIdle*4/3 + 2*g.ClaimInterval
+	}
+	for _, topic := range s.schedule.Topics {
+		r.Topics[topic] = rules.Topic{Name: topic, MaxConcurrency: g.MaxConcurrency}
+	}
+	return r
+}
+
+const (
+	// closeBound is a command's timeout: a dial and a read, at most 2 s and 3 s here.
+	closeBound = 6 * time.Second
+	// bound is what a free slot may take to begin with what is due. Hooks that hang
+	// take up to 6 s of it.
+	bound = 10 * time.Second
+	// recovery is what a client may take to find its way back: the read that waits,
+	// its backoff, and dials that time out.
+	recovery = 20 * time.Second
+)
+
+// trimmed logs what DeleteAcked has deleted.
+func (w *watcher) trimmed() {
+	if !w.schedule.Groups[0].DeleteAcked {
+		return
+	}
+	for _, l := range slices.Clone(w.journal.lines) {
+		if (l.Kind == rules.Started || l.Kind == rules.Dead) && w.seen[l.Topic] != nil {
+			w.seen[l.Topic][l.ID] = l.UUID
+		}
+	}
+	for _, g := range w.schedule.Groups {
+		for _, topic := range w.schedule.Topics {
+			for _, letter := range w.letters(topic, g.Name) {
+				w.seen[topic][letter.EntryID] = letter.UUID
+			}
+		}
+	}
+	for _, topic := range w.schedule.Topics {
+		there := make(map[string]bool)
+		for _, e := range w.entries(topic, "-") {
+			there[e.ID] = true
+		}
+		for id, uuid := range w.seen[topic] {
+			if !there[id] {
+				w.journal.add(everyGroup, rules.Event{Kind: rules.Trimmed, Topic: topic, ID: id, UUID: uuid})
+			}
+		}
+	}
+}
+
+// judgeUnleased judges groups that are promised less: a NoAck group gets nothing twice,
+// a fan-out everything that was published while it was there.
+func (s *simulation) judgeUnleased(result *Result, group int, events []rules.Event) {
+	for _, e := range events {
+		if e.Kind == rules.Injected && len(e.Strike.Loses) > 0 {
+			return // Redis may have forgotten where they were
+		}
+	}
+	if s.schedule.Groups[group].Name != "" {
+		s.judgeNoAck(result, group, events)
+	} else {
+		s.judgeFanOut(result, events)
+	}
+}
+
+func (s *simulation) judgeNoAck(result *Result, group int, events []rules.Event) {
+	begun := make(map[string]rules.Event)
+	for _, e := range events {
+		if e.Kind != rules.Started {
+			continue
+		}
+		if first, ok := begun[e.UUID]; ok {
+			result.Violations = append(result.Violations, Violation{s.schedule.Groups[group].Name, rules.Violation{
+				Rule: "at most once", Topic: e.Topic, ID: e.ID, UUID: e.UUID,
+				Words: fmt.Sprintf("by %s at %v and by %s at %v", first.Process, first.Mono, e.Process, e.Mono),
+			}})
+		}
+		begun[e.UUID] = e
+	}
+}
+
+// judgeFanOut is about those that lived until the end.
+func (s *simulation) judgeFanOut(result *Result, events []rules.Event) {
+	type subscription struct {
+		process string
+		life    int
+		topic   string
+	}
+	var open []rules.Event
+	got := make(map[subscription]map[string]bool)
+	cut := make(map[string]int) // by process: its last life
+	for _, e := range events {
+		key := subscription{e.Process, e.Life, e.Topic}
+		switch e.Kind {
+		case rules.Spawned:
+			cut[e.Process] = e.Life
+		case rules.Subscribed:
+			open = append(open, e)
+			got[key] = make(map[string]bool)
+		case rules.Started:
+			got[key][e.UUID] = true
+		}
+	}
+	began := make(map[string]time.Duration)
+	for _, e := range events {
+		if e.Kind == rules.Publishing {
+			began[e.UUIDs[0]] = e.Mono
+		}
+		if e.Kind != rules.Published {
+			continue
+		}
+		for _, sub := range open {
+			if sub.Life != cut[sub.Process] || sub.Topic != e.Topic || began[e.UUIDs[0]] < sub.Mono || s.closedEarly(sub, events) {
+				continue
+			}
+			for _, uuid := range e.UUIDs {
+				if rules.Nature(uuid) == rules.Broken || got[subscription{sub.Process, sub.Life, sub.Topic}][uuid] {
+					continue
+				}
+				if s.lostRight() && !s.options.Strict {
+					result.Stats.Known[knownPosition]++
+				} else {
+					result.Violations = append(result.Violations, Violation{"fan-out", rules.Violation{
+						Rule: "missed", Topic: e.Topic, UUID: uuid, Process: sub.Process,
+						Words: fmt.Sprintf("published at %v, subscribed at %v", began[e.UUIDs[0]], sub.Mono),
+					}})
+				}
+			}
+		}
+	}
+}
+
+// lostRight reports whether writes were refused for want of a right, where DeleteAcked
+// depends on them.
+func (s *simulation) lostRight() bool {
+	return s.schedule.Groups[0].DeleteAcked && slices.ContainsFunc(s.schedule.Faults, func(f Fault) bool {
+		return f.Kind == "refuse writes" && strings.HasPrefix(f.refusal(), "NOPERM")
+	})
+}
+
+// closedEarly reports whether the subscription ended before everything was settled.
+func (s *simulation) closedEarly(sub rules.Event, events []rules.Event) bool {
+	for _, e := range events {
+		switch {
+		case e.Kind == rules.Settled:
+			return false
+		case e.Process == sub.Process && e.Life == sub.Life && (e.Kind == rules.Ended || e.Kind == rules.Died || e.Kind == rules.Closing):
+			return true
+		}
+	}
+	return false
+}
