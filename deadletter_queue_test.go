@@ -347,7 +347,7 @@ func TestDeadLetterQueue_All(t *testing.T) {
 // them in memory.
 func TestDeadLetterQueue_Many(t *testing.T) {
 	testserver.RequireReal(t)
-	n := 200_000
+	n := 100_000
 	if raceEnabled || testing.Short() {
 		n = 50_000 // ten times as slow
 	}

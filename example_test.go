@@ -21,10 +21,24 @@ func exampleClient() (client *redis.Client, stop func()) {
 	server, err := miniredis.Run()
 	must(err)
 	client = redis.NewClient(&redis.Options{Addr: server.Addr()})
+	client.AddHook(&hook{process: blockBriefly})
 	return client, func() {
 		must(client.Close())
 		server.Close()
 	}
+}
+
+// blockBriefly has reads wait for milliseconds. The embedded server cannot wake one
+// (CLIENT UNBLOCK), so that each Close would wait for its end: a second, by default,
+// for each of the Examples, which run one after the other.
+func blockBriefly(_ context.Context, cmd redis.Cmder, next func() error) error {
+	args := cmd.Args()
+	for i, arg := range args[:len(args)-1] {
+		if arg == "block" {
+			args[i+1] = 20
+		}
+	}
+	return next()
 }
 
 // examplePublish publishes a message for each of the payloads.

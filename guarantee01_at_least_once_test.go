@@ -425,14 +425,14 @@ func goroutines(t *testing.T) (peak func() int) {
 //
 // Here a look costs the same however many groups there are.
 //
-// [Not parallel: it measures what a while costs. The server counts the time of its
-// commands, and the bytes of its answers, itself.]
+// [Not parallel to others: it measures what a while costs. The server counts the time of
+// its commands, and the bytes of its answers, itself. What is compared has a server each,
+// and takes the same while.]
 func TestFault44_IdleCostDoesNotGrowWithGroups(t *testing.T) {
-	server := testserver.Private(t)
-	admin := server.Client()
 	const groups, subscribers = 1000, 20
 	cost := func(t *testing.T, groups int) (busy time.Duration, bytes int64) {
-		topic := topic(t)
+		server, topic := testserver.Private(t), topic(t)
+		admin := server.Client()
 		_, err := admin.Pipelined(t.Context(), func(p redis.Pipeliner) error {
 			for i := range groups {
 				p.XGroupCreateMkStream(context.Background(), topic, fmt.Sprintf("a-group-that-somebody-left-%d", i), "0")
@@ -455,8 +455,12 @@ func TestFault44_IdleCostDoesNotGrowWithGroups(t *testing.T) {
 		took := time.Since(start).Seconds()
 		return time.Duration(float64(busy) / took), int64(float64(bytes) / took)
 	}
-	busy, bytes := cost(t, 0)
-	busyMany, bytesMany := cost(t, groups)
+	var busy, busyMany time.Duration
+	var bytes, bytesMany int64
+	t.Run("cost", func(t *testing.T) {
+		t.Run("one group", func(t *testing.T) { t.Parallel(); busy, bytes = cost(t, 0) })
+		t.Run("many", func(t *testing.T) { t.Parallel(); busyMany, bytesMany = cost(t, groups) })
+	})
 	t.Logf("a second's commands of %d idle Subscribers: %v and %d bytes with one group, %v and %d bytes with %d", subscribers, busy, bytes, busyMany, bytesMany, groups+1)
 	// The slack is a hundredth of the server's time, and of what a look was.
 	assert.Less(t, busyMany, 3*busy+10*time.Millisecond, "the server's time for a second")

@@ -335,6 +335,7 @@ func TestRetryLimit(t *testing.T) {
 // What waits beyond the bound is left to its lease. A read that fails must not take it for an orphan, which would come again
 // at once, and not be counted.
 func TestOverflow_IsNoOrphan(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	topic, admin := topic(t), newClient(t)
 	var fail atomic.Bool

@@ -295,6 +295,7 @@ func (evenCodec) Decode(payload []byte, event any) error { return json.Unmarshal
 // Here a broken entry is moved aside, the first time or after a claim, and the
 // next entry follows.
 func TestFault01_BrokenEntryStopsNothing(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	addBroken := func() {

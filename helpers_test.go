@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -863,4 +864,26 @@ func (c *muteConn) Read(b []byte) (int, error) {
 	c.readAll(b[:n])
 	_ = c.Close()
 	return 0, io.EOF
+}
+
+// startedBy runs f, and returns how to count the goroutines that f has started, and
+// those that they have, in turn: others of the process do not matter.
+func startedBy(t testing.TB, f func()) (left func() int) {
+	t.Helper()
+	const key = "started-by"
+	label := fmt.Sprintf("%q:%q", key, t.Name()) // as the profile has it
+	pprof.Do(context.Background(), pprof.Labels(key, t.Name()), func(context.Context) { f() })
+	return func() (n int) {
+		var profile bytes.Buffer
+		require.NoError(t, pprof.Lookup("goroutine").WriteTo(&profile, 1))
+		alike := 0 // goroutines with the stack and the labels that follow
+		for line := range strings.Lines(profile.String()) {
+			if number, _, ok := strings.Cut(line, " @ "); ok && !strings.HasPrefix(line, "#") {
+				alike, _ = strconv.Atoi(number)
+			} else if strings.HasPrefix(line, "# labels: ") && strings.Contains(line, label) {
+				n += alike
+			}
+		}
+		return n
+	}
 }

@@ -236,7 +236,7 @@ func TestHostile_DeadLetterQueue(t *testing.T) {
 	require.Equal(t, len(forged), n)
 }
 
-// TestHostile_Huge: entries of 64 MiB, as a message that dies and as a broken one.
+// TestHostile_Huge: entries of 16 MiB, as a message that dies and as a broken one.
 // The client's timeouts are longer than such an answer may take on a busy machine.
 func TestHostile_Huge(t *testing.T) {
 	admin, topic := newClient(t), topic(t)
@@ -245,7 +245,7 @@ func TestHostile_Huge(t *testing.T) {
 	opt.ReadTimeout, opt.WriteTimeout = patience, patience
 	client := redis.NewClient(&opt)
 	t.Cleanup(func() { _ = client.Close() })
-	huge := strings.Repeat("x", 64<<20)
+	huge := strings.Repeat("x", 16<<20)
 	config := brief(client)
 	config.Retry = quickRetry()
 	config.Retry.MaxRetries = -1

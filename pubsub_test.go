@@ -100,16 +100,18 @@ var modes = []struct {
 	{"FanOut", false, 1, tests.Features{NewSubscriberReceivesOldMessages: true}},
 }
 
-func TestPubSub(t *testing.T) {
+// The modes are tests of their own: each level of parallel tests within parallel
+// tests waits in line behind all others once more, and these are the longest.
+func TestPubSub_GroupOrdered(t *testing.T)    { testPubSub(t, 0) }
+func TestPubSub_GroupConcurrent(t *testing.T) { testPubSub(t, 1) }
+func TestPubSub_FanOut(t *testing.T)          { testPubSub(t, 2) }
+
+func testPubSub(t *testing.T, mode int) {
 	t.Parallel()
-	for _, mode := range modes {
-		t.Run(mode.name, func(t *testing.T) {
-			t.Parallel()
-			features := mode.features
-			single, grouped := constructors(testserver.Addr(t), mode.grouped, mode.concurrency)
-			tests.TestPubSub(t, features, single, grouped)
-		})
-	}
+	m := modes[mode]
+	require.Equal(t, "TestPubSub_"+m.name, t.Name())
+	single, grouped := constructors(testserver.Addr(t), m.grouped, m.concurrency)
+	tests.TestPubSub(t, m.features, single, grouped)
 }
 
 // TestPubSubOldMessages is the one test of the suite that cannot run with a

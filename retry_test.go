@@ -283,6 +283,7 @@ func TestRetry_CountOutlivesTheSubscriber(t *testing.T) {
 // The delay is the redelivery's: while one message waits, the others are
 // handled; with MaxConcurrency 1 they wait too, for the order's sake.
 func TestRetry_DelayIsTheRedeliverys(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		concurrency int
 		want        []string
@@ -428,6 +429,7 @@ func TestRetry_PermanentThroughWatermillsRetry(t *testing.T) {
 }
 
 func TestRetry_Delays(t *testing.T) {
+	t.Parallel()
 	const d = 7 * time.Minute
 	for _, tt := range []struct {
 		name    string
@@ -709,6 +711,7 @@ func TestRetry_ConfigsLimitIsSeen(t *testing.T) {
 
 // Of several policies only the innermost one's hook is told, of its own delay.
 func TestRetry_InnermostDelayAndHook(t *testing.T) {
+	t.Parallel()
 	eachWayVirtually(t, func(t *testing.T, v *virtualServer, consume consumer) {
 		client := v.client()
 		defer client.Close()

@@ -53,9 +53,11 @@ func named(t testing.TB, change ...func(*redis.Options)) (*redis.Client, string)
 // at most, and take few more, the Publisher's on the same client included; each gets
 // its messages, idle or busy, and Close leaves nothing pending and no consumer behind.
 func TestThousandTopics(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // CLIENT LIST
 	for _, mode := range []string{"Group", "FanOut"} {
 		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
 			const n, each = 1000, 5
 			client, name := named(t)
 			config := grouped(client)
@@ -63,6 +65,9 @@ func TestThousandTopics(t *testing.T) {
 				config = goxstreams.SubscriberConfig{Client: client}
 			}
 			config.CloseTimeout = patience // after which consumers would stay
+			// With what newSubscriber fills in, a thousand idle topics ask the server
+			// 20,000 times a second: other tests had nothing left.
+			config.ClaimInterval = time.Second
 			sub := newSubscriber(t, config)
 			topics, channels := manyTopics(t, sub, n)
 			handled := newTally()
@@ -176,6 +181,7 @@ func TestBlockedTopicsDelayNoOther(t *testing.T) {
 	client := newClient(t)
 	config := grouped(client)
 	config.CloseTimeout = 100 * time.Millisecond
+	config.ClaimInterval = time.Second // nothing is claimed here
 	sub := newSubscriber(t, config)
 	topics, channels := manyTopics(t, sub, n)
 	t.Cleanup(func() { client.Del(context.Background(), topics...) })

@@ -391,6 +391,7 @@ func (l *life) requireWell(t testing.TB) {
 // TestRights_Sufficient: each feature works for a user with exactly the rights that
 // README names for it, on the topic's keys.
 func TestRights_Sufficient(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	admin := testserver.Client(t)
 	feature := func(name string, test func(t *testing.T)) {
@@ -592,6 +593,7 @@ func without(commands []string, command string) []string {
 // TestRights_Without: each right that is missing from the beginning has the effect
 // that README names, and none of them loses a message.
 func TestRights_Without(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	admin := testserver.Client(t)
 	all := allRights(t, admin)
@@ -668,6 +670,7 @@ func TestRights_Without(t *testing.T) {
 // goes on: nothing is lost, nothing dies that should not, no dead letter is stored
 // twice.
 func TestRights_TakenAway(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	admin := testserver.Client(t)
 	all := allRights(t, admin)

@@ -155,6 +155,7 @@ func (v *virtualServer) open(t *testing.T, client *redis.Client, config goxstrea
 const roundTrips = 50 * time.Millisecond
 
 func TestVirtualBackoff(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 4} {
 		virtually(t, func(t *testing.T, v *virtualServer) {
 			client := v.client()
@@ -188,6 +189,7 @@ func TestVirtualBackoff(t *testing.T) {
 
 // A wait frees the slot: with two slots, others are handled while one waits.
 func TestVirtualWaitFreesTheSlot(t *testing.T) {
+	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
 		client := v.client()
 		defer client.Close()
@@ -214,6 +216,7 @@ func TestVirtualWaitFreesTheSlot(t *testing.T) {
 // A lease is renewed every third of ClaimMinIdle, for as long as the handler
 // takes, and another consumer does not get the message meanwhile.
 func TestVirtualLease(t *testing.T) {
+	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
 		const minIdle = time.Minute
 		var renewals []time.Time
@@ -258,6 +261,7 @@ func TestVirtualLease(t *testing.T) {
 // What a dead consumer held comes within 4/3 ClaimMinIdle + 2 ClaimInterval,
 // not before 4/3 ClaimMinIdle (two sightings), with a count of one more.
 func TestVirtualTakeover(t *testing.T) {
+	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
 		const minIdle, interval = time.Minute, 2 * time.Second
 		client := v.client()
@@ -289,6 +293,7 @@ func TestVirtualTakeover(t *testing.T) {
 }
 
 func TestVirtualClose(t *testing.T) {
+	t.Parallel()
 	const timeout = 25 * time.Second // the default
 	inHand := func(t *testing.T, v *virtualServer) (*redis.Client, *goxstreams.Subscriber, *message.Message) {
 		client := v.client()
@@ -391,6 +396,7 @@ func requireReleased(t *testing.T, client *redis.Client, count int64) {
 // While Redis is away the subscription tries about once a second, says so once,
 // and goes on by itself.
 func TestVirtualOutage(t *testing.T) {
+	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
 		client := v.client()
 		defer client.Close()

@@ -37,7 +37,8 @@ const (
 )
 
 // parallelTests is the default of -parallel here: these tests mostly wait, so that it need not be the number of processors.
-const parallelTests = "8"
+// With 8, two processors have nothing to do for two thirds of the time.
+const parallelTests = "16"
 
 // Main is a package's TestMain. It runs the tests, ends the shared servers, checks that no goroutine is left (opts are further
 // exceptions) and exits. A test binary that starts itself again as a child must branch off before Main, or be given an address.
