@@ -199,8 +199,7 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 	case v == nil:
 		v = &verdict{delay: -1}
 	case v.fate == snoozed:
-		h.Next = count // its next delivery counts for this one
-		s.Again(h, v.delay)
+		s.Snooze(h, v.delay)
 		return
 	}
 

@@ -39,8 +39,7 @@ func RetryAfter(err error, d time.Duration) error {
 // Snooze marks an error: the message comes again after d, and this delivery does
 // not count, neither in Redis nor for any limit. That is for what is nobody's
 // failure: it is too early, or a service is known to be down. (With
-// MaxConcurrency 1 the topic waits meanwhile, as for every retry; and where the
-// process crashes meanwhile, that delivery counts.) A negative d is 0.
+// MaxConcurrency 1 the topic waits meanwhile, as for every retry.) A negative d is 0.
 // The text stays err's. nil stays nil.
 //
 // It needs Retry's or DeadLetter's middleware.

@@ -36,7 +36,8 @@ type position struct {
 	s    *Subscription
 	name string // in the stream's positions
 
-	denied bool // the right to say so is missing
+	denied    bool      // the right to say so is missing, or was, which was said
+	notBefore time.Time // it is tried again
 
 	mu     sync.Mutex
 	last   xstream.Mark      // the last entry that was read; at first StartID
@@ -66,13 +67,17 @@ func (p *position) begin(ctx context.Context, after string, info xstream.Info) {
 // say tells Redis that all up to the ID was read.
 func (p *position) say(ctx context.Context, id string) {
 	s := p.s
-	if p.denied {
+	if time.Now().Before(p.notBefore) {
 		return
 	}
 	ms, seq := xstream.SplitID(id)
 	id = fmt.Sprintf("%d-%d", ms, seq) // as scripts compare it
 	err := s.stream.SetPosition(ctx, p.name, id, positionTTL)
 	if redisx.IsDenied(err) || redisx.ReplyHas(err, "CROSSSLOT", "can't access non local key", "READONLY You can't write against a read only replica") {
+		p.notBefore = time.Now().Add(positionRest)
+		if p.denied {
+			return
+		}
 		p.denied = true
 		s.cfg.Log.Info("No right to say how far a fan-out has come; consumers with DeleteAcked may delete what it has not read: "+err.Error(), s.cfg.Fields)
 	}
@@ -230,7 +235,5 @@ func (p *position) survivor(ctx context.Context, was seen, now xstream.Info) (st
 
 // remove takes the position back.
 func (p *position) remove() {
-	if !p.denied {
-		_ = p.s.stream.RemovePosition(p.s.life.ctx, p.name)
-	}
+	_ = p.s.stream.RemovePosition(p.s.life.ctx, p.name)
 }

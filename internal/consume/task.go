@@ -10,6 +10,7 @@ import (
 
 	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
 // This file is what a Work can do with an entry.
@@ -113,6 +114,19 @@ func (s *Subscription) Drop(t *Task) { s.ledger.Remove(time.Now(), t.Entry) }
 // Again has the entry come again after the delay.
 func (s *Subscription) Again(t *Task, delay time.Duration) { s.schedule(t, false, delay) }
 
+// Snooze has the entry come again after the delay, with the count that it has: this
+// delivery does not count. It does not in Redis either from now on, so that a crash until
+// then, which counts one, leaves it as many as it had. (Where Redis does not answer, that
+// crash uses one up.)
+func (s *Subscription) Snooze(t *Task, delay time.Duration) {
+	count := t.Count()
+	if s.mode.deadLetters() && !s.IsClosing() {
+		_, _ = s.keeper.Recount(s.life.ctx, t.Entry, count-1)
+	}
+	t.Next = count
+	s.Again(t, delay)
+}
+
 // Aside has the entry come again after the delay, without holding up the order.
 func (s *Subscription) Aside(t *Task, delay time.Duration) { s.schedule(t, true, delay) }
 
@@ -213,12 +227,27 @@ func (s *Subscription) release(give []lease.Counted) {
 	now := time.Now()
 	s.ledger.Releasing(now, entries...)
 	if !s.isAbandoned() {
-		if err := s.mode.release(s.life.ctx, give); err != nil {
+		if err := s.tryRelease(give); err != nil {
 			s.cfg.Log.Error("Release failed; the messages come again when their leases have run out", err,
 				s.cfg.Fields.Add(watermill.LogFields{"entries": len(give)}))
 		}
 	}
 	s.ledger.Remove(now, entries...)
+}
+
+// releaseTries: after a cut each connection that lies in the pool fails once, and who waits
+// for the leases to run out waits long.
+const releaseTries = 5
+
+func (s *Subscription) tryRelease(give []lease.Counted) (err error) {
+	pause := backoff{}
+	for range releaseTries {
+		err = s.mode.release(s.life.ctx, give)
+		if err == nil || redisx.IsReply(err) || redisx.IsClosed(err) || !pause.wait(s.life.abandon) {
+			return err
+		}
+	}
+	return err
 }
 
 // releaseCount keeps a dead entry that could not be moved dead for whoever claims

@@ -67,9 +67,11 @@ func (k *Keeper) Probe(ctx context.Context) error {
 	return err
 }
 
-// consumerIsNew reports whether the group has come to know the consumer after it was
-// last active: then it is another group with the same name, or the consumer was removed.
-func (k *Keeper) consumerIsNew(ctx context.Context) (bool, error) {
+// consumerIsNew reports whether the group does not know the consumer, or has seen it take
+// nothing: then it is another group with the same name, or the consumer was removed. By
+// clocks it is also asked whether that was more than a second after the consumer was last
+// active, as far as is known here: an answer that was lost, or is late, looks like that too.
+func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error) {
 	active := k.progressNow().active
 	consumers, err := k.cfg.Stream.Consumers(ctx)
 	if redisx.IsDenied(err) {
@@ -77,7 +79,7 @@ func (k *Keeper) consumerIsNew(ctx context.Context) (bool, error) {
 	}
 	for _, c := range consumers {
 		if c.Name == k.cfg.Stream.Consumer {
-			return c.Inactive < 0 || c.Inactive+time.Second < time.Since(active), err
+			return c.Inactive < 0 || byClocks && c.Inactive+time.Second < time.Since(active), err
 		}
 	}
 	return true, err
@@ -91,46 +93,40 @@ func (k *Keeper) progressNow() progress {
 
 // beganAnew reports whether the stream is another one than that which was read: it
 // was deleted, and made again. Its IDs may be smaller than those of the old one, or
-// even the same. last is the greatest ID that it has.
-func (k *Keeper) beganAnew(ctx context.Context) (anew bool, last string, err error) {
+// even the same.
+func (k *Keeper) beganAnew(ctx context.Context) (anew bool, info xstream.Info, err error) {
 	p, s := k.progressNow(), k.cfg.Stream
-	info, err := s.Info(ctx)
+	info, err = s.Info(ctx)
 	if redisx.IsDenied(err) {
-		return false, "", nil
+		return false, xstream.Info{}, nil
 	}
 	if err != nil || p.read.ID == "" {
-		return false, info.Last, err
+		return false, info, err
 	}
 	e, err := s.Entry(ctx, p.read.ID)
 	switch {
 	case err != nil:
-		return false, "", err
+		return false, info, err
 	case e != nil:
-		return e.Mark() != p.read, info.Last, nil
+		return e.Mark() != p.read, info, nil
 	case xstream.CompareIDs(info.Last, p.read.ID) < 0: // or a failover has lost the last ones
 	case info.First == "0-0", xstream.CompareIDs(info.First, p.read.ID) > 0, xstream.CompareIDs(info.MaxDeleted, p.read.ID) >= 0:
-		return false, info.Last, nil // trimmed or deleted: nothing that is there was read
+		return false, info, nil // trimmed or deleted: nothing that is there was read
 	}
 	there, err := s.Has(ctx, p.older)
-	return !there && err == nil, info.Last, err
+	return !there && err == nil, info, err
 }
 
 // Regroup makes the group again after it was lost, and puts what is ours back into it.
 // Another consumer may be faster, or the loss was another server's.
 func (k *Keeper) Regroup(ctx context.Context) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	anew, last, err := k.beganAnew(ctx)
-	if err != nil {
+	if err := k.begin(ctx); err != nil {
 		return err
 	}
-	p := k.progressNow()
-	start := p.known
-	if read := p.read.ID; xstream.CompareIDs(read, start) > 0 {
-		start = read
-	}
-	if anew || start == "" || last != "" && xstream.CompareIDs(last, start) < 0 {
-		start = "0" // all that is in it is new, or may be
+	defer k.end()
+	anew, info, err := k.beganAnew(ctx)
+	if err != nil {
+		return err
 	}
 	if anew {
 		k.forgetAll(time.Now())
@@ -140,7 +136,15 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	} else if !xstream.GroupLost(err) && !redisx.IsDenied(err) {
 		return err
 	}
-	made, err := k.cfg.Stream.CreateGroup(ctx, start)
+	p := k.progressNow()
+	start := p.known
+	if read := p.read.ID; xstream.CompareIDs(read, start) > 0 {
+		start = read
+	}
+	if start == "" || info.Last != "" && xstream.CompareIDs(info.Last, start) < 0 {
+		start = "0" // all that is in it is new, or may be
+	}
+	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info)
 	if err != nil {
 		return err
 	}

@@ -45,15 +45,15 @@ type Keeper struct {
 	// Sums, for whoever counts.
 	Lost, GivenBack atomic.Int64
 
-	mu       sync.Mutex // one renewal, or repair of the group, at a time
-	partly   bool       // a repair has begun, and not ended: what is missing is to be put back
+	round    chan struct{} // holds one: one renewal, or repair of the group, at a time
+	partly   bool          // a repair has begun, and not ended: what is missing is to be put back
 	seen     sync.Mutex
 	progress progress // guarded by seen
 }
 
 // New returns a Keeper.
 func New(cfg Config) *Keeper {
-	k := &Keeper{cfg: cfg}
+	k := &Keeper{cfg: cfg, round: make(chan struct{}, 1)}
 	k.kept.Store(cfg.Deletes != xstream.DeleteNever) // by a process before this one
 	return k
 }
@@ -250,10 +250,25 @@ func (k *Keeper) entryFields(e *ledger.Entry) watermill.LogFields {
 	return k.cfg.Fields.Add(watermill.LogFields{"xid": e.ID, "deliveries": e.Count()})
 }
 
+// begin waits for its turn to renew, or to repair the group. It is a channel, and no mutex,
+// since a round waits for Redis.
+func (k *Keeper) begin(ctx context.Context) error {
+	select {
+	case k.round <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (k *Keeper) end() { <-k.round }
+
 // Renew renews what was not known to be ours for age.
 func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	if err := k.begin(ctx); err != nil {
+		return err
+	}
+	defer k.end()
 	if k.partly {
 		if err := k.restore(ctx); err != nil {
 			return err
@@ -302,7 +317,8 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 // Several go missing at once for no other reason while their leases are good. Of a single
 // one it is assumed as long as a handler has it: to put it back costs nothing then. So it
 // is if something was read since, which may be of the new group: better twice than never.
-// Else, and where leases may have run out, the server's memory of the consumer tells.
+// Else the server's memory of the consumer tells. Where leases may have run out others had
+// the right to take, and to settle: then only a group that never knew the consumer is another.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
 	missing, expired, sure := 0, false, false
 	for e, how := range others {
@@ -323,7 +339,7 @@ func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.
 	case !expired && (missing > 1 || sure):
 		return true, nil
 	}
-	return k.consumerIsNew(ctx)
+	return k.consumerIsNew(ctx, !expired)
 }
 
 // remade puts back what a consumer that did not know of it left out when it made the
@@ -348,34 +364,61 @@ type Counted struct {
 }
 
 // Release gives entries back, to whoever is quickest. What cannot be released is
-// claimed when its lease has run out.
+// claimed when its lease has run out. If the group was lost, they are put back into it
+// before.
 func (k *Keeper) Release(ctx context.Context, entries []Counted) error {
-	return k.assign(ctx, Released, entries, func(n int) { k.GivenBack.Add(int64(n)) })
+	given := func(n int) { k.GivenBack.Add(int64(n)) }
+	left, err := k.assign(ctx, Released, entries, given)
+	if len(left) == 0 || err != nil && !xstream.GroupLost(err) {
+		return err
+	}
+	if err != nil {
+		err = k.Regroup(ctx)
+	} else if isNew, asked := k.consumerIsNew(ctx, true); asked != nil || !isNew {
+		return asked // they were taken, or settled, elsewhere
+	}
+	if err != nil {
+		return err
+	}
+	for chunk := range slices.Chunk(left, xstream.MaxOwned) {
+		if _, err := k.cfg.Stream.Restore(ctx, counted(chunk)); err != nil {
+			return err
+		}
+	}
+	_, err = k.assign(ctx, Released, left, given)
+	return err
+}
+
+func counted(entries []Counted) []xstream.Counted {
+	all := make([]xstream.Counted, len(entries))
+	for i, c := range entries {
+		all[i] = xstream.Counted{ID: c.Entry.ID, Count: c.Count}
+	}
+	return all
 }
 
 // Abandon leaves an entry in our name, with the count given, until its lease runs out.
 func (k *Keeper) Abandon(ctx context.Context, e *ledger.Entry, count int64) error {
-	return k.assign(ctx, k.cfg.Stream.Consumer, []Counted{{e, count}}, func(int) {})
+	_, err := k.assign(ctx, k.cfg.Stream.Consumer, []Counted{{e, count}}, func(int) {})
+	return err
 }
 
-func (k *Keeper) assign(ctx context.Context, to string, entries []Counted, done func(int)) error {
+// assign gives entries to a consumer, and returns those that are not ours to give, or were
+// not asked for: Redis is away then, and the others would each wait for it too.
+func (k *Keeper) assign(ctx context.Context, to string, entries []Counted, done func(int)) (left []Counted, err error) {
+	entries = slices.DeleteFunc(slices.Clone(entries), func(c Counted) bool { return k.cfg.Ledger.IsGone(c.Entry) })
 	slices.SortFunc(entries, func(a, b Counted) int { return xstream.CompareIDs(a.Entry.ID, b.Entry.ID) })
-	var failure error
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
-		give := make([]xstream.Counted, 0, len(chunk))
+		given, failure := k.cfg.Stream.Assign(ctx, to, counted(chunk))
+		done(len(given))
 		for _, c := range chunk {
-			if !k.cfg.Ledger.IsGone(c.Entry) {
-				give = append(give, xstream.Counted{ID: c.Entry.ID, Count: c.Count})
+			if !given[c.Entry.ID] {
+				left = append(left, c)
 			}
 		}
-		if len(give) == 0 {
-			continue
-		}
-		given, err := k.cfg.Stream.Assign(ctx, to, give)
-		done(len(given))
-		if failure = errors.Join(failure, err); err != nil && !redisx.IsReply(err) {
-			return failure // Redis is away: the others would each wait for it too
+		if err = errors.Join(err, failure); failure != nil && !redisx.IsReply(failure) {
+			return left, err
 		}
 	}
-	return failure
+	return left, err
 }

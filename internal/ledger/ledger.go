@@ -155,6 +155,7 @@ type Ledger struct {
 
 	mu      sync.Mutex
 	clock   uint64 // counts what is learned of ownership
+	joined  uint64 // when something became ours last, by that
 	entries map[string]*Entry
 	strays  []*Entry // gone, in hand still, and their IDs used anew
 
@@ -216,6 +217,7 @@ func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (fx Effects, ok bool
 		return fx, false
 	}
 	l.clock++
+	l.joined = l.clock
 	for _, e := range entries {
 		if old := l.entries[e.ID]; old != nil && !old.gone && !old.lost.Load() && old.state != Candidate {
 			old.since = l.clock
@@ -282,7 +284,7 @@ func (l *Ledger) Claimed(sent time.Time, e *Entry) bool {
 	defer l.mu.Unlock()
 	l.clock++
 	if e.orphan = false; e.Owner != "" {
-		e.Owner, e.since = "", l.clock
+		e.Owner, e.since, l.joined = "", l.clock, l.clock
 	}
 	l.touch(sent, e)
 	return l.entries[e.ID] == e

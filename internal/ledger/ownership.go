@@ -105,10 +105,9 @@ func (l *Ledger) Missing(missing *Entry, expired time.Time, others []*Entry) (m 
 	for _, e := range others {
 		if e != missing && e.since <= missing.sure {
 			m.Taken = true
-		} else if e.since > missing.sure {
-			m.ReadOn = true
 		}
 	}
+	m.ReadOn = l.joined > missing.sure
 	m.Expired = missing.renewed.Before(expired)
 	return m
 }

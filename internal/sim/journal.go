@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -120,15 +121,18 @@ type logger struct {
 	journal *journal
 	name    string
 	fields  watermill.LogFields
+	verbose bool
 }
 
-// logger returns the process's logger: one that discards everything unless the journal is
-// to be printed.
+// logger returns the process's logger. It discards what is no error, unless the journal is to
+// be printed.
 func (s *simulation) logger(n *node) watermill.LoggerAdapter {
-	if !s.options.Verbose {
-		return watermill.NopLogger{}
-	}
-	return logger{&s.journal, fmt.Sprintf("%s.%d", n.name, n.life), nil}
+	return logger{&s.journal, fmt.Sprintf("%s.%d", n.name, n.life), nil, s.options.Verbose}
+}
+
+// logged reports whether the library has logged an error with these words.
+func (j *journal) logged(words string) bool {
+	return slices.ContainsFunc(j.lines, func(l line) bool { return strings.Contains(l.text, words) })
 }
 
 func (l logger) write(level, msg string, err error, fields watermill.LogFields) {
@@ -149,9 +153,20 @@ func (l logger) write(level, msg string, err error, fields watermill.LogFields) 
 func (l logger) Error(msg string, err error, fields watermill.LogFields) {
 	l.write("ERROR", msg, err, fields)
 }
-func (l logger) Info(msg string, fields watermill.LogFields)  { l.write("info", msg, nil, fields) }
-func (l logger) Debug(msg string, fields watermill.LogFields) { l.write("debug", msg, nil, fields) }
-func (logger) Trace(string, watermill.LogFields)              {}
+
+func (l logger) Info(msg string, fields watermill.LogFields) {
+	if l.verbose {
+		l.write("info", msg, nil, fields)
+	}
+}
+
+func (l logger) Debug(msg string, fields watermill.LogFields) {
+	if l.verbose {
+		l.write("debug", msg, nil, fields)
+	}
+}
+
+func (logger) Trace(string, watermill.LogFields) {}
 
 func (l logger) With(fields watermill.LogFields) watermill.LoggerAdapter {
 	l.fields = l.fields.Add(fields)

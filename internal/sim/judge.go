@@ -13,7 +13,7 @@ import (
 func (s *simulation) judge(w *watcher) Result {
 	w.trimmed()
 	result := Result{Schedule: s.schedule, Violations: s.complaints, Stats: Stats{
-		Seeds: 1, Virtual: s.elapsed(), Faults: make(map[string]int), Violations: make(map[string]int), Known: make(map[string]int),
+		Seeds: 1, Virtual: s.elapsed(), Faults: make(map[string]int), Violations: make(map[string]int),
 	}}
 	for _, f := range s.schedule.Faults {
 		result.Stats.Faults[f.Kind]++
@@ -41,10 +41,6 @@ func (s *simulation) judge(w *watcher) Result {
 			if s.excused(i, v) {
 				continue
 			}
-			if name := s.known(i, v); name != "" && !s.options.Strict {
-				result.Stats.Known[name]++
-				continue
-			}
 			result.Violations = append(result.Violations, Violation{g.Name, v})
 		}
 	}
@@ -63,7 +59,7 @@ func (s *simulation) judge(w *watcher) Result {
 func (s *simulation) excused(group int, v rules.Violation) bool {
 	switch v.Rule {
 	case rules.RuleInnocent:
-		return s.crashedLast(group, v)
+		return s.crashedLast(group, v) || rules.Nature(v.UUID) == closer && s.journal.logged("keeps a delivery that was not to count")
 	case rules.RuleLimit: // a closer is given up when CloseTimeout is over
 		nature := rules.Nature(v.UUID)
 		return (nature == snoozing || nature == closer) && !strings.Contains(v.Words, "was given delivery")
@@ -73,7 +69,7 @@ func (s *simulation) excused(group int, v rules.Violation) bool {
 		return slices.ContainsFunc(s.schedule.Faults, func(f Fault) bool { return f.Kind == "destroy group" && f.restart() == "0" })
 	case rules.RuleVanished: // the groups that are left ack for one that is lost
 		return s.schedule.Groups[0].DeleteAcked && len(s.schedule.Groups) > 1 && s.struck("")
-	case rules.RuleLost:
+	case rules.RuleLost, rules.RuleImmortal:
 		return s.endedSoon(group, v)
 	case rules.RuleSuspect:
 		return rules.Nature(v.UUID) == snoozing || slices.ContainsFunc(s.journal.lines, func(l line) bool {
@@ -100,13 +96,40 @@ func (s *simulation) endedSoon(group int, v rules.Violation) bool {
 		switch {
 		case l.Kind == rules.Injected && l.Strike.Group:
 			lost = l.Mono
-		case l.Kind == rules.Started && l.ID == v.ID && l.Topic == v.Topic:
+		case (l.Kind == rules.Started || l.Kind == rules.Delivered) && l.ID == v.ID && l.Topic == v.Topic:
 			holder = who
 		case (l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 && l.Mono-lost < s.schedule.Groups[group].ClaimMinIdle/2:
 			return true
 		}
 	}
 	return false
+}
+
+// regrouped reports whether nobody was given a message, by the doing of a process that had
+// read nothing of its topic when it made the group again: whether the stream is the one
+// that the group had been at is told by what was read.
+func (s *simulation) regrouped(group int, v rules.Violation) bool {
+	read := make(map[string]bool) // by lives
+	stored, regrouped := false, false
+	for _, l := range s.journal.lines {
+		who := fmt.Sprintf("%s.%d", l.Process, l.Life)
+		switch {
+		case l.text != "":
+			words, ok := strings.CutPrefix(l.text, "  ")
+			who, _, _ = strings.Cut(words, " ")
+			regrouped = regrouped || ok && stored && !read[who] && strings.Contains(l.text, "is made again") &&
+				strings.Contains(l.text, " topic="+v.Topic+" ") && !strings.HasSuffix(l.text, "start_id=0")
+		case l.Topic != v.Topic:
+		case l.Kind == rules.Stored:
+			stored = stored || l.ID == v.ID && l.UUID == v.UUID
+		case l.group == group && (l.Kind == rules.Delivered || l.Kind == rules.Started):
+			if l.ID == v.ID && stored {
+				return false
+			}
+			read[who] = true
+		}
+	}
+	return regrouped
 }
 
 // struck reports whether Redis lost something by a fault of that kind; "": of any.
@@ -133,66 +156,6 @@ func (s *simulation) crashedLast(group int, v rules.Violation) bool {
 		}
 	}
 	return crashes
-}
-
-// Weaknesses of the library that are known. They are counted, and fail nothing.
-const (
-	// A message that waits after a Snooze is pending as one that is being handled: a crash of
-	// its process uses a delivery, whoever was to blame, and nothing keeps others apart from it.
-	knownSnooze = "a snoozed message died of other messages' crashes"
-	// After XGROUP DELCONSUMER of a living consumer, what waits for its retry is taken for
-	// settled by others, once another command has made the consumer again.
-	knownDelConsumer = "XGROUP DELCONSUMER lost what waited for its retry"
-	// What a release that failed was to give back is not put back into a group that was lost.
-	knownRelease = "the group was lost and a Close could not give back"
-	// A group that was lost is looked at, and then made: a stream that begins anew in between
-	// gets the position of the old one.
-	knownRegroup = "a stream began anew while its group was made"
-	// Whether the group is another one is told by how long the consumer was inactive, by a clock
-	// that was set back. So it puts back what others have settled.
-	knownClock = "after a clock step back a consumer that was away put back what was settled"
-	// A right that was missing once is not asked for again.
-	knownPosition = "a fan-out without the right for once does not report its position any more"
-)
-
-// known returns the weakness that a violation comes of; "" if it is none of these.
-func (s *simulation) known(group int, v rules.Violation) string {
-	switch v.Rule {
-	case rules.RuleInnocent:
-		if rules.Nature(v.UUID) == snoozing {
-			return knownSnooze
-		}
-	case rules.RuleDeadTwice:
-		if slices.ContainsFunc(s.journal.lines, func(l line) bool {
-			return l.Kind == rules.Injected && l.Strike.Fault == "clock step" && !l.Strike.Local
-		}) {
-			return knownClock
-		}
-	case rules.RuleLost:
-		last, closing := s.lastRun(group, v)
-		switch {
-		case strings.HasPrefix(v.UUID, "plain-hand") && last.Kind == "":
-			return knownRegroup
-		case last.Kind == rules.Nacked && s.struck("delete consumer"):
-			return knownDelConsumer
-		case closing && s.struck("destroy group"):
-			return knownRelease
-		}
-	}
-	return ""
-}
-
-// lastRun returns how an entry's last run ended, and whether its process was closed.
-func (s *simulation) lastRun(group int, v rules.Violation) (last rules.Event, closing bool) {
-	for _, e := range s.journal.events(group) {
-		switch {
-		case e.Run > 0 && e.ID == v.ID && e.Topic == v.Topic:
-			last, closing = e, false
-		case e.Kind == rules.Closing && e.Process == last.Process && e.Life == last.Life:
-			closing = true
-		}
-	}
-	return last, closing
 }
 
 // rules returns what is promised to the group.
@@ -323,24 +286,19 @@ func (s *simulation) judgeFanOut(result *Result, events []rules.Event) {
 				if rules.Nature(uuid) == rules.Broken || got[subscription{sub.Process, sub.Life, sub.Topic}][uuid] {
 					continue
 				}
-				if s.lostRight() && !s.options.Strict {
-					result.Stats.Known[knownPosition]++
-				} else {
-					result.Violations = append(result.Violations, Violation{"fan-out", rules.Violation{
-						Rule: "missed", Topic: e.Topic, UUID: uuid, Process: sub.Process,
-						Words: fmt.Sprintf("published at %v, subscribed at %v", began[e.UUIDs[0]], sub.Mono),
-					}})
-				}
+				result.Violations = append(result.Violations, Violation{"fan-out", rules.Violation{
+					Rule: "missed", Topic: e.Topic, UUID: uuid, Process: sub.Process,
+					Words: fmt.Sprintf("published at %v, subscribed at %v", began[e.UUIDs[0]], sub.Mono),
+				}})
 			}
 		}
 	}
 }
 
-// lostRight reports whether writes were refused for want of a right, where DeleteAcked
-// depends on them.
+// DeleteAcked depends on them.
 func (s *simulation) lostRight() bool {
 	return s.schedule.Groups[0].DeleteAcked && slices.ContainsFunc(s.schedule.Faults, func(f Fault) bool {
-		return f.Kind == "refuse writes" && strings.HasPrefix(f.refusal(), "NOPERM")
+		return f.Kind == "refuse writes" && (strings.HasPrefix(f.refusal(), "NOPERM") || strings.HasPrefix(f.refusal(), "READONLY"))
 	})
 }
 

@@ -22,7 +22,6 @@ import (
 // Options are about what is told of a run; they change nothing in it.
 type Options struct {
 	Verbose bool // keep the library's log too
-	Strict  bool // what is known counts as a violation too
 }
 
 // A Result is what a run came to.
@@ -53,7 +52,6 @@ type Stats struct {
 	Crashes    int
 	Faults     map[string]int
 	Violations map[string]int
-	Known      map[string]int // violations of a kind that is known and open
 }
 
 // A simulation is one run.
@@ -104,7 +102,8 @@ func (s *simulation) run() Result {
 	defer cancel()
 	s.makeGroups()
 	watcher := s.newWatcher()
-	s.goes(watcher.run)
+	watched := make(chan struct{})
+	s.goes(func() { defer close(watched); watcher.run() })
 	s.start(ctx)
 	var faults sync.WaitGroup
 	for _, f := range s.schedule.Faults {
@@ -122,6 +121,7 @@ func (s *simulation) run() Result {
 	s.settle()
 	s.journal.add(everyGroup, rules.Event{Kind: rules.Settled})
 	close(s.settled)
+	<-watched
 	watcher.look()
 	s.endAll(func(string) bool { return true })
 	result := s.judge(watcher)

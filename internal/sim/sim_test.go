@@ -21,7 +21,6 @@ var (
 	from   = flag.Uint64("from", 1, "its first seed")
 	one    = flag.Uint64("seed", 0, "the only seed of TestSeeds; with -v it prints everything that happens")
 	shrink = flag.Int("shrink", 150, "how many runs a failing seed is shrunk with; 0: not at all")
-	strict = flag.Bool("strict", false, "let what is known fail")
 	keep   = flag.String("keep", "", "a directory for what happened in the seeds that fail")
 	leftIn = flag.String("without", "", "what the only seed is run without: faults/calls/consumers/producers, such as 1-3,5//2/")
 )
@@ -51,7 +50,7 @@ func parseWithout(text string) Without {
 // check runs a seed, and shrinks it if it breaks a rule.
 func check(t *testing.T, seed uint64, without Without, total *totals) {
 	schedule := without.Apply(Draw(seed))
-	result := runWatched(t, schedule, Options{Verbose: *one != 0 || *keep != "", Strict: *strict})
+	result := runWatched(t, schedule, Options{Verbose: *one != 0 || *keep != ""})
 	total.add(result.Stats)
 	if *one != 0 && testing.Verbose() {
 		fmt.Println(schedule.Describe())
@@ -73,11 +72,11 @@ func check(t *testing.T, seed uint64, without Without, total *totals) {
 	}
 	rule := result.Violations[0].Rule
 	out := Shrink(schedule, *shrink, func(s *Schedule) bool {
-		return slices.ContainsFunc(runWatched(t, s, Options{Strict: *strict}).Violations, func(v Violation) bool { return v.Rule == rule })
+		return slices.ContainsFunc(runWatched(t, s, Options{}).Violations, func(v Violation) bool { return v.Rule == rule })
 	})
 	less := out.Apply(schedule)
 	t.Logf("%q is broken by this too:\n{%q, %d, %#v},\n%s", rule, rule, seed, out, less.Describe())
-	last := runWatched(t, less, Options{Verbose: true, Strict: *strict})
+	last := runWatched(t, less, Options{Verbose: true})
 	t.Log("\n" + strings.Join(last.Journal, "\n"))
 	for _, v := range last.Violations {
 		t.Log(v)
@@ -110,7 +109,7 @@ func (s *totals) add(other Stats) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.Faults == nil {
-		s.Faults, s.Violations, s.Known = make(map[string]int), make(map[string]int), make(map[string]int)
+		s.Faults, s.Violations = make(map[string]int), make(map[string]int)
 	}
 	s.Seeds += other.Seeds
 	s.Virtual += other.Virtual
@@ -123,9 +122,6 @@ func (s *totals) add(other Stats) {
 	for kind, n := range other.Faults {
 		s.Faults[kind] += n
 	}
-	for name, n := range other.Known {
-		s.Known[name] += n
-	}
 	for rule, n := range other.Violations {
 		s.Violations[rule] += n
 	}
@@ -136,9 +132,6 @@ func (s *totals) print(t *testing.T) {
 		s.Seeds, s.Virtual.Hours(), s.Messages, s.Deliveries, s.Duplicates, s.Dead, s.Lost, s.Crashes)
 	for _, kind := range slices.Sorted(maps.Keys(s.Faults)) {
 		t.Logf("%6d times %s", s.Faults[kind], kind)
-	}
-	for _, name := range slices.Sorted(maps.Keys(s.Known)) {
-		t.Logf("%6d times, known: %s", s.Known[name], name)
 	}
 	for _, rule := range slices.Sorted(maps.Keys(s.Violations)) {
 		t.Logf("%6d VIOLATIONS of %q", s.Violations[rule], rule)

@@ -138,6 +138,43 @@ func (s *Stream) CreateGroup(ctx context.Context, start string) (made bool, err 
 	return err == nil, err
 }
 
+// createScript makes a group in a stream that is the one that was looked at, or has gone
+// on since.
+const createScript = `-- create
+local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
+if not info.err then
+  local is = {}
+  for i = 1, #info, 2 do is[info[i]] = info[i + 1] end
+  local function less(a, b)
+    local ams, aseq = string.match(a, '(%d+)-(%d+)')
+    local bms, bseq = string.match(b, '(%d+)-(%d+)')
+    if #ams ~= #bms then return #ams < #bms end
+    if ams ~= bms then return ams < bms end
+    if #aseq ~= #bseq then return #aseq < #bseq end
+    return aseq < bseq
+  end
+  local first = is['first-entry'] and is['first-entry'][1] or ARGV[4]
+  if less(is['last-generated-id'], ARGV[3]) or less(first, ARGV[4]) or (is['entries-added'] or 0) < tonumber(ARGV[5]) then
+    return redis.error_reply('CHANGED the stream began anew')
+  end
+elseif ARGV[3] ~= '0-0' then
+  return redis.error_reply('CHANGED the stream was deleted')
+end
+return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')`
+
+// CreateGroupAt makes the group as CreateGroup does, unless the stream has begun anew
+// since it was looked at: that is an error.
+func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info) (made bool, err error) {
+	if start == "0" || seen.Last == "" {
+		return s.CreateGroup(ctx, start)
+	}
+	_, err = s.eval(ctx, createScript, s.Group, start, seen.Last, seen.First, seen.Added)
+	if redisx.ReplyHas(err, "BUSYGROUP") {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // CreateConsumer makes the consumer known to the group. Before 7.2 one that waits
 // for its first entry is not.
 func (s *Stream) CreateConsumer(ctx context.Context) error {

@@ -248,6 +248,24 @@ func TestCutAll(t *testing.T) {
 	})
 }
 
+// What a client has sent is executed though it does not wait for the reply.
+func TestClientGoes(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *model.Server, _ *redis.Client) {
+		ours, theirs := net.Pipe()
+		s.Serve(theirs)
+		c := newRawClient(t, ours)
+		s.Freeze()
+		for _, id := range []string{"1-1", "2-1"} {
+			c.send("xadd", "s", id, "a", "b")
+			synctest.Wait()
+		}
+		require.NoError(t, ours.Close())
+		s.Thaw()
+		synctest.Wait()
+		require.EqualValues(t, 2, do(t, s, "xlen", "s"))
+	})
+}
+
 // A client that is gone gets nothing, and the next one in the queue does.
 func TestBlockedClientGoes(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *model.Server, client *redis.Client) {

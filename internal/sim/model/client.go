@@ -127,17 +127,21 @@ func (c *client) execute() {
 			}
 			c.s.leave()
 			if blocked != nil {
-				if _, err := c.conn.Write(out); err != nil {
-					return
-				}
+				c.write(out)
 				if out = blocked.wait(); out == nil {
 					return
 				}
 			}
-			if _, err := c.conn.Write(out); err != nil {
-				return
-			}
+			c.write(out)
 		}
+	}
+}
+
+// write leaves it to the reading side to notice that a client is gone: what it has sent
+// before is executed.
+func (c *client) write(out []byte) {
+	if len(out) > 0 {
+		_, _ = c.conn.Write(out)
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 )
 
 var (
-	sequences = flag.Int("sequences", 300, "how many random sequences of commands run on the model and on a real server")
+	sequences = flag.Int("sequences", 200, "how many random sequences of commands run on the model and on a real server")
 	firstSeed = flag.Uint64("seed", 1, "the first one's seed")
 )
 
@@ -191,7 +191,11 @@ func awaitMillisecond() {
 // blocked returns the answers to the blocked read, if both have come.
 func (d *duel) blocked(m, r *side, must bool) (got, want any, diff string) {
 	const soon, late = 2 * time.Millisecond, time.Second
-	want, answered := r.other.receiveWithin(soon)
+	wait := soon
+	if must {
+		wait = late
+	}
+	want, answered := r.other.receiveWithin(wait)
 	if answered || must {
 		got, ok := m.other.receiveWithin(late)
 		if !ok {

@@ -1,7 +1,6 @@
 package model
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -85,7 +84,7 @@ func (g *group) ack(id ID) bool {
 	return ok
 }
 
-func byName[T any](m map[string]T) []string { return slices.SortedFunc(maps.Keys(m), cmp.Compare) }
+func byName[T any](m map[string]T) []string { return slices.Sorted(maps.Keys(m)) }
 
 func findGroup(r *request, key, name string) (*stream, *group, error) {
 	s, err := value[stream](r.s, key)
@@ -111,25 +110,25 @@ func errSubSyntax(r *request) Error {
 }
 
 // groupOptions parses what may follow an ID.
-func groupOptions(r *request, create bool) (make bool, read int64, err error) {
+func groupOptions(r *request, create bool) (mkstream bool, read int64, err error) {
 	read = -1
 	for i := 5; i < len(r.args); i++ {
 		switch opt := strings.ToLower(r.args[i]); {
 		case create && opt == "mkstream":
-			make = true
+			mkstream = true
 		case opt == "entriesread" && i+1 < len(r.args):
 			i++
 			if read, err = parseInt(r.args[i]); err != nil {
-				return make, read, err
+				return mkstream, read, err
 			}
 			if read < -1 {
-				return make, read, Error("ERR value for ENTRIESREAD must be positive or -1")
+				return mkstream, read, Error("ERR value for ENTRIESREAD must be positive or -1")
 			}
 		default:
-			return make, read, errSubSyntax(r)
+			return mkstream, read, errSubSyntax(r)
 		}
 	}
-	return make, read, nil
+	return mkstream, read, nil
 }
 
 func xgroupCreate(r *request) any {

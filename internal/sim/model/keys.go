@@ -1,8 +1,6 @@
 package model
 
-import (
-	"strings"
-)
+import "strings"
 
 func exists(r *request) any {
 	n := int64(0)
@@ -26,7 +24,7 @@ func del(r *request) any {
 }
 
 func flushAll(r *request) any {
-	for key := range r.s.data.keys {
+	for _, key := range byName(r.s.data.keys) {
 		r.s.remove(key)
 	}
 	return status("OK")

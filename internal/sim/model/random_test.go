@@ -212,7 +212,7 @@ func (r random) wellFormed(version string) []string {
 	case 20, 21:
 		return words("xpending", r.stream(), r.group(), r.maybe("idle", pick(r, "5000", "15000", "0")), r.end("-"), r.end("+"), pick(r, "10", "10", r.number()), r.maybe(r.consumer()))
 	case 22, 23, 24:
-		return words("xclaim", r.stream(), r.group(), r.consumer(), pick(r, "0", "0", "5000", "15000", r.number()), r.ids(), r.claimOptions())
+		return words("xclaim", r.stream(), r.group(), r.consumer(), pick(r, "0", "0", "5000", "15000", "-1", "x"), r.ids(), r.claimOptions())
 	case 25:
 		return words("xgroup", "create", r.stream(), r.group(), pick(r, "$", "0", r.id()), r.maybe("mkstream"), pick(r, nil, nil, []string{"entriesread", r.number()}))
 	case 26:

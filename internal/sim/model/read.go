@@ -197,8 +197,8 @@ func (rd *read) entries(s *stream, after ID) entries {
 func (rd *read) deliver(s *stream, g *group) entries {
 	now := rd.s.now()
 	c := g.consumer(rd.consumer, now)
-	new := rd.entries(s, g.lastID)
-	for _, e := range new {
+	fresh := rd.entries(s, g.lastID)
+	for _, e := range fresh {
 		s.advance(g, e.id, rd.s.version)
 		if rd.noAck {
 			continue
@@ -213,7 +213,7 @@ func (rd *read) deliver(s *stream, g *group) entries {
 		}
 		c.active = now
 	}
-	return new
+	return fresh
 }
 
 // history delivers once more what is pending in the consumer's name.

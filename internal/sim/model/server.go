@@ -184,9 +184,10 @@ func (s *Server) CutAll() {
 }
 
 func (s *Server) cutAll() []*client {
-	cut := slices.Collect(maps.Values(s.clients))
-	for _, c := range cut {
-		s.drop(c)
+	var cut []*client
+	for _, id := range slices.Sorted(maps.Keys(s.clients)) {
+		cut = append(cut, s.clients[id])
+		s.drop(s.clients[id])
 	}
 	return cut
 }

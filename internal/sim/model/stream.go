@@ -85,8 +85,8 @@ type trimming struct {
 	limit  int64
 }
 
-// parseTrimming parses an option at args[i], and returns the next one's index; i if it
-// is no option of trimming.
+// parse parses the option at args[i], and returns the next one's index; i if it is no
+// option of trimming.
 func (t *trimming) parse(args []string, i int, limited *bool) (int, error) {
 	more := len(args) - 1 - i
 	if more == 0 {
@@ -250,15 +250,15 @@ func xadd(r *request) any {
 	if s.lastID == maxID {
 		return Error("ERR The stream has exhausted the last possible ID, unable to add more items")
 	}
-	new, ok := s.newID(id, seqGiven, now)
+	added, ok := s.newID(id, seqGiven, now)
 	if !ok {
 		return Error("ERR The ID specified in XADD is equal or smaller than the target stream top item")
 	}
-	s.add(new, slices.Clone(fields))
-	s.idmp.record(producer, iid, new, now)
+	s.add(added, slices.Clone(fields))
+	s.idmp.record(producer, iid, added, now)
 	s.trim(t)
 	r.s.signal(r.arg(1))
-	return new.String()
+	return added.String()
 }
 
 func (s *stream) newID(given *ID, seqGiven bool, now int64) (ID, bool) {

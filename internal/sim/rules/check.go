@@ -323,9 +323,9 @@ func (c *checker) forgotten(key entryKey) *Window {
 }
 
 func (c *checker) lastHolder(key entryKey, before time.Duration) (holder LifeID, seen bool) {
-	for _, r := range c.entries[key] {
-		if r.Start.Mono < before {
-			holder, seen = r.LifeID(), true
+	for _, e := range c.Events {
+		if (e.Kind == Started || e.Kind == Delivered) && e.ID == key.id && e.Topic == key.topic && e.Mono < before {
+			holder, seen = LifeID{e.Process, e.Life}, true
 		}
 	}
 	return holder, seen
@@ -440,7 +440,7 @@ func groups[K comparable](runs []*Run, key func(*Run) K) [][]*Run {
 func (c *checker) ascending(runs []*Run) {
 	var last *Run
 	for _, r := range runs {
-		if r.Start.Count != 1 {
+		if r.Start.Count != 1 || c.entries[r.key()][0] != r { // what was snoozed is handled with that count again
 			continue
 		}
 		if last != nil && CompareIDs(r.Start.ID, last.Start.ID) < 0 && !c.mayComeLate(last, r) {
