@@ -9,6 +9,7 @@ CONTAINER   ?= goxstreams-redis
 TESTFLAGS  ?=
 FUZZTIME   ?= 5s
 SEED       ?= 1
+SEEDS      ?= 1000
 FOR        ?= 2m
 DEPLOYMENT ?= single
 EXAMPLES   ?= $(patsubst _examples/%/go.mod,%,$(shell git ls-files '_examples/*/go.mod'))
@@ -21,7 +22,7 @@ GOLANGCI_LINT ?= go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v
 CLI = $(if $(findstring valkey,$(REDIS_IMAGE)),valkey-cli,redis-cli)
 
 .PHONY: up wait down build test test_v test_short test_race test_stress test_reconnect test_acl \
-	fmt check lint fuzz modules examples bench chaos ci update_watermill
+	fmt check lint fuzz modules examples bench sim chaos ci update_watermill
 
 up:
 	docker run -d --rm --name $(CONTAINER) -p 127.0.0.1:$(REDIS_PORT):6379 $(REDIS_IMAGE)
@@ -86,6 +87,9 @@ examples:
 # A quick look. benchmarks/README.md has the whole.
 bench:
 	go -C benchmarks run . -rounds 1 -size 0.1
+
+sim:
+	go -C internal/sim test -count=1 -timeout 0 -run TestSeeds . -seeds $(SEEDS)
 
 chaos:
 	go -C internal/chaos run . -seed $(SEED) -for $(FOR) -deployment $(DEPLOYMENT)

@@ -527,8 +527,8 @@ func TestRetry_SnoozeExhaustsNothing(t *testing.T) {
 }
 
 // A snoozed message has the count that it had before the delivery, for whoever
-// gets it next: by itself, and after Close, which releases it. Only where its
-// process dies while it waits, the delivery counts.
+// gets it next: by itself, after Close, which releases it, and after its process died
+// while it waited.
 func TestRetry_SnoozedCountInRedis(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // the embedded one counts renewals as deliveries

@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
@@ -583,6 +584,26 @@ func TestRights_Sufficient(t *testing.T) {
 			require.Empty(t, log.Errors())
 		}
 	})
+}
+
+// A fan-out that lacked the right to say how far it has come, for once, says so again as
+// soon as it may. Found by internal/sim: it never did.
+func TestRights_FanOutForOnce(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, log, client := topic(t), newLogRecorder(), newClient(t)
+	positions := topic + ".fanout{" + topic + "}"
+	var denied atomic.Int64
+	config := goxstreams.SubscriberConfig{Client: newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if isScript(cmd, "'HSET'") && denied.Add(1) == 1 {
+			return redisx.ReplyError("NOPERM User worker has no permissions to run the 'hset' command")
+		}
+		return next()
+	}})}
+	subscribe(t, newSubscriberLog(t, config, log), topic)
+	publish(t, client, topic, "x")
+	eventually(t, func() bool { return client.Exists(t.Context(), positions).Val() == 1 }, "it does not say how far it has come")
+	require.Len(t, logLinesWith(log.Infos(), "No right to say how far a fan-out has come"), 1)
 }
 
 // without returns the rights but for one.

@@ -315,3 +315,86 @@ func TestRenew_TrimmedAndTaken(t *testing.T) {
 	require.False(t, entries[3].Lost())
 	require.Equal(t, []string{"4-1"}, h.pending())
 }
+
+// XGROUP DELCONSUMER of a living consumer takes what waits for its retry away. What was read
+// since made the consumer again, and was acked: the group knows it well.
+func TestRenew_ConsumerDeletedAndReadOn(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1")
+	h.wait(h.read()...)
+	require.NoError(t, h.client.XGroupDelConsumer(t.Context(), h.stream.Key, "group", "holder").Err())
+	h.publish("2-1")
+	h.ledger.Acked(time.Now(), h.read()[0])
+	n, _, err := h.Ack(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.NoError(t, h.Renew(t.Context(), 0))
+	require.Equal(t, []string{"1-1"}, h.pending())
+}
+
+// A consumer that was away for longer than a lease, while others took and settled what it
+// had. That the server has seen it since, by a read the answer to which it has not seen,
+// makes the group no other one.
+func TestRenew_AnswerNotSeen(t *testing.T) {
+	h := newHolder(t, 50*time.Millisecond)
+	h.publish("1-1", "2-1")
+	waiting := h.read()
+	h.wait(waiting...)
+	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
+	time.Sleep(1200 * time.Millisecond) // away: a lease, and what consumerIsNew allows for
+	h.publish("3-1")
+	require.NoError(t, h.client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
+		Group: "group", Consumer: "holder", Streams: []string{h.stream.Key, ">"}, Block: -1,
+	}).Err())
+	require.NoError(t, h.Renew(t.Context(), 0))
+	require.Equal(t, []string{"3-1"}, h.pending(), "what was settled would come again")
+	require.True(t, waiting[0].Lost())
+}
+
+// What is given back is put back before, if the group was lost; not if it was settled.
+func TestRelease_GroupLost(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		happens  func(h *holder)
+		released int
+	}{
+		{"Nothing", func(*holder) {}, 3},
+		{"Destroyed", func(h *holder) {
+			require.NoError(h.t, h.client.XGroupDestroy(h.t.Context(), h.stream.Key, "group").Err())
+		}, 3},
+		{"MadeAnew", func(h *holder) { h.remake("$") }, 3},
+		{"ConsumerDeleted", func(h *holder) {
+			require.NoError(h.t, h.client.XGroupDelConsumer(h.t.Context(), h.stream.Key, "group", "holder").Err())
+		}, 3},
+		{"Settled", func(h *holder) {
+			require.NoError(h.t, h.client.XAck(h.t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
+		}, 1},
+		{"Taken", func(h *holder) {
+			require.NoError(h.t, h.client.XClaimJustID(h.t.Context(), &redis.XClaimArgs{
+				Stream: h.stream.Key, Group: "group", Consumer: "other", Messages: []string{"1-1", "3-1"},
+			}).Err())
+		}, 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newHolder(t, time.Minute)
+			h.publish("1-1", "2-1", "3-1")
+			var give []Counted
+			for i, e := range h.read() {
+				give = append(give, Counted{e, int64(i)})
+				h.ledger.Releasing(time.Now(), e)
+			}
+			test.happens(h)
+			require.NoError(t, h.Release(t.Context(), give))
+			rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 100, Released)
+			require.NoError(t, err)
+			require.Len(t, rows, test.released)
+			require.EqualValues(t, test.released, h.GivenBack.Load())
+			if test.released == 3 {
+				for i, row := range rows {
+					require.EqualValues(t, i, row.Count)
+				}
+			}
+			require.Empty(t, h.pending())
+		})
+	}
+}

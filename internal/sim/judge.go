@@ -288,13 +288,6 @@ func (s *simulation) judgeFanOut(result *Result, events []rules.Event) {
 	}
 }
 
-// DeleteAcked depends on them.
-func (s *simulation) lostRight() bool {
-	return s.schedule.Groups[0].DeleteAcked && slices.ContainsFunc(s.schedule.Faults, func(f Fault) bool {
-		return f.Kind == "refuse writes" && (strings.HasPrefix(f.refusal(), "NOPERM") || strings.HasPrefix(f.refusal(), "READONLY"))
-	})
-}
-
 // closedEarly reports whether the subscription ended before everything was settled.
 func (s *simulation) closedEarly(sub rules.Event, events []rules.Event) bool {
 	for _, e := range events {

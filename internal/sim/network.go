@@ -332,16 +332,16 @@ func (p *pipe) putLocked(b []byte) {
 
 // takeLocked reads what has arrived. If nothing has, it returns until when to wait at
 // most, if that is known.
-func (p *pipe) takeLocked(b []byte, now time.Time) (n int, err error, until time.Time) {
+func (p *pipe) takeLocked(b []byte, now time.Time) (n int, until time.Time, err error) {
 	if p.closed {
-		return 0, net.ErrClosed, until
+		return 0, until, net.ErrClosed
 	}
 	if !p.deadline.IsZero() && !now.Before(p.deadline) {
-		return 0, os.ErrDeadlineExceeded, until
+		return 0, until, os.ErrDeadlineExceeded
 	}
 	until = p.deadline
 	if len(p.queue) == 0 {
-		return 0, nil, until
+		return 0, until, nil
 	}
 	head := &p.queue[0]
 	reset := head.end != nil && head.end != io.EOF
@@ -352,14 +352,14 @@ func (p *pipe) takeLocked(b []byte, now time.Time) (n int, err error, until time
 			until = head.at
 		}
 	case head.end != nil:
-		return 0, head.end, until
+		return 0, until, head.end
 	default:
 		n = copy(b, head.data)
 		if head.data = head.data[n:]; len(head.data) == 0 {
 			p.queue = p.queue[1:]
 		}
 	}
-	return n, nil, until
+	return n, until, nil
 }
 
 func (p *pipe) read(b []byte) (int, error) {
@@ -368,7 +368,7 @@ func (p *pipe) read(b []byte) (int, error) {
 	}
 	for {
 		p.link.lane.mu.Lock()
-		n, err, until := p.takeLocked(b, time.Now())
+		n, until, err := p.takeLocked(b, time.Now())
 		p.link.lane.mu.Unlock()
 		if n > 0 || err != nil {
 			return n, err

@@ -297,3 +297,61 @@ func TestDeadLetter_Marks(t *testing.T) {
 	require.Equal(t, Settled, how, "it was not moved, and is not ours")
 	require.EqualValues(t, 152, client.XLen(t.Context(), dead).Val())
 }
+
+// A group is made again where it was, unless the stream has begun anew since it was looked
+// at.
+func TestCreateGroupAt(t *testing.T) {
+	testserver.RequireReal(t)
+	client := testserver.Client(t)
+	for _, test := range []struct {
+		name    string
+		before  []string // the stream's IDs when it is looked at
+		trim    string   // MINID
+		after   []string
+		deleted bool // in between
+		made    bool
+	}{
+		{name: "Same", before: []string{"1000-1", "1000-2"}, made: true},
+		{name: "Grown", before: []string{"1000-1", "1000-2"}, after: []string{"1000-3", "10000-1"}, made: true},
+		{name: "Trimmed", before: []string{"999-1", "1000-2"}, trim: "1000-2", made: true},
+		{name: "TrimmedEmpty", before: []string{"999-1", "1000-2"}, trim: "1000-3", made: true},
+		{name: "Deleted", before: []string{"1000-1"}, deleted: true},
+		{name: "SmallerLast", before: []string{"1000-1"}, deleted: true, after: []string{"999-1"}},
+		{name: "SmallerFirst", before: []string{"1000-1"}, deleted: true, after: []string{"999-1", "1001-1"}},
+		{name: "SmallerSequence", before: []string{"1000-10"}, deleted: true, after: []string{"1000-9", "1001-1"}},
+		{name: "Fewer", before: []string{"1000-1", "1000-2"}, deleted: true, after: []string{"2000-1"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
+			add := func(ids []string) {
+				for _, id := range ids {
+					require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: id, Values: []string{"a", "b"}}).Err())
+				}
+			}
+			add(test.before)
+			info, err := s.Info(t.Context())
+			require.NoError(t, err)
+			if test.deleted {
+				require.NoError(t, client.Del(t.Context(), s.Key).Err())
+			}
+			if test.trim != "" {
+				require.NoError(t, client.XTrimMinID(t.Context(), s.Key, test.trim).Err())
+			}
+			add(test.after)
+			made, err := s.CreateGroupAt(t.Context(), info.Last, info)
+			require.Equal(t, test.made, made)
+			if !test.made {
+				require.ErrorContains(t, err, "CHANGED")
+				require.Zero(t, client.Exists(t.Context(), s.Key).Val()-int64(min(1, len(test.after))), "nothing is made")
+				return
+			}
+			require.NoError(t, err)
+			group, err := s.GroupInfo(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, info.Last, group.LastDelivered)
+			made, err = s.CreateGroupAt(t.Context(), info.Last, info)
+			require.NoError(t, err)
+			require.False(t, made, "it is there")
+		})
+	}
+}
