@@ -435,9 +435,11 @@ func spoilDeadLetters(s *simulation, f Fault) func() {
 		return nil
 	}
 	s.do("HSET", key, "no", "stream")
-	return func() {
-		if s.do("TYPE", key) == "hash" {
-			s.do("DEL", key)
-		}
+	return func() { s.mendDeadLetters(f.Topic) }
+}
+
+func (s *simulation) mendDeadLetters(topic string) {
+	if key := goxstreams.DeadLetterTopic(topic); s.do("TYPE", key) == "hash" {
+		s.do("DEL", key)
 	}
 }

@@ -70,7 +70,7 @@ func (s *simulation) excused(group int, v rules.Violation) bool {
 	case rules.RuleVanished: // the groups that are left ack for one that is lost
 		return s.schedule.Groups[0].DeleteAcked && len(s.schedule.Groups) > 1 && s.struck("")
 	case rules.RuleLost, rules.RuleImmortal:
-		return s.endedSoon(group, v) || s.regrouped(group, v)
+		return s.endedSoon(group, v) || s.regrouped(group, v) || s.neverArrived(group, v)
 	case rules.RuleSuspect:
 		return rules.Nature(v.UUID) == snoozing || slices.ContainsFunc(s.journal.lines, func(l line) bool {
 			return l.Kind == rules.Started && rules.Nature(l.UUID) == snoozing && strings.Contains(v.Words, " "+l.ID+" ")
@@ -99,6 +99,23 @@ func (s *simulation) endedSoon(group int, v rules.Violation) bool {
 		case (l.Kind == rules.Started || l.Kind == rules.Delivered) && l.ID == v.ID && l.Topic == v.Topic:
 			holder = who
 		case (l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 && l.Mono-lost < s.schedule.Groups[group].ClaimMinIdle/2:
+			return true
+		}
+	}
+	return false
+}
+
+// neverArrived reports whether a message was in a reply that was cut, and its group was lost
+// before its holder had asked what that was.
+func (s *simulation) neverArrived(group int, v rules.Violation) bool {
+	delivered := time.Duration(-1)
+	for _, l := range s.journal.events(group) {
+		switch {
+		case l.Kind == rules.Started && l.ID == v.ID && l.Topic == v.Topic:
+			return false
+		case l.Kind == rules.Delivered && l.ID == v.ID && l.Topic == v.Topic:
+			delivered = l.Mono
+		case l.Kind == rules.Injected && l.Strike.Group && delivered >= 0 && s.troubled(delivered):
 			return true
 		}
 	}
@@ -144,11 +161,29 @@ func (s *simulation) crashedLast(group int, v rules.Violation) bool {
 		case l.Kind == rules.Ended || l.Kind == rules.Died:
 			crashes = true
 		case l.ID != v.ID || l.Topic != v.Topic || l.Count != last:
+		case l.Kind == rules.Nacked && rules.Nature(l.UUID) == snoozing && s.troubled(l.Mono): // Redis was not told of the Snooze
 		case l.Kind == rules.Nacked || l.Kind == rules.Closed: // an ack may not have arrived
 			return false // it came back from its last delivery
 		}
 	}
 	return crashes
+}
+
+// troubled reports whether a fault was under way.
+func (s *simulation) troubled(at time.Duration) bool {
+	open := make(map[int]bool)
+	for _, l := range s.journal.lines {
+		if l.Mono > at {
+			break
+		}
+		switch l.Kind {
+		case rules.Injected:
+			open[l.Strike.Number] = true
+		case rules.Healed:
+			delete(open, l.Strike.Number)
+		}
+	}
+	return len(open) > 0
 }
 
 // rules returns what is promised to the group.

@@ -112,6 +112,9 @@ func (s *simulation) run() Result {
 	}
 	time.Sleep(s.schedule.Load)
 	faults.Wait()
+	for _, topic := range s.schedule.Topics {
+		s.mendDeadLetters(topic) // a snapshot may have brought back what was mended
+	}
 	close(s.calm)
 	cancel()
 	for _, p := range s.order {

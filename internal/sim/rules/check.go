@@ -543,6 +543,9 @@ func (c *checker) limits() {
 			if r.Start.Count > most {
 				c.violate(RuleLimit, key, r.Start.UUID, "%s was given delivery %d; %d are allowed", r.Start.Process, r.Start.Count, most)
 			}
+			if c.leaseEnd(r) <= r.Start.Mono {
+				continue // it had been away, and had not noticed yet
+			}
 			if r.Ending != Closed {
 				handled++
 			}
