@@ -245,10 +245,12 @@ func (d DeadMessage) letter() []string {
 	return append(letter, deadFieldsField, packed)
 }
 
-// marks returns what the letter's metadata has in it, by which it can be found.
+// marks returns what the letter's metadata has in it, by which it can be found: the last
+// one says who has moved it.
 func (d DeadMessage) marks() []string {
 	return []string{
 		packPair(DeadEntryIDKey, d.EntryID), packPair(DeadGroupKey, d.Group), packPair(middleware.PoisonedTopicKey, d.Topic),
+		packPair(DeadConsumerKey, d.Consumer),
 	}
 }
 

@@ -176,7 +176,7 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 	if err == nil && how != xstream.Mine && how != xstream.Elsewhere && !unsure {
 		unsure = true
 		found := how
-		if id, how, err = k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, marks, letter); how != xstream.Mine {
+		if id, how, err = k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, marks, letter); how != xstream.Mine && how != xstream.Moved {
 			how = found // what the first one has changed
 		}
 	}
@@ -186,6 +186,9 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 	case err != nil:
 		k.cfg.Ledger.Moving(e, false)
 		return "", err
+	case how == xstream.Moved:
+		k.cfg.Ledger.Moved(e)
+		return "", nil
 	case how != xstream.Mine:
 		k.cfg.Ledger.Moving(e, false)
 		return "", k.refused(ctx, e, how)

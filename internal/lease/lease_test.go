@@ -398,3 +398,40 @@ func TestRelease_GroupLost(t *testing.T) {
 		})
 	}
 }
+
+// A move whose answer was lost, and which had not happened: another consumer has taken the
+// entry over and moved it since. That letter is not ours: who moved it tells OnDead.
+func TestMove_ByAnother(t *testing.T) {
+	for _, test := range []struct {
+		by     string
+		unsure bool
+	}{{"other", true}, {"other", false}, {"holder", true}, {"holder", false}} {
+		t.Run(fmt.Sprint(test.by, " unsure ", test.unsure), func(t *testing.T) {
+			h := newHolder(t, time.Minute)
+			h.publish("1-1")
+			e := h.read()[0]
+			letters := h.stream.Key + ".dead"
+			letter := func(consumer string) []string { return []string{"uuid", "1-1", "metadata", "entry:1-1 consumer:" + consumer} }
+			mover := *h.stream
+			if mover.Consumer = test.by; test.by != "holder" {
+				require.NoError(t, h.client.XClaimJustID(t.Context(), &redis.XClaimArgs{
+					Stream: h.stream.Key, Group: "group", Consumer: test.by, Messages: []string{"1-1"},
+				}).Err())
+			}
+			moved, how, err := mover.DeadLetter(t.Context(), letters, "1-1", xstream.DeleteNever, nil, letter(test.by))
+			require.NoError(t, err)
+			require.Equal(t, xstream.Mine, how)
+			id, err := h.Move(t.Context(), e, letters, test.unsure, []string{"entry:1-1", "consumer:holder"}, letter("holder"))
+			require.NoError(t, err)
+			if test.by == "holder" {
+				require.Equal(t, moved, id)
+			} else {
+				require.Empty(t, id)
+			}
+			require.EqualValues(t, 1, h.client.XLen(t.Context(), letters).Val())
+			require.False(t, h.ledger.Owned(e), "it would be put back")
+			require.NoError(t, h.Renew(t.Context(), 0))
+			require.Empty(t, h.pending())
+		})
+	}
+}

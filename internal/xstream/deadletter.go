@@ -54,8 +54,9 @@ func cut(args []any, values []string) []any {
 }
 
 // letterFunction looks in a dead-letter stream for the letter that was made of an entry:
-// one in whose metadata all of the marks are. It goes back from the end, over the last
-// 10,000, and not at all without the right to.
+// one in whose metadata all of the marks are. The last mark is the consumer's: without it
+// another one has moved the entry. It goes back from the end, over the last 10,000, and not
+// at all without the right to.
 const letterFunction = `
 local function letter(first, last)
   if last < first or denied('XREVRANGE', KEYS[2], '+', '-') then return nil end
@@ -64,8 +65,8 @@ local function letter(first, last)
     local rows = redis.call('XREVRANGE', KEYS[2], from, '-', 'COUNT', 100)
     for _, e in ipairs(rows) do
       local metadata, all = e[2][4] or '', true
-      for i = first, last do all = all and string.find(metadata, ARGV[i], 1, true) end
-      if all then return e[1] end
+      for i = first, last - 1 do all = all and string.find(metadata, ARGV[i], 1, true) end
+      if all then return e[1], string.find(metadata, ARGV[last], 1, true) and 'mine' or 'moved' end
     end
     if #rows < 100 then return nil end
     from = '(' .. rows[#rows][1]
@@ -79,10 +80,10 @@ end`
 // asked for before.
 const deadLetterScript = `-- dead-letter` + deniedFunction + standingFunction + joinFunction + letterFunction + `
 local id, me, by, marks = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local moved = letter(6, 5 + marks)
+local moved, by_whom = letter(6, 5 + marks)
 if moved then
   redis.call('XACK', KEYS[1], ARGV[1], id) -- it may have been put back
-  return {'mine', moved}
+  return {by_whom, moved}
 end
 local how = standing(id, me)
 if how ~= 'mine' then return {how} end

@@ -23,6 +23,7 @@ const (
 	Settled   Standing = "settled"   // it is not pending, though in the stream: acked, or the group was made anew
 	Trimmed   Standing = "trimmed"   // it was not in the stream, and is not pending any more
 	Gone      Standing = "gone"      // it is neither in the stream nor pending
+	Moved     Standing = "moved"     // another consumer has moved it to the dead-letter stream
 )
 
 // standingFunction says how an entry stands to a consumer, and returns its row of

@@ -484,7 +484,7 @@ func (c *checker) addedBefore(r *Run, at time.Duration) bool {
 // notOvertaken: after a nack nothing new is delivered to the subscription before the message itself.
 func (c *checker) notOvertaken(runs []*Run) {
 	for i, nacked := range runs {
-		if nacked.Ending != Nacked {
+		if nacked.Ending != Nacked || c.leaseEnd(nacked) <= nacked.Start.Mono {
 			continue
 		}
 		again := slices.IndexFunc(runs[i+1:], func(r *Run) bool { return r.Start.ID == nacked.Start.ID })
