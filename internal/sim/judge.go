@@ -98,28 +98,28 @@ func (s *simulation) endedSoon(group int, v rules.Violation) bool {
 			lost = l.Mono
 		case (l.Kind == rules.Started || l.Kind == rules.Delivered) && l.ID == v.ID && l.Topic == v.Topic:
 			holder = who
-		case (l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 && l.Mono-lost < s.schedule.Groups[group].ClaimMinIdle/2:
+		case (l.Kind == rules.Closing || l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 && l.Mono-lost < s.schedule.Groups[group].ClaimMinIdle/2:
 			return true
 		}
 	}
 	return false
 }
 
-// neverArrived reports whether a message was in a reply that was cut, and its group was lost
-// before its holder had asked what that was.
+// neverArrived reports whether a message may have been in a reply that was cut, when its
+// group was lost: its holder had not asked yet what that was.
 func (s *simulation) neverArrived(group int, v rules.Violation) bool {
-	delivered := time.Duration(-1)
+	published, lost := false, false
 	for _, l := range s.journal.events(group) {
 		switch {
 		case l.Kind == rules.Started && l.ID == v.ID && l.Topic == v.Topic:
 			return false
-		case l.Kind == rules.Delivered && l.ID == v.ID && l.Topic == v.Topic:
-			delivered = l.Mono
-		case l.Kind == rules.Injected && l.Strike.Group && delivered >= 0 && s.troubled(delivered):
-			return true
+		case l.Kind == rules.Publishing:
+			published = published || slices.Contains(l.UUIDs, v.UUID)
+		case l.Kind == rules.Injected && l.Strike.Group:
+			lost = lost || published && s.troubled(l.Mono)
 		}
 	}
-	return false
+	return lost
 }
 
 // regrouped reports whether nobody was given a message, because the group was made again
