@@ -1,10 +1,12 @@
 package sim
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
@@ -15,6 +17,7 @@ import (
 type kind struct {
 	name   string
 	server bool // it is about the server as a whole: one at a time
+	apart  bool // it is drawn for itself
 	hold   func(dice *rand.Rand, minIdle time.Duration) time.Duration
 	on     func(*Schedule, *rand.Rand) []string
 	not    func(*Schedule) bool // schedules that cannot have it
@@ -42,7 +45,7 @@ func atOnce(*rand.Rand, time.Duration) time.Duration { return 0 }
 func deletes(s *Schedule) bool { return s.Groups[0].DeleteAcked }
 
 func (s *Schedule) kinds() []kind {
-	return slices.DeleteFunc(allKinds(), func(k kind) bool { return k.not != nil && k.not(s) })
+	return slices.DeleteFunc(allKinds(), func(k kind) bool { return k.apart || k.not != nil && k.not(s) })
 }
 
 func kindOf(name string) kind {
@@ -89,6 +92,7 @@ func allKinds() []kind {
 		{name: "ack by hand", server: true, hold: atOnce, on: nobody, inject: ackByHand, not: deletes},
 		{name: "stranger", server: true, hold: atOnce, on: nobody, inject: stranger},
 		{name: "wrong dead-letter key", hold: times(0.2, 3), on: nobody, inject: spoilDeadLetters},
+		{name: "lose the answer to a move", apart: true, inject: ambush},
 	}
 }
 
@@ -290,11 +294,12 @@ func failOver(s *simulation, f Fault) func() {
 }
 
 // stepClock sets the server's clock. After a step back idle times are too short, by as
-// much, and so nobody takes over in time what dead processes left.
+// much, and so nobody takes over in time what dead processes left. What is held by the
+// living does not go by idle times.
 func stepClock(s *simulation, f Fault) func() {
 	steps := []time.Duration{-2 * time.Minute, -30 * time.Second, -time.Second, 5 * time.Second, time.Minute, 10 * time.Minute, time.Hour}
 	step := steps[f.Dice%uint64(len(steps))]
-	s.strike(f, everyGroup, rules.Effect{Local: step > 0})
+	s.strike(f, everyGroup, rules.Effect{Local: step > 0, Idle: step < 0})
 	s.wait(s.step(step))
 	return nil
 }
@@ -326,15 +331,7 @@ func smallerIDs(s *simulation, f Fault) func() {
 	deleteStream(s, f)
 	for i := range 1 + f.Dice%3 {
 		uuid := fmt.Sprintf("plain-hand-%d-%d", f.Number, i)
-		fields, err := goxstreams.DefaultMarshaler{}.Marshal(f.Topic, makeMessage(s.schedule.Seed, uuid, s.limits))
-		if err != nil {
-			panic(err)
-		}
-		args := []any{"XADD", f.Topic, fmt.Sprintf("%d-%d", f.Number, i+1)}
-		for _, name := range []string{goxstreams.UUIDHeaderKey, "metadata", "payload"} {
-			args = append(args, name, fields[name])
-		}
-		s.do(args...)
+		s.store(f.Topic, fmt.Sprintf("%d-%d", f.Number, i+1), makeMessage(s.schedule.Seed, uuid, s.limits))
 	}
 	return nil
 }
@@ -392,7 +389,7 @@ func deleteConsumer(s *simulation, f Fault) func() {
 			held[p.ID] = victim
 		}
 	}
-	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true, Held: held})
+	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true, Held: held, Keeps: true})
 	s.do("XGROUP", "DELCONSUMER", f.Topic, group, victim)
 	return nil
 }
@@ -405,7 +402,7 @@ func ackByHand(s *simulation, f Fault) func() {
 		return nil
 	}
 	p := pending[f.Dice%uint64(len(pending))]
-	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true, Held: map[string]string{p.ID: nobodys}})
+	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true, Held: map[string]string{p.ID: nobodys}, Keeps: true})
 	s.do("XACK", f.Topic, group, p.ID)
 	return nil
 }
@@ -417,7 +414,7 @@ func stranger(s *simulation, f Fault) func() {
 	if len(pending) == 0 {
 		return nil
 	}
-	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true})
+	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true, Keeps: true})
 	args := []any{"XCLAIM", f.Topic, group, theStranger, "0"}
 	for _, p := range pending[:1+f.Dice%uint64(len(pending))] {
 		args = append(args, p.ID)
@@ -441,5 +438,49 @@ func spoilDeadLetters(s *simulation, f Fault) func() {
 func (s *simulation) mendDeadLetters(topic string) {
 	if key := goxstreams.DeadLetterTopic(topic); s.do("TYPE", key) == "hash" {
 		s.do("DEL", key)
+	}
+}
+
+// ambush waits for a move to the topic's dead-letter stream, and has its answer get lost. At
+// once Redis forgets the consumer that has asked for it, or all that is pending: by what it
+// has nobody can tell what became of the entry.
+func ambush(s *simulation, f Fault) func() {
+	words := [][]byte{[]byte("-- dead-letter"), []byte("\n" + f.Topic + "\r"), []byte("\n" + s.schedule.Groups[f.Group].Name + "\r")}
+	var caught atomic.Bool
+	return s.network.influence(nil,
+		func(l *lane) {
+			l.set(func(l *lane) {
+				l.ambush = func(sent []byte) (spring func()) {
+					others := func(word []byte) bool { return !bytes.Contains(sent, word) }
+					if slices.ContainsFunc(words, others) || caught.Swap(true) {
+						return nil
+					}
+					return func() { s.goes(func() { s.forget(f, l.process, l.life) }) }
+				}
+			})
+		},
+		func(l *lane) { l.set(func(l *lane) { l.ambush = nil }) })
+}
+
+// forget removes a process's consumer, or makes the group anew where it was.
+func (s *simulation) forget(f Fault, process string, life int) {
+	group, held := s.schedule.Groups[f.Group].Name, make(map[string]string)
+	anew := f.Dice%2 == 0
+	for _, p := range s.pending(f.Topic, group) {
+		if by, number := parsePrefix(p.Consumer); anew || by == process && number == life {
+			held[p.ID] = p.Consumer
+		}
+	}
+	s.strike(f, f.Group, rules.Effect{Breaks: true, Loses: []string{f.Topic}, Group: true, Held: held, Keeps: true})
+	if anew {
+		at := s.delivered(f.Topic, group)
+		s.do("XGROUP", "DESTROY", f.Topic, group)
+		s.do("XGROUP", "CREATE", f.Topic, group, at)
+		return
+	}
+	for _, name := range s.consumers(f.Topic, group) {
+		if by, number := parsePrefix(name); by == process && number == life {
+			s.do("XGROUP", "DELCONSUMER", f.Topic, group, name)
+		}
 	}
 }

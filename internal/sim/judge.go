@@ -191,7 +191,7 @@ func (s *simulation) rules(g Group) rules.Rules {
 	r := rules.Rules{
 		ClaimMinIdle: g.ClaimMinIdle, ClaimInterval: g.ClaimInterval, MaxRetries: g.MaxRetries,
 		Topics: make(map[string]rules.Topic), CloseTimeout: g.CloseTimeout, CloseBound: closeBound,
-		Progress: &rules.Progress{Bound: bound, SuspectBound: 10 * time.Minute, Recovery: recovery},
+		Progress: &rules.Progress{Bound: bound, SuspectBound: s.suspectBound(g), Recovery: recovery},
 	}
 	if g.Mood.Hang+g.Mood.Close > 0 {
 		// What is in a hook that hangs when the Subscriber closes is not given back, but
@@ -202,6 +202,17 @@ func (s *simulation) rules(g Group) rules.Rules {
 		r.Topics[topic] = rules.Topic{Name: topic, MaxConcurrency: g.MaxConcurrency}
 	}
 	return r
+}
+
+// suspectBound is what a suspect may wait for: subscriptions that take nothing new for its
+// sake have patience for 5 s, and twice as long each time that it was not enough for the
+// handlers under way; in between others have their turn for as long.
+func (s *simulation) suspectBound(g Group) time.Duration {
+	longest := s.schedule.longest()
+	if g.Mood != (Mood{}) {
+		longest += longestHook
+	}
+	return min(10*longest+bound, 10*time.Minute)
 }
 
 const (

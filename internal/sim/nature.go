@@ -20,6 +20,7 @@ const (
 	panicky  = "panicky"  // panics at first
 	killer   = "killer"   // ends its process at first
 	closer   = "closer"   // closes its Subscriber, once
+	steady   = "steady"   // takes a second or two, as all do of its schedule
 )
 
 // A task is a message's payload: what its handler does. Counts are of deliveries: the
@@ -102,6 +103,8 @@ func makeTask(seed uint64, uuid string, l limits) task {
 		t.Hang, t.Work = true, between(dice, 2*l.minIdle, 6*l.minIdle)
 	case closer:
 		t.Close = true
+	case steady:
+		t.Work = between(dice, time.Second, 3*time.Second)
 	}
 	return t
 }

@@ -111,6 +111,7 @@ type lane struct {
 	opened   chan struct{} // closed while nothing is blocked
 	refused  int           // dials are refused
 	slowness int           // by which latency is multiplied
+	ambush   func(sent []byte) (spring func())
 	cuts     [points]float64
 	links    []*link
 	dials    int
@@ -132,6 +133,7 @@ type link struct {
 	dice *rand.Rand
 	up   *pipe // from the process to the server
 	down *pipe
+	trap func() // what happens when the next reply gets lost; nil: it need not
 }
 
 // A pipe is one direction of a link. Its lane's mutex guards it. It has one reader.
@@ -424,6 +426,9 @@ func (c *conn) Write(b []byte) (int, error) {
 
 // sendLocked writes commands, and may cut the connection before they have arrived.
 func (c *conn) sendLocked(b []byte) (int, error) {
+	if ambush := c.link.lane.ambush; ambush != nil && c.link.trap == nil {
+		c.link.trap = ambush(b)
+	}
 	if c.link.dice.Float64() >= c.link.lane.cuts[beforeCommand] {
 		c.out.putLocked(b)
 		return len(b), nil
@@ -443,6 +448,12 @@ func (c *conn) sendLocked(b []byte) (int, error) {
 
 // replyLocked writes a reply, and may cut the connection instead.
 func (c *conn) replyLocked(b []byte) (int, error) {
+	if c.link.trap != nil {
+		c.breakLocked()
+		c.link.trap()
+		c.link.trap = nil
+		return len(b), nil
+	}
 	switch x := c.link.dice.Float64(); {
 	case x < c.link.lane.cuts[beforeReply]:
 		c.breakLocked()

@@ -334,10 +334,13 @@ func (m *member) misbehave(ctx context.Context) error {
 	return nil
 }
 
+// longestHook is how long a function of the user's may hang.
+const longestHook = 6 * time.Second
+
 func (m *member) roll() (x float64, d time.Duration) {
 	m.diceMu.Lock()
 	defer m.diceMu.Unlock()
-	return m.dice.Float64(), between(m.dice, 0, 6*time.Second)
+	return m.dice.Float64(), between(m.dice, 0, longestHook)
 }
 
 // hang ignores its context: while the process works, for some time; when it closes, for

@@ -132,6 +132,8 @@ func Draw(seed uint64) *Schedule {
 	}
 	s.drawCalls(newDice(seed, "calls", 0))
 	s.drawFaults(newDice(seed, "faults", 0))
+	s.drawSteady(newDice(seed, "steady load", 0))
+	s.drawAmbushes(newDice(seed, "ambushes", 0))
 	return s
 }
 
@@ -285,6 +287,62 @@ func (s *Schedule) drawFaults(dice *rand.Rand) {
 		f.Number = len(s.Faults) + 1
 		s.Faults = append(s.Faults, f)
 	}
+}
+
+// drawSteady makes a few schedules ones in which every process has always work, none of it
+// long, and one of them dies: what it leaves has to come to its turn all the same.
+func (s *Schedule) drawSteady(dice *rand.Rand) {
+	if !chance(dice, 0.03) {
+		return
+	}
+	s.Load = 150 * time.Second
+	s.Topics, s.Groups, s.Producers = s.Topics[:1], s.Groups[:1], s.Producers[:1]
+	g := &s.Groups[0]
+	g.MaxConcurrency, g.MaxRetries = pick(dice, 20, 32), pick(dice, -1, -1, 1, 3)
+	g.ClaimMinIdle, g.ClaimInterval, g.Mood = 3*time.Second, time.Second, Mood{}
+	s.Consumers = []Consumer{s.Consumers[0], s.Consumers[0]}
+	s.Consumers[1].Number = 2
+	for i := range s.Consumers {
+		s.Consumers[i].Groups = []int{0}
+	}
+	s.Calls, s.Faults = nil, nil
+	for at := time.Second; at < s.Load; at += between(dice, 0, 300*time.Millisecond) {
+		number := len(s.Calls) + 1
+		s.Calls = append(s.Calls, Call{
+			Number: number, At: at, Producer: s.Producers[0].Number, Topic: s.Topics[0], UUIDs: []string{fmt.Sprintf("%s-%d", steady, number)},
+		})
+	}
+	for at := 10 * time.Second; at < s.Load/2; at += between(dice, 5*time.Second, 30*time.Second) {
+		s.Faults = append(s.Faults, Fault{
+			Number: len(s.Faults) + 1, Kind: "kill", At: at, Hold: between(dice, 0, 20*time.Second),
+			On: []string{s.Consumers[0].name()}, Topic: s.Topics[0], Dice: dice.Uint64(),
+		})
+	}
+}
+
+// drawAmbushes adds to a few schedules what chance hardly ever makes: that Redis forgets
+// who has what just when an answer was lost.
+func (s *Schedule) drawAmbushes(dice *rand.Rand) {
+	if !chance(dice, 0.06) || deletes(s) {
+		return
+	}
+	for at := between(dice, 0, 10*time.Second); at < s.Load; at += between(dice, 5*time.Second, 30*time.Second) {
+		s.Faults = append(s.Faults, Fault{
+			Number: len(s.Faults) + 1, Kind: "lose the answer to a move", At: at, Hold: between(dice, 5*time.Second, 20*time.Second),
+			Topic: pick(dice, s.Topics...), Group: s.leasedGroup(dice), Dice: dice.Uint64(),
+		})
+	}
+}
+
+// longest returns the longest time that a handler may take.
+func (s *Schedule) longest() (longest time.Duration) {
+	l := s.limits()
+	for _, c := range s.Calls {
+		for _, uuid := range c.UUIDs {
+			longest = max(longest, makeTask(s.Seed, uuid, l).Work)
+		}
+	}
+	return longest
 }
 
 func (s *Schedule) leasedGroup(dice *rand.Rand) int {

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/redis/go-redis/v9"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
@@ -19,6 +20,19 @@ func (s *simulation) do(args ...any) any {
 		s.t.Errorf("%v: %v", args, err)
 	}
 	return v
+}
+
+// store adds a message, with an ID of the administrator's.
+func (s *simulation) store(topic, id string, msg *message.Message) {
+	fields, err := goxstreams.DefaultMarshaler{}.Marshal(topic, msg)
+	if err != nil {
+		panic(err) // numbers only
+	}
+	args := []any{"XADD", topic, id}
+	for _, name := range []string{goxstreams.UUIDHeaderKey, "metadata", "payload"} {
+		args = append(args, name, fields[name])
+	}
+	s.do(args...)
 }
 
 func list(v any) []any {
@@ -73,6 +87,14 @@ func (s *simulation) delivered(topic, group string) string {
 		}
 	}
 	return ""
+}
+
+// consumers returns the names that the group knows.
+func (s *simulation) consumers(topic, group string) (names []string) {
+	for _, item := range list(s.do("XINFO", "CONSUMERS", topic, group)) {
+		names = append(names, text(list(item)[1]))
+	}
+	return names
 }
 
 // unread returns what the group was not given yet.

@@ -691,7 +691,7 @@ func (c *checker) suspect(r *Run) bool {
 // lostBetween tells whether Redis may have lost an ack or a move that happened by the first time, before the second one.
 func (c *checker) lostBetween(topic string, first, second time.Duration) bool {
 	return slices.ContainsFunc(c.Faults, func(w *Window) bool {
-		return w.loses(topic) && w.From <= second && w.To+late >= first
+		return w.loses(topic) && !w.Keeps && w.From <= second && w.To+late >= first
 	})
 }
 

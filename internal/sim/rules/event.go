@@ -98,6 +98,8 @@ type Effect struct {
 	Destroys bool `json:"destroys,omitempty"`
 	// Group: it is only the group that is lost, what was delivered and acked. The entries stay.
 	Group bool `json:"group,omitempty"`
+	// Keeps, of a group: how far it had got is not lost, so that nothing that is settled is delivered again.
+	Keeps bool `json:"keeps,omitempty"`
 	// Held is, of a group that is destroyed, the holder of each pending entry.
 	Held map[string]string `json:"held,omitempty"`
 
@@ -105,6 +107,8 @@ type Effect struct {
 	Local bool `json:"local,omitempty"`
 	// Ails are the topics whose server is not well while the fault lasts; none: all of them, unless it is Local or isolates.
 	Ails []string `json:"ails,omitempty"`
+	// Idle: idle times are wrong while it lasts. That holds up who takes over, and nobody else.
+	Idle bool `json:"idle,omitempty"`
 }
 
 // Everything stands for all topics in an Effect.

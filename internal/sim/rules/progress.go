@@ -81,6 +81,7 @@ type starvation struct {
 	ended     map[*Run]wait // by the run that began at its end
 	alone     map[string][]head
 	unwell    map[string][]Span
+	timeless  map[string][]Span // when its idle times may be wrong
 }
 
 func (c *checker) progress() {
@@ -89,7 +90,7 @@ func (c *checker) progress() {
 	}
 	s := &starvation{
 		checker: c, Progress: *c.Rules.Progress, consumers: make(map[string][]*consumer),
-		ended: make(map[*Run]wait), alone: make(map[string][]head), unwell: make(map[string][]Span),
+		ended: make(map[*Run]wait), alone: make(map[string][]head), unwell: make(map[string][]Span), timeless: make(map[string][]Span),
 	}
 	s.exact = slices.ContainsFunc(c.Events, func(e Event) bool { return e.Kind == Delivered })
 	s.indexConsumers()
@@ -159,11 +160,15 @@ func full(runs []*Run, slots int) []Span {
 	return spans
 }
 
-// indexFaults finds when each topic's server may not have been well.
+// indexFaults finds when each topic's server may not have been well, or not for all.
 func (s *starvation) indexFaults() {
 	for topic := range s.Rules.Topics {
 		for _, f := range s.Faults {
-			if f.ails(topic) {
+			switch {
+			case !f.ails(topic):
+			case f.Idle:
+				s.timeless[topic] = append(s.timeless[topic], f.Span)
+			default:
 				s.unwell[topic] = append(s.unwell[topic], f.Span)
 			}
 		}
@@ -214,7 +219,11 @@ func (s *starvation) judge(w wait) bool {
 	if w.To-w.due <= bound {
 		return false // as nearly all do
 	}
-	calm := without([]Span{{w.due, min(w.To, s.lossAfter(w))}}, extend(s.unwell[w.key.topic], s.Recovery+w.settle))
+	unwell := s.unwell[w.key.topic]
+	if w.holder == (LifeID{}) {
+		unwell = slices.Concat(unwell, s.timeless[w.key.topic])
+	}
+	calm := without([]Span{{w.due, min(w.To, s.lossAfter(w))}}, extend(unwell, s.Recovery+w.settle))
 	if !w.suspect {
 		calm = without(calm, others(s.alone[w.key.topic], w.key))
 	}

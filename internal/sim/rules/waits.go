@@ -288,7 +288,7 @@ func (w *wait) leave(at, promised time.Duration, why string) {
 func (t *story) closed(rest *wait, w wait, l *Life) {
 	promised, why := t.Rules.handover(), whyClosed
 	whole := []Span{{l.Closing, l.To}}
-	disturbed := len(intersect(whole, merge(slices.Clone(t.unwell[w.key.topic]), 0)))+len(intersect(whole, t.Away[w.holder.Process])) > 0
+	disturbed := len(intersect(whole, merge(slices.Concat(t.unwell[w.key.topic], t.timeless[w.key.topic]), 0)))+len(intersect(whole, t.Away[w.holder.Process])) > 0
 	if disturbed || l.Died != "" || l.Error != "" || l.Closing <= w.From && w.why != whyClosed {
 		promised, why = t.Rules.takeover(), whyEnded
 	}

@@ -1,0 +1,141 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/sim/model"
+)
+
+// Nobody can renew a lease while the server refuses writes, stands still, or is away for
+// everybody. All leases run out then, and the one who is the first to be served again
+// must not take what the others still have in hand.
+func TestNobodyIsRobbed(t *testing.T) {
+	for _, outage := range append(refusals, "freeze", "partition") {
+		for _, subscribers := range []int{4, 100} {
+			for _, minIdle := range []time.Duration{3 * time.Second, time.Minute} {
+				t.Run(fmt.Sprintf("%.10s/%d/%v", outage, subscribers, minIdle), func(t *testing.T) {
+					t.Parallel()
+					synctest.Test(t, func(t *testing.T) { survive(t, outage, subscribers, minIdle) })
+				})
+			}
+		}
+	}
+}
+
+// outageLengths are in halves of ClaimMinIdle.
+var outageLengths = []time.Duration{1, 2, 3, 4, 6}
+
+const (
+	// outageRepeats is how often there is an outage of each length, and outageRepeatsOfMany
+	// where 100 Subscribers would take too long for that: of an outage each is a try.
+	outageRepeats       = 20
+	outageRepeatsOfMany = 2
+	// outageHandlers hold a message each, from the beginning to the end.
+	outageHandlers = 100
+)
+
+// survive has outages while all messages are in hand.
+func survive(t *testing.T, outage string, subscribers int, minIdle time.Duration) {
+	s := &simulation{schedule: &Schedule{Latency: 200 * time.Microsecond}, t: t, server: model.New(model.Config{Version: model.Redis86})}
+	s.network = newNetwork(1, s.server.Serve)
+	h := &holders{t: t, held: make(map[string]string), end: make(chan struct{})}
+	ends := make([]func(), subscribers)
+	for i := range ends {
+		ends[i] = h.join(s, i, subscribers, minIdle)
+	}
+	for i := range outageHandlers {
+		s.store("orders", "*", message.NewMessage(fmt.Sprint(i), nil))
+	}
+	time.Sleep(minIdle)
+	assert.Len(t, h.held, outageHandlers)
+	repeats := outageRepeats
+	if subscribers > 4 {
+		repeats = outageRepeatsOfMany
+	}
+	for range repeats {
+		for _, length := range outageLengths {
+			heal := s.breakDown(outage)
+			time.Sleep(length * minIdle / 2)
+			heal()
+			time.Sleep(minIdle + 5*time.Second)
+		}
+	}
+	close(h.end)
+	synctest.Wait()
+	for _, end := range ends {
+		s.goes(end)
+	}
+	s.group.Wait()
+	time.Sleep(lingering)
+}
+
+// breakDown begins an outage, and returns what ends it.
+func (s *simulation) breakDown(outage string) (heal func()) {
+	switch outage {
+	case "freeze":
+		s.server.Freeze()
+		return s.server.Thaw
+	case "partition":
+		return s.network.influence(nil, (*lane).block, (*lane).unblock)
+	}
+	s.server.RefuseWrites(outage)
+	return func() { s.server.RefuseWrites("") }
+}
+
+// holders are handlers that take as long as the test.
+type holders struct {
+	t    *testing.T
+	end  chan struct{}
+	mu   sync.Mutex
+	held map[string]string // by entry: the consumer that has it
+}
+
+// join starts a Subscriber, which has slots for twice its share of the messages, and
+// returns what ends it.
+func (h *holders) join(s *simulation, number, of int, minIdle time.Duration) (end func()) {
+	n := s.newNode(fmt.Sprint("consumer-", number), 1, redis.Options{ReadTimeout: time.Second, DialTimeout: 2 * time.Second})
+	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
+		Client: n.client, ConsumerGroup: "billing", Consumer: n.prefix(), MaxConcurrency: 2 * outageHandlers / of,
+		ClaimMinIdle: minIdle, ClaimInterval: minIdle / 10,
+	}, nil)
+	require.NoError(h.t, err)
+	messages, err := sub.Subscribe(h.t.Context(), "orders")
+	require.NoError(h.t, err)
+	s.goes(func() {
+		for msg := range messages {
+			s.goes(func() { h.hold(msg) })
+		}
+	})
+	return func() { _ = sub.Close(); n.exit() }
+}
+
+// hold is the handler.
+func (h *holders) hold(msg *message.Message) {
+	d, _ := goxstreams.DeliveryFromContext(msg.Context())
+	h.mu.Lock()
+	if other, ok := h.held[d.ID]; ok || d.Count > 1 {
+		h.t.Errorf("%s has delivery %d of %s, which %s has", d.Consumer, d.Count, d.ID, other)
+	}
+	h.held[d.ID] = d.Consumer
+	h.mu.Unlock()
+	select {
+	case <-h.end:
+	case <-msg.Context().Done():
+		if cause := context.Cause(msg.Context()); errors.Is(cause, goxstreams.ErrLeaseLost) {
+			h.t.Errorf("%s: %v", d.Consumer, cause)
+		}
+	}
+	msg.Ack()
+}
