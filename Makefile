@@ -22,7 +22,7 @@ GOLANGCI_LINT ?= go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v
 CLI = $(if $(findstring valkey,$(REDIS_IMAGE)),valkey-cli,redis-cli)
 
 .PHONY: up wait down build test test_v test_short test_race test_stress test_reconnect test_acl \
-	fmt check lint fuzz modules examples bench sim chaos ci update_watermill
+	fmt tidy check lint fuzz modules examples bench sim chaos ci update_watermill
 
 up:
 	docker run -d --rm --name $(CONTAINER) -p 127.0.0.1:$(REDIS_PORT):6379 $(REDIS_IMAGE)
@@ -63,11 +63,14 @@ test_acl:
 fmt:
 	git ls-files -z '*.go' | xargs -0 gofmt -l -w
 
+tidy:
+	.ci/tidy
+
 check:
 	@test -z "$$(git ls-files -z '*.go' | xargs -0 gofmt -l | tee /dev/stderr)"
 	go vet ./...
 	$(STATICCHECK) ./...
-	go mod tidy -diff
+	.ci/tidy -diff .
 
 lint:
 	$(GOLANGCI_LINT) run ./...
@@ -78,7 +81,7 @@ fuzz:
 
 # Each module within this repository, or some: make modules MODULES=internal/interop
 modules:
-	set -e; for m in $(MODULES); do echo "== $$m"; (cd $$m && go mod tidy -diff && go vet ./... && $(STATICCHECK) ./... && \
+	set -e; for m in $(MODULES); do echo "== $$m"; .ci/tidy -diff $$m; (cd $$m && go vet ./... && $(STATICCHECK) ./... && \
 		go build -o /dev/null ./... && go test -race -timeout 5m ./...); done
 
 examples:
@@ -100,4 +103,4 @@ ci:
 
 update_watermill:
 	go get -u github.com/ThreeDotsLabs/watermill
-	go mod tidy
+	.ci/tidy
