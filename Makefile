@@ -12,17 +12,19 @@ SEED       ?= 1
 SEEDS      ?= 1000
 FOR        ?= 2m
 DEPLOYMENT ?= single
+VERSION    ?= v0.99.0
 EXAMPLES   ?= $(patsubst _examples/%/go.mod,%,$(shell git ls-files '_examples/*/go.mod'))
 MODULES    ?= $(patsubst %/go.mod,%,$(shell git ls-files '*/go.mod'))
 
 # One place says which version.
 STATICCHECK   ?= go run $(shell sed -n 's/^readonly STATICCHECK=//p' .ci/run)
+GOVULNCHECK   ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
 GOLANGCI_LINT ?= go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 CLI = $(if $(findstring valkey,$(REDIS_IMAGE)),valkey-cli,redis-cli)
 
 .PHONY: up wait down build test test_v test_short test_race test_stress test_reconnect test_acl \
-	fmt check lint fuzz modules examples bench sim chaos ci update_watermill
+	fmt tidy check lint vulnerabilities fuzz modules examples bench sim chaos ci release_dry update_watermill
 
 up:
 	docker run -d --rm --name $(CONTAINER) -p 127.0.0.1:$(REDIS_PORT):6379 $(REDIS_IMAGE)
@@ -63,11 +65,22 @@ test_acl:
 fmt:
 	git ls-files -z '*.go' | xargs -0 gofmt -l -w
 
+tidy:
+	.ci/tidy
+
 check:
 	@test -z "$$(git ls-files -z '*.go' | xargs -0 gofmt -l | tee /dev/stderr)"
 	go vet ./...
 	$(STATICCHECK) ./...
-	go mod tidy -diff
+	.ci/tidy -diff .
+
+# What users fetch. It asks Go's database of vulnerabilities, and so needs a network.
+vulnerabilities:
+	set -e; for m in . $(filter plugin/% cmd/%,$(MODULES)); do echo "== $$m"; go run -C $$m $(GOVULNCHECK) ./...; done
+
+# What .ci/run has as "release". VERSION is one that is never released, so that all is changed that a release changes.
+release_dry:
+	.ci/release $(VERSION) --dry-run
 
 lint:
 	$(GOLANGCI_LINT) run ./...
@@ -78,7 +91,7 @@ fuzz:
 
 # Each module within this repository, or some: make modules MODULES=internal/interop
 modules:
-	set -e; for m in $(MODULES); do echo "== $$m"; (cd $$m && go mod tidy -diff && go vet ./... && $(STATICCHECK) ./... && \
+	set -e; for m in $(MODULES); do echo "== $$m"; .ci/tidy -diff $$m; (cd $$m && go vet ./... && $(STATICCHECK) ./... && \
 		go build -o /dev/null ./... && go test -race -timeout 5m ./...); done
 
 examples:
@@ -100,4 +113,4 @@ ci:
 
 update_watermill:
 	go get -u github.com/ThreeDotsLabs/watermill
-	go mod tidy
+	.ci/tidy

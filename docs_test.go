@@ -163,3 +163,16 @@ func TestDocs_Faults(t *testing.T) {
 		require.True(t, all[n], "fault %d has no test", n)
 	}
 }
+
+// TestDocs_Copies: what the plugins have a copy of each, so as not to import what is internal
+// to the library, is the same in both. The library's own module does not hold them.
+func TestDocs_Copies(t *testing.T) {
+	if _, err := os.Stat("plugin"); os.IsNotExist(err) {
+		t.Skip("not in the repository")
+	}
+	prom, err := os.ReadFile("plugin/goxprom/internal/statswatch/statswatch.go")
+	require.NoError(t, err)
+	otel, err := os.ReadFile("plugin/goxotel/internal/statswatch/statswatch.go")
+	require.NoError(t, err)
+	require.Equal(t, string(prom), string(otel))
+}

@@ -3,12 +3,10 @@ module github.com/goxstreams/watermill-goxstreams/benchmarks
 
 go 1.26.0
 
-replace github.com/goxstreams/watermill-goxstreams => ../
-
 require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
 	github.com/ThreeDotsLabs/watermill-redisstream v1.4.5
-	github.com/goxstreams/watermill-goxstreams v0.0.0-00010101000000-000000000000
+	github.com/goxstreams/watermill-goxstreams v0.1.0
 	github.com/hibiken/asynq v0.26.0
 	github.com/redis/go-redis/v9 v9.23.0
 	github.com/stretchr/testify v1.12.1

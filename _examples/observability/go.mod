@@ -5,9 +5,9 @@ go 1.26.0
 require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
 	github.com/alicebob/miniredis/v2 v2.40.0
-	github.com/goxstreams/watermill-goxstreams v0.0.0
-	github.com/goxstreams/watermill-goxstreams/plugin/goxotel v0.0.0
-	github.com/goxstreams/watermill-goxstreams/plugin/goxprom v0.0.0
+	github.com/goxstreams/watermill-goxstreams v0.1.0
+	github.com/goxstreams/watermill-goxstreams/plugin/goxotel v0.1.0
+	github.com/goxstreams/watermill-goxstreams/plugin/goxprom v0.1.0
 	github.com/prometheus/client_golang v1.25.0
 	github.com/redis/go-redis/v9 v9.23.0
 	go.opentelemetry.io/otel v1.47.0
@@ -39,10 +39,4 @@ require (
 	go.uber.org/atomic v1.12.0 // indirect
 	golang.org/x/sys v0.49.0 // indirect
 	google.golang.org/protobuf v1.36.12 // indirect
-)
-
-replace (
-	github.com/goxstreams/watermill-goxstreams => ../..
-	github.com/goxstreams/watermill-goxstreams/plugin/goxotel => ../../plugin/goxotel
-	github.com/goxstreams/watermill-goxstreams/plugin/goxprom => ../../plugin/goxprom
 )

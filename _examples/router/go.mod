@@ -5,7 +5,7 @@ go 1.26.0
 require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
 	github.com/alicebob/miniredis/v2 v2.40.0
-	github.com/goxstreams/watermill-goxstreams v0.0.0
+	github.com/goxstreams/watermill-goxstreams v0.1.0
 	github.com/redis/go-redis/v9 v9.23.0
 )
 
@@ -21,5 +21,3 @@ require (
 	go.uber.org/atomic v1.12.0 // indirect
 	golang.org/x/sys v0.49.0 // indirect
 )
-
-replace github.com/goxstreams/watermill-goxstreams => ../..

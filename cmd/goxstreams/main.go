@@ -146,12 +146,14 @@ Redis Cluster is noticed.
 
 Exit codes: 0 all is done; 1 failed; 2 wrong arguments; 3 some dead letters could not be
 replayed or deleted, the others are; 130 interrupted.`,
+		Version:       version(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		PersistentPreRun: func(*cobra.Command, []string) {
 			a.began = true
 		},
 	}
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	flags := root.PersistentFlags()
 	flags.BoolVar(&a.json, "json", false, "one JSON object per line, for scripts")
 	a.conn.addTo(flags)

@@ -3,16 +3,11 @@ module github.com/goxstreams/watermill-goxstreams/internal/chaos
 
 go 1.26.0
 
-replace (
-	github.com/goxstreams/watermill-goxstreams => ../..
-	github.com/goxstreams/watermill-goxstreams/internal/sim => ../sim
-)
-
 require (
 	github.com/Shopify/toxiproxy/v2 v2.5.0
 	github.com/ThreeDotsLabs/watermill v1.5.2
-	github.com/goxstreams/watermill-goxstreams v0.0.0-00010101000000-000000000000
-	github.com/goxstreams/watermill-goxstreams/internal/sim v0.0.0-00010101000000-000000000000
+	github.com/goxstreams/watermill-goxstreams v0.1.0
+	github.com/goxstreams/watermill-goxstreams/internal/sim v0.1.0
 	github.com/redis/go-redis/v9 v9.23.0
 	github.com/rs/zerolog v1.28.0
 	github.com/stretchr/testify v1.12.1

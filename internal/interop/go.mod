@@ -6,7 +6,7 @@ go 1.26.0
 require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
 	github.com/ThreeDotsLabs/watermill-redisstream v1.4.5
-	github.com/goxstreams/watermill-goxstreams v0.0.0
+	github.com/goxstreams/watermill-goxstreams v0.1.0
 	github.com/prometheus/client_golang v1.23.2
 	github.com/redis/go-redis/v9 v9.23.0
 	github.com/stretchr/testify v1.12.1
@@ -86,5 +86,3 @@ require (
 	google.golang.org/appengine v1.6.8 // indirect
 	google.golang.org/protobuf v1.36.11 // indirect
 )
-
-replace github.com/goxstreams/watermill-goxstreams => ../..

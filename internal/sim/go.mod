@@ -3,11 +3,9 @@ module github.com/goxstreams/watermill-goxstreams/internal/sim
 
 go 1.26.0
 
-replace github.com/goxstreams/watermill-goxstreams => ../..
-
 require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
-	github.com/goxstreams/watermill-goxstreams v0.0.0-00010101000000-000000000000
+	github.com/goxstreams/watermill-goxstreams v0.1.0
 	github.com/redis/go-redis/v9 v9.23.0
 	github.com/stretchr/testify v1.12.1
 	github.com/yuin/gopher-lua v1.1.1

@@ -29,7 +29,7 @@ import (
 	"go.opentelemetry.io/otel/semconv/v1.43.0/messagingconv"
 	"go.opentelemetry.io/otel/trace"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
+	"github.com/goxstreams/watermill-goxstreams/plugin/goxotel/internal/statswatch"
 )
 
 // scope is the name of what makes the spans and metrics.

@@ -6,7 +6,7 @@ import (
 
 	"go.opentelemetry.io/otel/metric"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
+	"github.com/goxstreams/watermill-goxstreams/plugin/goxotel/internal/statswatch"
 )
 
 // A Source is a *goxstreams.Subscriber, or a *goxstreams.Consumer of any type.

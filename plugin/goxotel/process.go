@@ -13,7 +13,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
-	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
+	"github.com/goxstreams/watermill-goxstreams/plugin/goxotel/internal/statswatch"
 )
 
 type deliveryKey struct{}

@@ -12,7 +12,7 @@ import (
 	"go.opentelemetry.io/otel/semconv/v1.43.0/messagingconv"
 	"go.opentelemetry.io/otel/trace"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
+	"github.com/goxstreams/watermill-goxstreams/plugin/goxotel/internal/statswatch"
 )
 
 // Publisher returns a Publisher that sends copies of messages, with the trace's

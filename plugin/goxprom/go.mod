@@ -3,12 +3,10 @@ module github.com/goxstreams/watermill-goxstreams/plugin/goxprom
 
 go 1.26.0
 
-replace github.com/goxstreams/watermill-goxstreams => ../..
-
 require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
 	github.com/alicebob/miniredis/v2 v2.40.0
-	github.com/goxstreams/watermill-goxstreams v0.0.0
+	github.com/goxstreams/watermill-goxstreams v0.1.0
 	github.com/prometheus/client_golang v1.25.0
 	github.com/redis/go-redis/v9 v9.23.0
 	github.com/stretchr/testify v1.12.1

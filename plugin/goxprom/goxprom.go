@@ -16,7 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/statswatch"
+	"github.com/goxstreams/watermill-goxstreams/plugin/goxprom/internal/statswatch"
 )
 
 // A Source is a *goxstreams.Subscriber, or a *goxstreams.Consumer of any type.
