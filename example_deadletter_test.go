@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 
@@ -186,4 +187,44 @@ func ExampleNotFoundError() {
 		must(err)
 	}
 	// Output: 1 replayed, not there any more: [1700000000000-0]
+}
+
+// replaySince replays the dead letters of the group "billing" that died after an
+// outage began, and leaves the others where they are.
+func replaySince(ctx context.Context, client redis.UniversalClient, outage time.Time) error {
+	queue, err := goxstreams.NewDeadLetterQueue(client, goxstreams.DeadLetterTopic("orders"))
+	if err != nil {
+		return err
+	}
+	for dead, err := range queue.All(ctx, "") { // holds one page in memory
+		if err != nil {
+			return err
+		}
+		if dead.Group != "billing" || dead.DiedAt.Before(outage) {
+			continue
+		}
+		if _, err := queue.Replay(ctx, dead.ID); err != nil { // or Delete
+			return err
+		}
+	}
+	return nil
+}
+
+// After an outage: replay what died of it.
+func ExampleDeadLetterQueue_outage() {
+	client, stop := exampleClient()
+	defer stop()
+	ctx := context.Background()
+	exampleDeadLetters(client, "orders", "1 unicorn")
+	outage := time.Now()
+	exampleDeadLetters(client, "orders", "1 kettle")
+
+	must(replaySince(ctx, client, outage))
+	queue, err := goxstreams.NewDeadLetterQueue(client, goxstreams.DeadLetterTopic("orders"))
+	must(err)
+	for d, err := range queue.All(ctx, "") {
+		must(err)
+		fmt.Printf("left: %s\n", d.Message.Payload)
+	}
+	// Output: left: 1 unicorn
 }

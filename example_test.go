@@ -83,8 +83,8 @@ func ExamplePublisher_Publish() {
 	// 2 entries
 }
 
-// One server of the group gets each message. An error makes it come again, by
-// the Subscriber's Retry.
+// One consumer of the group gets each message. After an error it is redelivered, as
+// the Subscriber's Retry says.
 func ExampleNewSubscriber() {
 	client, stop := exampleClient() // redis.NewClient(&redis.Options{Addr: "localhost:6379"})
 	defer stop()
@@ -239,7 +239,7 @@ func Example_leaseLost() {
 		case errors.Is(cause, goxstreams.ErrLeaseLost):
 			fmt.Println("another consumer has it by now: leave everything as it is")
 		case errors.Is(cause, goxstreams.ErrSubscriberClosed):
-			fmt.Println("a shutdown: come to an end; it comes again, and this does not count")
+			fmt.Println("a shutdown: finish; the message is redelivered, and this does not count")
 		}
 		return msg.Context().Err()
 	}
@@ -249,7 +249,7 @@ func Example_leaseLost() {
 	cancel(goxstreams.ErrSubscriberClosed) // what Close does, a second before CloseTimeout
 	fmt.Println(handler(msg))
 	// Output:
-	// a shutdown: come to an end; it comes again, and this does not count
+	// a shutdown: finish; the message is redelivered, and this does not count
 	// context canceled
 }
 
@@ -283,23 +283,37 @@ func (p *unluckyPublisher) Publish(topic string, _ ...*message.Message) error {
 
 func (*unluckyPublisher) Close() error { return nil }
 
-// What has no answer is published again, with the same UUIDs, until it has one:
-// each is stored once. Here the server is not Redis 8.6.2, and says so.
+// publishOnce publishes the messages again, with the same UUIDs, until the outcome is
+// known. The Publisher needs Idempotence, and a Window above the limit.
+func publishOnce(ctx context.Context, publisher *goxstreams.Publisher, topic string, messages ...*message.Message) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute) // well within Window
+	defer cancel()
+	for {
+		err := publisher.Publish(topic, messages...)
+		if !errors.Is(err, goxstreams.ErrOutcomeUnknown) {
+			return err
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// A call whose outcome is unknown is repeated with the same UUIDs until it is known: Redis
+// stores each UUID once. The server of this example is not Redis 8.6.2, so that the error
+// is ErrUnsupported.
 func ExampleIdempotence() {
 	client, stop := exampleClient()
 	defer stop()
-	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
 		Client:      client,
-		Idempotence: &goxstreams.Idempotence{Window: time.Hour},
+		Idempotence: &goxstreams.Idempotence{Window: 10 * time.Minute},
 	}, nil)
 	must(err)
-	msg := message.NewMessage("order 4711", []byte("1 kettle"))
 
-	err = pub.Publish("orders", msg)
-	for began := time.Now(); errors.Is(err, goxstreams.ErrOutcomeUnknown) && time.Since(began) < 30*time.Minute; { // well within Window
-		time.Sleep(time.Second)
-		err = pub.Publish("orders", msg)
-	}
+	err = publishOnce(context.Background(), publisher, "orders", message.NewMessage("order 4711", []byte("1 kettle")))
 	fmt.Println("unsupported:", errors.Is(err, goxstreams.ErrUnsupported))
 	fmt.Println(client.XLen(context.Background(), "orders").Val(), "stored")
 	// Output:

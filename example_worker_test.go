@@ -18,10 +18,10 @@ type Order struct {
 	Quantity int
 }
 
-// Shop is a Worker: one method for the message, one for what is none, one for
-// what is dead.
+// Shop is a Worker: one method for the message, one for the malformed entry, one for
+// the dead message.
 type Shop struct {
-	done chan struct{} // gets one for each message that has come to its end
+	done chan struct{} // receives once for each message that is settled
 }
 
 func (s Shop) Process(ctx context.Context, msg goxstreams.Message[Order]) error {
@@ -31,7 +31,7 @@ func (s Shop) Process(ctx context.Context, msg goxstreams.Message[Order]) error 
 	}
 	fmt.Printf("shipped: %d x %s\n", msg.Body.Quantity, msg.Body.Article)
 	s.done <- struct{}{}
-	return nil // acked; after an error it comes again
+	return nil // acked; after an error it is redelivered
 }
 
 func (s Shop) ProcessBroken(ctx context.Context, broken goxstreams.BrokenMessage) error {
