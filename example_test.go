@@ -288,15 +288,17 @@ func (*unluckyPublisher) Close() error { return nil }
 func publishOnce(ctx context.Context, publisher *goxstreams.Publisher, topic string, messages ...*message.Message) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute) // well within Window
 	defer cancel()
+	unknown := false
 	for {
 		err := publisher.Publish(topic, messages...)
-		if !errors.Is(err, goxstreams.ErrOutcomeUnknown) {
+		unknown = unknown || errors.Is(err, goxstreams.ErrOutcomeUnknown)
+		if err == nil || !unknown { // stored, or certainly not
 			return err
 		}
 		select {
 		case <-time.After(time.Second):
 		case <-ctx.Done():
-			return err
+			return errors.Join(goxstreams.ErrOutcomeUnknown, err)
 		}
 	}
 }
