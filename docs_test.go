@@ -194,7 +194,7 @@ func readText(t *testing.T, path string) string {
 // prose returns a Markdown text without its blocks and spans of code.
 func prose(text string) string {
 	text = regexp.MustCompile("(?ms)^ *```.*?^ *```").ReplaceAllString(text, "")
-	text = regexp.MustCompile("(?m)^\\n(    .*\\n)+").ReplaceAllString(text, "\n") // not a list's second line
+	text = regexp.MustCompile(`(?m)^\n(    .*\n)+`).ReplaceAllString(text, "\n") // not a list's second line
 	return regexp.MustCompile("`[^`\n]*`").ReplaceAllString(text, "")
 }
 
