@@ -15,8 +15,8 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// exampleClient stands for redis.NewClient: a client of a Redis of its own, which
-// is embedded. stop closes both: the library leaves the client to whoever made it.
+// exampleClient stands for redis.NewClient: it returns a client of an embedded Redis of
+// its own. stop closes both, since the library does not close the client.
 func exampleClient() (client *redis.Client, stop func()) {
 	server, err := miniredis.Run()
 	must(err)
@@ -125,8 +125,8 @@ func ExampleNewSubscriber() {
 	// billed: 1 kettle
 }
 
-// Without a group a subscription gets every message, and nothing is stored about
-// it: to follow a topic, or here, to read one from its beginning.
+// Without a group a subscription receives every message, here from the beginning of the
+// topic, and stores nothing about it.
 func ExampleSubscriber_Subscribe_fanOut() {
 	client, stop := exampleClient()
 	defer stop()
@@ -147,7 +147,7 @@ func ExampleSubscriber_Subscribe_fanOut() {
 	// 1 kettle
 }
 
-// Stats costs no call to Redis. Its Err is what a readiness probe wants to know.
+// Stats makes no call to Redis. Its Err is for readiness probes.
 func ExampleSubscriber_Stats() {
 	client, stop := exampleClient()
 	defer stop()
@@ -170,8 +170,7 @@ func ExampleSubscriber_Stats() {
 	// Output: orders is fine: delivered 1, in flight 1, dead 0
 }
 
-// What Redis holds of a topic: how far behind the group is, what is pending, and
-// what is dead.
+// The state of a topic in Redis: the consumer lag, pending entries and dead letters.
 func ExampleSubscriber_TopicStats() {
 	client, stop := exampleClient()
 	defer stop()
@@ -226,8 +225,8 @@ func ExampleDeliveryFromContext() {
 	// the last try; the entry is 0s old
 }
 
-// A message whose holder may not be the only one any more: its context ends, and
-// the cause says why.
+// When another consumer may have the message, its context ends, and the cause says
+// why.
 func Example_leaseLost() {
 	handler := func(msg *message.Message) error {
 		select {
@@ -253,8 +252,8 @@ func Example_leaseLost() {
 	// context canceled
 }
 
-// Publish never sends twice what may have been stored. Whoever can live with a
-// second copy tries again; with the same UUID it can be told from the first.
+// Publish never resends messages that may have been stored. If a duplicate is
+// acceptable, publish again: it has the same UUID as the first.
 func ExampleErrOutcomeUnknown() {
 	publish := func(pub message.Publisher, topic string, msg *message.Message) error {
 		err := pub.Publish(topic, msg)
@@ -323,8 +322,8 @@ func ExampleIdempotence() {
 	// 0 stored
 }
 
-// What goxstreams writes and reads: the payload in a field "body". The metadata
-// goes where its WithCtxTransmmiter puts it.
+// The wire format of goxstreams: the payload in a field "body", the metadata in the
+// field that its WithCtxTransmmiter writes.
 func ExampleBodyMarshaler() {
 	client, stop := exampleClient()
 	defer stop()
@@ -357,7 +356,7 @@ func ExampleBodyMarshaler() {
 	// map[body:{"Total":7}]
 }
 
-// Entries that are no messages go to OnBroken. The topic goes on.
+// Malformed entries go to OnBroken. The topic continues.
 func ExampleSubscriberConfig_onBroken() {
 	client, stop := exampleClient()
 	defer stop()
@@ -391,7 +390,8 @@ func ExampleSubscriberConfig_onBroken() {
 	// 1 in the dead-letter stream
 }
 
-// OnDead is told of every death, whatever the reason: for an alert, or a metric.
+// OnDead is called for every dead message, whatever the reason: for an alert, or a
+// metric.
 func ExampleSubscriberConfig_onDead() {
 	client, stop := exampleClient()
 	defer stop()
@@ -424,7 +424,7 @@ func ExampleDeadLetterTopic() {
 	// {shop}.orders.dead
 }
 
-// The payload of a dead letter that was no message is its packed fields.
+// The payload of a malformed entry's dead letter is its packed fields.
 func ExampleUnpackFields() {
 	client, stop := exampleClient()
 	defer stop()
@@ -451,7 +451,7 @@ func ExampleUnpackFields() {
 	// Output: ["typed" "by hand"] <nil>
 }
 
-// Constructors name every mistake at once.
+// Constructors report every mistake at once.
 func ExampleNewSubscriber_mistakes() {
 	_, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
 		ConsumerGroup: "billing",
