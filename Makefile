@@ -58,7 +58,7 @@ test_stress:
 test_reconnect:
 	go test -timeout 10m -run 'Reconnect|Restart' .
 
-# As a user with the rights that README.md names, and no others.
+# As a user with the rights that docs/rights.md names, and no others.
 test_acl:
 	GOXSTREAMS_TEST_ACL=1 go test -timeout 10m $(TESTFLAGS) .
 

@@ -5,6 +5,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -175,4 +177,218 @@ func TestDocs_Copies(t *testing.T) {
 	otel, err := os.ReadFile("plugin/goxotel/internal/statswatch/statswatch.go")
 	require.NoError(t, err)
 	require.Equal(t, string(prom), string(otel))
+}
+
+// markdown returns the paths of all Markdown files of the repository.
+func markdown(t *testing.T) []string {
+	t.Helper()
+	var files []string
+	require.NoError(t, filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
+		if entry != nil && entry.IsDir() && entry.Name() == ".git" {
+			return filepath.SkipDir
+		}
+		if strings.HasSuffix(path, ".md") {
+			files = append(files, filepath.ToSlash(path))
+		}
+		return err
+	}))
+	require.Contains(t, files, "docs/README.md")
+	return files
+}
+
+// readText returns a file's text.
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	require.NoError(t, err)
+	return string(text)
+}
+
+// prose returns a Markdown text without its blocks and spans of code.
+func prose(text string) string {
+	text = regexp.MustCompile("(?ms)^ *```.*?^ *```").ReplaceAllString(text, "")
+	text = regexp.MustCompile(`(?m)^\n(    .*\n)+`).ReplaceAllString(text, "\n") // not a list's second line
+	return regexp.MustCompile("`[^`\n]*`").ReplaceAllString(text, "")
+}
+
+// anchors returns the anchors that GitHub gives to the headings of a Markdown text.
+func anchors(text string) map[string]bool {
+	text = regexp.MustCompile("(?ms)^ *```.*?^ *```").ReplaceAllString(text, "")
+	link := regexp.MustCompile(`\[([^\]]*)\]\([^)]*\)`)
+	dropped := regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+	all := make(map[string]bool)
+	for _, heading := range regexp.MustCompile(`(?m)^#+ +(.*?) *$`).FindAllStringSubmatch(text, -1) {
+		name := strings.ToLower(link.ReplaceAllString(heading[1], "$1"))
+		name = strings.ReplaceAll(dropped.ReplaceAllString(name, ""), " ", "-")
+		unique := name
+		for n := 1; all[unique]; n++ {
+			unique = fmt.Sprint(name, "-", n)
+		}
+		all[unique] = true
+	}
+	return all
+}
+
+// checkLink fails the test if a link in a file leads nowhere.
+func checkLink(t *testing.T, file, link string) {
+	t.Helper()
+	path, anchor, _ := strings.Cut(link, "#")
+	target := file
+	if path != "" {
+		target = filepath.Join(filepath.Dir(file), path)
+		_, err := os.Stat(target)
+		assert.NoError(t, err, "%s: the link %s leads nowhere", file, link)
+		if err != nil {
+			return
+		}
+	}
+	assert.False(t, strings.HasPrefix(filepath.ToSlash(target), "../"), "%s: the link %s leaves the repository", file, link)
+	if anchor != "" && strings.HasSuffix(target, ".md") {
+		assert.True(t, anchors(readText(t, target))[anchor], "%s: %s has no anchor #%s", file, target, anchor)
+	}
+}
+
+// TestDocs_Links: every relative link of a Markdown file leads to a file, a directory
+// or a heading.
+func TestDocs_Links(t *testing.T) {
+	link := regexp.MustCompile(`\]\(\s*([^)\s]+)\s*\)`)
+	links := 0
+	for _, file := range markdown(t) {
+		for _, match := range link.FindAllStringSubmatch(prose(readText(t, file)), -1) {
+			if strings.Contains(match[1], "://") || strings.HasPrefix(match[1], "mailto:") {
+				continue
+			}
+			links++
+			checkLink(t, file, match[1])
+		}
+	}
+	require.Greater(t, links, 150)
+}
+
+// TestDocs_Mentions: the pages and anchors that comments of the code name exist, from
+// the file's directory or from the root.
+func TestDocs_Mentions(t *testing.T) {
+	mention := regexp.MustCompile(`[\w./-]+\.md(#[\w-]+)?`)
+	mentions := 0
+	require.NoError(t, filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || filepath.Ext(path) != ".go" && entry.Name() != "Makefile" && filepath.Ext(path) != ".yaml" {
+			return err
+		}
+		for line := range strings.Lines(readText(t, path)) {
+			_, comment, ok := strings.Cut(line, "// ")
+			if filepath.Ext(path) != ".go" {
+				_, comment, ok = strings.Cut(line, "# ")
+			}
+			if !ok {
+				continue
+			}
+			for _, link := range mention.FindAllString(comment, -1) {
+				mentions++
+				page, _, _ := strings.Cut(link, "#")
+				from := path
+				if _, err := os.Stat(filepath.Join(filepath.Dir(path), page)); err != nil {
+					from = "."
+				}
+				checkLink(t, from, link)
+			}
+		}
+		return nil
+	}))
+	require.Greater(t, mentions, 10)
+}
+
+// TestDocs_Pages: README stays short, the index of docs names every page, and a long
+// page begins with a table of contents.
+func TestDocs_Pages(t *testing.T) {
+	require.Less(t, len(readText(t, "README.md")), 15_000, "README.md: move something to docs")
+	index := readText(t, "docs/README.md")
+	for _, file := range markdown(t) {
+		name, ok := strings.CutPrefix(file, "docs/")
+		if !ok || name == "README.md" {
+			continue
+		}
+		assert.Contains(t, index, "]("+name+")", "docs/README.md does not name the page")
+		text := readText(t, file)
+		if strings.Count(text, "\n") <= 60 || strings.Count(text, "\n## ") < 3 {
+			continue
+		}
+		top, _, _ := strings.Cut(text, "\n## ")
+		for anchor := range anchors(regexp.MustCompile("(?m)^###+ .*$|^# .*$").ReplaceAllString(text, "")) {
+			assert.Contains(t, top, "](#"+anchor+")", "%s: its table of contents lacks a section", file)
+		}
+	}
+}
+
+// TestDocs_GoBlocks: each block of Go in a Markdown file is a contiguous part of what the
+// comment above it names, `<!-- from: FILE NAME -->`: a file, or a function, a type or a
+// Type.Method in it. So it compiles. Blanks and line breaks do not count.
+func TestDocs_GoBlocks(t *testing.T) {
+	block := regexp.MustCompile("(?ms)^([^\n]*)\n```go\n(.*?)^```")
+	source := regexp.MustCompile(`^<!-- from: (\S+)(?: (\S+))? -->$`)
+	words := func(text string) string { return " " + strings.Join(strings.Fields(text), " ") + " " }
+	blocks := 0
+	for _, file := range markdown(t) {
+		text := readText(t, file)
+		found := block.FindAllStringSubmatch(text, -1)
+		assert.Equal(t, strings.Count(text, "```go"), len(found), "%s: a block of Go that begins in another way", file)
+		for _, match := range found {
+			blocks++
+			from := source.FindStringSubmatch(match[1])
+			if assert.NotNil(t, from, "%s: no comment says where this is from:\n%s", file, match[2]) {
+				assert.Contains(t, words(sourceOf(t, from[1], from[2])), words(match[2]), "%s: the block differs from %s %s", file, from[1], from[2])
+			}
+		}
+	}
+	require.Greater(t, blocks, 25)
+}
+
+// sourceOf returns the text of a Go file, or of one declaration in it with its comment.
+func sourceOf(t *testing.T, file, name string) string {
+	t.Helper()
+	text := readText(t, file)
+	if name == "" {
+		return text
+	}
+	set := token.NewFileSet()
+	parsed, err := parser.ParseFile(set, file, text, parser.ParseComments|parser.SkipObjectResolution)
+	require.NoError(t, err)
+	for _, declaration := range parsed.Decls {
+		start := declaration.Pos()
+		var named string
+		switch d := declaration.(type) {
+		case *ast.FuncDecl:
+			named = d.Name.Name
+			if d.Recv != nil {
+				named = receiver(d.Recv.List[0].Type) + "." + named
+			}
+			if d.Doc != nil {
+				start = d.Doc.Pos()
+			}
+		case *ast.GenDecl:
+			if spec, ok := d.Specs[0].(*ast.TypeSpec); ok {
+				named = spec.Name.Name
+			}
+			if d.Doc != nil {
+				start = d.Doc.Pos()
+			}
+		}
+		if named == name {
+			return text[set.Position(start).Offset:set.Position(declaration.End()).Offset]
+		}
+	}
+	require.Fail(t, "not found", "%s has no %s", file, name)
+	return ""
+}
+
+// receiver returns the name of a receiver's type.
+func receiver(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.StarExpr:
+		return receiver(e.X)
+	case *ast.IndexExpr:
+		return receiver(e.X)
+	case *ast.Ident:
+		return e.Name
+	}
+	return ""
 }

@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// exampleDeadLetters lets messages die in the group "billing".
+// exampleDeadLetters dead-letters messages in the group "billing".
 func exampleDeadLetters(client *redis.Client, topic string, payloads ...string) {
 	dead := make(chan struct{})
 	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
@@ -31,8 +32,7 @@ func exampleDeadLetters(client *redis.Client, topic string, payloads ...string) 
 	must(sub.Close())
 }
 
-// What to do with dead letters: look at them, replay what can succeed now, and
-// delete the rest.
+// Inspect dead letters, replay those that can succeed now, and delete the rest.
 func ExampleDeadLetterQueue() {
 	client, stop := exampleClient()
 	defer stop()
@@ -60,7 +60,7 @@ func ExampleDeadLetterQueue() {
 	// 0 left <nil>
 }
 
-// A page at a time, from where the last time ended.
+// Continue after the last dead letter that was seen.
 func ExampleDeadLetterQueue_All() {
 	client, stop := exampleClient()
 	defer stop()
@@ -72,7 +72,7 @@ func ExampleDeadLetterQueue_All() {
 		exampleDeadLetters(client, "orders", day+"'s kettle")
 		for d, err := range queue.All(ctx, last) {
 			if err != nil {
-				fmt.Println(err) // an entry that is no dead letter, or Redis is away
+				fmt.Println(err) // an entry that is not a dead letter, or Redis is unavailable
 				continue
 			}
 			fmt.Printf("%s: %s of group %s, %d delivery\n", day, d.Message.Payload, d.Group, d.Deliveries)
@@ -84,7 +84,7 @@ func ExampleDeadLetterQueue_All() {
 	// Tuesday: Tuesday's kettle of group billing, 1 delivery
 }
 
-// A replay is for the group in which the message died; its count begins anew.
+// A replay is for the group in which the message died; its retry count starts at 0.
 func ExampleDeadLetterQueue_Replay() {
 	client, stop := exampleClient()
 	defer stop()
@@ -115,7 +115,7 @@ func ExampleDeadLetterQueue_Replay() {
 	// 1 kettle, retry count 0
 }
 
-// For every group, whichever it died in.
+// A replay for every group, whichever the message died in.
 func ExampleDeadLetterQueue_ReplayToAll() {
 	client, stop := exampleClient()
 	defer stop()
@@ -163,8 +163,8 @@ func ExampleDeadLetterQueue_Delete() {
 	// Output: 2 deleted <nil>
 }
 
-// What somebody else has replayed or deleted meanwhile is no reason to stop: the
-// others are done all the same.
+// Dead letters that were replayed or deleted meanwhile are reported; all others are
+// replayed.
 func ExampleNotFoundError() {
 	client, stop := exampleClient()
 	defer stop()
@@ -186,4 +186,44 @@ func ExampleNotFoundError() {
 		must(err)
 	}
 	// Output: 1 replayed, not there any more: [1700000000000-0]
+}
+
+// replaySince replays the messages of the group "billing" that died after an outage
+// began, and leaves the other dead letters where they are.
+func replaySince(ctx context.Context, client redis.UniversalClient, outage time.Time) error {
+	queue, err := goxstreams.NewDeadLetterQueue(client, goxstreams.DeadLetterTopic("orders"))
+	if err != nil {
+		return err
+	}
+	for dead, err := range queue.All(ctx, "") { // holds one page in memory
+		if err != nil {
+			return err
+		}
+		if dead.Group != "billing" || dead.DiedAt.Before(outage) {
+			continue
+		}
+		if _, err := queue.Replay(ctx, dead.ID); err != nil { // or Delete
+			return err
+		}
+	}
+	return nil
+}
+
+// After an outage: replay the messages that died because of it.
+func ExampleDeadLetterQueue_outage() {
+	client, stop := exampleClient()
+	defer stop()
+	ctx := context.Background()
+	exampleDeadLetters(client, "orders", "1 unicorn")
+	outage := time.Now()
+	exampleDeadLetters(client, "orders", "1 kettle")
+
+	must(replaySince(ctx, client, outage))
+	queue, err := goxstreams.NewDeadLetterQueue(client, goxstreams.DeadLetterTopic("orders"))
+	must(err)
+	for d, err := range queue.All(ctx, "") {
+		must(err)
+		fmt.Printf("left: %s\n", d.Message.Payload)
+	}
+	// Output: left: 1 unicorn
 }

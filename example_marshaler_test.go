@@ -34,8 +34,8 @@ func (eventMarshaler) Unmarshal(values map[string]any) (*message.Message, error)
 	return msg, nil
 }
 
-// A custom marshaler decides what a stream's entries look like. One that was
-// written for watermill-redisstream (Marshaller, with a double l) fits as it is.
+// A custom marshaler determines the fields of a stream's entries. One that was written
+// for watermill-redisstream (Marshaller, with a double l) works unchanged.
 func ExampleMarshaler() {
 	var (
 		_ = goxstreams.PublisherConfig{Marshaler: eventMarshaler{}}
@@ -52,7 +52,7 @@ func ExampleMarshaler() {
 	// no data
 }
 
-// What watermill-redisstream writes, and reads.
+// The wire format of watermill-redisstream.
 func ExampleDefaultMarshaler() {
 	msg := message.NewMessage("0193-4711", []byte("1 kettle"))
 	msg.Metadata.Set("type", "OrderPlaced")

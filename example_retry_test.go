@@ -55,7 +55,7 @@ func ExampleRetry_Middleware() {
 	// billed: 1 kettle
 }
 
-// An order for what is not sold need not be tried again.
+// An order for an article that is not sold fails for good, without retries.
 func ExamplePermanent() {
 	client, stop := exampleClient()
 	defer stop()
@@ -80,7 +80,7 @@ func ExamplePermanent() {
 	// Output: permanent: no such article: 1 unicorn, after 1 delivery
 }
 
-// The other side says when to come again. The retry counts.
+// The server that was called says when to try again. The retry counts.
 func ExampleRetryAfter() {
 	client, stop := exampleClient()
 	defer stop()
@@ -109,7 +109,7 @@ func ExampleRetryAfter() {
 	// retry 1
 }
 
-// Nobody has failed: it is too early. To come again later uses no retry up.
+// It is too early, which is not a failure: a Snooze uses up no retry.
 func ExampleSnooze() {
 	client, stop := exampleClient()
 	defer stop()
@@ -137,8 +137,8 @@ func ExampleSnooze() {
 	// Output: billed, retry 0
 }
 
-// Dead letters elsewhere: Watermill's PoisonQueue outside of Retry gets what is
-// dead, and nothing else.
+// Dead letters elsewhere: Watermill's PoisonQueue outside of Retry receives dead
+// messages only.
 func ExampleIsDead() {
 	client, stop := exampleClient()
 	defer stop()
@@ -178,7 +178,7 @@ func ExampleIsDead() {
 	// 1 kettle: the bank does not answer
 }
 
-// What goes to the dead-letter stream at once, and to which.
+// An error that is dead-lettered at once, to a stream of its own.
 func ExampleDeadLetter_Middleware() {
 	client, stop := exampleClient()
 	defer stop()

@@ -15,8 +15,8 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// exampleClient stands for redis.NewClient: a client of a Redis of its own, which
-// is embedded. stop closes both: the library leaves the client to whoever made it.
+// exampleClient stands for redis.NewClient: it returns a client of an embedded Redis of
+// its own. stop closes both, since the library does not close the client.
 func exampleClient() (client *redis.Client, stop func()) {
 	server, err := miniredis.Run()
 	must(err)
@@ -83,8 +83,8 @@ func ExamplePublisher_Publish() {
 	// 2 entries
 }
 
-// One server of the group gets each message. An error makes it come again, by
-// the Subscriber's Retry.
+// One consumer of the group gets each message. After an error it is redelivered, as
+// the Subscriber's Retry says.
 func ExampleNewSubscriber() {
 	client, stop := exampleClient() // redis.NewClient(&redis.Options{Addr: "localhost:6379"})
 	defer stop()
@@ -125,8 +125,8 @@ func ExampleNewSubscriber() {
 	// billed: 1 kettle
 }
 
-// Without a group a subscription gets every message, and nothing is stored about
-// it: to follow a topic, or here, to read one from its beginning.
+// Without a group a subscription receives every message, here from the beginning of the
+// topic, and stores nothing about it.
 func ExampleSubscriber_Subscribe_fanOut() {
 	client, stop := exampleClient()
 	defer stop()
@@ -147,7 +147,7 @@ func ExampleSubscriber_Subscribe_fanOut() {
 	// 1 kettle
 }
 
-// Stats costs no call to Redis. Its Err is what a readiness probe wants to know.
+// Stats makes no call to Redis. Its Err is for readiness probes.
 func ExampleSubscriber_Stats() {
 	client, stop := exampleClient()
 	defer stop()
@@ -170,8 +170,7 @@ func ExampleSubscriber_Stats() {
 	// Output: orders is fine: delivered 1, in flight 1, dead 0
 }
 
-// What Redis holds of a topic: how far behind the group is, what is pending, and
-// what is dead.
+// The state of a topic in Redis: the consumer lag, pending entries and dead letters.
 func ExampleSubscriber_TopicStats() {
 	client, stop := exampleClient()
 	defer stop()
@@ -226,8 +225,8 @@ func ExampleDeliveryFromContext() {
 	// the last try; the entry is 0s old
 }
 
-// A message whose holder may not be the only one any more: its context ends, and
-// the cause says why.
+// When another consumer may have the message, its context ends, and the cause says
+// why.
 func Example_leaseLost() {
 	handler := func(msg *message.Message) error {
 		select {
@@ -239,7 +238,7 @@ func Example_leaseLost() {
 		case errors.Is(cause, goxstreams.ErrLeaseLost):
 			fmt.Println("another consumer has it by now: leave everything as it is")
 		case errors.Is(cause, goxstreams.ErrSubscriberClosed):
-			fmt.Println("a shutdown: come to an end; it comes again, and this does not count")
+			fmt.Println("a shutdown: finish; the message is redelivered, and this does not count")
 		}
 		return msg.Context().Err()
 	}
@@ -249,12 +248,12 @@ func Example_leaseLost() {
 	cancel(goxstreams.ErrSubscriberClosed) // what Close does, a second before CloseTimeout
 	fmt.Println(handler(msg))
 	// Output:
-	// a shutdown: come to an end; it comes again, and this does not count
+	// a shutdown: finish; the message is redelivered, and this does not count
 	// context canceled
 }
 
-// Publish never sends twice what may have been stored. Whoever can live with a
-// second copy tries again; with the same UUID it can be told from the first.
+// Publish never resends messages that may have been stored. If a duplicate is
+// acceptable, publish again: it has the same UUID as the first.
 func ExampleErrOutcomeUnknown() {
 	publish := func(pub message.Publisher, topic string, msg *message.Message) error {
 		err := pub.Publish(topic, msg)
@@ -283,23 +282,39 @@ func (p *unluckyPublisher) Publish(topic string, _ ...*message.Message) error {
 
 func (*unluckyPublisher) Close() error { return nil }
 
-// What has no answer is published again, with the same UUIDs, until it has one:
-// each is stored once. Here the server is not Redis 8.6.2, and says so.
+// publishOnce publishes the messages again, with the same UUIDs, until the outcome is
+// known. The Publisher needs Idempotence, and a Window above the limit.
+func publishOnce(ctx context.Context, publisher *goxstreams.Publisher, topic string, messages ...*message.Message) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute) // well within Window
+	defer cancel()
+	unknown := false
+	for {
+		err := publisher.Publish(topic, messages...)
+		unknown = unknown || errors.Is(err, goxstreams.ErrOutcomeUnknown)
+		if err == nil || !unknown { // stored, or certainly not
+			return err
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return errors.Join(goxstreams.ErrOutcomeUnknown, err)
+		}
+	}
+}
+
+// A call whose outcome is unknown is repeated with the same UUIDs until it is known: Redis
+// stores each UUID once. The server of this example is not Redis 8.6.2, so that the error
+// is ErrUnsupported.
 func ExampleIdempotence() {
 	client, stop := exampleClient()
 	defer stop()
-	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
 		Client:      client,
-		Idempotence: &goxstreams.Idempotence{Window: time.Hour},
+		Idempotence: &goxstreams.Idempotence{Window: 10 * time.Minute},
 	}, nil)
 	must(err)
-	msg := message.NewMessage("order 4711", []byte("1 kettle"))
 
-	err = pub.Publish("orders", msg)
-	for began := time.Now(); errors.Is(err, goxstreams.ErrOutcomeUnknown) && time.Since(began) < 30*time.Minute; { // well within Window
-		time.Sleep(time.Second)
-		err = pub.Publish("orders", msg)
-	}
+	err = publishOnce(context.Background(), publisher, "orders", message.NewMessage("order 4711", []byte("1 kettle")))
 	fmt.Println("unsupported:", errors.Is(err, goxstreams.ErrUnsupported))
 	fmt.Println(client.XLen(context.Background(), "orders").Val(), "stored")
 	// Output:
@@ -307,8 +322,8 @@ func ExampleIdempotence() {
 	// 0 stored
 }
 
-// What goxstreams writes and reads: the payload in a field "body". The metadata
-// goes where its WithCtxTransmmiter puts it.
+// The wire format of goxstreams: the payload in a field "body", the metadata in the
+// field that its WithCtxTransmmiter writes.
 func ExampleBodyMarshaler() {
 	client, stop := exampleClient()
 	defer stop()
@@ -341,7 +356,7 @@ func ExampleBodyMarshaler() {
 	// map[body:{"Total":7}]
 }
 
-// Entries that are no messages go to OnBroken. The topic goes on.
+// Malformed entries go to OnBroken. The topic continues.
 func ExampleSubscriberConfig_onBroken() {
 	client, stop := exampleClient()
 	defer stop()
@@ -375,7 +390,8 @@ func ExampleSubscriberConfig_onBroken() {
 	// 1 in the dead-letter stream
 }
 
-// OnDead is told of every death, whatever the reason: for an alert, or a metric.
+// OnDead is called for every dead message, whatever the reason: for an alert, or a
+// metric.
 func ExampleSubscriberConfig_onDead() {
 	client, stop := exampleClient()
 	defer stop()
@@ -408,7 +424,7 @@ func ExampleDeadLetterTopic() {
 	// {shop}.orders.dead
 }
 
-// The payload of a dead letter that was no message is its packed fields.
+// The payload of a malformed entry's dead letter is its packed fields.
 func ExampleUnpackFields() {
 	client, stop := exampleClient()
 	defer stop()
@@ -435,7 +451,7 @@ func ExampleUnpackFields() {
 	// Output: ["typed" "by hand"] <nil>
 }
 
-// Constructors name every mistake at once.
+// Constructors report every mistake at once.
 func ExampleNewSubscriber_mistakes() {
 	_, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
 		ConsumerGroup: "billing",

@@ -18,10 +18,10 @@ type Order struct {
 	Quantity int
 }
 
-// Shop is a Worker: one method for the message, one for what is none, one for
-// what is dead.
+// Shop is a Worker: one method for the message, one for the malformed entry, one for
+// the dead message.
 type Shop struct {
-	done chan struct{} // gets one for each message that has come to its end
+	done chan struct{} // receives once for each message that is settled
 }
 
 func (s Shop) Process(ctx context.Context, msg goxstreams.Message[Order]) error {
@@ -31,7 +31,7 @@ func (s Shop) Process(ctx context.Context, msg goxstreams.Message[Order]) error 
 	}
 	fmt.Printf("shipped: %d x %s\n", msg.Body.Quantity, msg.Body.Article)
 	s.done <- struct{}{}
-	return nil // acked; after an error it comes again
+	return nil // acked; after an error it is redelivered
 }
 
 func (s Shop) ProcessBroken(ctx context.Context, broken goxstreams.BrokenMessage) error {
@@ -74,7 +74,7 @@ func ExampleWorker() {
 		<-shop.done
 	}
 	cancel()
-	fmt.Println(<-ended) // when what was under way is done
+	fmt.Println(<-ended) // after it has drained
 	fmt.Println(client.XLen(context.Background(), goxstreams.DeadLetterTopic("orders")).Val(), "in the dead-letter stream")
 	// Output:
 	// shipped: 1 x kettle
@@ -86,7 +86,7 @@ func ExampleWorker() {
 	// 1 in the dead-letter stream
 }
 
-// All events of a batch are stored, in their order, or none is.
+// All events of a batch are stored, in order, or none.
 func ExampleNewProducer() {
 	client, stop := exampleClient()
 	defer stop()
@@ -104,7 +104,7 @@ func ExampleNewProducer() {
 	// 1 stored
 }
 
-// A Consumer without a router. The end of the context drains it.
+// A Consumer without a router. It drains when the context ends.
 func ExampleNewConsumer() {
 	client, stop := exampleClient()
 	defer stop()
@@ -132,7 +132,7 @@ func ExampleNewConsumer() {
 	// <nil>
 }
 
-// In a router, for its middlewares, and with others beside it.
+// Consumers in a router, with its middlewares.
 func ExampleConsumer_AddTo() {
 	client, stop := exampleClient()
 	defer stop()
@@ -160,7 +160,7 @@ func ExampleConsumer_AddTo() {
 	// shipped: 3 x ribbon
 }
 
-// csvCodec has an order as a line of text.
+// csvCodec encodes an order as a line of text.
 type csvCodec struct{}
 
 func (csvCodec) Encode(event any) ([]byte, error) {
@@ -209,7 +209,7 @@ func ExampleCodec() {
 
 type traceID struct{}
 
-// A trace goes from the producer's context to the worker's.
+// A trace passes from the producer's context to the worker's.
 func ExampleConsumerConfig_context() {
 	client, stop := exampleClient()
 	defer stop()

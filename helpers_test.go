@@ -45,7 +45,7 @@ func topic(t testing.TB) string {
 
 // newClient returns a client of the shared server with the hooks given. t's
 // cleanup closes it. With GOXSTREAMS_TEST_ACL=1 it is a user's with the rights
-// that README names and no others: see leastRights.
+// that docs/rights.md names and no others: see leastRights.
 func newClient(t testing.TB, hooks ...redis.Hook) *redis.Client {
 	t.Helper()
 	client := testserver.Client(t)

@@ -25,8 +25,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// rights are the ACL rights that each feature needs, as README's table has them:
-// TestRights_README compares the two. The tests here make users of exactly these.
+// rights are the ACL rights that each feature needs, as docs/rights.md's table has them:
+// TestRights_Docs compares the two. The tests here make users of exactly these.
 var rights = []struct {
 	feature string
 	sets    []string // what stands in backquotes in the row, in turn
@@ -138,7 +138,7 @@ func isAdminCommand(cmd redis.Cmder) bool {
 }
 
 // divertAdmin is a hook that sends a test's own commands as the administrator, and
-// fails the test when any other is denied: README's table lacks it then.
+// fails the test when any other is denied: docs/rights.md's table lacks it then.
 func divertAdmin(t testing.TB, admin *redis.Client) redis.Hook {
 	denied := func(cmds ...redis.Cmder) {
 		for _, cmd := range cmds {
@@ -147,7 +147,7 @@ func divertAdmin(t testing.TB, admin *redis.Client) redis.Hook {
 				continue
 			}
 			if strings.HasPrefix(err.Error(), "NOPERM") {
-				t.Errorf("%s=1: the user with all rights of README's table was refused: %v", aclEnv, err)
+				t.Errorf("%s=1: the user with all rights of docs/rights.md's table was refused: %v", aclEnv, err)
 			}
 		}
 	}
@@ -227,11 +227,11 @@ func TestRights_AdminCommands(t *testing.T) {
 	}
 }
 
-// TestRights_README: the table in README is the one that is tested here.
-func TestRights_README(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+// TestRights_Docs: the table in docs/rights.md is the one that is tested here.
+func TestRights_Docs(t *testing.T) {
+	page, err := os.ReadFile("docs/rights.md")
 	require.NoError(t, err)
-	_, table, ok := strings.Cut(string(readme), "**Rights** (ACL)")
+	_, table, ok := strings.Cut(string(page), "## Rights\n")
 	require.True(t, ok)
 	backquoted := regexp.MustCompile("`(\\+[^`]*)`")
 	i := 0
@@ -248,7 +248,7 @@ func TestRights_README(t *testing.T) {
 		if feature == "for" {
 			continue
 		}
-		require.Less(t, i, len(rights), "README has more rows: %s", line)
+		require.Less(t, i, len(rights), "docs/rights.md has more rows: %s", line)
 		var sets []string
 		for _, m := range backquoted.FindAllStringSubmatch(cells[2], -1) {
 			sets = append(sets, strings.ReplaceAll(m[1], "\x00", "|"))
@@ -390,7 +390,7 @@ func (l *life) requireWell(t testing.TB) {
 }
 
 // TestRights_Sufficient: each feature works for a user with exactly the rights that
-// README names for it, on the topic's keys.
+// docs/rights.md names for it, on the topic's keys.
 func TestRights_Sufficient(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -612,7 +612,7 @@ func without(commands []string, command string) []string {
 }
 
 // TestRights_Without: each right that is missing from the beginning has the effect
-// that README names, and none of them loses a message.
+// that docs/rights.md names, and none of them loses a message.
 func TestRights_Without(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)

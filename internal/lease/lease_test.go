@@ -411,7 +411,9 @@ func TestMove_ByAnother(t *testing.T) {
 			h.publish("1-1")
 			e := h.read()[0]
 			letters := h.stream.Key + ".dead"
-			letter := func(consumer string) []string { return []string{"uuid", "1-1", "metadata", "entry:1-1 consumer:" + consumer} }
+			letter := func(consumer string) []string {
+				return []string{"uuid", "1-1", "metadata", "entry:1-1 consumer:" + consumer}
+			}
 			mover := *h.stream
 			if mover.Consumer = test.by; test.by != "holder" {
 				require.NoError(t, h.client.XClaimJustID(t.Context(), &redis.XClaimArgs{
