@@ -39,7 +39,8 @@ const (
 )
 
 // Work is what is done with entries. It brings each to its outcome, by a method of
-// Subscription that ends it: Settle, Drop, Again, Aside, GiveBack, Broken or Abandoned.
+// Subscription that ends it: Settle, Drop, Again, Snooze, Aside, GiveBack, Broken,
+// MoveFailed, NotOurs or Abandoned; or by HandOver where that returns false.
 type Work interface {
 	// Handle is called in a slot, with an entry that is ours and has its fields, or has died
 	// already and waits to be moved.
@@ -145,7 +146,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 		Slots: cfg.MaxConcurrency, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
 		Patience: max(minPatience, cfg.ClaimMinIdle/6), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
 	})
-	s.keeper = lease.New(lease.Config{Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Deletes: xstream.DeleteNever, Log: cfg.Log, Fields: s.cfg.Fields})
+	s.keeper = lease.New(lease.Config{Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever, Log: cfg.Log, Fields: s.cfg.Fields})
 	s.finder = takeover.New(takeover.Config{
 		Stream: &s.stream, Ledger: s.ledger, Keeper: s.keeper, Bounds: shared.Bounds,
 		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency),

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -305,4 +308,50 @@ func fail(cmd redis.Cmder) error {
 	err := redisx.ReplyError("LOADING Redis is loading the dataset in memory")
 	cmd.SetErr(err)
 	return err
+}
+
+// A retry that could not be taken while Redis was away, and was settled elsewhere meanwhile:
+// nobody tries to take it again, and the outage is over.
+func TestHealth_ClaimSettledElsewhere(t *testing.T) {
+	s := newSetup(t, func(c *Config) { c.ClaimMinIdle = 300 * time.Millisecond })
+	var away atomic.Bool
+	s.shared.client.UniversalClient.(*redis.Client).AddHook(failing{func(cmd redis.Cmder) bool {
+		return away.Load() && cmd.Name() == "eval" && strings.HasPrefix(fmt.Sprint(cmd.Args()[1]), "-- take")
+	}})
+	id := s.addFirst(1)[0]
+	s.start(func(task *Task) {
+		away.Store(true)
+		s.Again(task, time.Millisecond)
+	})
+	s.next()
+	require.Eventually(t, func() bool { return s.Stats().Err != nil }, patience, time.Millisecond)
+	require.NoError(t, s.client.XAck(t.Context(), s.cfg.Topic, "group", id).Err())
+	require.Eventually(t, func() bool { return s.Stats().Err == nil && s.Stats().InFlight == 0 }, patience, time.Millisecond)
+}
+
+// failing fails the commands that it is told to.
+type failing struct{ fails func(redis.Cmder) bool }
+
+func (failing) DialHook(next redis.DialHook) redis.DialHook { return next }
+func (f failing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if f.fails(cmd) {
+			cmd.SetErr(io.ErrUnexpectedEOF)
+			return io.ErrUnexpectedEOF
+		}
+		return next(ctx, cmd)
+	}
+}
+func (f failing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		for _, cmd := range cmds {
+			if f.fails(cmd) {
+				for _, cmd := range cmds {
+					cmd.SetErr(io.ErrUnexpectedEOF)
+				}
+				return io.ErrUnexpectedEOF
+			}
+		}
+		return next(ctx, cmds)
+	}
 }

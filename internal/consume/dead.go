@@ -25,7 +25,7 @@ func (s *Subscription) Move(t *Task, topic string, unsure bool, marks, letter []
 	return s.keeper.Move(s.life.ctx, t.Entry, topic, unsure, marks, letter)
 }
 
-// MoveEnded notes that Redis has served the dead entry.
+// MoveEnded notes that Redis was asked about a dead entry and has answered.
 func (s *Subscription) MoveEnded() { s.markHealthy(dutyDeadLetter) }
 
 // MoveFailed keeps a dead entry whose move failed so many times, to be tried again; its

@@ -164,6 +164,10 @@ func (s *Subscription) renewLoop() {
 		} else {
 			pause.reset()
 			s.markHealthy(dutyRenew)
+			if s.ledger.IsIdle() { // what could not be claimed, or moved, is nobody's business here any more
+				s.markHealthy(dutyClaim)
+				s.markHealthy(dutyDeadLetter)
+			}
 		}
 		s.update()
 		timer.Reset(next)

@@ -134,7 +134,7 @@ func (r *reader) Orphans(rows []xstream.Pending) bool {
 	s := r.s
 	orphans := make([]*ledger.Entry, len(rows))
 	for i, p := range rows {
-		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(p.Count, p.Count)
+		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(max(p.Count, 1), max(p.Count, 1)) // 0: snoozed, or given back
 	}
 	s.apply(s.ledger.Offer(time.Now(), orphans, false))
 	return !s.IsClosing()

@@ -83,9 +83,9 @@ func (s *Subscription) acquire(t *Task) bool {
 	return false
 }
 
-// HandOver sends an entry's message to whoever takes it. It returns false if the
-// subscription closes or the lease is lost before, which ends ctx: then the entry has
-// come to its outcome.
+// HandOver sends an entry's message to whoever takes it. It returns false, and the entry has
+// come to its outcome, if the subscription closes before, or the lease is lost, which ends
+// ctx.
 func HandOver[M any](ctx context.Context, s *Subscription, t *Task, to chan<- M, message M) bool {
 	select {
 	case to <- message:
@@ -243,7 +243,7 @@ func (s *Subscription) tryRelease(give []lease.Counted) (err error) {
 	pause := backoff{}
 	for range releaseTries {
 		err = s.mode.release(s.life.ctx, give)
-		if err == nil || redisx.IsReply(err) || redisx.IsClosed(err) || !pause.wait(s.life.abandon) {
+		if err == nil || redisx.IsReply(err) && !redisx.NotReady(err) || redisx.IsClosed(err) || !pause.wait(s.life.abandon) {
 			return err
 		}
 	}

@@ -30,6 +30,7 @@ type Config struct {
 	Stream  *xstream.Stream
 	Ledger  *ledger.Ledger
 	MinIdle time.Duration  // after which others may claim what was not renewed
+	Timeout time.Duration  // after which they may remove a consumer; 0: they do not
 	Deletes xstream.Delete // what becomes of what is acked
 	Log     watermill.LoggerAdapter
 	Fields  watermill.LogFields
@@ -319,11 +320,14 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 //
 // Several go missing at once for no other reason while their leases are good. Of a single
 // one it is assumed as long as a handler has it: to put it back costs nothing then. So it
-// is if something was read since, which may be of the new group: better twice than never.
+// is if something was read since, which may be of the new group: better twice than never,
+// but not thrice, since somebody may be acking it by hand.
 // Else the server's memory of the consumer tells. Where leases may have run out others had
-// the right to take, and to settle: then only a group that never knew the consumer is another.
+// the right to take, and to settle: then only a group that never knew the consumer is another;
+// after Timeout not even that, since they remove the names of those who are away.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
-	missing, expired, sure := 0, false, false
+	var missing []*ledger.Entry
+	expired, forgotten, sure := false, false, false
 	for e, how := range others {
 		if how != xstream.Settled || !k.cfg.Ledger.Owned(e) {
 			continue
@@ -332,14 +336,16 @@ func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.
 		if m.Taken {
 			continue
 		}
-		missing++
+		missing = append(missing, e)
 		expired = expired || m.Expired
+		forgotten = forgotten || k.cfg.Timeout > 0 && k.cfg.Ledger.Missing(e, time.Now().Add(-k.cfg.Timeout), nil).Expired
 		sure = sure || e.InHand() || m.ReadOn
 	}
 	switch {
-	case missing == 0:
+	case len(missing) == 0, forgotten:
 		return false, nil
-	case !expired && (missing > 1 || sure):
+	case !expired && (len(missing) > 1 || sure):
+		k.cfg.Ledger.PutBack(missing...)
 		return true, nil
 	}
 	return k.consumerIsNew(ctx, !expired)
@@ -377,8 +383,8 @@ func (k *Keeper) Release(ctx context.Context, entries []Counted) error {
 	}
 	if err != nil {
 		err = k.Regroup(ctx)
-	} else if isNew, asked := k.consumerIsNew(ctx, true); asked != nil || !isNew {
-		return asked // they were taken, or settled, elsewhere
+	} else if isNew, asked := k.consumerIsNew(ctx, false); asked != nil || !isNew {
+		return asked // they were taken, or settled, elsewhere; or given back before, by a try without an answer
 	}
 	if err != nil {
 		return err

@@ -437,3 +437,67 @@ func TestMove_ByAnother(t *testing.T) {
 		})
 	}
 }
+
+// readOn reads a message and acks it.
+func (h *holder) readOn(id string) {
+	h.t.Helper()
+	h.publish(id)
+	h.ledger.Acked(time.Now(), h.read()[0])
+	_, _, err := h.Ack(h.t.Context())
+	require.NoError(h.t, err)
+}
+
+// A message that waits for its retry is acked by hand, while others are read. It looks as if
+// the group were another one; but only once.
+func TestRenew_AckedByHand(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1")
+	waiting := h.read()[0]
+	h.wait(waiting)
+	for i, id := range []string{"2-1", "3-1"} {
+		h.readOn(id)
+		require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1").Err())
+		require.NoError(t, h.Renew(t.Context(), 0))
+		require.Equal(t, i == 0, len(h.pending()) == 1)
+	}
+	require.True(t, waiting.Lost())
+}
+
+// A consumer that was away for so long that others have settled what it had, and removed its
+// name. The group does not know it.
+func TestRenew_AwayForLong(t *testing.T) {
+	for _, timeout := range []time.Duration{100 * time.Millisecond, time.Hour} {
+		t.Run(timeout.String(), func(t *testing.T) {
+			h := newHolder(t, 50*time.Millisecond)
+			h.Keeper.cfg.Timeout = timeout
+			h.publish("1-1", "2-1")
+			h.wait(h.read()...)
+			require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
+			require.NoError(t, h.client.XGroupDelConsumer(t.Context(), h.stream.Key, "group", "holder").Err())
+			time.Sleep(110 * time.Millisecond) // away
+			require.NoError(t, h.Renew(t.Context(), 0))
+			if timeout == time.Hour {
+				require.Len(t, h.pending(), 2, "it may be another group")
+			} else {
+				require.Empty(t, h.pending())
+			}
+		})
+	}
+}
+
+// The first try to give back was done, but its answer lost. Others have settled the messages
+// since, and the server has seen this consumer later than it knows.
+func TestRelease_Repeated(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1", "2-1")
+	var give []Counted
+	for _, e := range h.read() {
+		give = append(give, Counted{e, 0})
+		h.ledger.Releasing(time.Now(), e)
+	}
+	require.NoError(t, h.Release(t.Context(), give))
+	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
+	h.progress.active = time.Now().Add(-10 * time.Second)
+	require.NoError(t, h.Release(t.Context(), give))
+	require.Zero(t, h.client.XPending(t.Context(), h.stream.Key, "group").Val().Count)
+}

@@ -95,7 +95,7 @@ func (l *Ledger) Renewed(sent time.Time, entries ...*Entry) {
 type Missing struct {
 	Taken   bool // by somebody else: others are pending that were ours when it was last known to be
 	Expired bool // its lease may have run out: it was last renewed before the time given
-	ReadOn  bool // something became ours since, maybe of another group with the same name
+	ReadOn  bool // something became ours since, maybe of another group with the same name; not of what was put back once
 }
 
 // Missing compares such an entry with those that are pending.
@@ -107,9 +107,25 @@ func (l *Ledger) Missing(missing *Entry, expired time.Time, others []*Entry) (m 
 			m.Taken = true
 		}
 	}
-	m.ReadOn = l.joined > missing.sure
+	m.ReadOn = l.joined > missing.sure && !missing.putBack
 	m.Expired = missing.renewed.Before(expired)
 	return m
+}
+
+// PutBack notes that the entries are put back, and may have been acked by hand: see Missing.
+func (l *Ledger) PutBack(entries ...*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range entries {
+		e.putBack = true
+	}
+}
+
+// IsIdle reports whether nothing is in hand, and nothing waits.
+func (l *Ledger) IsIdle() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.use.running == 0 && l.use.waiting == 0
 }
 
 // Lose ends the lease of an entry that somebody else has, or may have.
