@@ -327,6 +327,9 @@ func (s *starvation) mayHold(p *consumer) []Span {
 // before reports whether the run was to be started before the entry: the process works its way to it.
 func (s *starvation) before(r *Run, w wait) bool {
 	other, ok := s.ended[r]
+	if !ok && w.suspect && r.Start.Count == 1 { // it began before anybody saw it wait
+		return r.Start.Mono <= w.turn
+	}
 	return !ok || other.turn <= w.turn || other.fresh && w.fresh && CompareIDs(other.key.id, w.key.id) < 0
 }
 
