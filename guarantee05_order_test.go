@@ -3,11 +3,16 @@ package goxstreams_test
 import (
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
@@ -64,4 +69,81 @@ func TestFault46_OrderWhileConnectionsAreCut(t *testing.T) {
 			eventuallySettled(t, server.Client(), topic, testGroup)
 		})
 	}
+}
+
+// The read's connection breaks, and the server does not notice: the read goes on there, and
+// takes the next message to nobody. Its successors came first. (internal/chaos, behind a
+// proxy that cuts.)
+func TestOrder_ReadGoesOnAtTheServer(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	srv := testserver.Private(t)
+	broken := make(chan struct{})
+	client := redis.NewClient(&redis.Options{Addr: srv.Addr(), Dialer: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
+		if err == nil {
+			t.Cleanup(func() { _ = conn.Close() })
+		}
+		return &halfBroken{Conn: conn, broken: broken}, err
+	}})
+	t.Cleanup(func() { _ = client.Close() }) // some of its connections are closed
+	admin := redis.NewClient(&redis.Options{Addr: srv.Addr()})
+	t.Cleanup(func() { require.NoError(t, admin.Close()) })
+	log, topic := newLogRecorder(), topic(t)
+	config := grouped(client)
+	config.BlockTime, config.ClaimMinIdle = time.Minute, 5*time.Minute
+	messages := subscribe(t, newSubscriberLog(t, config, log), topic)
+	blocked := func() bool { return strings.Contains(admin.Info(t.Context(), "clients").Val(), "blocked_clients:1\r") }
+	eventually(t, blocked, "nothing is read")
+	close(broken)
+	eventually(t, func() bool { return len(logLinesWith(log.Infos(), "Redis serves the subscription again")) > 0 }, "it does not recover")
+	eventually(t, blocked, "the old read goes on")
+	sent := publishN(t, admin, topic, 3)
+	for _, uuid := range sent {
+		msg := next(t, messages)
+		require.Equal(t, uuid, msg.UUID)
+		msg.Ack()
+	}
+}
+
+// halfBroken is a connection the end of which only this side sees, if it reads when broken is
+// closed.
+type halfBroken struct {
+	net.Conn
+	broken <-chan struct{}
+	isCut  atomic.Bool
+}
+
+func (c *halfBroken) Read(b []byte) (int, error) {
+	type result struct {
+		n   int
+		err error
+	}
+	if c.isCut.Load() {
+		return 0, io.EOF
+	}
+	select {
+	case <-c.broken: // those that come later are whole
+		return c.Conn.Read(b)
+	default:
+	}
+	done := make(chan result, 1)
+	go func() {
+		n, err := c.Conn.Read(b)
+		done <- result{n, err}
+	}()
+	select {
+	case r := <-done:
+		return r.n, r.err
+	case <-c.broken:
+		c.isCut.Store(true)
+		return 0, io.EOF
+	}
+}
+
+func (c *halfBroken) Close() error {
+	if c.isCut.Load() {
+		return nil // the test ends it
+	}
+	return c.Conn.Close()
 }

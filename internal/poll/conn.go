@@ -315,6 +315,7 @@ func (c *conn) orphans() error {
 		link, err := c.connect()
 		var rows []xstream.Pending
 		if err == nil {
+			p.wakeBroken(c.ctx)
 			stream := xstream.New(p.cfg.Client, t.key, p.cfg.Group)
 			rows, err = stream.PendingOn(c.ctx, link, p.cfg.Consumer, orphanPage)
 		}
@@ -335,6 +336,18 @@ func (c *conn) orphans() error {
 		}
 	}
 	return nil
+}
+
+// wakeBroken ends the reads of connections that broke. The server may not have noticed, and
+// would give what comes next to nobody, after it was asked what nobody has.
+func (p *Poller) wakeBroken(ctx context.Context) {
+	p.mu.Lock()
+	broken := p.broken
+	p.broken = nil
+	p.mu.Unlock()
+	for _, link := range broken {
+		link.Wake(ctx)
+	}
 }
 
 // unheld returns the rows that nobody here has.
@@ -536,6 +549,9 @@ func (c *conn) fail(err error) {
 		c.unsure()
 	}
 	p.mu.Lock()
+	if c.link != nil && !redisx.IsReply(err) && p.cfg.leased() {
+		p.broken = append(p.broken, c.link)
+	}
 	astray := c.astray
 	c.astray = false
 	p.mu.Unlock()

@@ -105,6 +105,7 @@ type Poller struct {
 	members  map[string][]Member        // of each topic, from the first Serve until Release: they may have entries in hand
 	disowned map[string]map[string]bool // topic -> entries that a handler may have still, though it was given up
 	reserved map[[2]string]bool         // topic and entry: a member claims it just now
+	broken   []*redisx.Conn             // connections the reads of which may go on at the server
 }
 
 // group is the topics that one command can read.
