@@ -32,7 +32,7 @@ import (
 // patience is how long a test waits for what must happen: far longer than it
 // takes on a machine that has nothing else to do. What is waited for ends the
 // wait, so that it costs nothing.
-const patience = 30 * time.Second
+const patience = 75 * time.Second
 
 // testGroup is the consumer group of tests that need one only; topics are unique.
 const testGroup = "group"
