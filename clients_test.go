@@ -1002,7 +1002,7 @@ type uncomparable struct {
 func TestUncomparableClient(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
-	letter := bury(t, client, topic, "x")[0]
+	letter := publishDying(t, client, topic, "x")[0]
 	n, err := queueOf(t, uncomparable{UniversalClient: client}, goxstreams.DeadLetterTopic(topic)).Replay(t.Context(), letter.ID)
 	require.NoError(t, err)
 	require.Equal(t, 1, n)

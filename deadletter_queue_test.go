@@ -33,8 +33,8 @@ func protocolClient(t testing.TB, protocol int) *redis.Client {
 	return client
 }
 
-// bury publishes messages that die in testGroup, and returns their dead letters.
-func bury(t testing.TB, client redis.UniversalClient, topic string, payloads ...string) []goxstreams.DeadMessage {
+// publishDying publishes messages that die in testGroup, and returns their dead letters.
+func publishDying(t testing.TB, client redis.UniversalClient, topic string, payloads ...string) []goxstreams.DeadMessage {
 	t.Helper()
 	config := brief(client)
 	config.MaxConcurrency = 10
@@ -73,7 +73,7 @@ func multiply(t testing.TB, client redis.UniversalClient, stream string, n int) 
 // lettersOf makes n dead letters of a topic.
 func lettersOf(t testing.TB, client redis.UniversalClient, topic string, n int) []goxstreams.DeadMessage {
 	t.Helper()
-	bury(t, client, topic, "payload")
+	publishDying(t, client, topic, "payload")
 	multiply(t, client, goxstreams.DeadLetterTopic(topic), n-1)
 	letters := lettersIn(t, client, goxstreams.DeadLetterTopic(topic))
 	require.Len(t, letters, n)
@@ -354,7 +354,7 @@ func TestDeadLetterQueue_Many(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	stream := goxstreams.DeadLetterTopic(topic)
 	t.Cleanup(func() { assert.NoError(t, newClient(t).Unlink(context.Background(), stream).Err()) })
-	bury(t, client, topic, "p")
+	publishDying(t, client, topic, "p")
 	multiply(t, client, stream, n-1)
 
 	heap := func() uint64 {
@@ -689,7 +689,7 @@ func TestDeadLetterQueue_ReplayBroken(t *testing.T) {
 	}
 }
 
-// TestDeadLetterQueue_IDs: what is there is done, what is not is named.
+// TestDeadLetterQueue_IDs: letters that exist are handled, the others are named.
 func TestDeadLetterQueue_IDs(t *testing.T) {
 	t.Parallel()
 	type method func(*goxstreams.DeadLetterQueue, context.Context, ...string) (int, error)
@@ -892,7 +892,7 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 			testserver.RequireReal(t)
 			client, topic := newClient(t), topic(t)
 			stream := goxstreams.DeadLetterTopic(topic)
-			bury(t, client, topic, "payload")
+			publishDying(t, client, topic, "payload")
 			require.NoError(t, client.Del(t.Context(), topic).Err())
 			require.NoError(t, client.Set(t.Context(), topic, "a string", 0).Err())
 			refused(t, client, client, stream, toAll, "WRONGTYPE")
@@ -903,7 +903,7 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 			client := testserver.Private(t).Client()
 			topic := topic(t)
 			stream := goxstreams.DeadLetterTopic(topic)
-			bury(t, client, topic, "payload")
+			publishDying(t, client, topic, "payload")
 			require.NoError(t, client.ConfigSet(t.Context(), "maxmemory", "1").Err())
 			refused(t, client, client, stream, toAll, "OOM")
 			require.Len(t, entriesOf(t, client, topic), 1)
@@ -918,7 +918,7 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 		testserver.RequireReal(t)
 		client, topic := newClient(t), topic(t)
 		stream := goxstreams.DeadLetterTopic(topic)
-		bury(t, client, topic, "payload")
+		publishDying(t, client, topic, "payload")
 		refused(t, client, aclUser(t, client, "-xadd"), stream, false, "")
 		refused(t, client, aclUser(t, client, "-xrange"), stream, false, "NOPERM")
 		for _, toAll := range []bool{false, true} {
@@ -954,7 +954,7 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 	cut := func(t *testing.T, name string, at int, before bool) (commands string, hit bool) {
 		topic, admin := topic(t), newClient(t)
 		stream := goxstreams.DeadLetterTopic(topic)
-		ids := idsOf(bury(t, admin, topic, "0", "1", "2"))
+		ids := idsOf(publishDying(t, admin, topic, "0", "1", "2"))
 		s := &scissors{}
 		client := s.client(t)
 		do := func(client redis.UniversalClient) (int, error) {
@@ -1037,7 +1037,7 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 // TestDeadLetterQueue_Resent: pipelines that a client sends twice replay once.
 func TestDeadLetterQueue_Resent(t *testing.T) {
 	topic, admin := topic(t), newClient(t)
-	ids := idsOf(bury(t, admin, topic, "0", "1", "2"))
+	ids := idsOf(publishDying(t, admin, topic, "0", "1", "2"))
 	var resent []string
 	client := newClient(t, &hook{pipeline: func(_ context.Context, cmds []redis.Cmder, next func() error) error {
 		if name := cmds[0].Name(); name != "hello" && name != "client" {
@@ -1113,7 +1113,7 @@ func TestDeadLetterQueue_Cluster(t *testing.T) {
 			}
 			stream := goxstreams.DeadLetterTopic(topic)
 			q := queueOf(t, client, stream)
-			letters := bury(t, client, topic, "0", "1", "2", "3")
+			letters := publishDying(t, client, topic, "0", "1", "2", "3")
 			slices.SortFunc(letters, func(a, b goxstreams.DeadMessage) int {
 				return strings.Compare(string(a.Message.Payload), string(b.Message.Payload))
 			})
@@ -1206,7 +1206,7 @@ func TestQueueOfAnEndedContext(t *testing.T) {
 	t.Parallel()
 	counter, counts := countCommands()
 	client, topic := newClient(t), topic(t)
-	letter := bury(t, client, topic, "x")[0]
+	letter := publishDying(t, client, topic, "x")[0]
 	q := queueOf(t, newClient(t, counter), goxstreams.DeadLetterTopic(topic))
 	ended, end := context.WithCancel(t.Context())
 	end()

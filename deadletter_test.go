@@ -840,9 +840,9 @@ type dying struct {
 	broken bool
 }
 
-// bury lets one message die while what happens at its at-th command, and returns
+// deadLetter lets one message die while what happens at its at-th command, and returns
 // the commands that were sent if there was such a command.
-func (d dying) bury(t *testing.T, what string, at int, before bool) (commands string, hit bool) {
+func (d dying) deadLetter(t *testing.T, what string, at int, before bool) (commands string, hit bool) {
 	topic, admin := topic(t), newClient(t)
 	cut := &scissors{}
 	log := newLogRecorder()
@@ -902,7 +902,7 @@ func (d dying) bury(t *testing.T, what string, at int, before bool) (commands st
 		require.Len(t, rows, 1)
 		require.Equal(t, "thief", rows[0].Consumer)
 		require.EqualValues(t, 2, rows[0].RetryCount)
-		d.buryOfThief(t, admin, m)
+		d.deadLetterAtThief(t, admin, m)
 	case m.acked:
 		require.Empty(t, letters, "it was acked elsewhere, after: %s", commands)
 		require.Empty(t, rows)
@@ -918,8 +918,8 @@ func (d dying) bury(t *testing.T, what string, at int, before bool) (commands st
 	return commands, hit
 }
 
-// buryOfThief: the thief is a consumer like ours; the message dies in its hands.
-func (d dying) buryOfThief(t *testing.T, admin *redis.Client, m *meddler) {
+// deadLetterAtThief: the thief is a consumer like ours; the message dies in its hands.
+func (d dying) deadLetterAtThief(t *testing.T, admin *redis.Client, m *meddler) {
 	t.Helper()
 	require.NoError(t, admin.Do(t.Context(), "xclaim", m.topic, testGroup, "released", 0, m.id, "retrycount", 1, "justid").Err())
 	config := grouped(admin)
@@ -954,7 +954,7 @@ func TestDeadLetter_Once(t *testing.T) {
 					var hits [2]bool
 					for i, before := range []bool{true, false} {
 						var commands string
-						commands, hits[i] = d.bury(t, what, at, before)
+						commands, hits[i] = d.deadLetter(t, what, at, before)
 						t.Logf("%s at command %d, before it=%t: %s", what, at, before, commands)
 					}
 					if !hits[0] && !hits[1] {

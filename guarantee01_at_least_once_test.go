@@ -1392,7 +1392,7 @@ func TestNoAck(t *testing.T) {
 }
 
 // TestFlakyConnection: commands are lost on their way, or their answers, one in
-// ten. Two consumers with failing and succeeding handlers lose nothing, bury
+// ten. Two consumers with failing and succeeding handlers lose nothing, dead-letter
 // nothing twice and count right.
 func TestFlakyConnection(t *testing.T) {
 	t.Parallel()

@@ -327,7 +327,7 @@ func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
 // A process is stopped while its read waits, the entry is delivered to it, and
 // another one claims it and buries it. When the process goes on, it has just read
 // what is nobody's any more: it must not take that for a lost group, put the entry
-// back, and bury it again.
+// back, and dead-letter it again.
 func TestLateAnswer_MovedOnce(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -417,6 +417,48 @@ func TestMove_GroupLostMeanwhile(t *testing.T) {
 	held.Ack()
 	eventually(t, func() bool { return len(pendingOf(t, plain, topic, testGroup)) == 0 }, "something stays pending")
 	require.EqualValues(t, 1, plain.XLen(context.Background(), goxstreams.DeadLetterTopic(topic)).Val())
+}
+
+// A subscription closes, and moves a message; the answer is lost, and the group is made anew
+// at once. What it gave back was put back into that group before, and moved by the next
+// consumer once more. (internal/sim.)
+func TestMove_LostAnswerAtClose(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	var lost atomic.Bool
+	config := grouped(newClient(t, &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+		err := next()
+		if !isMove(cmd) || !lost.CompareAndSwap(false, true) {
+			return err
+		}
+		_, failure := admin.TxPipelined(ctx, func(p redis.Pipeliner) error {
+			p.XGroupDestroy(ctx, topic, testGroup)
+			p.XGroupCreate(ctx, topic, testGroup, "$")
+			return nil
+		})
+		return errors.Join(failure, io.ErrUnexpectedEOF)
+	}}))
+	config.CloseTimeout = patience
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "dies")
+	msg := next(t, messages)
+	closed := make(chan error, 1)
+	go func() { closed <- sub.Close() }()
+	eventually(t, func() bool {
+		_, err := sub.Subscribe(t.Context(), "another")
+		return errors.Is(err, goxstreams.ErrSubscriberClosed)
+	})
+	_, err := quick(5).Middleware(func(*message.Message) ([]*message.Message, error) {
+		return nil, goxstreams.Permanent(errFails)
+	})(msg)
+	require.Error(t, err)
+	require.True(t, msg.Nack())
+	require.NoError(t, <-closed)
+	require.True(t, lost.Load())
+	require.EqualValues(t, 1, admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val())
+	require.Empty(t, pendingOf(t, admin, topic, testGroup), "it would come again")
 }
 
 // The group is made anew by somebody else while a message is in hand that then dies.
@@ -618,7 +660,7 @@ func TestDeletedBeforeTheMove(t *testing.T) {
 func TestDeadOnADeadLetterStream(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
-	bury(t, client, topic, "x")
+	publishDying(t, client, topic, "x")
 	stream := goxstreams.DeadLetterTopic(topic)
 	for came := int64(0); came < 10; { // two processes
 		log := newLogRecorder()

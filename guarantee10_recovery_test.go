@@ -26,7 +26,7 @@ import (
 )
 
 // Outages, failovers and what lies between a client and its server: a subscription
-// goes on by itself, says so once, and takes no more connections than it may.
+// recovers, logs one outage, and takes no more connections than it may.
 
 // blockedConns returns the server's connections of the clients with the name that
 // wait in a read, in a group or not.

@@ -206,7 +206,7 @@ func TestHostile_DeadLetterQueue(t *testing.T) {
 		}
 	}
 	q := queueOf(t, client, stream)
-	bury(t, client, topic, "good")
+	publishDying(t, client, topic, "good")
 	for _, fields := range forged {
 		addFields(t, client, stream, fields)
 	}

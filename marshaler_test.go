@@ -253,7 +253,7 @@ func TestUnpackMetadata_Truncated(t *testing.T) {
 	}
 }
 
-// An entry may state any length: only what is there may cost memory.
+// An entry may state any length: only bytes that came may cost memory.
 func TestUnmarshal_HostileLengths(t *testing.T) {
 	for _, metadata := range []string{
 		"\xdf\xff\xff\xff\xff",                                      // a map of 2^32-1

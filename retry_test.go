@@ -133,7 +133,7 @@ type attempts struct {
 	times    []time.Time
 }
 
-// add notes a call of the handler and returns the how manieth it is.
+// add notes a call of the handler and returns its 1-based number.
 func (a *attempts) add(msg *message.Message) int {
 	d, _ := goxstreams.DeliveryFromContext(msg.Context())
 	a.mu.Lock()
@@ -1136,7 +1136,7 @@ type ownName struct{ copying }
 
 func (o ownName) String() string { return fmt.Sprint(o.Subscriber) }
 
-// A copy carries no verdict: it passes unchanged, and that is said as an error,
+// A copy carries no verdict: it passes unchanged, with a line in the log as an error,
 // once, wherever the copy was made.
 func TestRetry_Copies(t *testing.T) {
 	bare := (*message.Message).Copy
@@ -1873,7 +1873,7 @@ func TestRetry_ShutdownNotice(t *testing.T) {
 }
 
 // In fan-out the subscription counts by itself; what dies is dropped, since every
-// subscriber would store it, and that is said.
+// subscriber would store it; the log says so.
 func TestRetry_FanOut(t *testing.T) {
 	for _, concurrency := range []int{1, 4} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {

@@ -238,7 +238,7 @@ func (d *deliveryContext) interrupted(err error) bool {
 }
 
 // bystander is what a middleware does with a message that no verdict can be
-// bound to: it passes, and that is said once.
+// bound to: it passes, which is logged once.
 type bystander struct {
 	name string
 	once sync.Once

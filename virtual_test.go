@@ -394,7 +394,7 @@ func requireReleased(t *testing.T, client *redis.Client, count int64) {
 }
 
 // While Redis is away the subscription tries about once a second, says so once,
-// and goes on by itself.
+// and recovers.
 func TestVirtualOutage(t *testing.T) {
 	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {

@@ -327,25 +327,25 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 // after Timeout not even that, since they remove the names of those who are away.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
 	var missing []*ledger.Entry
-	expired, forgotten, sure := false, false, false
+	now, expired, forgotten, sure := time.Now(), false, false, false
 	for e, how := range others {
 		if how != xstream.Settled || !k.cfg.Ledger.Owned(e) {
 			continue
 		}
-		m := k.cfg.Ledger.Missing(e, time.Now().Add(-k.cfg.MinIdle), renewed)
+		m := k.cfg.Ledger.Missing(now, e, k.cfg.MinIdle, renewed)
 		if m.Taken {
 			continue
 		}
 		missing = append(missing, e)
 		expired = expired || m.Expired
-		forgotten = forgotten || k.cfg.Timeout > 0 && k.cfg.Ledger.Missing(e, time.Now().Add(-k.cfg.Timeout), nil).Expired
+		forgotten = forgotten || k.cfg.Timeout > 0 && k.cfg.Ledger.Missing(now, e, k.cfg.Timeout, nil).Expired
 		sure = sure || e.InHand() || m.ReadOn
 	}
 	switch {
 	case len(missing) == 0, forgotten:
 		return false, nil
 	case !expired && (len(missing) > 1 || sure):
-		k.cfg.Ledger.PutBack(missing...)
+		k.cfg.Ledger.PutBack(now, missing...)
 		return true, nil
 	}
 	return k.consumerIsNew(ctx, !expired)

@@ -65,13 +65,13 @@ type Entry struct {
 
 	// Guarded by the ledger.
 	state   State
-	gone    bool // not in the stream any more
-	orphan  bool // it was seen pending in our name, and may be acked by now
-	putBack bool // it was not pending, and was put back
-	moving  bool // a move to the dead-letter stream was sent, and may have happened
-	moved   bool // it has
-	past    bool // taken as a retry or a candidate, not as a fresh one
-	dead    bool // it waits to be moved
+	gone    bool      // not in the stream any more
+	orphan  bool      // it was seen pending in our name, and may be acked by now
+	putBack time.Time // it was not pending, and was put back; zero: never
+	moving  bool      // a move to the dead-letter stream was sent, and may have happened
+	moved   bool      // it has
+	past    bool      // taken as a retry or a candidate, not as a fresh one
+	dead    bool      // it waits to be moved
 	in      *queue
 	heap    *waiting
 	place   int       // in the heap

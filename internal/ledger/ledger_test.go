@@ -447,21 +447,26 @@ func TestMissing(t *testing.T) {
 	l.Add(at(0), at(0), read("1", "1b"))
 	l.Add(at(1), at(1), read("2"))
 	one, sibling, two := l.entries["1"], l.entries["1b"], l.entries["2"]
-	require.Equal(t, Missing{}, l.Missing(two, at(-1), nil))
-	require.Equal(t, Missing{ReadOn: true}, l.Missing(one, at(-1), nil), "2 may be of another group, whether it is here still or not")
-	require.Equal(t, Missing{ReadOn: true, Expired: true}, l.Missing(one, at(0.5), nil))
-	require.Equal(t, Missing{ReadOn: true}, l.Missing(one, at(-1), []*Entry{two}))
-	require.Equal(t, Missing{ReadOn: true, Taken: true}, l.Missing(one, at(-1), []*Entry{sibling}))
+	missing := func(e *Entry, others ...*Entry) Missing { return l.Missing(at(10), e, time.Minute, others) }
+	require.Equal(t, Missing{}, missing(two))
+	require.Equal(t, Missing{ReadOn: true}, missing(one), "2 may be of another group, whether it is here still or not")
+	require.Equal(t, Missing{ReadOn: true}, missing(one, two))
+	require.Equal(t, Missing{ReadOn: true, Taken: true}, missing(one, sibling))
+	require.False(t, l.Missing(at(10), one, at(10).Sub(at(0)), nil).Expired)
+	require.True(t, l.Missing(at(10), one, at(9).Sub(at(0)), nil).Expired)
 	l.Renewed(at(2), one, two)
-	require.Equal(t, Missing{Taken: true}, l.Missing(one, at(-1), []*Entry{two}))
+	require.Equal(t, Missing{Taken: true}, missing(one, two))
 	l.Add(at(3), at(3), read("2")) // once more, by another group
-	require.Equal(t, Missing{ReadOn: true}, l.Missing(one, at(-1), []*Entry{two}))
+	require.Equal(t, Missing{ReadOn: true}, missing(one, two))
 	l.Renewed(at(4), one, two)
 	candidate := (&Entry{ID: "3", Owner: "dead"}).SetCount(1, 2)
 	l.Offer(at(5), []*Entry{candidate}, false)
-	require.Equal(t, Missing{}, l.Missing(one, at(-1), nil), "3 is not ours")
+	require.Equal(t, Missing{}, missing(one), "3 is not ours")
 	l.Claimed(at(6), candidate)
-	require.Equal(t, Missing{ReadOn: true}, l.Missing(one, at(-1), nil))
+	require.Equal(t, Missing{ReadOn: true}, missing(one))
+	l.PutBack(at(10), one)
+	require.Equal(t, Missing{}, missing(one), "it may be acked by hand again")
+	require.True(t, l.Missing(at(10).Add(ackedByHand+1), one, time.Minute, nil).ReadOn)
 }
 
 // A message that never ends keeps one with a last delivery to go from its turn; but not

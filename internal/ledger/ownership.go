@@ -94,12 +94,17 @@ func (l *Ledger) Renewed(sent time.Time, entries ...*Entry) {
 // Missing is what is known of an entry that is not pending any more.
 type Missing struct {
 	Taken   bool // by somebody else: others are pending that were ours when it was last known to be
-	Expired bool // its lease may have run out: it was last renewed before the time given
-	ReadOn  bool // something became ours since, maybe of another group with the same name; not of what was put back once
+	Expired bool // its lease may have run out
+	ReadOn  bool // something became ours since, maybe of another group with the same name; false if it was put back lately
 }
 
-// Missing compares such an entry with those that are pending.
-func (l *Ledger) Missing(missing *Entry, expired time.Time, others []*Entry) (m Missing) {
+// ackedByHand is for how long what was put back because of ReadOn is not put back so again.
+// Whoever acks a message by hand that waits for its retry does it again within that time; a
+// group is hardly made anew twice.
+const ackedByHand = 10 * time.Minute
+
+// Missing compares such an entry with those that are pending. Its lease runs for so long.
+func (l *Ledger) Missing(now time.Time, missing *Entry, lease time.Duration, others []*Entry) (m Missing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range others {
@@ -107,17 +112,17 @@ func (l *Ledger) Missing(missing *Entry, expired time.Time, others []*Entry) (m 
 			m.Taken = true
 		}
 	}
-	m.ReadOn = l.joined > missing.sure && !missing.putBack
-	m.Expired = missing.renewed.Before(expired)
+	m.ReadOn = l.joined > missing.sure && (missing.putBack.IsZero() || now.Sub(missing.putBack) > ackedByHand)
+	m.Expired = now.Sub(missing.renewed) > lease
 	return m
 }
 
 // PutBack notes that the entries are put back, and may have been acked by hand: see Missing.
-func (l *Ledger) PutBack(entries ...*Entry) {
+func (l *Ledger) PutBack(now time.Time, entries ...*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range entries {
-		e.putBack = true
+		e.putBack = now
 	}
 }
 
