@@ -83,7 +83,7 @@ func (c child) subscriberConfig(topic rules.Topic) goxstreams.SubscriberConfig {
 		Retry: &retry, CloseTimeout: subscriberCloseTimeout, ConsumerTimeout: time.Minute,
 		OnDead: func(_ context.Context, dead goxstreams.DeadMessage) {
 			c.journal.write(rules.Event{
-				Kind: rules.Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: uuidOf(dead),
+				Kind: rules.Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: rules.UUIDOf(dead),
 				Count: dead.Deliveries, Consumer: dead.Consumer, Error: dead.Reason,
 			})
 		},

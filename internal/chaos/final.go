@@ -93,24 +93,11 @@ func lettersOf(ctx context.Context, client redis.UniversalClient, topic string) 
 			return nil, fmt.Errorf("dead letters of %s: %w", topic, err)
 		}
 		letters = append(letters, rules.Letter{
-			ID: dead.ID, EntryID: dead.EntryID, UUID: uuidOf(dead), Consumer: dead.Consumer, Reason: dead.Reason,
+			ID: dead.ID, EntryID: dead.EntryID, UUID: rules.UUIDOf(dead), Consumer: dead.Consumer, Reason: dead.Reason,
 			Deliveries: dead.Deliveries, At: monotonic() - time.Since(timeOf(dead.ID)),
 		})
 	}
 	return letters, nil
-}
-
-// uuidOf returns the UUID of broken ones too.
-func uuidOf(dead goxstreams.DeadMessage) string {
-	if dead.Message != nil {
-		return dead.Message.UUID
-	}
-	for i := 0; i+1 < len(dead.Fields); i += 2 {
-		if dead.Fields[i] == goxstreams.UUIDHeaderKey {
-			return dead.Fields[i+1]
-		}
-	}
-	return ""
 }
 
 // timeOf returns when the entry was added, by the server's clock.

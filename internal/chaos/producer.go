@@ -36,22 +36,11 @@ const (
 
 // newPublisher returns a Publisher whose broken messages are broken.
 func newPublisher(settings Settings, client redis.UniversalClient, logger watermill.LoggerAdapter) (*goxstreams.Publisher, error) {
-	config := goxstreams.PublisherConfig{Client: client, Marshaler: saboteur{}}
+	config := goxstreams.PublisherConfig{Client: client, Marshaler: rules.Saboteur{}}
 	if settings.Idempotence {
 		config.Idempotence = &goxstreams.Idempotence{}
 	}
 	return goxstreams.NewPublisher(config, logger)
-}
-
-// A saboteur writes entries as somebody who does not know the format would.
-type saboteur struct{ goxstreams.DefaultMarshaler }
-
-func (s saboteur) Marshal(topic string, msg *message.Message) (map[string]any, error) {
-	fields, err := s.DefaultMarshaler.Marshal(topic, msg)
-	if err == nil && rules.Nature(msg.UUID) == rules.Broken {
-		fields["metadata"] = "this is no MessagePack"
-	}
-	return fields, err
 }
 
 // produce publishes until it is told to end.

@@ -140,7 +140,7 @@ func TestGoOn(t *testing.T) {
 		})
 	}
 	assert.Equal(t, makeMessage(settings, "flaky-1").Payload, makeMessage(settings, "flaky-1").Payload)
-	_, err = goxstreams.DefaultMarshaler{}.Unmarshal(must(saboteur{}.Marshal("t", makeMessage(settings, "broken-1"))))
+	_, err = goxstreams.DefaultMarshaler{}.Unmarshal(must(rules.Saboteur{}.Marshal("t", makeMessage(settings, "broken-1"))))
 	assert.Error(t, err)
 }
 

@@ -8,7 +8,6 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 
-	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
@@ -117,17 +116,6 @@ func makeMessage(seed uint64, uuid string, l limits) *message.Message {
 	msg := message.NewMessage(uuid, payload)
 	msg.Metadata.Set("nature", rules.Nature(uuid))
 	return msg
-}
-
-// A saboteur writes malformed entries as somebody who does not know the format would.
-type saboteur struct{ goxstreams.DefaultMarshaler }
-
-func (s saboteur) Marshal(topic string, msg *message.Message) (map[string]any, error) {
-	fields, err := s.DefaultMarshaler.Marshal(topic, msg)
-	if err == nil && rules.Nature(msg.UUID) == rules.Broken {
-		fields["metadata"] = "this is no MessagePack"
-	}
-	return fields, err
 }
 
 var (

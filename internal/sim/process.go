@@ -368,7 +368,7 @@ func (m *member) onBroken(ctx context.Context, _ goxstreams.BrokenMessage) error
 func (m *member) onDead(ctx context.Context, dead goxstreams.DeadMessage) {
 	m.await()
 	m.log(m.number, rules.Event{
-		Kind: rules.Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: uuidOf(dead),
+		Kind: rules.Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: rules.UUIDOf(dead),
 		Count: dead.Deliveries, Consumer: dead.Consumer, Error: dead.Reason,
 	})
 	_ = m.misbehave(ctx)

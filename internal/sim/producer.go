@@ -30,7 +30,7 @@ func (s *simulation) bootProducer(spec Producer, life int, calls chan Call) *pro
 		calls: calls, closing: make(chan struct{}),
 	}
 	var err error
-	p.publisher, err = goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: p.client, Marshaler: saboteur{}}, nil)
+	p.publisher, err = goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: p.client, Marshaler: rules.Saboteur{}}, nil)
 	if err != nil {
 		panic(err)
 	}

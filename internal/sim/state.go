@@ -135,24 +135,11 @@ func (s *simulation) letters(topic, group string) []rules.Letter {
 			continue
 		}
 		letters = append(letters, rules.Letter{
-			ID: dead.ID, EntryID: dead.EntryID, UUID: uuidOf(dead), Consumer: dead.Consumer, Reason: dead.Reason,
+			ID: dead.ID, EntryID: dead.EntryID, UUID: rules.UUIDOf(dead), Consumer: dead.Consumer, Reason: dead.Reason,
 			Deliveries: dead.Deliveries, At: dead.DiedAt.Sub(s.journal.began), // not by its ID: the server's clock steps
 		})
 	}
 	return letters
-}
-
-// uuidOf returns the UUID of malformed ones too.
-func uuidOf(dead goxstreams.DeadMessage) string {
-	if dead.Message != nil {
-		return dead.Message.UUID
-	}
-	for i := 0; i+1 < len(dead.Fields); i += 2 {
-		if dead.Fields[i] == goxstreams.UUIDHeaderKey {
-			return dead.Fields[i+1]
-		}
-	}
-	return ""
 }
 
 // A watcher looks at Redis now and then, and logs what it sees: what is stored, and who

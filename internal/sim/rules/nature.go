@@ -1,6 +1,11 @@
 package rules
 
-import "strings"
+import (
+	"strings"
+
+	"github.com/ThreeDotsLabs/watermill/message"
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
+)
 
 // What a message is. Its UUID begins with it and a hyphen ("poison-7"), so that it can be read in every log.
 const (
@@ -22,4 +27,30 @@ func Nature(uuid string) string {
 func Doomed(uuid string) bool {
 	nature := Nature(uuid)
 	return nature == Poison || nature == Broken || nature == Deadly
+}
+
+// A Saboteur is a marshaler of a producer that does not know the format: entries of Broken
+// messages are malformed.
+type Saboteur struct{ goxstreams.DefaultMarshaler }
+
+// Marshal returns the fields of an entry.
+func (s Saboteur) Marshal(topic string, msg *message.Message) (map[string]any, error) {
+	fields, err := s.DefaultMarshaler.Marshal(topic, msg)
+	if err == nil && Nature(msg.UUID) == Broken {
+		fields["metadata"] = "this is no MessagePack"
+	}
+	return fields, err
+}
+
+// UUIDOf returns a dead message's UUID, also of a malformed entry.
+func UUIDOf(dead goxstreams.DeadMessage) string {
+	if dead.Message != nil {
+		return dead.Message.UUID
+	}
+	for i := 0; i+1 < len(dead.Fields); i += 2 {
+		if dead.Fields[i] == goxstreams.UUIDHeaderKey {
+			return dead.Fields[i+1]
+		}
+	}
+	return ""
 }
