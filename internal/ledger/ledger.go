@@ -67,7 +67,7 @@ type Entry struct {
 	state   State
 	gone    bool      // not in the stream any more
 	orphan  bool      // it was seen pending in our name, and may be acked by now
-	putBack time.Time // it was not pending, and was put back; zero: never
+	putBack time.Time // it was not pending, and was put back since it was last taken; zero: it was not
 	moving  bool      // a move to the dead-letter stream was sent, and may have happened
 	moved   bool      // it has
 	past    bool      // taken as a retry or a candidate, not as a fresh one

@@ -467,6 +467,11 @@ func TestMissing(t *testing.T) {
 	l.PutBack(at(10), one)
 	require.Equal(t, Missing{}, missing(one), "it may be acked by hand again")
 	require.True(t, l.Missing(at(10).Add(ackedByHand+1), one, time.Minute, nil).ReadOn)
+	for taken := (*Entry)(nil); taken != one; {
+		_, taken = take(l, at(10))
+		require.NotNil(t, taken)
+	}
+	require.True(t, missing(one).ReadOn, "it is delivered again: what happens now is another event")
 }
 
 // A message that never ends keeps one with a last delivery to go from its turn; but not

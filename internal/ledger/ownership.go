@@ -98,9 +98,9 @@ type Missing struct {
 	ReadOn  bool // something became ours since, maybe of another group with the same name; false if it was put back lately
 }
 
-// ackedByHand is for how long what was put back because of ReadOn is not put back so again.
-// Whoever acks a message by hand that waits for its retry does it again within that time; a
-// group is hardly made anew twice.
+// ackedByHand is for how long what was put back because of ReadOn is not put back so again,
+// while it waits for the same delivery. Whoever acks it by hand does so again within that
+// time; a group is hardly made anew twice.
 const ackedByHand = 10 * time.Minute
 
 // Missing compares such an entry with those that are pending. Its lease runs for so long.

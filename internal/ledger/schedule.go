@@ -15,7 +15,7 @@ func (l *Ledger) Take(now time.Time) (*Entry, Effects) {
 	}
 	past := e.state != Queued
 	l.leave(e)
-	e.state, e.past = Running, past
+	e.state, e.past, e.putBack = Running, past, time.Time{}
 	l.use.running++
 	if past {
 		l.use.past++
