@@ -61,7 +61,9 @@ func survive(t *testing.T, outage string, subscribers int, minIdle time.Duration
 		s.store("orders", "*", message.NewMessage(fmt.Sprint(i), nil))
 	}
 	time.Sleep(minIdle)
+	h.mu.Lock()
 	assert.Len(t, h.held, outageHandlers)
+	h.mu.Unlock()
 	for range repeatsOf(subscribers, minIdle) {
 		for _, length := range lengthsOf(subscribers, minIdle) {
 			heal := s.breakDown(outage)
