@@ -24,7 +24,7 @@ GOLANGCI_LINT ?= go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v
 CLI = $(if $(findstring valkey,$(REDIS_IMAGE)),valkey-cli,redis-cli)
 
 .PHONY: up wait down build test test_v test_short test_race test_stress test_reconnect test_acl \
-	fmt tidy check lint vulnerabilities fuzz modules examples bench sim chaos ci release_dry update_watermill
+	fmt tidy check lint vulnerabilities fuzz modules examples screenshots bench sim chaos ci release_dry update_watermill
 
 up:
 	docker run -d --rm --name $(CONTAINER) -p 127.0.0.1:$(REDIS_PORT):6379 $(REDIS_IMAGE)
@@ -76,7 +76,7 @@ check:
 
 # What users fetch. It asks Go's database of vulnerabilities, and so needs a network.
 vulnerabilities:
-	set -e; for m in . $(filter plugin/% cmd/%,$(MODULES)); do echo "== $$m"; go run -C $$m $(GOVULNCHECK) ./...; done
+	set -e; for m in . $(filter-out %/browsertest,$(filter goxstreamstest plugin/% cmd/%,$(MODULES))); do echo "== $$m"; go run -C $$m $(GOVULNCHECK) ./...; done
 
 # What .ci/run has as "release". VERSION is one that is never released, so that all is changed that a release changes.
 release_dry:
@@ -96,6 +96,10 @@ modules:
 
 examples:
 	set -e; for e in $(EXAMPLES); do echo "== $$e"; timeout 60 go -C _examples/$$e run .; done
+
+# Those of docs/operations-page.md, with Debian's package chromium.
+screenshots:
+	go -C plugin/goxui/internal/browsertest test -count=1 -run TestScreenshots . -screenshots "$(CURDIR)/docs/images"
 
 # A quick look. benchmarks/README.md has the whole.
 bench:

@@ -20,11 +20,10 @@ import (
 )
 
 // TestClients_Follow moves topics from one server to another, and back, as a Ring
-// does when a shard goes away, Sentinel when it promotes another master, and a
-// Cluster at a failover. Where a read waits is decided when its connection is
-// opened; a server that stays up says nothing when it is not the right one any
-// more, and the read waited there for ever. A subscription asks again after each
-// BlockTime.
+// does when a shard fails, Sentinel when it promotes another master, and a Cluster
+// at a failover. A connection's server was chosen when it was opened; a server that
+// stays up does not report that it is no longer the right one, and reads waited
+// there forever. Now a subscription checks after each BlockTime.
 func TestClients_Follow(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -70,15 +69,16 @@ func TestClients_Follow(t *testing.T) {
 	}
 }
 
-// followed is a client whose topics move to another server and back with each move.
+// followed is a client whose topics move to another server, and back, with each
+// move.
 type followed struct {
 	client redis.UniversalClient
 	topics []string
 	move   func(t *testing.T)
 }
 
-// arrives acks what comes until the payload does. Others may come once more, if
-// what they were acked on is gone.
+// arrives acks messages until the payload arrives. Others may be delivered again if
+// their acks are lost with the old server.
 func arrives(messages <-chan *message.Message, payload string, within time.Duration) bool {
 	timeout := time.After(within)
 	for {
@@ -108,7 +108,7 @@ func twoTopics(t *testing.T, client redis.UniversalClient, addr string) []string
 	return topics
 }
 
-// The Ring's own heartbeat finds the shard down, and up again, while this
+// The Ring's own heartbeat considers the shard down, and up again, while this
 // process's connections to it work all the time.
 func ringVotedDown(t *testing.T) followed {
 	first, second := testserver.Private(t).Addr(), testserver.Private(t).Addr()
@@ -131,7 +131,7 @@ func ringVotedDown(t *testing.T) followed {
 	}}
 }
 
-// The shard is gone, and later comes back empty.
+// The shard is killed, and later comes back empty.
 func ringKilled(t *testing.T) followed {
 	srv, second := testserver.Private(t), testserver.Private(t).Addr()
 	first := srv.Addr()
@@ -185,8 +185,8 @@ func switchMaster(sentinel *fakeSentinel, addrs []string, leadsTo func(addr stri
 	}
 }
 
-// samePort compares addresses on this machine: without a Cluster to ask, a
-// ClusterClient drops the host of a loopback address.
+// samePort compares addresses on this machine: without a Cluster, a ClusterClient
+// drops the host of a loopback address.
 func samePort(a, b string) bool {
 	_, p, _ := net.SplitHostPort(a)
 	_, q, _ := net.SplitHostPort(b)
@@ -213,7 +213,7 @@ func runsOn(client *redis.Client, addr string) bool {
 	return runID(info) == runID(other)
 }
 
-// A program that shards its keys over plain servers moves some.
+// A program that shards its keys over plain servers moves some slots.
 func slotsMoved(t *testing.T) followed {
 	addrs := []string{testserver.Private(t).Addr(), testserver.Private(t).Addr()}
 	var at atomic.Int32
@@ -230,7 +230,7 @@ func slotsMoved(t *testing.T) followed {
 	}}
 }
 
-// A replica takes its master's place, and the master its own.
+// A replica takes its master's place, and then the master takes it back.
 func clusterFailover(t *testing.T) followed {
 	addrs := startPair(t)
 	nodes := []*redis.Client{
@@ -242,7 +242,7 @@ func clusterFailover(t *testing.T) followed {
 	return followed{client, topics, func(t *testing.T) {
 		at = 1 - at
 		eventually(t, func() bool {
-			_ = nodes[at].Do(t.Context(), "cluster", "failover").Err() // refused until its link to the master is up
+			_ = nodes[at].Do(t.Context(), "cluster", "failover").Err() // rejected until its link to the master is up
 			role, err := nodes[at].Do(t.Context(), "role").Slice()
 			return err == nil && role[0] == "master"
 		}, "no failover")

@@ -30,16 +30,17 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Every client that go-redis can make must do everything: the library promises
-// redis.UniversalClient, and programs pass what they already have.
+// Every client that go-redis can create must support everything: the library
+// promises redis.UniversalClient, and programs pass the client that they already
+// have.
 
 // TestClients runs the whole life of a topic, from Subscribe to Close, with every
 // kind of client and with the options that change how a client connects, waits or
-// authenticates. Along the way neither the library logs an error nor does
-// go-redis print anything.
+// authenticates. Neither the library logs an error nor does go-redis print
+// anything.
 //
-// It is not parallel, since go-redis has one logger for the process. Its subtests
-// are: nothing else runs meanwhile.
+// The test is not parallel, since go-redis has one logger for the process. Its
+// subtests are: nothing else runs meanwhile.
 func TestClients(t *testing.T) {
 	testserver.RequireReal(t)
 	printed := recordPrinted(t)
@@ -64,7 +65,7 @@ func TestClients(t *testing.T) {
 	for _, kind := range []struct {
 		name   string
 		client func(t *testing.T) redis.UniversalClient
-		nodes  int // among which the topics are spread; 0: one, or it does not matter
+		nodes  int // the topics are spread over so many nodes; 0: one node, or it does not matter
 	}{
 		// Kinds of clients.
 		{"Client", option(func(*redis.Options) {}), 0},
@@ -129,7 +130,8 @@ func TestClients(t *testing.T) {
 		}, 0},
 		{"Limiter", plain(func(t *testing.T, opt *redis.Options) {
 			opt.Limiter = newCountingLimiter(t)
-			// What go-redis asks by itself when it connects, and older servers do not know.
+			// Commands that go-redis sends when it connects, and that older servers
+			// do not know.
 			opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 		}), 0},
 		{"hooks", func(t *testing.T) redis.UniversalClient {
@@ -151,7 +153,8 @@ func TestClients(t *testing.T) {
 			opt.Protocol, opt.PoolSize = 3, 1
 			opt.ClientSideCacheConfig = &redis.ClientSideCacheConfig{}
 		}), 0},
-		// (With MaxActiveConns below PoolSize go-redis refuses what is beyond, instead of waiting.)
+		// (With MaxActiveConns below PoolSize go-redis rejects further commands,
+		// instead of queueing them.)
 		{"PoolSize 4, MaxActiveConns 4", option(func(opt *redis.Options) { opt.PoolSize, opt.MaxActiveConns = 4, 4 }), 0},
 		{"PoolSize 1", option(func(opt *redis.Options) { opt.PoolSize = 1 }), 0},
 		{"PoolSize 1, MaxActiveConns 1", option(func(opt *redis.Options) { opt.PoolSize, opt.MaxActiveConns = 1, 1 }), 0},
@@ -159,8 +162,8 @@ func TestClients(t *testing.T) {
 		{"ConnMaxLifetime 100ms", option(func(opt *redis.Options) { opt.ConnMaxLifetime = 100 * time.Millisecond }), 0},
 		{"ReadTimeout -1", option(func(opt *redis.Options) { opt.ReadTimeout = -1 }), 0},
 		{"ReadTimeout -2", option(func(opt *redis.Options) { opt.ReadTimeout = -2 }), 0},
-		// Shorter than BLOCK, and than what a busy machine sometimes takes: then go-redis
-		// tries again.
+		// Shorter than BLOCK, and than a busy machine sometimes needs: then
+		// go-redis retries.
 		{"ReadTimeout 1s", option(func(opt *redis.Options) { opt.ReadTimeout = time.Second }), 0}, // below BlockTime; a busy machine answers later than 300 ms
 		{"ContextTimeoutEnabled", option(func(opt *redis.Options) { opt.ContextTimeoutEnabled = true }), 0},
 		{"Protocol 2", option(func(opt *redis.Options) { opt.Protocol = 2 }), 0},
@@ -219,8 +222,7 @@ func nodeOf(t *testing.T, client redis.UniversalClient, key string) string {
 	return ""
 }
 
-// publishSurely publishes once with a client that may give up waiting for the answer, on
-// a busy machine.
+// publishSurely publishes once with a client that may time out on a busy machine.
 func publishSurely(t *testing.T, client redis.UniversalClient, topic string, payloads ...string) {
 	t.Helper()
 	var msgs []*message.Message
@@ -244,9 +246,9 @@ func publishSurely(t *testing.T, client redis.UniversalClient, topic string, pay
 	require.FailNow(t, "no answer")
 }
 
-// runThrough has topics go through all that this library does: publishing,
-// consuming, a nack, a takeover, fan-out, dead-lettering and its queue, figures,
-// waiting in vain, and Close.
+// runThrough uses everything that the library does with the topics: publishing,
+// consuming, a nack, a takeover, fan-out, dead-lettering and its queue, stats,
+// empty reads, and Close.
 func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log logRecorder) {
 	t.Helper()
 	const doomed = "doomed"
@@ -269,7 +271,7 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 	})
 	fanOut := short(goxstreams.SubscriberConfig{BlockTime: patience}) // Close must not wait for it
 
-	// What a dead process has left in the first of the topics.
+	// Entries that a dead process has left in the first topic.
 	createGroup(t, client, topics[0], testGroup)
 	publishSurely(t, client, topics[0], "left")
 	readAs(t, client, topics[0], testGroup, "died", 1)
@@ -316,7 +318,7 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 		letters := goxstreams.DeadLetterTopic(topic)
 		queue, err := goxstreams.NewDeadLetterQueue(client, letters)
 		require.NoError(t, err)
-		eventually(t, func() bool { // a short ReadTimeout may be too short for one try
+		eventually(t, func() bool { // a short ReadTimeout may be too short for one attempt
 			n, err := queue.Count(t.Context())
 			return err == nil && n == 1
 		}, "no dead letter")
@@ -339,6 +341,7 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 		assert.Equal(t, goxstreams.TopicStats{
 			Topic: topic, Group: doomed, Length: map[bool]int64{true: 5, false: 4}[i == 0],
 			Lag: got.Lag, Consumers: 1, DeadLetterTopic: letters, DeadLetters: 1,
+			Pin: got.Pin, // of the slowest group or fan-out
 		}, got)
 
 		n, err := queue.Replay(t.Context(), dead[0].ID)
@@ -353,7 +356,7 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 		assert.Zero(t, n64, "dead letters after Replay")
 	}
 
-	time.Sleep(600 * time.Millisecond) // several reads in vain: nothing may be logged on their account
+	time.Sleep(600 * time.Millisecond) // several empty reads: they must not be logged
 	for i, topic := range topics {
 		publishSurely(t, client, topic, "last")
 		for _, channel := range []<-chan *message.Message{messages[i], failures[i]} {
@@ -382,11 +385,11 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 }
 
 // With Options.StreamingCredentialsProvider go-redis keeps a manager of its
-// credentials in the client. A Conn has none, so that the first connection dialed
-// through one was a nil dereference in a goroutine of the library: the process
-// died with the second topic, whose read found no idle connection to borrow. Any
-// number of topics works, and so does a rotation of the credentials, which is what
-// such a provider is for: reads that wait do not go on for ever as the old user.
+// credentials in the client. A Conn has none, so the first connection dialed
+// through one dereferenced nil in a goroutine of the library: the process died with
+// the second topic, whose read found no idle connection. Now any number of topics
+// works, and so does a rotation of the credentials, the purpose of such a provider:
+// blocking reads do not continue forever as the old user.
 func TestFault48_StreamingCredentials(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -432,7 +435,7 @@ func TestFault48_StreamingCredentials(t *testing.T) {
 			assert.Empty(t, log.Errors())
 		})
 
-		// The old user is valid for a while yet: nobody notices anything.
+		// The old user stays valid for a while: nobody notices anything.
 		t.Run(fmt.Sprintf("rotation, PoolSize %d", poolSize), func(t *testing.T) {
 			t.Parallel()
 			client, provider := open(t, poolSize)
@@ -460,7 +463,7 @@ func TestFault48_StreamingCredentials(t *testing.T) {
 			}
 		})
 
-		// The old user is gone at once, and its connections with it.
+		// The old user is deleted at once, and its connections with it.
 		t.Run(fmt.Sprintf("revocation, PoolSize %d", poolSize), func(t *testing.T) {
 			t.Parallel()
 			client, provider := open(t, poolSize)
@@ -484,10 +487,10 @@ func TestFault48_StreamingCredentials(t *testing.T) {
 	}
 }
 
-// A ClusterClient need not have a Cluster behind it: NewFailoverClusterClient is
-// one over Sentinel, to read from replicas, and ClusterSlots lets a program shard
-// its keys over plain servers. Subscribe asked such a server for a key's slot and
-// failed: "cluster support disabled". The client knows its slots by itself.
+// A ClusterClient need not have a Cluster behind it: NewFailoverClusterClient uses
+// Sentinel, to read from replicas, and ClusterSlots lets a program shard its keys
+// over plain servers. Subscribe asked such a server for a key's slot and failed:
+// "cluster support disabled". But the client itself knows its slots.
 func TestFault50_ClusterClientWithoutACluster(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -527,8 +530,9 @@ func TestFault50_ClusterClientWithoutACluster(t *testing.T) {
 		})
 	}
 
-	// What the question to the server was there for is still refused: the two streams
-	// are on two servers. On one server, that is no node of a Cluster, any will do.
+	// The case for which the server was asked is still rejected: the two streams
+	// are on two servers. On one server that is not a node of a Cluster, any stream
+	// will do.
 	t.Run("dead letters in another slot", func(t *testing.T) {
 		t.Parallel()
 		name := topic(t)
@@ -555,10 +559,10 @@ func TestFault50_ClusterClientWithoutACluster(t *testing.T) {
 
 // A client made from a copy of another one's options shares the first one's push
 // processor, and with ClientSideCacheConfig go-redis complained on stderr that it
-// had a handler already. Connections that the library opens itself are quiet, and
-// leave the cache of the client alone.
+// already had a handler. Connections that the library opens itself are quiet, and
+// do not affect the client's cache.
 //
-// It is not parallel: go-redis has one logger for the process.
+// The test is not parallel: go-redis has one logger for the process.
 func TestFault59_ClientSideCacheIsQuiet(t *testing.T) {
 	testserver.RequireReal(t)
 	printed := recordPrinted(t)
@@ -595,7 +599,7 @@ func TestFault59_ClientSideCacheIsQuiet(t *testing.T) {
 	}
 }
 
-// closing has t's cleanup close the client, and returns it.
+// closing closes the client in t's cleanup, and returns it.
 func closing[C redis.UniversalClient](t testing.TB, client C) C {
 	t.Cleanup(func() {
 		if err := client.Close(); err != nil && !errors.Is(err, redis.ErrClosed) {
@@ -627,9 +631,9 @@ func newSlotsClient(addrs ...string) *redis.ClusterClient {
 	}})
 }
 
-// recordPrinted has what go-redis prints recorded until t ends. What it always
-// says of Sentinel is left out, and of a connection that a revoked credential closed
-// while it was put back.
+// recordPrinted records what go-redis prints until t ends. It leaves out the usual
+// messages of Sentinel, and those about a connection that a revoked credential
+// closed while it was put back.
 func recordPrinted(t testing.TB) (printed func() []string) {
 	r := &printRecorder{}
 	redis.SetLogger(r)
@@ -656,8 +660,8 @@ func (r *printRecorder) Printf(_ context.Context, format string, v ...any) {
 	r.lines = append(r.lines, line)
 }
 
-// A countingLimiter never refuses. Waiting in vain is no failure, or a circuit
-// breaker would open on an idle topic.
+// A countingLimiter never rejects. A read without entries is not a failure, or a
+// circuit breaker would open on an idle topic.
 type countingLimiter struct {
 	allowed, reported atomic.Int64
 
@@ -684,10 +688,10 @@ func (l *countingLimiter) Allow() error {
 
 func (l *countingLimiter) ReportResult(err error) {
 	l.reported.Add(1)
-	if err == nil || strings.HasPrefix(err.Error(), "BUSYGROUP") { // the group exists: an answer like any other
+	if err == nil || strings.HasPrefix(err.Error(), "BUSYGROUP") { // the group exists: an ordinary reply
 		return
 	}
-	if strings.Contains(err.Error(), "'setinfo'") { // go-redis's own, which Redis 7.0 does not know
+	if strings.Contains(err.Error(), "'setinfo'") { // go-redis's own command, which Redis 7.0 does not know
 		return
 	}
 	l.mu.Lock()
@@ -708,7 +712,7 @@ func newSecuredServer(t *testing.T) *securedServer {
 	return &securedServer{srv.Addr(), closing(t, redis.NewClient(&redis.Options{Addr: srv.Addr(), Password: password}))}
 }
 
-// user makes a user, whose name is also the password.
+// user creates a user, whose name is also the password.
 func (s *securedServer) user(t *testing.T) auth.Credentials {
 	t.Helper()
 	name := "user-" + watermill.NewShortUUID()
@@ -716,14 +720,14 @@ func (s *securedServer) user(t *testing.T) auth.Credentials {
 	return auth.NewBasicCredentials(name, name)
 }
 
-// revoke deletes the user, whose connections the server cuts.
+// revoke deletes the user; the server closes its connections.
 func (s *securedServer) revoke(t *testing.T, user auth.Credentials) {
 	t.Helper()
 	name, _ := user.BasicAuth()
 	require.NoError(t, s.admin.Do(t.Context(), "acl", "deluser", name).Err())
 }
 
-// client returns a client without credentials but what change sets.
+// client returns a client without credentials other than those that change sets.
 func (s *securedServer) client(change func(*redis.Options)) *redis.Client {
 	opt := &redis.Options{Addr: s.addr}
 	change(opt)
@@ -734,7 +738,7 @@ func newClientOf(t *testing.T, s *securedServer, user auth.Credentials) *redis.C
 	return closing(t, s.client(func(opt *redis.Options) { opt.Username, opt.Password = user.BasicAuth() }))
 }
 
-// waitingAs returns the number of the user's connections that wait in a read.
+// waitingAs returns the number of the user's connections in a blocking read.
 func (s *securedServer) waitingAs(t *testing.T, user auth.Credentials) (n int) {
 	t.Helper()
 	list, err := s.admin.ClientList(t.Context()).Result()
@@ -834,8 +838,8 @@ func failoverOptions(t *testing.T, master string) (*redis.FailoverOptions, *fake
 }
 
 // newFailoverCluster returns a client that t's cleanup closes, with its connection
-// to the Sentinel: go-redis's Close forgets that one, and drops it only when it asks
-// and gets an error.
+// to the Sentinel: go-redis's Close forgets that one, and closes it only after a
+// failed query.
 func newFailoverCluster(t *testing.T, master string, db int) (*redis.ClusterClient, *fakeSentinel) {
 	t.Helper()
 	opt, sentinel := failoverOptions(t, master)
@@ -848,7 +852,7 @@ func newFailoverCluster(t *testing.T, master string, db int) (*redis.ClusterClie
 	return client, sentinel
 }
 
-// A fakeSentinel says who the master is. It has no replicas and no peers.
+// A fakeSentinel names the master. It has no replicas and no peers.
 type fakeSentinel struct {
 	addr     string
 	listener net.Listener
@@ -856,7 +860,7 @@ type fakeSentinel struct {
 
 	mu     sync.Mutex
 	master string
-	conns  map[net.Conn]bool // true: of a subscriber
+	conns  map[net.Conn]bool // true for a subscriber
 }
 
 func startSentinel(t *testing.T, master string) *fakeSentinel {
@@ -877,8 +881,8 @@ func startSentinel(t *testing.T, master string) *fakeSentinel {
 	return s
 }
 
-// promote makes another server the master, and tells the subscribers; "": there is
-// none any more.
+// promote makes another server the master, and tells the subscribers; "" means that
+// there is none.
 func (s *fakeSentinel) promote(master string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -997,8 +1001,8 @@ type uncomparable struct {
 	_ []string
 }
 
-// Replay kept the groups that it knows by their client, and panicked where that is
-// of a type that cannot be compared.
+// Replay kept known groups in a map by client, and panicked if the client's type
+// cannot be compared.
 func TestUncomparableClient(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)

@@ -19,12 +19,12 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// What the other tests show on one server is shown here on a Cluster of three
-// masters, in short: what it adds is that commands go to the key's master, that
-// keys used together share a slot, and that slots move.
+// These tests repeat, on a Cluster of three masters, what the other tests show on
+// one server. In addition they show that commands go to the key's master, that keys
+// used together share a slot, and that slots move.
 
-// onEachMaster runs the test for a topic on each master. More than one master
-// means that a command which goes to any node fails for two of them.
+// onEachMaster runs the test for a topic on each master. With several masters a
+// command that goes to any node fails for two of them.
 func onEachMaster(t *testing.T, test func(t *testing.T, client *redis.ClusterClient, topic string)) {
 	t.Parallel()
 	client := testserver.Cluster(t).Client()
@@ -43,8 +43,8 @@ func onEachMaster(t *testing.T, test func(t *testing.T, client *redis.ClusterCli
 	}
 }
 
-// topicOfOwnSlot is topic, in a slot that no other test of this process has got:
-// a slot moves with all that is in it.
+// topicOfOwnSlot is topic, in a slot that no other test of this process uses: a
+// slot moves with everything in it.
 func topicOfOwnSlot(t testing.TB, client *redis.ClusterClient) string {
 	t.Helper()
 	for {
@@ -67,8 +67,8 @@ func masterOf(t testing.TB, client *redis.ClusterClient, key string) string {
 	return master.Options().Addr
 }
 
-// rawEntries returns what is in the stream: for each entry its ID, then its
-// fields as they stand there.
+// rawEntries returns the entries of the stream: for each its ID, then its raw
+// fields.
 func rawEntries(t testing.TB, client redis.UniversalClient, stream string) [][]string {
 	t.Helper()
 	rows, err := client.Do(context.Background(), "xrange", stream, "-", "+").Slice()
@@ -85,8 +85,8 @@ func rawEntries(t testing.TB, client redis.UniversalClient, stream string) [][]s
 	return entries
 }
 
-// buriedFields returns the original fields that a dead letter holds.
-func buriedFields(t testing.TB, letter []string) []string {
+// originalFields returns the original fields that a dead letter contains.
+func originalFields(t testing.TB, letter []string) []string {
 	t.Helper()
 	fields := letter[1:]
 	i := slices.Index(fields, "_goxstreams_fields")
@@ -138,8 +138,8 @@ func TestCluster_FanOut(t *testing.T) {
 	})
 }
 
-// TestCluster_DeadLetter: the topic, and its dead-letter stream, are in one slot,
-// so that a message moves in one step.
+// TestCluster_DeadLetter: the topic and its dead-letter stream are in one slot, so
+// that a message moves in one step.
 func TestCluster_DeadLetter(t *testing.T) {
 	t.Parallel()
 	exhausted := func(t *testing.T, client *redis.ClusterClient, topic string) {
@@ -170,7 +170,7 @@ func TestCluster_DeadLetter(t *testing.T) {
 		assert.Empty(t, pendingOf(t, client, topic, testGroup))
 		letters := rawEntries(t, client, goxstreams.DeadLetterTopic(topic))
 		require.Len(t, letters, 1)
-		assert.Equal(t, original[1:], buriedFields(t, letters[0]))
+		assert.Equal(t, original[1:], originalFields(t, letters[0]))
 		require.Len(t, dead, 1)
 		told := <-dead
 		assert.Equal(t, letters[0][0], told.ID)
@@ -207,7 +207,7 @@ func TestCluster_DeadLetter(t *testing.T) {
 			eventuallySettled(t, client, topic, testGroup)
 			letters := rawEntries(t, client, goxstreams.DeadLetterTopic(topic))
 			require.Len(t, letters, 1)
-			assert.Equal(t, fields, buriedFields(t, letters[0]))
+			assert.Equal(t, fields, originalFields(t, letters[0]))
 			letter := deadLetters(t, client, topic)[0]
 			assert.Equal(t, id, letter.Metadata.Get(goxstreams.DeadEntryIDKey))
 			assert.Equal(t, goxstreams.Broken.String(), letter.Metadata.Get(goxstreams.DeadKindKey))
@@ -215,8 +215,8 @@ func TestCluster_DeadLetter(t *testing.T) {
 	})
 }
 
-// TestCluster_Refused: a dead-letter stream that entries cannot be moved to in
-// one step is noticed before anything is made.
+// TestCluster_Refused: a dead-letter stream to which entries cannot be moved in one
+// step is rejected before anything is created.
 func TestCluster_Refused(t *testing.T) {
 	t.Parallel()
 	client := testserver.Cluster(t).Client()
@@ -272,14 +272,14 @@ func TestCluster_Takeover(t *testing.T) {
 	})
 }
 
-// TestCluster_Close: what was prefetched comes to another consumer at once, as if
-// it had never been read, and the read under way is ended on the right node.
+// TestCluster_Close: prefetched messages are delivered to another consumer at once,
+// as if they had never been read, and the current read is ended on the right node.
 func TestCluster_Close(t *testing.T) {
 	onEachMaster(t, func(t *testing.T, client *redis.ClusterClient, topic string) {
 		const n, before = 50, 20
 		want := publishN(t, client, topic, n)
 		config := grouped(client)
-		config.ClaimMinIdle = 5 * time.Minute // only what is released comes within the test
+		config.ClaimMinIdle = 5 * time.Minute // only released entries are redelivered within the test
 		config.BlockTime, config.CloseTimeout = time.Minute, patience
 		first := newSubscriber(t, config)
 		messages := subscribe(t, first, topic)
@@ -313,8 +313,8 @@ func TestCluster_Close(t *testing.T) {
 }
 
 // TestCluster_SlotMoves: a topic's slot moves to another master, and on to the
-// third, while messages flow, some of which fail. Nothing is lost, and the
-// counts go on.
+// third, while messages flow, some of which fail. Nothing is lost, and the counts
+// continue.
 func TestCluster_SlotMoves(t *testing.T) {
 	t.Parallel()
 	for _, concurrency := range []int{1, 16} {
@@ -412,7 +412,7 @@ func TestCluster_SlotMoves(t *testing.T) {
 	}
 }
 
-// movedIsNotLost checks that no group was made again.
+// movedIsNotLost checks that no group was recreated.
 func movedIsNotLost(t testing.TB, log logRecorder) {
 	t.Helper()
 	for _, line := range log.Errors() {
@@ -420,8 +420,8 @@ func movedIsNotLost(t testing.TB, log logRecorder) {
 	}
 }
 
-// TestCluster_SlotMovesIdle: a subscription that sends nothing which would be
-// redirected finds the topic's new master all the same.
+// TestCluster_SlotMovesIdle: a subscription that sends no command which would be
+// redirected still finds the topic's new master.
 func TestCluster_SlotMovesIdle(t *testing.T) {
 	t.Parallel()
 	for name, group := range map[string]string{"Group": testGroup, "FanOut": ""} {
@@ -446,8 +446,9 @@ func TestCluster_SlotMovesIdle(t *testing.T) {
 	}
 }
 
-// TestCluster_SlotMovesInHand: what handlers have while the slot is neither here
-// nor there. Leases are kept up, acks arrive, and what dies does so once.
+// TestCluster_SlotMovesInHand: messages that are being handled while the slot is in
+// the middle of its move. Leases are renewed, acks arrive, and dead messages are
+// moved once.
 func TestCluster_SlotMovesInHand(t *testing.T) {
 	t.Parallel()
 	cluster := testserver.Cluster(t)
@@ -499,8 +500,8 @@ func TestCluster_SlotMovesInHand(t *testing.T) {
 	assert.Equal(t, delivery(t, out["dies"]).ID, letters[0].Metadata.Get(goxstreams.DeadEntryIDKey))
 }
 
-// TestCluster_Stale: Subscribe with a client that knows the Cluster as it was a
-// while ago.
+// TestCluster_Stale: Subscribe with a client whose knowledge of the Cluster is out
+// of date.
 func TestCluster_Stale(t *testing.T) {
 	t.Parallel()
 	for name, group := range map[string]string{"Group": testGroup, "FanOut": ""} {

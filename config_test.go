@@ -14,15 +14,14 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// offline is a client for tests that send nothing.
+// offline returns a client for tests that send nothing.
 func offline(t testing.TB) *redis.Client {
 	client := redis.NewClient(&redis.Options{Addr: "192.0.2.1:6379"})
 	t.Cleanup(func() { require.NoError(t, client.Close()) })
 	return client
 }
 
-// mistakes returns the fields that a constructor's error names, one for each
-// line of it.
+// mistakes returns the fields that a constructor's error names, one per line.
 func mistakes(t *testing.T, err error, typeName string) []string {
 	t.Helper()
 	if err == nil {
@@ -62,8 +61,8 @@ func TestSubscriberConfig_Mistakes(t *testing.T) {
 			[]string{"BlockTime", "ClaimMinIdle", "ClaimInterval", "CloseTimeout", "ConsumerTimeout"},
 		},
 		{
-			// A plain number is nanoseconds; as milliseconds it would be 0, which
-			// Redis reads as forever, or as at once.
+			// A plain number is in nanoseconds; as milliseconds it would be 0,
+			// which Redis treats as forever, or as at once.
 			"numbers taken for durations",
 			config{Client: client, ConsumerGroup: "g", BlockTime: 5, ClaimMinIdle: 60, ClaimInterval: 1, CloseTimeout: 25, ConsumerTimeout: 10},
 			[]string{"BlockTime", "ClaimMinIdle", "ClaimInterval", "CloseTimeout", "ConsumerTimeout"},
@@ -98,6 +97,30 @@ func TestSubscriberConfig_Mistakes(t *testing.T) {
 		{"NoAck and Retry", config{Client: client, ConsumerGroup: "g", NoAck: true, Retry: &goxstreams.Retry{}}, []string{"NoAck"}},
 		{"NoAck and DeleteAcked", config{Client: client, ConsumerGroup: "g", NoAck: true, DeleteAcked: true}, []string{"NoAck"}},
 		{"NoAck", config{Client: client, ConsumerGroup: "g", NoAck: true}, nil},
+		{"Retention", config{Client: client, ConsumerGroup: "g", Retention: goxstreams.Retention{
+			KeepLast: 5, KeepFor: time.Hour, HardMaxLen: 5, IgnoreGroups: []string{"old"},
+		}, KeepDeadLetters: time.Hour}, nil},
+		{"Retention of a fan-out", config{Client: client, Retention: goxstreams.Retention{KeepLast: 5}}, nil},
+		{
+			"Retention, negative",
+			config{Client: client, ConsumerGroup: "g", Retention: goxstreams.Retention{KeepLast: -1, KeepFor: -1, HardMaxLen: -1}, KeepDeadLetters: -1},
+			[]string{"Retention.KeepLast", "Retention.KeepFor", "Retention.HardMaxLen", "KeepDeadLetters"},
+		},
+		{
+			"Retention, too little",
+			config{Client: client, ConsumerGroup: "g", Retention: goxstreams.Retention{KeepLast: 2, KeepFor: 1, HardMaxLen: 1}, KeepDeadLetters: 1},
+			[]string{"Retention.KeepFor", "Retention.HardMaxLen", "KeepDeadLetters"},
+		},
+		{
+			"Retention, groups",
+			config{Client: client, ConsumerGroup: "g", Retention: goxstreams.Retention{KeepLast: 2, IgnoreGroups: []string{"", "g"}}},
+			[]string{"Retention.IgnoreGroups", "Retention.IgnoreGroups"},
+		},
+		{"Retention, only groups", config{Client: client, Retention: goxstreams.Retention{IgnoreGroups: []string{"x"}}}, []string{"Retention.IgnoreGroups"}},
+		{"DeleteAcked and groups", config{Client: client, ConsumerGroup: "g", DeleteAcked: true, Retention: goxstreams.Retention{IgnoreGroups: []string{"x"}}}, nil},
+		{"DeleteAcked and HardMaxLen", config{Client: client, ConsumerGroup: "g", DeleteAcked: true, Retention: goxstreams.Retention{HardMaxLen: 1}}, nil},
+		{"DeleteAcked and KeepLast", config{Client: client, ConsumerGroup: "g", DeleteAcked: true, Retention: goxstreams.Retention{KeepLast: 1}}, []string{"DeleteAcked"}},
+		{"KeepDeadLetters without a group", config{Client: client, KeepDeadLetters: time.Hour}, []string{"KeepDeadLetters"}},
 		{
 			"Retry, negative",
 			config{Client: client, ConsumerGroup: "g", Retry: retry(goxstreams.Retry{
@@ -167,7 +190,7 @@ func TestPublisherConfig_Mistakes(t *testing.T) {
 	}
 }
 
-// A program with several mistakes is told the same thing each time.
+// A config with several mistakes always gives the same error text.
 func TestConfig_MistakesInOneOrder(t *testing.T) {
 	for range 20 {
 		_, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
@@ -184,8 +207,8 @@ func TestConfig_MistakesInOneOrder(t *testing.T) {
 	}
 }
 
-// What the caller passed stays as it is: no default is written into it, and what
-// the caller changes afterwards changes nothing.
+// The caller's config stays unchanged: no defaults are written into it, and later
+// changes by the caller have no effect.
 func TestConfig_Untouched(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -210,8 +233,8 @@ func TestConfig_Untouched(t *testing.T) {
 	require.Equal(t, goxstreams.SubscriberConfig{ConsumerGroup: testGroup, CloseTimeout: time.Second}, config)
 }
 
-// A mistake that only a topic shows is Subscribe's error, before anything of it
-// is made.
+// A mistake that only a topic reveals is returned by Subscribe, before anything is
+// created.
 func TestSubscribe_Mistakes(t *testing.T) {
 	client := newClient(t)
 	config := grouped(client)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,25 +23,26 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// The workers of these tests are processes that die of a message, and are started
-// again, as an orchestrator would.
+// The workers of these tests are processes that crash because of a message, and are
+// restarted, as by an orchestrator.
 
 func init() { children[crashRole] = crashChild }
 
 const crashRole = "crash"
 
-// crashArgs is what a crashChild is to do.
+// crashArgs are the instructions for a crashChild.
 type crashArgs struct {
 	Addr, Topic    string
 	Typed          bool   // a Consumer with a Worker; else a handler of plain messages
 	MaxRetries     int    // of the Retry
 	MaxConcurrency int    // of the Subscriber
-	Poison         string // what becomes of the message "poison" in Process: "kill", "exit", "fail", "permanent"
+	MaxSize        int    // of a BatchConsumer, instead of a Consumer
+	Poison         string // what Process does with the message "poison": "kill", "exit", "fail", "permanent"
 	DeadCrashes    bool   // ProcessDead kills the process too
 }
 
-// crashLog is the list in Redis where children write what they begin with, before
-// they do: it is not lost with them.
+// crashLog is the list in Redis to which children write before each step, so that
+// it survives them.
 func crashLog(topic string) string { return topic + "-log" }
 
 func crashChild() {
@@ -62,11 +64,16 @@ func crashChild() {
 		cancel()
 	}()
 	worker := crashWorker{args, client}
-	if args.Typed {
+	switch {
+	case args.MaxSize > 0:
+		consumer, err := goxstreams.NewBatchConsumer(worker, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: args.Topic, MaxSize: args.MaxSize}, nil)
+		must(err)
+		must(consumer.Run(ctx))
+	case args.Typed:
 		consumer, err := goxstreams.NewConsumer(worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: args.Topic}, nil)
 		must(err)
 		must(consumer.Run(ctx))
-	} else {
+	default:
 		sub, err := goxstreams.NewSubscriber(config, nil)
 		must(err)
 		messages, err := sub.Subscribe(ctx, args.Topic)
@@ -116,6 +123,18 @@ func (w crashWorker) Process(_ context.Context, msg goxstreams.Message[string]) 
 	return errors.New("poison")
 }
 
+// ProcessBatch begins all of its messages, and then handles one after the other.
+func (w crashWorker) ProcessBatch(ctx context.Context, batch []goxstreams.Message[string]) []error {
+	if i := slices.IndexFunc(batch, func(msg goxstreams.Message[string]) bool { return msg.Body == "poison" }); i >= 0 {
+		w.begin("batch", fmt.Sprint(batch[i].RetryCount, " ", len(batch)))
+	}
+	errs := make([]error, len(batch))
+	for i, msg := range batch {
+		errs[i] = w.Process(ctx, msg)
+	}
+	return errs
+}
+
 func (w crashWorker) die() {
 	must(syscall.Kill(os.Getpid(), syscall.SIGKILL))
 	select {} // the signal may take a moment
@@ -134,7 +153,7 @@ func (w crashWorker) ProcessDead(_ context.Context, dead goxstreams.Message[stri
 	return goxstreams.ErrDead
 }
 
-// crashProcess is a child under way.
+// crashProcess is a running child.
 type crashProcess struct {
 	cmd   *exec.Cmd
 	stdin io.Closer
@@ -162,8 +181,9 @@ func startCrashChild(t testing.TB, args crashArgs) *crashProcess {
 	return p
 }
 
-// crashLoop runs processes, each started again when it dies, until the group has
-// nothing left to do. It returns what was begun, and how often a process died.
+// crashLoop runs processes, each restarted when it dies, until the group has
+// nothing left to do. It returns the steps that were started, and how often a
+// process died.
 func crashLoop(t testing.TB, client *redis.Client, processes int, args crashArgs) (begun map[string]int, deaths int) {
 	t.Helper()
 	running := make([]*crashProcess, processes)
@@ -211,8 +231,9 @@ func crashLoop(t testing.TB, client *redis.Client, processes int, args crashArgs
 	return begun, deaths
 }
 
-// One message kills every process that handles it, several of which run at once,
-// with others in flight. It is dead in the end, and nothing else is.
+// One message kills every process that handles it. Several processes run at once,
+// with other messages in flight. At the end that message is dead, and no other one
+// is.
 func TestCrashLoop(t *testing.T) {
 	t.Parallel()
 	for _, args := range []crashArgs{
@@ -261,9 +282,9 @@ func TestCrashLoop(t *testing.T) {
 	}
 }
 
-// ProcessDead kills its process. It gets to see the message three times, however
-// that came to its end; then the message is moved without it. Process does not
-// see it again.
+// ProcessDead kills its process. It is called three times for the message, however
+// those calls ended; then the message is moved without it. Process is not called
+// again.
 func TestCrashLoop_ProcessDead(t *testing.T) {
 	t.Parallel()
 	const maxRetries = 2

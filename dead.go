@@ -12,13 +12,13 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// This file is about what cannot be handled: broken entries, and dead messages.
+// This file handles malformed entries and dead messages.
 
-// handleBroken hands an entry that is no message to OnBroken, outside of the slots and
-// of the order: one that hangs stops nothing.
+// handleBroken passes a malformed entry to OnBroken, outside of the slots and of
+// the order, so that an OnBroken that hangs blocks nothing.
 func (s *subscription) handleBroken(h *consume.Task, err error) {
 	s.stats.broken.Add(1)
-	s.log.Error("Broken entry", err, s.Fields(h))
+	s.log.Error("Malformed entry", err, s.Fields(h))
 	switch {
 	case s.cfg.OnBroken != nil:
 		h.Broken = err
@@ -45,7 +45,7 @@ func (s *subscription) CallBroken(h *consume.Task) {
 		s.Drop(h)
 		return
 	}
-	err := errPanicked // or it has ended its goroutine
+	err := errPanicked // stays if OnBroken calls runtime.Goexit
 	defer func() {
 		cancel(nil)
 		h.Detach()
@@ -55,10 +55,11 @@ func (s *subscription) CallBroken(h *consume.Task) {
 	err = guard(func() error { return s.cfg.OnBroken(ctx, b) })
 }
 
-// brokenCalled acts on what OnBroken returned.
+// brokenCalled acts on OnBroken's result.
 func (s *subscription) brokenCalled(h *consume.Task, err error) {
 	switch {
 	case err == nil:
+		s.told(h, OutcomeAcked, 0, nil, nil)
 		s.Settle(h)
 	case s.IsLost(h) || !s.Retries():
 		s.Drop(h)
@@ -68,27 +69,29 @@ func (s *subscription) brokenCalled(h *consume.Task, err error) {
 	case s.IsClosing():
 		s.GiveBack(h, h.Count()-1)
 	default:
-		s.log.Error("OnBroken failed; the entry comes again", err, s.Fields(h))
-		s.Again(h, s.retry.delay(h.Count()))
+		s.log.Error("OnBroken failed; it will be called again", err, s.Fields(h))
+		delay := s.retry.delay(h.Count())
+		s.told(h, OutcomeRetried, delay, err, nil)
+		s.Again(h, delay)
 	}
 }
 
-// death is the decision that an entry is dead. It stays until the entry is moved.
+// death is the decision that an entry is dead. It remains until the entry is moved.
 type death struct {
 	kind    DeadKind
 	err     error
-	topic   string // a DeadLetter's; empty: the subscription's
-	handler string // the router's name of the one that failed; empty: none had it
-	crashed bool   // dead before Unmarshal, which may be what kills
-	final   bool   // the worker wants it moved
-	tries   int    // to move it, which failed
+	topic   string // from a DeadLetter; empty: the subscription's
+	handler string // the router's name of the handler that failed; empty: none was called
+	crashed bool   // dead before Unmarshal, which may itself cause the crashes
+	final   bool   // the worker decided to move it
+	tries   int    // failed attempts to move it
 
-	deliveries int64 // when its worker was asked first; 0: the entry's count
+	deliveries int64 // when ProcessDead was first called; 0: the entry's count
 
-	unsure *DeadMessage // it may have been moved: the answer was lost
+	unsure *DeadMessage // set if the answer to a move was lost: the entry may already be moved
 }
 
-// cause returns the error with its kind, for errors.Is.
+// cause returns the error, marked with its kind for errors.Is.
 func (d *death) cause() error {
 	switch d.kind {
 	case Exhausted:
@@ -99,8 +102,8 @@ func (d *death) cause() error {
 	return mark(d.err, ErrDead)
 }
 
-// route returns the dead-letter stream that the innermost DeadLetter names of
-// those that are for such errors; "" for the subscription's.
+// route returns the dead-letter stream that the innermost matching DeadLetter
+// names; "" means the subscription's.
 func (s *subscription) route(h *consume.Task, letters []DeadLetter) (topic string) {
 	for _, l := range letters {
 		err := user(h, func() error {
@@ -121,7 +124,7 @@ func (s *subscription) route(h *consume.Task, letters []DeadLetter) (topic strin
 
 func deathOf(h *consume.Task) *death { return h.Death.(*death) }
 
-// dead ends a dead entry.
+// dead finishes a dead entry.
 func (s *subscription) dead(h *consume.Task) {
 	if s.KeepsDead() {
 		s.deadLetter(h)
@@ -133,12 +136,13 @@ func (s *subscription) dead(h *consume.Task) {
 		return
 	}
 	s.stats.dead.Add(1)
-	s.log.Error("Dead message; without a group it is not stored, since every subscriber would", d.err, s.Fields(h))
+	s.log.Error("Dead message dropped: without a consumer group dead letters are not stored", d.err, s.Fields(h))
+	s.told(h, OutcomeDead, 0, d.cause(), &dead)
 	s.Drop(h)
 }
 
 // deadLetter moves the entry to the dead-letter stream, unless a Consumer's worker
-// takes it.
+// settles it.
 func (s *subscription) deadLetter(h *consume.Task) {
 	d := deathOf(h)
 	if d.unsure != nil {
@@ -152,11 +156,12 @@ func (s *subscription) deadLetter(h *consume.Task) {
 	dead := s.deadMessage(h, fields)
 	switch {
 	case s.typed != nil && dead.Message != nil && !s.process(h, dead):
-	case isDeadLetter(fields): // it is where the dead go already
+	case isDeadLetter(fields): // the entry already is a dead letter
 		s.MoveEnded()
 		if !h.Stuck {
 			s.log.Error("A message died on a dead-letter stream; it stays pending there", d.err, s.Fields(h))
 		}
+		s.told(h, OutcomeRetried, s.retry.MaxInterval, d.cause(), nil)
 		h.Death, h.Stuck = nil, true
 		s.Aside(h, s.retry.MaxInterval)
 	default:
@@ -164,8 +169,8 @@ func (s *subscription) deadLetter(h *consume.Task) {
 	}
 }
 
-// deadFields returns the entry's fields as the stream has them. If there is
-// nothing to be moved, it sees to what becomes of the entry.
+// deadFields returns the entry's fields as stored in the stream. If there is
+// nothing to move, it decides what happens to the entry.
 func (s *subscription) deadFields(h *consume.Task) (fields []string, ok bool) {
 	h.Fields = nil
 	fields, err := s.Recount(h, h.Count())
@@ -178,23 +183,16 @@ func (s *subscription) deadFields(h *consume.Task) (fields []string, ok bool) {
 	return fields, fields != nil
 }
 
-// move moves the entry.
+// move moves the entry to the dead-letter stream.
 func (s *subscription) move(h *consume.Task, dead DeadMessage) {
-	d, topic := deathOf(h), s.deadLetters
-	switch d.topic {
-	case "":
-	case s.topic:
-		s.log.Error("Using "+s.deadLetters, errors.New("DeadLetter.Topic returned the message's own topic"), s.Fields(h))
-	default:
-		topic = d.topic
-	}
+	d, topic := deathOf(h), s.letterTopic(h)
 	id, err := s.Move(h, topic, d.unsure != nil, dead.marks(), dead.letter())
 	if err != nil {
 		err = fmt.Errorf("moving %s to %s: %w", h.ID, topic, err)
 		if !redisx.IsReply(err) {
 			first := d.unsure == nil
 			d.unsure = &dead
-			if first && s.IsClosing() { // else it is given back, for others to move what is moved
+			if first && s.IsClosing() { // otherwise it would be released, and another consumer could move it again
 				s.move(h, dead)
 				return
 			}
@@ -212,6 +210,39 @@ func (s *subscription) move(h *consume.Task, dead DeadMessage) {
 		s.NotOurs(h)
 		return
 	}
+	s.moved(h, dead, topic, id)
+}
+
+// letterTopic returns the stream that a dead entry moves to.
+func (s *subscription) letterTopic(h *consume.Task) string {
+	switch d := deathOf(h); d.topic {
+	case "":
+		return s.deadLetters
+	case s.topic:
+		s.log.Error("Using "+s.deadLetters, errors.New("DeadLetter.Topic returned the message's own topic"), s.Fields(h))
+		return s.deadLetters
+	default:
+		return d.topic
+	}
+}
+
+// MoveAgain moves an entry whose last move had no answer, unless it is in the dead-letter
+// stream.
+func (s *subscription) MoveAgain(h *consume.Task) error {
+	d := deathOf(h)
+	if d.unsure == nil {
+		return nil
+	}
+	topic := s.letterTopic(h)
+	id, err := s.Move(h, topic, true, d.unsure.marks(), d.unsure.letter())
+	if id != "" {
+		s.moved(h, *d.unsure, topic, id)
+	}
+	return err
+}
+
+// moved ends an entry that is in the dead-letter stream now.
+func (s *subscription) moved(h *consume.Task, dead DeadMessage, topic, id string) {
 	s.MoveEnded()
 	dead.ID = id
 	s.stats.dead.Add(1)
@@ -221,16 +252,18 @@ func (s *subscription) move(h *consume.Task, dead DeadMessage) {
 	if s.cfg.OnDead != nil {
 		s.callOnDead(h, dead)
 	}
+	s.told(h, OutcomeDead, 0, deathOf(h).cause(), &dead)
 	s.Drop(h)
 }
 
 // dyingCrashes is how many processes a dead message may crash in its worker's
-// ProcessDead, or in decoding it for that. Then it is moved unseen.
+// ProcessDead, or while it is decoded for that. Then it is moved without another
+// call.
 const dyingCrashes = 3
 
-// process lets a Consumer's worker decide about its dead message, and returns
-// true if that is to be moved. A worker that fails is asked again; it runs in
-// the message's place, until CloseTimeout.
+// process lets a Consumer's worker decide about its dead message, and reports
+// whether to move it. After an error the worker is called again. ProcessDead runs
+// in the message's slot, until CloseTimeout.
 func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 	d := deathOf(h)
 	if d.final || dead.Kind == Broken || s.diedTooOften(h) {
@@ -247,7 +280,7 @@ func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 		s.Drop(h)
 		return false
 	}
-	err := errPanicked // or ended its goroutine
+	err := errPanicked // stays if ProcessDead calls runtime.Goexit
 	done := make(chan struct{})
 	s.Go(func() {
 		defer close(done)
@@ -257,22 +290,27 @@ func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 	select {
 	case <-done:
 	case <-s.Abandon():
-		s.abandoned(h)
+		s.Left(h)
 		return false
 	}
 	h.Detach()
 	switch {
 	case err == nil:
 		s.stats.dead.Add(1)
+		s.told(h, OutcomeAcked, 0, nil, nil)
 		s.Settle(h)
 		return false
 	case IsDead(err):
 		d.final = true
 		return true
 	case !h.Lost() && s.Calling().Err() == nil:
-		s.log.Error("The worker failed to process a dead message; it is asked again", err, s.Fields(h))
+		s.log.Error("ProcessDead failed; it will be called again", err, s.Fields(h))
 	}
-	s.Aside(h, s.retry.delay(dead.Deliveries))
+	delay := s.retry.delay(dead.Deliveries)
+	if !s.IsClosing() {
+		s.told(h, OutcomeRetried, delay, err, nil)
+	}
+	s.Aside(h, delay)
 	return false
 }
 
@@ -280,9 +318,10 @@ func (s *subscription) diedTooOften(h *consume.Task) bool {
 	return s.retry.exhaustedBefore(h.Count() - dyingCrashes)
 }
 
-// countAsDead gives the entry, in Redis, the least count with which everybody takes
-// it for dead: should the worker crash now, it is the dead message that crashed.
-// It returns false if the entry is not ours, or Redis does not answer.
+// countAsDead raises the entry's delivery count in Redis to the lowest one that
+// every consumer takes for dead: if the worker crashes now, the crash counts
+// against the dead message. It returns false if the entry is no longer ours, or
+// Redis does not answer.
 func (s *subscription) countAsDead(h *consume.Task) bool {
 	if !s.KeepsDead() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
 		return true
@@ -297,7 +336,8 @@ func (s *subscription) countAsDead(h *consume.Task) bool {
 	return fields != nil
 }
 
-// callOnDead waits for OnDead in the message's place, until CloseTimeout.
+// callOnDead calls OnDead and waits for it, in the message's slot, until
+// CloseTimeout.
 func (s *subscription) callOnDead(h *consume.Task, dead DeadMessage) {
 	done := make(chan struct{})
 	s.Go(func() {
@@ -312,7 +352,7 @@ func (s *subscription) callOnDead(h *consume.Task, dead DeadMessage) {
 	}
 }
 
-// moveFailed keeps the dead entry, for the move to be tried again.
+// moveFailed keeps the dead entry and schedules another attempt to move it.
 func (s *subscription) moveFailed(h *consume.Task, err error) {
 	d := deathOf(h)
 	d.tries++

@@ -13,52 +13,49 @@ import (
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 	"github.com/goxstreams/watermill-goxstreams/internal/consume"
-	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// DeadLetterTopic returns the default name of a topic's dead-letter stream:
-// "orders.dead{orders}" for "orders". The braces are a Redis Cluster hash tag:
-// they put both streams in one slot, which moving an entry in one step needs.
-// A topic with a tag of its own keeps it: "a{b}c.dead" for "a{b}c". The name
-// begins with the topic, so that a key pattern of an ACL covers both.
+// DeadLetterTopic returns the default dead-letter stream of a topic:
+// "orders.dead{orders}" for "orders". The braces are a Redis Cluster hash tag: they
+// put both streams in one slot, which an atomic move requires. A topic that has a
+// hash tag keeps it: "a{b}c.dead" for "a{b}c". The name starts with the topic, so
+// that one ACL key pattern covers both streams.
 //
-// A topic with a "}" but no tag has no such name; on Cluster, Subscribe refuses
-// it unless SubscriberConfig.DeadLetterTopic knows one.
-func DeadLetterTopic(topic string) string {
-	if redisx.HashTag(topic) != "" {
-		return topic + ".dead"
-	}
-	return topic + ".dead{" + topic + "}"
-}
+// A topic that contains a "}" but has no hash tag has no such name: in a Cluster,
+// Subscribe rejects it unless SubscriberConfig.DeadLetterTopic returns one.
+func DeadLetterTopic(topic string) string { return xstream.Beside(topic, "dead") }
 
-// DeadLetter is a middleware that chooses, by a handler's error, what goes to the
-// dead-letter stream at once, and where that is. Without it dead is what used its
-// retries up, and what Permanent marked. It stands inside or outside of Retry, to
-// the same effect.
+// DeadLetter is a middleware that moves messages to a dead-letter stream at once,
+// depending on the handler's error, and chooses that stream. Without it, messages
+// are dead-lettered when they are out of retries or their error is Permanent. Its
+// position relative to Retry makes no difference.
 type DeadLetter struct {
-	// ShouldDeadLetter says whether the message is dead, by its handler's error.
-	// Default: IsDead, which adds nothing to Retry: for the sake of Topic.
+	// ShouldDeadLetter reports whether an error makes the message dead. Default:
+	// IsDead, which adds nothing to what Retry dead-letters; use it to set Topic
+	// only.
 	ShouldDeadLetter func(error) bool
 
-	// Topic names the dead-letter stream, given the message's topic, for the
-	// errors that ShouldDeadLetter is true for; of several the innermost. On
-	// Cluster it must be in one slot with the topic, or the subscription's own
-	// is used, with an error in the log. Default, and for an empty name:
-	// SubscriberConfig.DeadLetterTopic's.
+	// Topic returns the dead-letter stream for the message's topic. It applies to
+	// errors for which ShouldDeadLetter is true; the innermost DeadLetter wins. In
+	// a Cluster it must hash to the same slot as the topic, otherwise the
+	// subscription's own stream is used and an error is logged. Default, also for
+	// an empty result: SubscriberConfig.DeadLetterTopic.
 	//
-	// What dies without its handler goes to the subscription's dead-letter
-	// stream: broken entries, and messages that crashed too many processes.
+	// Messages that die without a handler's error go to the subscription's own
+	// dead-letter stream: malformed entries, and messages that crashed too many
+	// processes.
 	Topic func(topic string) string
 }
 
-// Middleware applies it to a handler. The decision is carried out when the
-// message is nacked; IsDead is true for the error that it passes up, the text of
-// which stays the same. If another middleware swallows that error, or has acked
-// the message before (InstantAck), there is no dead letter. Permanent and Snooze
-// are obeyed here too, and a shutdown is no failure: see Retry.Middleware.
+// Middleware wraps a handler. The decision takes effect when the message is nacked.
+// IsDead is true for the error that the middleware returns; its text is unchanged.
+// If another middleware swallows that error, or has already acked the message
+// (InstantAck), the message is not dead-lettered. Permanent and Snooze work here
+// too, and a shutdown is not a failure: see Retry.Middleware.
 //
-// Messages of other Subscribers, and copies of ours, pass through unchanged.
+// Messages of other Subscribers, and copies of this library's messages, pass
+// through unchanged.
 func (l DeadLetter) Middleware(h message.HandlerFunc) message.HandlerFunc {
 	others := bystander{name: "DeadLetter"}
 	return func(msg *message.Message) ([]*message.Message, error) {
@@ -89,59 +86,59 @@ func (l DeadLetter) matches(err error) bool {
 	return l.ShouldDeadLetter(err)
 }
 
-// BrokenMessage is an entry that could not be unmarshaled.
+// BrokenMessage is a malformed entry: one that could not be unmarshaled.
 type BrokenMessage struct {
 	Topic string
-	ID    string // the entry's
+	ID    string // the entry's ID
 
-	// Fields are the entry's names and values in turn, in the stream's order,
-	// duplicates and binary values as they are.
+	// Fields are the entry's names and values in turn, in stream order, including
+	// duplicate names and binary values.
 	Fields []string
 
-	RetryCount int64 // deliveries before this one
-	Err        error // why; matches ErrBroken
+	RetryCount int64 // earlier deliveries
+	Err        error // why it could not be unmarshaled; matches ErrBroken
 }
 
-// DeadKind says how a message died.
+// DeadKind says why a message died.
 type DeadKind string
 
-// The kinds of death.
+// Reasons why a message dies.
 const (
-	Exhausted        DeadKind = "exhausted" // the retries are used up, by failures or by crashes
-	PermanentFailure DeadKind = "permanent" // its error said that trying again is of no use
+	Exhausted        DeadKind = "exhausted" // out of retries, because of failures or crashes
+	PermanentFailure DeadKind = "permanent" // its error was marked as permanent
 	Broken           DeadKind = "broken"    // it could not be unmarshaled
-	Filtered         DeadKind = "filtered"  // DeadLetter.ShouldDeadLetter chose it
+	Filtered         DeadKind = "filtered"  // chosen by DeadLetter.ShouldDeadLetter
 )
 
-// String returns the kind as it stands in the dead letter's metadata.
+// String returns the kind as stored in the dead letter's metadata.
 func (k DeadKind) String() string { return string(k) }
 
 // DeadMessage is a message that was moved to the dead-letter stream.
 type DeadMessage struct {
-	ID      string // in the dead-letter stream
-	EntryID string // in the topic
+	ID      string // its ID in the dead-letter stream
+	EntryID string // its ID in the topic
 	Topic   string
 	Group   string
 
-	Consumer   string // the one that moved it
-	Handler    string // the router's name of the handler; empty without one
-	Reason     string // the error's text, 1 KiB at most
+	Consumer   string // the consumer that moved it
+	Handler    string // the router's name of the handler; empty without a router
+	Reason     string // the error's text, at most 1 KiB
 	Kind       DeadKind
 	Deliveries int64
-	Replays    int       // how often it was replayed before
-	DiedAt     time.Time // by this process's clock
+	Replays    int       // number of earlier replays
+	DiedAt     time.Time // by the clock of the process that moved it
 
-	// Message is the message as it was published; nil if the entry is broken,
-	// and where a crash limit was reached with an Unmarshaler that is not this
-	// library's, which might be what crashed. From a DeadLetterQueue it is
-	// without the metadata keys that a dead letter adds, also where the
-	// published message had them; Fields has all.
+	// Message is the message as it was published. It is nil if the entry is
+	// malformed, and if the crash limit was reached and the Unmarshaler is not one
+	// of this library's, since that Unmarshaler may have caused the crashes. A
+	// message from a DeadLetterQueue lacks the metadata keys that a dead letter
+	// adds, even if the published message had them; Fields is complete.
 	Message *message.Message
 
-	Fields []string // the entry as it was: name, value, ..
+	Fields []string // the original entry: name, value, ...
 }
 
-// Metadata of a dead letter, beside Watermill's four poison keys
+// Metadata keys of a dead letter, in addition to Watermill's four poison keys
 // (reason_poisoned, topic_poisoned, handler_poisoned, subscriber_poisoned).
 const (
 	DeadEntryIDKey    = "goxstreams_entry_id"
@@ -150,7 +147,7 @@ const (
 	DeadKindKey       = "goxstreams_kind"
 	DeadDeliveriesKey = "goxstreams_deliveries"
 	DeadDiedAtKey     = "goxstreams_died_at" // RFC 3339, UTC
-	DeadReplaysKey    = "goxstreams_replays" // absent: none
+	DeadReplaysKey    = "goxstreams_replays" // absent: 0
 )
 
 var deadKeys = []string{
@@ -158,20 +155,20 @@ var deadKeys = []string{
 	DeadEntryIDKey, DeadGroupKey, DeadConsumerKey, DeadKindKey, DeadDeliveriesKey, DeadDiedAtKey, DeadReplaysKey,
 }
 
-// deadFieldsField holds the original fields, packed, in an entry of a
-// dead-letter stream. It is also the mark by which every Subscriber knows that
-// the entry has DefaultMarshaler's format, whatever the topic's is.
+// deadFieldsField holds the packed original fields in an entry of a dead-letter
+// stream. It also tells every Subscriber that the entry has DefaultMarshaler's
+// format, whatever the topic's format is.
 const deadFieldsField = "_goxstreams_fields"
 
-// maxReason bounds the error's text in a dead letter.
+// maxReason is the maximum length of the error's text in a dead letter, in bytes.
 const maxReason = 1024
 
-// isDeadLetter reports whether the fields are those that letter makes.
+// isDeadLetter reports whether letter made these fields.
 func isDeadLetter(fields []string) bool {
 	return len(fields) >= 8 && fields[6] == deadFieldsField
 }
 
-// deadMessage is what is known of a dead entry before it is moved.
+// deadMessage describes a dead entry before it is moved.
 func (s *subscription) deadMessage(h *consume.Task, fields []string) DeadMessage {
 	death := deathOf(h)
 	fields, replays, _ := cutReplay(fields)
@@ -183,7 +180,7 @@ func (s *subscription) deadMessage(h *consume.Task, fields []string) DeadMessage
 	if d.Handler == "" && s.typed != nil {
 		d.Handler = s.typed.name
 	}
-	safe := s.typed != nil && !s.diedTooOften(h) // a crash counts as one of its worker's
+	safe := s.typed != nil && !s.diedTooOften(h) // a crash then counts as one in the worker's ProcessDead
 	switch s.cfg.Unmarshaler.(type) {
 	case DefaultMarshaler, BodyMarshaler:
 		safe = true
@@ -191,17 +188,17 @@ func (s *subscription) deadMessage(h *consume.Task, fields []string) DeadMessage
 	if death.kind == Broken || death.crashed && !safe {
 		return d
 	}
-	// Unmarshaled once more: the handler may have changed what it was given.
+	// Unmarshal again: the handler may have changed its message.
 	if msg, err := s.message(h, fields); err == nil {
 		d.Message = msg
 	}
 	return d
 }
 
-// letter returns the dead letter's fields: a message that Watermill can read,
-// with the story in its metadata, and the original fields. A message that
-// cannot be unmarshaled is represented by its packed fields as the payload
-// (see UnpackFields), under the entry's ID.
+// letter returns the dead letter's fields: a message that Watermill can read, with
+// the details in its metadata, and the original fields. If the message cannot be
+// unmarshaled, the payload is the packed fields (see UnpackFields) and the UUID is
+// the entry's ID.
 func (d DeadMessage) letter() []string {
 	msg := message.NewMessage(d.EntryID, nil)
 	packed := packFields(d.Fields)
@@ -227,12 +224,12 @@ func (d DeadMessage) letter() []string {
 	if delete(msg.Metadata, DeadReplaysKey); d.Replays > 0 {
 		msg.Metadata.Set(DeadReplaysKey, strconv.Itoa(d.Replays))
 	}
-	// A UUID key in the metadata was refused when the message was published by
-	// this library; a foreign one's must not make it immortal.
+	// This library never publishes a UUID key in the metadata. Another one's must
+	// not prevent the move.
 	delete(msg.Metadata, UUIDHeaderKey)
 	fields, err := DefaultMarshaler{}.appendFields(nil, msg)
 	if err != nil {
-		panic(fmt.Sprintf("goxstreams: DefaultMarshaler refuses a dead letter: %v", err)) // its only reason was removed
+		panic(fmt.Sprintf("goxstreams: DefaultMarshaler rejects a dead letter: %v", err)) // its only reason was removed above
 	}
 	letter := make([]string, 0, len(fields)+2)
 	for _, f := range fields {
@@ -245,8 +242,8 @@ func (d DeadMessage) letter() []string {
 	return append(letter, deadFieldsField, packed)
 }
 
-// marks returns what the letter's metadata has in it, by which it can be found: the last
-// one says who has moved it.
+// marks returns parts of the letter's packed metadata by which the dead letter can
+// be found again. The last one names the consumer that moved it.
 func (d DeadMessage) marks() []string {
 	return []string{
 		packPair(DeadEntryIDKey, d.EntryID), packPair(DeadGroupKey, d.Group), packPair(middleware.PoisonedTopicKey, d.Topic),
@@ -254,18 +251,18 @@ func (d DeadMessage) marks() []string {
 	}
 }
 
-// readLetter is letter's inverse.
+// readLetter is the inverse of letter.
 func readLetter(e xstream.Entry) (DeadMessage, error) {
 	if !isDeadLetter(e.Fields) {
-		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is no dead letter of this library", e.ID)
+		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is not a dead letter of this library", e.ID)
 	}
-	msg, err := DefaultMarshaler{}.unmarshalFields(e.Fields)
+	msg, err := DefaultMarshaler{}.unmarshalFields(e.Fields, message.NewMessage)
 	var fields []string
 	if err == nil {
 		fields, err = UnpackFields([]byte(e.Fields[7]))
 	}
 	if err != nil {
-		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is a broken dead letter: %w", e.ID, err)
+		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is a malformed dead letter: %w", e.ID, err)
 	}
 	get := msg.Metadata.Get
 	d := DeadMessage{
@@ -273,12 +270,13 @@ func readLetter(e xstream.Entry) (DeadMessage, error) {
 		Consumer: get(DeadConsumerKey), Handler: get(middleware.PoisonedHandlerKey),
 		Reason: get(middleware.ReasonForPoisonedKey), Kind: DeadKind(get(DeadKindKey)), Fields: fields,
 	}
-	// What is not a number, or no time, was not written here: zero.
+	// Invalid numbers and times were not written by this library: they read as
+	// zero.
 	d.Deliveries, _ = strconv.ParseInt(get(DeadDeliveriesKey), 10, 64)
 	d.Replays, _ = strconv.Atoi(get(DeadReplaysKey))
 	d.DiedAt, _ = time.Parse(time.RFC3339Nano, get(DeadDiedAtKey))
 	if msg.UUID == d.EntryID && string(msg.Payload) == e.Fields[7] {
-		return d, nil // no message: see letter
+		return d, nil // the letter has no message: see letter
 	}
 	for _, key := range deadKeys {
 		delete(msg.Metadata, key)
@@ -287,16 +285,16 @@ func readLetter(e xstream.Entry) (DeadMessage, error) {
 	return d, nil
 }
 
-// replayField is the last field of an entry that was replayed. Its value is the
-// number of replays, a space, and the group that it is for; no group: for all.
+// replayField is the last field of a replayed entry. Its value is the number of
+// replays, a space, and the group that it is for; an empty group means all groups.
 const replayField = "_goxstreams_replay"
 
 func replayMark(replays int, group string) []string {
 	return []string{replayField, strconv.Itoa(replays) + " " + group}
 }
 
-// cutReplay returns the fields as they were published, how often they were
-// replayed, and the group that this is for.
+// cutReplay returns the published fields, the number of replays, and the group that
+// the replay is for.
 func cutReplay(fields []string) (published []string, replays int, group string) {
 	n := len(fields) - 2
 	if n < 0 || fields[n] != replayField {
@@ -304,19 +302,19 @@ func cutReplay(fields []string) (published []string, replays int, group string) 
 	}
 	number, group, ok := strings.Cut(fields[n+1], " ")
 	replays, err := strconv.Atoi(number)
-	if !ok || err != nil || replays < 1 || replays >= math.MaxInt32 { // forged; one more must be a number too
+	if !ok || err != nil || replays < 1 || replays >= math.MaxInt32 { // forged; also, replays+1 must not overflow
 		return fields, 0, ""
 	}
 	return fields[:n:n], replays, group
 }
 
-// shorten cuts a text to maxReason bytes, not within a character.
+// shorten cuts a text to at most maxReason bytes, at a character boundary.
 func shorten(s string) string {
 	if len(s) <= maxReason {
 		return s
 	}
 	end := maxReason
-	for end > maxReason-utf8.UTFMax && !utf8.RuneStart(s[end]) { // what is no text may have no beginning
+	for end > maxReason-utf8.UTFMax && !utf8.RuneStart(s[end]) { // invalid UTF-8 may have no rune start
 		end--
 	}
 	return s[:end]

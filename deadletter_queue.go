@@ -13,18 +13,18 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// DeadLetterQueue is for looking at a dead-letter stream, and for emptying it. It
-// keeps no state, and may be used by several goroutines at once. Dead letters can
-// also be subscribed to: the stream is a topic like any other.
+// DeadLetterQueue lists, replays and deletes the messages of a dead-letter stream.
+// It keeps no state and is safe for concurrent use. You can also subscribe to dead
+// letters: the stream is a topic like any other.
 type DeadLetterQueue struct {
 	stream xstream.Stream
 }
 
-// deadPage is how many dead letters are read, or sent, in one round trip.
+// deadPage is how many dead letters are read or sent per round trip.
 const deadPage = 100
 
 // NewDeadLetterQueue returns the queue of a dead-letter stream, such as
-// DeadLetterTopic("orders"). The client stays the caller's.
+// DeadLetterTopic("orders"). The caller owns the client.
 func NewDeadLetterQueue(c redis.UniversalClient, deadLetterTopic string) (*DeadLetterQueue, error) {
 	errs := configErrors{typeName: "NewDeadLetterQueue"}
 	if redisx.IsNil(c) {
@@ -39,20 +39,20 @@ func NewDeadLetterQueue(c redis.UniversalClient, deadLetterTopic string) (*DeadL
 	return &DeadLetterQueue{xstream.New(redisx.Client{UniversalClient: c}, deadLetterTopic, "")}, nil
 }
 
-// Count returns the number of dead letters, of all groups of the topic.
+// Count returns the number of dead letters of all groups of the topic.
 func (q *DeadLetterQueue) Count(ctx context.Context) (int64, error) {
 	n, err := q.stream.Length(ctx)
 	return n, q.wrap("count", err)
 }
 
-// All returns the dead letters after the ID given, or all if it is empty, oldest
-// first, up to the last one that is there when the loop begins. It holds a page
-// of them in memory. What it returned may be replayed or deleted in the loop; to
-// go on another day, keep the last ID.
+// All returns the dead letters after the given ID, or all of them if it is empty,
+// oldest first, up to the newest one when the loop starts. It keeps one page of
+// them in memory. The loop may replay or delete the letters that it has received.
+// To continue later, keep the last ID.
 //
-// An entry that is no dead letter comes with an error, and its raw Fields; the
-// loop goes on after it. When Redis does not answer, the error comes with an
-// empty ID, and ends the loop.
+// For an entry that is not a dead letter, All yields an error along with the
+// entry's raw Fields, and continues. If Redis does not answer, All yields an error
+// with an empty ID, and stops.
 func (q *DeadLetterQueue) All(ctx context.Context, after string) iter.Seq2[DeadMessage, error] {
 	return func(yield func(DeadMessage, error) bool) {
 		err := q.all(ctx, after, func(d DeadMessage, err error) bool {
@@ -62,6 +62,21 @@ func (q *DeadLetterQueue) All(ctx context.Context, after string) iter.Seq2[DeadM
 			yield(DeadMessage{}, q.wrap("read", err))
 		}
 	}
+}
+
+// ReadDeadLetter returns the dead letter that an entry of a dead-letter stream is, as All does,
+// given the entry's ID and its fields: name, value, .. It is for entries that were kept elsewhere,
+// such as in a file. What is no dead letter of this library, or a broken one, gives an error, and
+// a DeadMessage with the ID and the Fields given.
+func ReadDeadLetter(id string, fields []string) (DeadMessage, error) {
+	if len(fields)%2 != 0 {
+		return DeadMessage{ID: id, Fields: fields}, fmt.Errorf("goxstreams: entry %s has %d names and values, an odd number", id, len(fields))
+	}
+	d, err := readLetter(xstream.Entry{ID: id, Fields: fields})
+	if err != nil {
+		err = fmt.Errorf("goxstreams: %w", err)
+	}
+	return d, err
 }
 
 func (q *DeadLetterQueue) all(ctx context.Context, after string, yield func(DeadMessage, error) bool) error {
@@ -90,36 +105,37 @@ func (q *DeadLetterQueue) all(ctx context.Context, after string, yield func(Dead
 	return err
 }
 
-// Replay puts dead letters back into their topic, for the group in which they
-// died: an entry with the same fields, at the end of the topic, delivered as if
-// for the first time. This library's Subscribers of other groups ack it without
-// showing it to anybody; those of other libraries handle it. It returns how many
-// were put back.
+// Replay moves dead letters back to their topic, for the group in which they died.
+// It adds an entry with the same fields to the end of the topic, which is delivered
+// as if for the first time. Other groups' Subscribers of this library ack the entry
+// without delivering it; Subscribers of other libraries handle it. Replay returns
+// the number of messages moved.
 //
-// Each is moved in one step, so that it is in one of the two streams, whatever
-// breaks. Two windows: with more than 3,900 fields it is in both if the connection
-// breaks in between, and twice in the topic if two calls replay it at once; and after
-// ErrOutcomeUnknown the last ones, 100 at most, may have been moved: those are missing
-// when asked for again.
+// Each move is atomic: whatever fails, the message is in exactly one of the two
+// streams. There are two exceptions. A message with more than 3,900 fields is in
+// both streams if the connection breaks during the move, and twice in the topic if
+// two calls replay it concurrently. And after ErrOutcomeUnknown, up to 100 of the
+// messages may have been moved: another call reports those as not found.
 //
-// IDs that are not there give a *NotFoundError; the others are replayed. What
-// cannot be replayed stays: an entry that is no dead letter of this library
-// (Watermill's requeuer is for those), one whose group does not exist any more
-// (ReplayToAll reaches those that do). An ID that is none gives an error, before
-// anything is done.
+// IDs without an entry are reported in a *NotFoundError; the others are replayed.
+// An entry stays in the dead-letter stream if it is not a dead letter of this
+// library (use Watermill's Requeuer) or if its group no longer exists (use
+// ReplayToAll to reach the existing groups). A malformed ID fails the call before
+// anything is moved.
 func (q *DeadLetterQueue) Replay(ctx context.Context, ids ...string) (int, error) {
 	n, err := q.replay(ctx, ids, false)
 	return n, q.wrap("replay", err)
 }
 
-// ReplayToAll is Replay to every group of the topic, whatever the library.
+// ReplayToAll is like Replay, but delivers to every group of the topic, whichever
+// library reads it.
 func (q *DeadLetterQueue) ReplayToAll(ctx context.Context, ids ...string) (int, error) {
 	n, err := q.replay(ctx, ids, true)
 	return n, q.wrap("replay to all", err)
 }
 
 func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) (int, error) {
-	known := make(map[[2]string]error) // topics and groups
+	known := make(map[[2]string]error) // group lookups by topic and group
 	send := func(ctx context.Context, ids []string) ([]error, error) {
 		found, err := q.stream.Entries(ctx, ids)
 		if err != nil {
@@ -127,7 +143,7 @@ func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) 
 		}
 		errs := make([]error, len(ids))
 		moves := make([]*xstream.Replay, 0, len(ids))
-		var at []int // which of the IDs these are
+		var at []int // index in ids of each move
 		for i, id := range ids {
 			e, ok := found[id]
 			if !ok {
@@ -164,17 +180,17 @@ func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) 
 	return q.each(ctx, ids, send)
 }
 
-// Delete deletes dead letters and returns how many. IDs that are not there give a
-// *NotFoundError; the others are deleted. An ID that is none gives an error,
-// before anything is done.
+// Delete deletes dead letters and returns the number deleted. IDs without an entry
+// are reported in a *NotFoundError; the others are deleted. A malformed ID fails
+// the call before anything is deleted.
 func (q *DeadLetterQueue) Delete(ctx context.Context, ids ...string) (int, error) {
 	n, err := q.each(ctx, ids, q.stream.Delete)
 	return n, q.wrap("delete", err)
 }
 
-// each does something with the IDs, a page at a time, and counts the successes.
-// It goes on after what is missing, and stops after the page in which anything
-// else went wrong. An ID that is given twice is taken once.
+// each applies do to the IDs, one page at a time, and counts the successes. It
+// continues after missing IDs, and stops after the page in which anything else
+// failed. Duplicate IDs are processed once.
 func (q *DeadLetterQueue) each(ctx context.Context, ids []string, do func(context.Context, []string) ([]error, error)) (done int, err error) {
 	ids = slices.Clone(ids)
 	for i := range ids {
@@ -226,14 +242,14 @@ func (q *DeadLetterQueue) wrap(what string, err error) error {
 	return fmt.Errorf("goxstreams: dead letters in %q: %s: %w", q.stream.Key, what, err)
 }
 
-// NotFoundError names the dead letters that were asked for and are not there:
-// replayed or deleted before, maybe by somebody else.
+// NotFoundError lists dead letters that do not exist: they were already replayed or
+// deleted, perhaps by somebody else.
 type NotFoundError struct {
 	Topic string // the dead-letter stream
 	IDs   []string
 }
 
-// Error names ten of the IDs at most.
+// Error names at most ten of the IDs.
 func (e *NotFoundError) Error() string {
 	const most = 10
 	if len(e.IDs) <= most {
@@ -242,10 +258,10 @@ func (e *NotFoundError) Error() string {
 	return fmt.Sprintf("not found: %s and %d more", strings.Join(e.IDs[:most], ", "), len(e.IDs)-most)
 }
 
-// entryID checks that the ID is one of an entry, and returns it as Redis writes it.
+// entryID checks that id is an entry ID, and returns it in Redis's canonical form.
 func entryID(id string) (string, error) {
 	if id == "$" || !isStartID(id) {
-		return "", fmt.Errorf("%q is no entry ID such as 1700000000000-0", id)
+		return "", fmt.Errorf("%q is not an entry ID such as 1700000000000-0", id)
 	}
 	ms, seq := xstream.SplitID(id)
 	return fmt.Sprintf("%d-%d", ms, seq), nil

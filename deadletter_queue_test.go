@@ -21,8 +21,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// replayField is how an entry says that it is a replay. It is on the wire: what
-// is replayed by one version is consumed by another.
+// replayField marks an entry as a replay. It is part of the wire format: a replay
+// by one version is consumed by another.
 const replayField = "_goxstreams_replay"
 
 // protocolClient is newClient with RESP2 or RESP3.
@@ -33,7 +33,8 @@ func protocolClient(t testing.TB, protocol int) *redis.Client {
 	return client
 }
 
-// publishDying publishes messages that die in testGroup, and returns their dead letters.
+// publishDying publishes messages that die in testGroup, and returns their dead
+// letters.
 func publishDying(t testing.TB, client redis.UniversalClient, topic string, payloads ...string) []goxstreams.DeadMessage {
 	t.Helper()
 	config := brief(client)
@@ -175,7 +176,7 @@ func TestDeadLetterQueue_All(t *testing.T) {
 		}
 		return s
 	}
-	// all ranges, and calls f for each.
+	// all iterates, and calls f for each.
 	all := func(t *testing.T, s *seq, after string, f func(i int, d goxstreams.DeadMessage)) (got []string) {
 		t.Helper()
 		for d, err := range s.q.All(t.Context(), after) {
@@ -204,7 +205,7 @@ func TestDeadLetterQueue_All(t *testing.T) {
 		t.Run("what is added in the loop is not in it", func(t *testing.T) {
 			s := open(t, protocol, 150)
 			seq := s.q.All(t.Context(), "")
-			multiply(t, s.client, s.stream, 1) // before it begins
+			multiply(t, s.client, s.stream, 1) // before the loop starts
 			s.want = idsOf(lettersIn(t, s.client, s.stream))
 			var got []string
 			for d, err := range seq {
@@ -216,7 +217,7 @@ func TestDeadLetterQueue_All(t *testing.T) {
 			require.Equal(t, s.want, got)
 			require.Len(t, lettersIn(t, s.client, s.stream), 155)
 			got = nil
-			for d := range seq { // it can be ranged over again
+			for d := range seq { // it can be iterated again
 				got = append(got, d.ID)
 			}
 			require.Len(t, got, 155)
@@ -343,7 +344,7 @@ func TestDeadLetterQueue_All(t *testing.T) {
 	})
 }
 
-// TestDeadLetterQueue_Many: very many dead letters are ranged over with a page of
+// TestDeadLetterQueue_Many: very many dead letters are iterated with one page of
 // them in memory.
 func TestDeadLetterQueue_Many(t *testing.T) {
 	testserver.RequireReal(t)
@@ -363,7 +364,7 @@ func TestDeadLetterQueue_Many(t *testing.T) {
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc
 	}
-	const most = 16 << 20 // 300 bytes of each are almost as much with the race detector, and four times that without; what All makes of each is more
+	const most = 16 << 20 // 300 bytes of each are almost as much with the race detector, and four times as much without; All itself allocates more
 	before := heap()
 	got, last := 0, ""
 	q := queueOf(t, client, stream)
@@ -383,14 +384,14 @@ func TestDeadLetterQueue_Many(t *testing.T) {
 	require.EqualValues(t, n, count)
 }
 
-// inbox is what a subscription was given, in its order.
+// inbox records what a subscription received, in order.
 type inbox struct {
 	mu     sync.Mutex
 	got    []string
 	counts []int64
 }
 
-// fill settles messages by f, and remembers their payloads.
+// fill settles messages by f, and records their payloads.
 func (b *inbox) fill(messages <-chan *message.Message, f func(payload string) error) {
 	for msg := range messages {
 		d, _ := goxstreams.DeliveryFromContext(msg.Context())
@@ -416,7 +417,7 @@ func (b *inbox) has(payload string) bool {
 	return slices.Contains(got, payload)
 }
 
-// readAll waits until the group has been given all of the stream, and nothing of
+// readAll waits until the whole stream was delivered to the group, and nothing of
 // it is pending.
 func readAll(t testing.TB, client redis.UniversalClient, topic, group string) {
 	t.Helper()
@@ -429,9 +430,9 @@ func readAll(t testing.TB, client redis.UniversalClient, topic, group string) {
 	}, "group %s has not read all", group)
 }
 
-// TestDeadLetterQueue_ReplayToGroup: a replay is for the group that the message
-// died in; our Subscribers of other groups, of whatever kind, never show it.
-// ReplayToAll is for all.
+// TestDeadLetterQueue_ReplayToGroup: a replay is for the group in which the message
+// died; Subscribers of other groups, of any kind, never deliver it. ReplayToAll is
+// for all groups.
 func TestDeadLetterQueue_ReplayToGroup(t *testing.T) {
 	t.Parallel()
 	for _, toAll := range []bool{false, true} {
@@ -448,7 +449,7 @@ func TestDeadLetterQueue_ReplayToGroup(t *testing.T) {
 				"prefix":      {ConsumerGroup: group + " of another"},
 				"to be found": {ConsumerGroup: "to be found"},
 			}
-			// What this library does not read gets all of it.
+			// Readers of other libraries get all of it.
 			createGroup(t, client, topic, "foreign")
 			subs, boxes := map[string]*goxstreams.Subscriber{}, map[string]*inbox{}
 			var alive atomic.Bool
@@ -518,8 +519,8 @@ func TestDeadLetterQueue_ReplayToGroup(t *testing.T) {
 	}
 }
 
-// TestDeadLetterQueue_Replays: a replay begins anew, with a count of 1 and all
-// retries; how often a message was replayed is counted.
+// TestDeadLetterQueue_Replays: a replay starts over, with a count of 1 and all
+// retries; the number of replays is counted.
 func TestDeadLetterQueue_Replays(t *testing.T) {
 	t.Parallel()
 	const replays = 3
@@ -600,7 +601,7 @@ func TestDeadLetterQueue_Replays(t *testing.T) {
 	}
 }
 
-// spyUnmarshaler looks whether it is shown that an entry is a replay.
+// spyUnmarshaler checks whether it sees that an entry is a replay.
 type spyUnmarshaler struct {
 	goxstreams.DefaultMarshaler
 	calls atomic.Int64
@@ -615,8 +616,8 @@ func (s *spyUnmarshaler) Unmarshal(values map[string]any) (*message.Message, err
 	return s.DefaultMarshaler.Unmarshal(values)
 }
 
-// TestDeadLetterQueue_ReplayBroken: a broken entry is replayed to the byte, also
-// one with more fields than Lua can take.
+// TestDeadLetterQueue_ReplayBroken: a malformed entry is replayed byte for byte,
+// even one with more fields than Lua can take.
 func TestDeadLetterQueue_ReplayBroken(t *testing.T) {
 	t.Parallel()
 	many := make([]string, 0, 20_000)
@@ -689,7 +690,7 @@ func TestDeadLetterQueue_ReplayBroken(t *testing.T) {
 	}
 }
 
-// TestDeadLetterQueue_IDs: letters that exist are handled, the others are named.
+// TestDeadLetterQueue_IDs: letters that exist are handled, the others are listed.
 func TestDeadLetterQueue_IDs(t *testing.T) {
 	t.Parallel()
 	type method func(*goxstreams.DeadLetterQueue, context.Context, ...string) (int, error)
@@ -710,7 +711,7 @@ func TestDeadLetterQueue_IDs(t *testing.T) {
 					return len(entriesOf(t, client, stream)), len(entriesOf(t, client, topic)) - 1
 				}
 			}
-			// of is how many there are in the topic, of those that are gone.
+			// of returns how many of the deleted ones are in the topic.
 			of := func(n int) int {
 				if name == "Delete" {
 					return 0
@@ -743,7 +744,7 @@ func TestDeadLetterQueue_IDs(t *testing.T) {
 			})
 			t.Run("twice in one call", func(t *testing.T) {
 				q, _, ids, left := open(t, 102)
-				same, _ := strings.CutSuffix(ids[0], "-0") // Redis takes it for the same, and more zeros too
+				same, _ := strings.CutSuffix(ids[0], "-0") // Redis treats it as the same ID, also with more zeros
 				n, err := do(q, t.Context(), append([]string{ids[1], ids[0], same, "0" + ids[0], ids[1]}, ids...)...)
 				require.NoError(t, err)
 				require.Equal(t, 102, n)
@@ -800,8 +801,8 @@ func TestDeadLetterQueue_IDs(t *testing.T) {
 	}
 }
 
-// TestDeadLetterQueue_CannotBeReplayed: it stays, with an error that is not a
-// NotFoundError; the rest of its page is replayed, and what comes after is not.
+// TestDeadLetterQueue_CannotBeReplayed: such an entry stays, with an error that is
+// not a NotFoundError; the rest of its page is replayed, and later pages are not.
 func TestDeadLetterQueue_CannotBeReplayed(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -812,10 +813,10 @@ func TestDeadLetterQueue_CannotBeReplayed(t *testing.T) {
 	}{
 		{"no dead letter", func(t *testing.T, client *redis.Client, topic string) string {
 			return addRaw(t, client, goxstreams.DeadLetterTopic(topic), "no", "dead letter")
-		}, "is no dead letter", true},
+		}, "is not a dead letter", true},
 		{"a broken dead letter", func(t *testing.T, client *redis.Client, topic string) string {
 			return addRaw(t, client, goxstreams.DeadLetterTopic(topic), goxstreams.UUIDHeaderKey, "uuid", "metadata", "", "payload", "p", "_goxstreams_fields", "\xc1")
-		}, "is a broken dead letter", true},
+		}, "is a malformed dead letter", true},
 		{"of a group that is gone", func(t *testing.T, client *redis.Client, topic string) string {
 			config := grouped(client)
 			config.ConsumerGroup = "gone"
@@ -846,7 +847,7 @@ func TestDeadLetterQueue_CannotBeReplayed(t *testing.T) {
 			require.Equal(t, 98, n)
 			require.Len(t, entriesOf(t, client, topic), 1+98)
 			require.Len(t, entriesOf(t, client, stream), 52+1)
-			for range 2 { // it is no better the second time
+			for range 2 { // the second attempt gives the same result
 				n, err = q.Replay(t.Context(), bad)
 				require.ErrorContains(t, err, tt.want)
 				require.Zero(t, n)
@@ -869,8 +870,8 @@ func TestDeadLetterQueue_CannotBeReplayed(t *testing.T) {
 	}
 }
 
-// TestDeadLetterQueue_RedisRefuses: the dead letter stays, the error says why,
-// and that it is known.
+// TestDeadLetterQueue_RedisRefuses: the dead letter stays, and the error says why;
+// its outcome is known.
 func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 	t.Parallel()
 	refused := func(t *testing.T, admin, client redis.UniversalClient, stream string, toAll bool, code string) {
@@ -926,7 +927,7 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 		}
 		_, err := queueOf(t, aclUser(t, client, "-xdel"), stream).Delete(t.Context(), "1-1")
 		requireRefused(t, err, "NOPERM")
-		// The right to look for the group is not needed.
+		// The permission to look for the group is not needed.
 		n, err := queueOf(t, aclUser(t, client, "-xinfo"), stream).Replay(t.Context(), entriesOf(t, client, stream)[0].id)
 		require.NoError(t, err)
 		require.Equal(t, 1, n)
@@ -944,9 +945,9 @@ func TestDeadLetterQueue_RedisRefuses(t *testing.T) {
 	})
 }
 
-// TestDeadLetterQueue_Cut: the connection breaks before and after each command
-// of a replay or deletion in turn. Each message is in one of the two streams
-// then, and asking again finishes it.
+// TestDeadLetterQueue_Cut: the connection breaks before and after each command of a
+// replay or deletion in turn. Each message is then in one of the two streams, and
+// another call finishes the work.
 func TestDeadLetterQueue_Cut(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -967,7 +968,7 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 			}
 			return q.Delete(t.Context(), ids...)
 		}
-		// where returns how many of the streams have each of the messages.
+		// where returns in how many of the streams each message is.
 		where := func() map[string]int {
 			in := make(map[string]int)
 			for _, l := range lettersIn(t, admin, stream) {
@@ -1048,15 +1049,15 @@ func TestDeadLetterQueue_Resent(t *testing.T) {
 	}})
 	stream := goxstreams.DeadLetterTopic(topic)
 	n, err := queueOf(t, client, stream).Replay(t.Context(), ids...)
-	requireNotFound(t, err, stream, ids...) // what the second one says
+	requireNotFound(t, err, stream, ids...) // the second one's error
 	require.Zero(t, n)
 	require.Equal(t, []string{"xrange", "eval"}, resent)
 	require.Empty(t, entriesOf(t, admin, stream))
 	require.Len(t, entriesOf(t, admin, topic), 6)
 }
 
-// TestDeadLetterQueue_DeleteAcked: what died leaves the stream like what was
-// acked, and a replay when the groups have acked it, which those do that it is
+// TestDeadLetterQueue_DeleteAcked: dead messages leave the stream like acked ones,
+// and so does a replay when the groups have acked it, including those that it is
 // not for.
 func TestDeadLetterQueue_DeleteAcked(t *testing.T) {
 	testserver.RequireReal(t)
@@ -1099,8 +1100,8 @@ func TestDeadLetterQueue_DeleteAcked(t *testing.T) {
 	require.Equal(t, []string{"payload"}, got)
 }
 
-// TestDeadLetterQueue_Cluster: both streams are in one slot, whichever master
-// has it, also while it moves.
+// TestDeadLetterQueue_Cluster: both streams are in one slot, whichever master has
+// it, and also while it moves.
 func TestDeadLetterQueue_Cluster(t *testing.T) {
 	t.Parallel()
 	cluster := testserver.Cluster(t)
@@ -1144,7 +1145,7 @@ func TestDeadLetterQueue_Cluster(t *testing.T) {
 	t.Run("while the slot moves", func(t *testing.T) {
 		topic := topicOfOwnSlot(t, client)
 		stream := goxstreams.DeadLetterTopic(topic)
-		// Each with a client of its own, which nothing else makes look for the slot.
+		// Each with its own client, so that nothing else refreshes the slots.
 		q := queueOf(t, cluster.Client(), stream)
 		config := grouped(cluster.Client())
 		config.ClaimMinIdle = 10 * time.Minute // nor renewals
@@ -1166,7 +1167,7 @@ func TestDeadLetterQueue_Cluster(t *testing.T) {
 		})
 		require.Equal(t, halfway == nil, replayed == 1)
 		eventually(t, func() bool { return stats(t, sub).Dead == 2 })
-		if halfway != nil { // asked again, it does it
+		if halfway != nil { // the second call succeeds
 			eventually(t, func() bool { replayed, err := q.Replay(t.Context(), ids[0]); return err == nil && replayed == 1 }, halfway)
 		}
 		next(t, messages).Nack()
@@ -1200,8 +1201,8 @@ func TestDeadLetterQueue_Cluster(t *testing.T) {
 	})
 }
 
-// With a context that had ended before, the calls of a DeadLetterQueue tried all
-// the same, and could not say what had become of the letters.
+// With a context that had already ended, a DeadLetterQueue still sent its commands,
+// and could not report the outcome.
 func TestQueueOfAnEndedContext(t *testing.T) {
 	t.Parallel()
 	counter, counts := countCommands()
@@ -1218,4 +1219,31 @@ func TestQueueOfAnEndedContext(t *testing.T) {
 	}
 	require.Empty(t, counts.n)
 	require.Len(t, deadOf(t, client, topic), 1)
+}
+
+// TestReadDeadLetter: an entry that was kept elsewhere is the letter that the queue shows.
+func TestReadDeadLetter(t *testing.T) {
+	client, topic := newClient(t), topic(t)
+	stream := goxstreams.DeadLetterTopic(topic)
+	letters := publishDying(t, client, topic, "payload", "\xff\x00")
+	entries := entriesOf(t, client, stream)
+	for i, e := range entries {
+		d, err := goxstreams.ReadDeadLetter(e.id, e.fields)
+		require.NoError(t, err)
+		require.Equal(t, letters[i].Message.Payload, d.Message.Payload)
+		d.Message, letters[i].Message = nil, nil // each has channels of its own
+		require.Equal(t, letters[i], d)
+	}
+	for want, fields := range map[string][]string{
+		"goxstreams: entry 1-1 has 1 names and values, an odd number":            {"a"},
+		"goxstreams: entry 1-1 is not a dead letter of this library":             {"a", "b"},
+		"goxstreams: entry 1-1 is a malformed dead letter: ":                     append(slices.Clone(entries[0].fields[:7]), "?"),
+		"goxstreams: entry 1-1 has 9 names and values, an odd number":            append(slices.Clone(entries[0].fields), "?"),
+		"goxstreams: entry 1-1 is not a dead letter of this library ":            nil,
+		"goxstreams: entry 1-1 is a malformed dead letter: field \"metadata\": ": append([]string{"a", "b", "metadata", "?"}, append([]string{goxstreams.UUIDHeaderKey, "u"}, entries[0].fields[6:]...)...),
+	} {
+		d, err := goxstreams.ReadDeadLetter("1-1", fields)
+		require.ErrorContains(t, err, strings.TrimSpace(want))
+		require.Equal(t, goxstreams.DeadMessage{ID: "1-1", Fields: fields}, d)
+	}
 }

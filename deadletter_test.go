@@ -32,8 +32,8 @@ var (
 	errOther = errors.New("other")
 )
 
-// brief is grouped, with reads that end soon: the embedded server cannot wake
-// one, so that Close waits for it.
+// brief is grouped, with short blocking reads: the embedded server cannot wake one,
+// so Close waits for it.
 func brief(client redis.UniversalClient) goxstreams.SubscriberConfig {
 	config := grouped(client)
 	config.BlockTime = 50 * time.Millisecond
@@ -65,7 +65,7 @@ func failing(errs ...error) (message.HandlerFunc, *atomic.Int64) {
 	}, &calls
 }
 
-// always is enough times the same error.
+// always returns the same error often enough.
 func always(err error) []error { return slices.Repeat([]error{err}, 20) }
 
 // elsewhere is a DeadLetter.Topic in the topic's slot.
@@ -82,7 +82,7 @@ func queueOf(t testing.TB, client redis.UniversalClient, stream string) *goxstre
 	return q
 }
 
-// lettersIn returns all that is in the dead-letter stream.
+// lettersIn returns everything in the dead-letter stream.
 func lettersIn(t testing.TB, client redis.UniversalClient, stream string) []goxstreams.DeadMessage {
 	t.Helper()
 	var letters []goxstreams.DeadMessage
@@ -93,7 +93,7 @@ func lettersIn(t testing.TB, client redis.UniversalClient, stream string) []goxs
 	return letters
 }
 
-// A rawEntry is what XRANGE answers, in its order.
+// A rawEntry is an entry as XRANGE returns it, in order.
 type rawEntry struct {
 	id     string
 	fields []string
@@ -114,8 +114,8 @@ func entriesOf(t testing.TB, client redis.UniversalClient, stream string) []rawE
 	return entries
 }
 
-// TestDeadLetter_WithRetry: DeadLetter and Retry, in either order, with what a
-// handler can return.
+// TestDeadLetter_WithRetry: DeadLetter and Retry, in either order, with everything
+// that a handler can return.
 func TestDeadLetter_WithRetry(t *testing.T) {
 	t.Parallel()
 	const maxRetries = 2
@@ -206,7 +206,7 @@ func TestDeadLetter_WithRetry(t *testing.T) {
 	}
 }
 
-// TestDeadLetter_Composition: other chains than a DeadLetter and a Retry.
+// TestDeadLetter_Composition: chains other than one DeadLetter and one Retry.
 func TestDeadLetter_Composition(t *testing.T) {
 	t.Parallel()
 	type mw = message.HandlerMiddleware
@@ -303,8 +303,8 @@ func TestDeadLetter_Composition(t *testing.T) {
 	}
 }
 
-// TestDeadLetter_OnDead: every way to die is told, with what is then in the
-// dead-letter stream.
+// TestDeadLetter_OnDead: OnDead is called for every way to die, with the contents
+// of the dead-letter stream.
 func TestDeadLetter_OnDead(t *testing.T) {
 	t.Parallel()
 	ack := func(*message.Message) ([]*message.Message, error) { return nil, nil }
@@ -361,7 +361,7 @@ func TestDeadLetter_OnDead(t *testing.T) {
 				addRaw(t, client, topic, fields...)
 			}
 			entryID := entriesOf(t, client, topic)[0].id
-			if tt.crashed { // as often as a process may crash of it
+			if tt.crashed { // as often as a message may crash its process
 				createGroup(t, client, topic, testGroup)
 				readAs(t, client, topic, testGroup, "crashed", 1)
 				require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, "released", 0, entryID, "retrycount", 3, "justid").Err())
@@ -376,11 +376,11 @@ func TestDeadLetter_OnDead(t *testing.T) {
 			case <-time.After(patience):
 				require.FailNow(t, "OnDead is not called")
 			}
-			publish(t, client, topic, "sentinel") // after what may come twice
+			publish(t, client, topic, "sentinel") // after messages that may be redelivered
 			eventually(t, func() bool { s := stats(t, sub); return s.Acked+s.Dead >= 2 })
 			require.NoError(t, sub.Close())
 			letters := lettersIn(t, client, goxstreams.DeadLetterTopic(topic))
-			if tt.name == "exhausted" || tt.name == "permanent" || tt.name == "filtered" { // the sentinel's fate too
+			if tt.name == "exhausted" || tt.name == "permanent" || tt.name == "filtered" { // the sentinel dies as well
 				require.Len(t, letters, 2)
 				require.Len(t, told, 1)
 			} else {
@@ -413,8 +413,8 @@ func TestDeadLetter_OnDead(t *testing.T) {
 	}
 }
 
-// TestDeadLetter_Content: the message in a dead letter is the one that was
-// published, byte for byte, whatever its handler did to it; with its story.
+// TestDeadLetter_Content: the message in a dead letter is the published one, byte
+// for byte, whatever its handler did to it; with the details of its death.
 func TestDeadLetter_Content(t *testing.T) {
 	t.Parallel()
 	binary := "\x00\xff\xfe \r\n$5\r\n\xc3"
@@ -478,8 +478,8 @@ func TestDeadLetter_Content(t *testing.T) {
 				assert.EqualValues(t, 2, letter.Deliveries)
 				assert.Equal(t, entry.id, letter.EntryID)
 
-				// To whoever consumes the stream it is the message with Watermill's four
-				// keys, and ours.
+				// To a consumer of the stream it is the message with Watermill's
+				// four keys, and ours.
 				config.Consumer, config.Unmarshaler = "", goxstreams.BodyMarshaler{}
 				msg := next(t, subscribe(t, newSubscriber(t, config), stream))
 				msg.Ack()
@@ -513,8 +513,8 @@ func (u withMetadata) Unmarshal(values map[string]any) (*message.Message, error)
 	return msg, err
 }
 
-// TestDeadLetter_ReservedMetadata: what a message brings under the names that a
-// dead letter needs neither keeps it from dying nor changes its story.
+// TestDeadLetter_ReservedMetadata: metadata that a message has under a dead
+// letter's keys neither prevents the move nor changes the letter.
 func TestDeadLetter_ReservedMetadata(t *testing.T) {
 	topic, client := topic(t), newClient(t)
 	config := brief(client)
@@ -581,8 +581,8 @@ func TestDeadLetter_Reason(t *testing.T) {
 	}
 }
 
-// TestDeadLetter_OnADeadLetterStream: what dies while it is handled there stays
-// there, pending.
+// TestDeadLetter_OnADeadLetterStream: a message that dies on a dead-letter stream
+// stays pending there.
 func TestDeadLetter_OnADeadLetterStream(t *testing.T) {
 	topic, client, log := topic(t), newClient(t), newLogRecorder()
 	sub := newSubscriber(t, brief(client))
@@ -607,7 +607,7 @@ func TestDeadLetter_OnADeadLetterStream(t *testing.T) {
 }
 
 // TestDeadLetter_PoisonQueue: Watermill's PoisonQueueWithFilter outside of Retry
-// keeps the dead elsewhere, whatever the Publisher.
+// stores dead messages elsewhere, with any Publisher.
 func TestDeadLetter_PoisonQueue(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -646,9 +646,9 @@ func TestDeadLetter_PoisonQueue(t *testing.T) {
 	}
 }
 
-// scissors do something at one command of a client: on the wire, below go-redis
-// and its resending. What is not on the way of a dead letter is not counted:
-// greetings, and reads that block.
+// scissors act at one command of a client: on the wire, below go-redis and its
+// retries. Commands that do not belong to a move are not counted: handshakes, and
+// blocking reads.
 type scissors struct {
 	mu     sync.Mutex
 	at     int  // at which command, from 1
@@ -656,7 +656,7 @@ type scissors struct {
 	do     func() (cut bool)
 	n      int // commands since they were armed
 	armed  bool
-	killed bool // nothing goes through any more
+	killed bool // nothing passes any more
 	seen   map[string]bool
 	names  []string
 }
@@ -667,8 +667,8 @@ func (s *scissors) arm(at int, before bool, do func() (cut bool)) {
 	s.at, s.before, s.do, s.n, s.armed, s.names = at, before, do, 0, true, nil
 }
 
-// disarm ends the counting. It returns what was sent since they were armed, and
-// whether there was such a command.
+// disarm ends the counting. It returns the commands sent since arming, and whether
+// the command was among them.
 func (s *scissors) disarm() (commands string, hit bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -682,7 +682,7 @@ func (s *scissors) saw(command string) bool {
 	return s.seen[command]
 }
 
-// kill ends all that goes through them, as the end of the process would.
+// kill ends everything that passes through them, as the end of the process would.
 func (s *scissors) kill() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -698,7 +698,7 @@ func (s *scissors) alive() bool {
 var errCut = fmt.Errorf("cut: %w", io.ErrUnexpectedEOF)
 
 func (s *scissors) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	// Even if killed: that way go-redis does not try for seconds.
+	// Even if killed: otherwise go-redis retries for seconds.
 	conn, err := (&net.Dialer{}).DialContext(ctx, network, addr)
 	return &cutConn{turnConn: turnConn{Conn: conn}, s: s}, err
 }
@@ -706,11 +706,12 @@ func (s *scissors) dial(ctx context.Context, network, addr string) (net.Conn, er
 type cutConn struct {
 	turnConn
 	s       *scissors
-	pending bool // the answer that comes is the one
+	pending bool // the next reply is the one
 	cut     bool
 }
 
-// commandsIn returns the names of the commands in what is sent: *n, and n times $size, value.
+// commandsIn returns the names of the commands in the bytes sent: *n, and n times
+// $size, value.
 func commandsIn(b []byte) (names []string) {
 	r := bufio.NewReader(bytes.NewReader(b))
 	number := func(kind byte) int {
@@ -744,8 +745,8 @@ func (c *cutConn) Write(b []byte) (int, error) {
 	return c.turnConn.Write(b)
 }
 
-// send counts commands that are sent together as one, and reports whether it is not
-// to be sent. What is done at it is done under the lock: no other command comes in
+// send counts commands that are sent together as one, and reports whether to drop
+// them. The action at a command runs under the lock: no other command comes in
 // between.
 func (c *cutConn) send(names []string) (cut bool) {
 	s := c.s
@@ -802,7 +803,7 @@ func (s *scissors) client(t testing.TB) *redis.Client {
 	return client
 }
 
-// A meddler is what happens to a message between two commands of its burial.
+// A meddler interferes with a message between two commands of its move.
 type meddler struct {
 	admin     *redis.Client
 	topic, id string
@@ -833,15 +834,15 @@ func (m *meddler) do(t testing.TB, what string) (cut bool) {
 	return cut
 }
 
-// dying are messages on their way to the dead-letter stream, with all commands
-// from the decision on.
+// dying describes messages on their way to the dead-letter stream, with all
+// commands from the decision on.
 type dying struct {
 	name   string
 	broken bool
 }
 
-// deadLetter lets one message die while what happens at its at-th command, and returns
-// the commands that were sent if there was such a command.
+// deadLetter lets one message die while something happens at its at-th command, and
+// returns the commands that were sent if there was such a command.
 func (d dying) deadLetter(t *testing.T, what string, at int, before bool) (commands string, hit bool) {
 	topic, admin := topic(t), newClient(t)
 	cut := &scissors{}
@@ -854,7 +855,8 @@ func (d dying) deadLetter(t *testing.T, what string, at int, before bool) (comma
 	sub := newSubscriberLog(t, config, log)
 	messages := subscribe(t, sub, topic)
 	eventually(t, func() bool { return cut.saw("xinfo") }, "the only look at the group")
-	// One more is in hand: were all gone, the group would have been made anew.
+	// Another message is being handled: if all were gone, the group would look
+	// recreated.
 	publish(t, admin, topic, "kept")
 	kept := next(t, messages)
 
@@ -862,7 +864,7 @@ func (d dying) deadLetter(t *testing.T, what string, at int, before bool) (comma
 	do := func() bool { return m.do(t, what) }
 	fields := []string{"no message", "\x00\xff", "twice", "1", "twice", "2"}
 	if d.broken {
-		// It is known before it is read: the meddler needs it.
+		// Its ID is known before it is read: the meddler needs it.
 		m.id = fmt.Sprintf("%d-7", time.Now().UnixMilli())
 		cut.arm(at, before, do)
 		args := []any{"xadd", topic, m.id}
@@ -882,7 +884,7 @@ func (d dying) deadLetter(t *testing.T, what string, at int, before bool) (comma
 	eventually(t, func() bool { return stats(t, sub).InFlight == 1 }, "it is kept")
 	commands, hit = cut.disarm()
 	st := stats(t, sub)
-	// The reader may find out about the group only now.
+	// The reader may notice the loss of the group only now.
 	if m.destroyed {
 		eventually(t, func() bool { return admin.XPending(t.Context(), topic, testGroup).Err() == nil }, "the group is not made again")
 	}
@@ -918,7 +920,7 @@ func (d dying) deadLetter(t *testing.T, what string, at int, before bool) (comma
 	return commands, hit
 }
 
-// deadLetterAtThief: the thief is a consumer like ours; the message dies in its hands.
+// deadLetterAtThief: the thief is a consumer like ours; the message dies there.
 func (d dying) deadLetterAtThief(t *testing.T, admin *redis.Client, m *meddler) {
 	t.Helper()
 	require.NoError(t, admin.Do(t.Context(), "xclaim", m.topic, testGroup, "released", 0, m.id, "retrycount", 1, "justid").Err())
@@ -938,8 +940,8 @@ var deaths = []dying{
 	{name: "broken", broken: true},
 }
 
-// TestDeadLetter_Once: whatever happens between any two commands of a burial, or
-// to any of them, there is one dead letter, or none where somebody else has the
+// TestDeadLetter_Once: whatever happens between any two commands of a move, or to
+// any of them, there is one dead letter, or none if another consumer has the
 // message.
 func TestDeadLetter_Once(t *testing.T) {
 	t.Parallel()
@@ -968,8 +970,8 @@ func TestDeadLetter_Once(t *testing.T) {
 	}
 }
 
-// TestDeadLetter_Resent: each command of a burial runs twice, as when a client
-// sends it again because the answer was lost.
+// TestDeadLetter_Resent: each command of a move runs twice, as when a client
+// resends it because the reply was lost.
 func TestDeadLetter_Resent(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)

@@ -3,6 +3,7 @@ package goxstreams_test
 import (
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 
 	"github.com/redis/go-redis/v9"
@@ -13,47 +14,41 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// deleting is the config of a group's consumer that deletes what it acks.
+// deleting is the config of a group's consumer with DeleteAcked.
 func deleting(client redis.UniversalClient, group string) goxstreams.SubscriberConfig {
 	config := limited(client, 1)
 	config.ConsumerGroup, config.DeleteAcked = group, true
 	return config
 }
 
-// requireXACKDEL skips the test where several groups cannot delete.
-func requireXACKDEL(t testing.TB) {
-	t.Helper()
-	testserver.RequireReal(t)
-	if !hasCommand(t, newClient(t), "xackdel") {
-		t.Skip("the server has no XACKDEL (Redis 8.2)")
-	}
-}
-
-// Without XACKDEL a topic with several groups is refused, before anything is read:
-// the error names the option and the server.
-func TestDeleteAcked_Unsupported(t *testing.T) {
+// Without XACKDEL, several groups delete together: what all of them have acked, from the
+// start of the stream.
+func TestDeleteAcked_SeveralGroupsEverywhere(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 	client, topic := newClient(t), topic(t)
-	if hasCommand(t, client, "xackdel") {
-		t.Skip("the server has XACKDEL")
+	groups := []string{"a", "b", "c"}
+	for _, group := range groups {
+		createGroup(t, client, topic, group)
 	}
-	createGroup(t, client, topic, "other")
-	ids := publishN(t, client, topic, 3)
-	_, err := newSubscriber(t, deleting(client, testGroup)).Subscribe(t.Context(), topic)
-	require.ErrorIs(t, err, goxstreams.ErrUnsupported)
-	require.ErrorContains(t, err, "SubscriberConfig.DeleteAcked")
-	require.ErrorContains(t, err, serverName(t, client))
-	require.Equal(t, ids, stored(t, client, topic))
-	require.Empty(t, pendingOf(t, client, topic, testGroup))
+	ids := publishN(t, client, topic, 300)
+	for i, group := range groups {
+		require.Equal(t, ids, stored(t, client, topic), "%s needs them", group)
+		require.Len(t, collect(subscribe(t, newSubscriber(t, deleting(client, group)), topic), len(ids), patience), len(ids))
+		eventuallySettled(t, client, topic, group)
+		if i < len(groups)-1 {
+			continue
+		}
+		eventually(t, func() bool { return len(stored(t, client, topic)) == 0 })
+	}
 }
 
-// What is nacked stays until it is acked, and what dies leaves the stream as what is
-// acked does: when no group needs it any more. Here both ends are tried, the group
-// whose messages die being the first, and the last, to be done.
+// A nacked message stays until it is acked. A dead one leaves the stream like an
+// acked one: when no group needs it any more. Here the group whose messages die
+// finishes first, and finishes last.
 func TestDeleteAcked_DeadInOneOfTwoGroups(t *testing.T) {
 	t.Parallel()
-	requireXACKDEL(t)
+	testserver.RequireReal(t)
 	for _, deadFirst := range []bool{true, false} {
 		t.Run(map[bool]string{true: "First", false: "Last"}[deadFirst], func(t *testing.T) {
 			t.Parallel()
@@ -82,33 +77,40 @@ func TestDeleteAcked_DeadInOneOfTwoGroups(t *testing.T) {
 			first()
 			require.Equal(t, want, stored(t, client, topic), "the other group needs them")
 			last()
-			require.Empty(t, stored(t, client, topic))
+			eventually(t, func() bool { return len(stored(t, client, topic)) == 0 })
 		})
 	}
 }
 
-// A group is destroyed while others consume. What they ack from then on is deleted;
-// what they acked before, and it had not, stays: nobody acks that again.
+// A group is destroyed while others consume. What they acked before, and the destroyed
+// group had not, is trimmed too, a minute later: until then the group may be recreated.
 func TestDeleteAcked_GroupDestroyed(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 	client, topic := newClient(t), topic(t)
 	messages := subscribe(t, newSubscriber(t, deleting(client, testGroup)), topic)
-	createGroup(t, client, topic, "destroyed") // later than Subscribe: no server refuses it
+	createGroup(t, client, topic, "destroyed")
 	before := publishN(t, client, topic, 5)
 	require.Len(t, collect(messages, 5, patience), 5)
 	eventuallySettled(t, client, topic, testGroup)
+	beside := topic + ".retention{" + topic + "}"
+	eventually(t, func() bool { return client.HGet(t.Context(), beside, "group destroyed").Err() == nil })
 	require.Equal(t, before, stored(t, client, topic), "the other group needs them")
 
 	require.NoError(t, client.XGroupDestroy(t.Context(), topic, "destroyed").Err())
 	publishN(t, client, topic, 5)
 	require.Len(t, collect(messages, 5, patience), 5)
 	eventuallySettled(t, client, topic, testGroup)
-	require.Equal(t, before, stored(t, client, topic))
+	require.Subset(t, stored(t, client, topic), before, "the other group may be recreated")
+	eventually(t, func() bool {
+		return strings.HasPrefix(client.HGet(t.Context(), beside, "group destroyed").Val(), "hold ")
+	})
+	require.NoError(t, client.HSet(t.Context(), beside, "group destroyed", "hold 1 1").Err()) // as if it were longer ago
+	eventually(t, func() bool { return len(stored(t, client, topic)) == 0 })
 }
 
-// With one group and no XACKDEL a message dies after another group came: it moves to
-// the dead-letter stream, and stays in the stream for the other.
+// With one group and no XACKDEL, a message dies after another group was added: it
+// moves to the dead-letter stream, and stays in the stream for the other group.
 func TestDeleteAcked_DeadAfterAnotherGroupCame(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -130,8 +132,8 @@ func limitedOf(client redis.UniversalClient, group string) goxstreams.Subscriber
 	return config
 }
 
-// Entries are trimmed while they are pending: their acks find nothing to delete, and
-// take what is pending away all the same.
+// Entries are trimmed while they are pending: their acks find nothing to delete,
+// but still remove the pending entries.
 func TestDeleteAcked_TrimmedWhilePending(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -156,17 +158,12 @@ func TestDeleteAcked_TrimmedWhilePending(t *testing.T) {
 	eventually(t, func() bool { return stats(t, sub).Acked == 10 })
 }
 
-// In a Cluster two groups delete together, or are refused.
+// In a Cluster two groups delete together.
 func TestDeleteAcked_TwoGroupsOnCluster(t *testing.T) {
 	onEachMaster(t, func(t *testing.T, client *redis.ClusterClient, topic string) {
 		createGroup(t, client, topic, "a")
 		createGroup(t, client, topic, "b")
 		want := publishN(t, client, topic, 20)
-		if info, err := client.Do(t.Context(), "command", "info", "xackdel").Slice(); err != nil || info[0] == nil {
-			_, err := newSubscriber(t, deleting(client, "a")).Subscribe(t.Context(), topic)
-			require.ErrorIs(t, err, goxstreams.ErrUnsupported)
-			return
-		}
 		for i, group := range []string{"a", "b"} {
 			if i == 1 {
 				require.Equal(t, want, stored(t, client, topic))
@@ -174,16 +171,16 @@ func TestDeleteAcked_TwoGroupsOnCluster(t *testing.T) {
 			require.Len(t, collect(subscribe(t, newSubscriber(t, deleting(client, group)), topic), 20, patience), 20)
 			eventuallySettled(t, client, topic, group)
 		}
-		require.Empty(t, stored(t, client, topic))
+		eventually(t, func() bool { return len(stored(t, client, topic)) == 0 })
 	})
 }
 
 // quietEnv makes TestDeleteAcked_QuietOnCluster's second process run the test.
 const quietEnv = "GOXSTREAMS_QUIET_CLUSTER"
 
-// go-redis writes "info for cmd=... not found" to stderr for what a Cluster's client
-// is given that no node knows. What we ask servers for goes to a node instead. [It is
-// another process's stderr that is looked at: go-redis's logger is one for all.]
+// go-redis writes "info for cmd=... not found" to stderr if a Cluster client gets a
+// command that no node knows. So the library sends such checks to a node. [The test
+// looks at the stderr of another process, since go-redis has one global logger.]
 func TestDeleteAcked_QuietOnCluster(t *testing.T) {
 	if os.Getenv(quietEnv) == "" {
 		t.Parallel()
@@ -201,7 +198,7 @@ func TestDeleteAcked_QuietOnCluster(t *testing.T) {
 	_ = newIdempotent(t, client, goxstreams.Idempotence{}).Publish(topic, numbered(1)...)
 }
 
-// TestDeleteAcked: acked entries leave the stream, when nobody needs them.
+// TestDeleteAcked: acked entries leave the stream when nobody needs them.
 func TestDeleteAcked(t *testing.T) {
 	t.Parallel()
 	consume := func(t *testing.T, client *redis.Client, topic, group string, n int) *goxstreams.Subscriber {
@@ -233,19 +230,11 @@ func TestDeleteAcked(t *testing.T) {
 		publishN(t, client, topic, 50)
 		createGroup(t, client, topic, "a")
 		createGroup(t, client, topic, "b")
-		if !hasCommand(t, client, "xackdel") {
-			config := grouped(client)
-			config.ConsumerGroup = "a"
-			config.DeleteAcked = true
-			_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
-			require.ErrorIs(t, err, goxstreams.ErrUnsupported)
-			assert.Empty(t, client.XInfoConsumers(t.Context(), topic, "a").Val(), "a name is left of a refused Subscribe")
-			return
-		}
 		require.NoError(t, consume(t, client, topic, "a", 50).Close())
 		assert.EqualValues(t, 50, client.XLen(t.Context(), topic).Val(), "the other group needs them")
-		require.NoError(t, consume(t, client, topic, "b", 50).Close())
-		assert.Zero(t, client.XLen(t.Context(), topic).Val())
+		b := consume(t, client, topic, "b", 50)
+		eventually(t, func() bool { return client.XLen(t.Context(), topic).Val() == 0 })
+		require.NoError(t, b.Close())
 	})
 	t.Run("AnotherGroupLater", func(t *testing.T) {
 		t.Parallel()
@@ -266,7 +255,8 @@ func TestDeleteAcked(t *testing.T) {
 	})
 }
 
-// DeleteAcked by script: the stream is deleted while the last message is in hand and the subscription closes.
+// DeleteAcked by script: the stream is deleted while the last message is being
+// handled and the subscription closes.
 func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -282,7 +272,8 @@ func TestDeleteAcked_CloseWithoutStream(t *testing.T) {
 	msg := next(t, messages)
 	done := make(chan struct{})
 	go func() { defer close(done); _ = sub.Close() }()
-	// Nobody reads any more who would make the group again, or one does and has.
+	// Nobody reads any more and could recreate the group, or a reader is left and
+	// has recreated it.
 	eventually(t, func() bool { return blockedReads(t, admin, name) == 0 })
 	require.NoError(t, admin.Del(t.Context(), topic).Err())
 	msg.Ack()

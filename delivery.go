@@ -14,28 +14,30 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// Delivery is what a handler can know of the delivery that it handles; it takes
-// it from the message's context with DeliveryFromContext.
+// Delivery describes the delivery of a message. A handler gets it from the
+// message's context with DeliveryFromContext.
 type Delivery struct {
 	Topic    string
-	Group    string // empty in fan-out
-	Consumer string // empty in fan-out
-	ID       string // the entry's
+	Group    string // empty for fan-out
+	Consumer string // empty for fan-out
+	ID       string // the entry's ID
 
-	// Count is how many times Redis has delivered the entry to this group, this
-	// time included: 1 at first. In fan-out the subscription counts by itself.
+	// Count is how many times Redis has delivered the entry to this group,
+	// including this delivery: 1 the first time. For fan-out the subscription
+	// itself counts.
 	Count int64
 
-	// MaxRetries is the limit of the subscription's Retry: 0 without one, -1
-	// for no retries.
+	// MaxRetries is the limit of the subscription's Retry: 0 means no limit, -1
+	// means no retries.
 	MaxRetries int
 }
 
-// RetryCount returns the deliveries before this one.
+// RetryCount returns the number of earlier deliveries.
 func (d Delivery) RetryCount() int64 { return max(d.Count-1, 0) }
 
-// Time returns when the entry was added, by its ID: the server's clock, in
-// milliseconds. The zero time if the ID was given by hand and is no time.
+// Time returns when the entry was added, according to its ID: the server's clock,
+// in milliseconds. It is the zero time if the ID was set explicitly and is not a
+// time.
 func (d Delivery) Time() time.Time {
 	ms, _ := xstream.SplitID(d.ID)
 	if ms == 0 || ms > 1<<53 {
@@ -46,30 +48,88 @@ func (d Delivery) Time() time.Time {
 
 type deliveryKey struct{}
 
-// deliveryContext is what a message's context knows of its delivery.
+// deliveryContext is the context of a delivered message. It becomes cancelable when
+// somebody asks for that: most handlers do not, and context.WithCancel would cost
+// more than all else here.
 type deliveryContext struct {
-	context.Context // the values of Subscribe's context
+	context.Context // carries the values of Subscribe's context; never canceled
 	delivery        Delivery
 	sub             *subscription
-	msg             *message.Message // the one that was delivered
-	own             context.Context  // this one, with its end
-	cancel          context.CancelCauseFunc
+	msg             *message.Message           // the delivered message itself, not a copy
+	own             atomic.Pointer[cancelable] // nil: neither asked for nor canceled yet
+	cancel          context.CancelCauseFunc    // the method Cancel
 	verdict         atomic.Pointer[verdict]
-	entered         atomic.Pointer[atomic.Bool] // the innermost Retry that has the message: is there one inside of it?
-	body            atomic.Pointer[any]         // a Consumer's decoded payload, for the first who takes it
-	handler         atomic.Pointer[string]      // the router's name of it, once a middleware has seen it
+	entered         atomic.Pointer[atomic.Bool] // of the innermost Retry that has the message: whether another one is further inside
+	decoded         any                         // a Consumer's decoded payload
+	body            atomic.Pointer[any]         // the same, for the first caller
+	handler         atomic.Pointer[string]      // the router's name of the handler, once a middleware has seen it
+	returned        time.Time                   // when the handler did, if that is longer ago: see interrupted
+}
+
+var noRouter string // the name of a handler without a router
+
+// cancelable is the part of a deliveryContext that ends. It has no values.
+type cancelable struct {
+	context.Context
+	cancel context.CancelCauseFunc
+}
+
+func newCancelable() *cancelable {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	return &cancelable{ctx, cancel}
+}
+
+// hasEnded is the cancelable of every delivery that ended before somebody asked.
+var hasEnded = func() *cancelable {
+	c := newCancelable()
+	c.cancel(nil)
+	return c
+}()
+
+func (d *deliveryContext) cancelable() *cancelable {
+	if d.own.Load() == nil {
+		d.own.CompareAndSwap(nil, newCancelable())
+	}
+	return d.own.Load()
+}
+
+// Cancel cancels the context, if it has not ended yet.
+func (d *deliveryContext) Cancel(cause error) { d.cancelable().cancel(cause) }
+
+// end is Cancel without a cause, for a delivery that is settled.
+func (d *deliveryContext) end() {
+	if !d.own.CompareAndSwap(nil, hasEnded) {
+		d.own.Load().cancel(nil)
+	}
+}
+
+func (d *deliveryContext) Done() <-chan struct{} { return d.cancelable().Done() }
+
+func (d *deliveryContext) Err() error {
+	if c := d.own.Load(); c != nil {
+		return c.Err()
+	}
+	return nil
 }
 
 func (d *deliveryContext) Value(key any) any {
 	if _, ok := key.(deliveryKey); ok {
 		return d
 	}
+	if c := d.own.Load(); c != nil {
+		if v := c.Value(key); v != nil { // what package context looks for: context.Cause, and derived contexts
+			return v
+		}
+	}
 	return d.Context.Value(key)
 }
 
-// DeliveryFromContext returns the delivery that a message's context belongs to.
-// It is false for a message that does not come from this library, and for one
-// that lost its context in a Copy.
+// String keeps the message out of a printed context.
+func (d *deliveryContext) String() string { return "goxstreams.Delivery" }
+
+// DeliveryFromContext returns the delivery that a message's context belongs to. It
+// returns false for a message of another library, and for a copy without its
+// context.
 func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 	d, ok := ctx.Value(deliveryKey{}).(*deliveryContext)
 	if !ok {
@@ -78,36 +138,76 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 	return d.delivery, true
 }
 
-// Handle brings an entry to its outcome: acked, waiting for its retry, moved to
-// the dead-letter stream, released, or not ours any more.
-func (s *subscription) Handle(h *consume.Task) {
+// Handle brings entries to their outcomes: acked, waiting for their retries, moved to the
+// dead-letter stream, released, or lost to another consumer.
+func (s *subscription) Handle(tasks []consume.Task) {
+	if s.typed != nil && s.typed.batch != nil {
+		s.handleBatch(tasks)
+	} else if msg, body, ok := s.prepare(&tasks[0]); ok {
+		s.deliver(&tasks[0], msg, body)
+	}
+}
+
+// prepare decodes an entry. It brings one that is not to be delivered to its outcome, and
+// returns false.
+func (s *subscription) prepare(h *consume.Task) (msg *message.Message, body any, ok bool) {
 	if h.Death != nil {
 		s.dead(h)
-		return
+		return nil, nil, false
 	}
 	published, _, group := cutReplay(h.Fields)
 	h.Fields = published
 	switch {
 	case group != "" && group != s.cfg.ConsumerGroup:
 		s.Settle(h) // a replay for another group
-		return
+		return nil, nil, false
 	case s.retry.exhaustedBefore(h.Count()):
 		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
 		s.dead(h)
-		return
+		return nil, nil, false
 	}
-	msg, body, err := s.unmarshal(h)
-	if err != nil {
-		s.handleBroken(h, err)
-		return
+	d, ok := h.Prepared.(*decoded)
+	if h.Prepared = nil; !ok {
+		d = &decoded{}
+		d.msg, d.body, d.err = s.unmarshal(h, h.Fields)
 	}
-	s.deliver(h, msg, body)
+	if d.err != nil {
+		s.handleBroken(h, d.err)
+	}
+	return d.msg, d.body, d.err == nil
 }
 
-// unmarshal turns the entry into a message, and for a Consumer its payload into
+// decoded is an entry that was decoded for the sake of its key.
+type decoded struct {
+	msg  *message.Message
+	body any
+	err  error
+}
+
+// Key returns the OrderingKey of an entry. One that is malformed, or will not be handled,
+// has none.
+func (s *subscription) Key(h *consume.Task) (key string) {
+	fields, _, group := cutReplay(h.Fields)
+	if group != "" && group != s.cfg.ConsumerGroup || s.retry.exhaustedBefore(h.Count()) {
+		return ""
+	}
+	d := &decoded{}
+	h.Prepared = d
+	if d.msg, d.body, d.err = s.unmarshal(h, fields); d.err != nil {
+		return ""
+	}
+	err := user(h, func() error { key = s.cfg.OrderingKey(d.msg); return nil })
+	if err != nil {
+		d.err = fmt.Errorf("%w: OrderingKey: %w", ErrBroken, err)
+		return ""
+	}
+	return key
+}
+
+// unmarshal decodes an entry's fields into a message and, for a Consumer, the payload into
 // the body.
-func (s *subscription) unmarshal(h *consume.Task) (msg *message.Message, body any, err error) {
-	msg, err = s.message(h, h.Fields)
+func (s *subscription) unmarshal(h *consume.Task, fields []string) (msg *message.Message, body any, err error) {
+	msg, err = s.message(h, fields)
 	if err == nil && s.typed != nil {
 		err = user(h, func() error { body, err = s.typed.decode(msg.Payload); return err })
 	}
@@ -117,18 +217,22 @@ func (s *subscription) unmarshal(h *consume.Task) (msg *message.Message, body an
 	return msg, body, nil
 }
 
-// message unmarshals an entry. A dead letter is decoded the way this library
-// wrote it, whatever the topic's format.
+// message unmarshals an entry. It decodes a dead letter in this library's format,
+// whatever the topic's format is.
 func (s *subscription) message(h *consume.Task, fields []string) (msg *message.Message, err error) {
 	u := s.cfg.Unmarshaler
 	if isDeadLetter(fields) {
 		u = DefaultMarshaler{}
 	}
+	create := newMessage(message.NewMessage)
+	if s.handler != nil && s.typed.alone {
+		create = newBareMessage
+	}
 	switch u.(type) {
 	case DefaultMarshaler, BodyMarshaler:
-		msg, err = unmarshalFields(u, fields)
+		msg, err = unmarshalFields(u, fields, create)
 	default:
-		err = user(h, func() error { msg, err = unmarshalFields(u, fields); return err })
+		err = user(h, func() error { msg, err = unmarshalFields(u, fields, create); return err })
 	}
 	if err == nil && msg.UUID == "" {
 		msg.UUID = h.ID
@@ -136,69 +240,99 @@ func (s *subscription) message(h *consume.Task, fields []string) (msg *message.M
 	return msg, err
 }
 
-// deliver hands the message over and waits for it to be settled.
+// newMessage is the type of message.NewMessage.
+type newMessage func(uuid string, payload message.Payload) *message.Message
+
+// newBareMessage returns a message without the channels of Acked and Nacked. Its Ack and
+// Nack work.
+func newBareMessage(uuid string, payload message.Payload) *message.Message {
+	return &message.Message{UUID: uuid, Metadata: message.Metadata{}, Payload: payload}
+}
+
+// deliver passes the message to its handler, or to the output channel, and waits until
+// it is settled.
 func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) {
-	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, delivery: Delivery{
-		Topic: s.topic, Group: s.cfg.ConsumerGroup, Consumer: s.Consumer(),
-		ID: h.ID, Count: h.Count(), MaxRetries: s.retry.MaxRetries,
-	}}
+	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, delivery: s.delivery(h), decoded: body}
 	if body != nil {
-		d.body.Store(&body)
+		d.body.Store(&d.decoded)
 	}
-	ctx, cancel := context.WithCancelCause(d)
-	defer cancel(nil)
-	d.own, d.cancel = ctx, cancel
-	msg.SetContext(ctx)
+	if s.handler != nil {
+		d.handler.Store(&noRouter)
+	}
+	d.cancel = d.Cancel
+	defer d.end()
+	msg.SetContext(d)
 	if !h.Attach(&d.cancel) {
 		s.Drop(h)
 		return
 	}
 
-	s.stats.delivered.Add(1) // before whoever takes it can ask
-	if !consume.HandOver(ctx, s.Subscription, h, s.output, msg) {
+	s.stats.delivered.Add(1) // before the receiver can read Stats
+	var passed bool
+	if s.handler != nil {
+		passed = s.Begin(h)
+	} else {
+		passed = consume.HandOver(d, s.Subscription, h, s.output, msg)
+	}
+	if !passed {
 		s.stats.delivered.Add(-1)
 		return
 	}
 	if d.delivery.Count > 1 {
 		s.stats.retried.Add(1)
 	}
-
+	if s.handler != nil {
+		h.Direct(func() { s.handler(msg) }, func() { s.leave(&consume.Task{Entry: h.Entry}, d) }, func() { s.settle(h, d) })
+		s.settle(h, d)
+		return
+	}
 	select {
 	case <-msg.Acked():
 	case <-msg.Nacked():
-		s.nacked(h, d)
-		return
 	case <-s.Abandon():
-		if msg.Nack() { // so that whoever waits for the outcome goes on
-			s.abandoned(h)
+		if msg.Nack() { // unblock callers that wait for the outcome
+			s.Left(h)
 			return
 		}
 	}
+	s.settle(h, d)
+}
+
+// settle carries out what the handler has decided: a message that is not acked by now
+// is nacked.
+func (s *subscription) settle(h *consume.Task, d *deliveryContext) {
+	if d.msg.Nack() {
+		s.nacked(h, d)
+		return
+	}
 	s.stats.acked.Add(1)
+	s.told(h, OutcomeAcked, 0, nil, nil)
 	s.Settle(h)
 }
 
-// nacked carries the verdict out: what becomes of a message whose handler failed.
+// nacked carries out the verdict on a message whose handler failed.
 func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 	s.stats.nacked.Add(1)
 	v := d.verdict.Load()
 	closing, count := s.IsClosing(), h.Count()
 	switch {
 	case !s.Retries():
-		s.log.Debug("Nacked, but the subscription is NoAck: dropped", s.Fields(h))
+		s.log.Debug("Nacked message dropped: the subscription is NoAck", s.Fields(h))
 		s.Drop(h)
 		return
-	case s.IsLost(h): // another consumer's, or nobody's any more
+	case s.IsLost(h): // another consumer has it, or the entry is gone
 		s.Drop(h)
 		return
-	case closing && (v == nil || v.fate == interrupted || v.fate == snoozed || errors.Is(context.Cause(d.own), ErrSubscriberClosed)):
-		// A shutdown is no failure. Whether it was one cannot be told of a Nack
-		// without an error; a retry too many does less harm than one too few.
+	case closing && (v == nil || v.fate == interrupted || v.fate == snoozed || errors.Is(context.Cause(d), ErrSubscriberClosed)):
+		// A shutdown is not a failure. A Nack without an error does not say whether
+		// the shutdown caused it; one retry too many does less harm than one too
+		// few.
 		s.GiveBack(h, count-1)
 		return
 	case v == nil:
 		v = &verdict{delay: -1}
 	case v.fate == snoozed:
+		s.told(h, OutcomeSnoozed, v.delay, v.err, nil)
 		s.Snooze(h, v.delay)
 		return
 	}
@@ -220,6 +354,7 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 			s.log.Error("Retry.OnRetryHook panicked", err, s.Fields(h))
 		}
 	}
+	s.told(h, OutcomeRetried, v.delay, v.err, nil)
 	s.Again(h, v.delay)
 }
 
@@ -231,8 +366,8 @@ func (d *deliveryContext) handlerName() string {
 	return message.HandlerNameFromCtx(d.msg.Context())
 }
 
-// complete completes a verdict with the subscription's own policy, the limit of
-// which holds whatever a middleware has decided.
+// complete completes a verdict with the subscription's own policy. Its limit holds
+// whatever a middleware has decided.
 func (s *subscription) complete(h *consume.Task, v verdict) *verdict {
 	switch {
 	case v.fate == dead:
@@ -255,7 +390,7 @@ func (s *subscription) complete(h *consume.Task, v verdict) *verdict {
 	}
 	retry := true
 	if err := user(h, func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
-		s.log.Error("Retry.ShouldRetry panicked; the message is tried again", err, s.Fields(h))
+		s.log.Error("Retry.ShouldRetry panicked; the message will be retried", err, s.Fields(h))
 	}
 	if !retry {
 		return v.end(PermanentFailure, ErrPermanent)
@@ -263,21 +398,37 @@ func (s *subscription) complete(h *consume.Task, v verdict) *verdict {
 	return &v
 }
 
-// abandoned gives up on a handler that did not heed the end of its context. It
-// may still be at work, so the entry is not released.
-func (s *subscription) abandoned(h *consume.Task) {
-	s.log.Info("The handler did not finish within CloseTimeout; the message is handled again once its lease has run out", s.Fields(h))
+// Left gives up on a handler that ignores its canceled context. The handler may still
+// be running, so the entry is not released.
+func (s *subscription) Left(h *consume.Task) {
+	s.log.Info("The handler did not finish within CloseTimeout; its message will be redelivered when its lease expires", s.Fields(h))
 	s.Abandoned(h)
 }
 
-// user calls a function of the user's for an entry, in the slot that has it, and turns its
-// panic into an error. It does not return if the subscription has ended meanwhile.
+// leave is Left for a handler that a slot has called, unless a middleware acked the message
+// in time. It is not called in the slot, and waits for no user's function.
+func (s *subscription) leave(h *consume.Task, d *deliveryContext) {
+	if d.msg.Nack() {
+		s.Left(h)
+		return
+	}
+	s.stats.acked.Add(1)
+	if s.cfg.OnOutcome != nil {
+		o, fields := Outcome{Delivery: s.delivery(h), Kind: OutcomeAcked}, s.Fields(h)
+		s.Go(func() { s.tell(fields, o) })
+	}
+	s.Settle(h)
+}
+
+// user calls a user's function for an entry, in the entry's slot, and converts a
+// panic to an error. It does not return if the subscription has ended in the
+// meantime.
 func user(h *consume.Task, f func() error) (err error) {
 	h.Call(func() { err = guard(f) })
 	return err
 }
 
-// guard calls a function of the user and turns its panic into an error.
+// guard calls a user's function and converts a panic to an error.
 func guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -287,15 +438,15 @@ func guard(f func() error) (err error) {
 	return usable(f())
 }
 
-// usable returns err, or another one in its place if its methods panic: those of a
-// nil pointer that became an error may.
+// usable returns err, or an error that replaces it if its methods panic, as those
+// of a nil pointer stored in an error may.
 func usable(err error) (fine error) {
 	if err == nil {
 		return nil
 	}
 	defer func() {
 		if p := recover(); p != nil {
-			fine = fmt.Errorf("goxstreams: an error of type %T, the methods of which panic: %v", err, p)
+			fine = fmt.Errorf("goxstreams: an error of type %T whose methods panic: %v", err, p)
 		}
 	}()
 	_, _ = err.Error(), IsDead(err)

@@ -1,10 +1,10 @@
 // Package goxstreams is a Watermill Pub/Sub over Redis Streams consumer groups.
 //
-// A Publisher adds messages to a stream, all of a call or none. A Subscriber
-// hands them to a Watermill router, or to whoever reads its channel, at least
-// once: a message stays pending in Redis until it is acked or in the topic's
-// dead-letter stream, whatever crashes in between. How often it was delivered is
-// Redis's own count, so that retry limits outlive processes.
+// A Publisher adds messages to a stream: all messages of a call or none. A
+// Subscriber delivers them at least once, to a Watermill router or to any reader of
+// its channel. A message stays pending in Redis until it is acked or moved to the
+// topic's dead-letter stream, even if processes crash in between. Redis counts the
+// deliveries, so retry limits hold across crashes and restarts.
 //
 //	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, logger)
 //	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
@@ -13,70 +13,72 @@
 //		Retry:         &goxstreams.Retry{MaxRetries: 5},
 //	}, logger)
 //
-// Handlers say by their error what shall become of a message: see Permanent,
-// RetryAfter and Snooze, and the middlewares Retry and DeadLetter, which heed them.
-// DeadLetterQueue looks at dead letters, replays and deletes them. Producer and
-// Consumer are a typed layer, with or without a router: a Worker has a method for
-// the message, one for the broken entry, and one for the dead message.
+// A handler's error decides what happens to its message: see Permanent, RetryAfter
+// and Snooze, and the middlewares Retry and DeadLetter, which act on them.
+// DeadLetterQueue lists, replays and deletes dead letters. Producer and Consumer
+// are a typed layer that works with or without a router: a Worker has one method
+// for messages, one for malformed entries, and one for dead messages.
 //
-// Subscriber.Stats is for metrics and readiness probes, Subscriber.TopicStats asks
-// Redis how far behind a group is. With Idempotence a call of Publish can be
-// repeated when it is not known what became of it.
+// Subscriber.Stats serves metrics and readiness probes. Subscriber.TopicStats asks
+// Redis for the consumer lag of a group. With Idempotence, a Publish call whose
+// outcome is unknown can be repeated.
 //
-// # What holds
+// # Guarantees
 //
-//   - At least once. What is trimmed or deleted while pending is logged and
-//     counted, not dropped silently.
-//   - A handler that fails sees a message at most MaxRetries+1 times, one that
-//     kills its process MaxRetries+2 times. Then the message is dead.
-//   - A slow handler keeps its message for as long as its process lives. When a
-//     process dies, another takes over within 4/3 ClaimMinIdle + 2
+//   - Delivery is at least once. An entry that is trimmed or deleted while pending
+//     is logged and counted.
+//   - A handler that fails sees a message at most MaxRetries+1 times, a handler
+//     that kills its process at most MaxRetries+2 times. Then the message is dead.
+//   - A slow handler keeps its message while its process lives. When a process
+//     dies, another one takes its messages over within 4/3 ClaimMinIdle + 2
 //     ClaimInterval.
-//   - An entry that is no message stops nothing: it goes to OnBroken.
-//   - With MaxConcurrency 1 a subscription delivers in the stream's order, a
-//     nacked message before its successors. What is taken over comes when it is
-//     taken over.
-//   - Close, and the end of Subscribe's context, drain: handlers finish, acks
-//     arrive, the rest is released for others at once. That counts for no
-//     delivery, and a handler that fails because of it has not failed.
-//   - Dead-lettering is one step, and happens once.
+//   - A malformed entry stops nothing: it goes to OnBroken.
+//   - With MaxConcurrency 1, a subscription delivers in stream order and redelivers
+//     a nacked message before its successors. Messages of a crashed consumer are
+//     delivered when they are taken over.
+//   - Close, and the end of Subscribe's context, drain the subscription: handlers
+//     finish, their acks reach Redis, and all other messages are released for other
+//     consumers to take at once. A release does not count as a delivery, and a
+//     handler that fails because of the shutdown does not count as failed.
+//   - Dead-lettering is atomic and happens once.
 //   - Subscriptions recover when Redis restarts, fails over, is flushed, loses the
-//     group or refuses commands, and Stats shows the outage.
-//   - The client stays the caller's, and so does the process.
+//     group or refuses commands. Stats shows the outage.
+//   - The library never closes the client, exits the process or traps signals.
 //
-// Without a ConsumerGroup a subscription is a fan-out: it gets every message
-// that is published after Subscribe returned. Redis remembers for a minute how far
-// it has read, for the sake of consumers with DeleteAcked, and nothing else.
+// Without a ConsumerGroup a subscription is a fan-out: it receives every message
+// that is published after Subscribe has returned. Redis keeps only its read
+// position, for a minute, so that Retention and DeleteAcked do not trim unread
+// entries.
 //
 // # The states of an entry
 //
-//	           read                 handed out              ack
+//	           read                  deliver               ack
 //	stream ------------> queued --------------> out -------------> acked
 //	   ^                    |                  |  | nack
 //	   |                    | close      close |  +-----> waiting --+
-//	   |                    v                  v     (its delay)    |
+//	   |                    v                  v  (for its delay)   |
 //	   |                 released <------------+<-------- close ----+
 //	   |                    |                             |
-//	   |   claim, by any    |                   due: claimed by itself,
-//	   +--- other consumer -+                   delivery count + 1 -> out
-//	        (or when the holder is dead)
+//	   |   claim by any     |              due: claimed by this consumer,
+//	   +---- consumer ------+                   delivery count + 1 -> out
+//	       (or when its consumer is dead)
 //
-// From out and waiting an entry also goes to the dead-letter stream: when its
-// retries are used up, when its error says so, or when it could not be
-// unmarshaled. All states but the first and the last are pending in Redis, with a
-// lease that is renewed every third of ClaimMinIdle (but for released ones, which
-// nobody holds).
+// An entry that is out or waiting can also move to the dead-letter stream: when its
+// retries are used up, when its handler's error says so, or when it cannot be
+// unmarshaled. In all states between stream and acked the entry is pending in
+// Redis. Its consumer renews its lease every third of ClaimMinIdle, except for
+// released entries, which have no lease.
 //
-// # The way of the data
+// # Data flow
 //
 //	Publish:    Marshaler -> MULTI XADD.. EXEC -> result
-//	Consume:    poller (XREADGROUP) -> unmarshal -> output channel -> Ack | Nack
-//	Acked:      what has gathered while the last XACK was under way
-//	Nacked:     waits, ID and due time only -> one script: still ours? then XCLAIM
-//	Abandoned:  XPENDING IDLE -> seen twice -> one script: untouched? then XCLAIM
-//	Alive:      one script: still ours? then XCLAIM .. JUSTID
-//	Released:   one script: still ours? then XCLAIM .. to the consumer named "released"
-//	Dead:       one script: still ours? then XADD and XACK
+//	Consume:    poller (XREADGROUP) -> Unmarshaler -> output channel -> Ack | Nack
+//	Ack:        one XACK for all acks that arrived while the previous XACK was in flight
+//	Nack:       wait (only ID and due time) -> one script: if still ours, XCLAIM
+//	Take over:  XPENDING IDLE -> seen twice -> one script: if unchanged, XCLAIM
+//	Renew:      one script: if still ours, XCLAIM .. JUSTID
+//	Release:    one script: if still ours, XCLAIM .. to the consumer named "released"
+//	Dead:       one script: if still ours, XADD and XACK
 //
-// How it works inside, and which file does what, is in ARCHITECTURE.md.
+// ARCHITECTURE.md describes the internals and which file does what.
 package goxstreams

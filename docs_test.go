@@ -18,8 +18,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestDocs_Imports: each package imports what stands below it in ARCHITECTURE's tree, and
-// what it is not to know it does not.
+// TestDocs_Imports: each package imports only packages below it in ARCHITECTURE's
+// tree, and not those that it must not know.
 func TestDocs_Imports(t *testing.T) {
 	const (
 		module    = "github.com/goxstreams/watermill-goxstreams/internal/"
@@ -70,8 +70,8 @@ func TestDocs_Imports(t *testing.T) {
 	}
 }
 
-// TestDocs_LogLines: docs/operations.md explains every line that the library
-// logs, and no other.
+// TestDocs_LogLines: docs/operations.md explains every line that the library logs,
+// and no others.
 func TestDocs_LogLines(t *testing.T) {
 	docs, err := os.ReadFile("docs/operations.md")
 	require.NoError(t, err)
@@ -124,7 +124,7 @@ func logs(f ast.Expr) bool {
 	return false
 }
 
-// constantText is what is constant in a sum of strings.
+// constantText returns the constant parts of a sum of strings.
 func constantText(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -136,8 +136,8 @@ func constantText(e ast.Expr) string {
 	return ""
 }
 
-// TestDocs_Faults: CONTRIBUTING.md says where each fault's test is, and there is one of
-// each.
+// TestDocs_Faults: CONTRIBUTING.md lists the test file of each fault, and each
+// fault has a test.
 func TestDocs_Faults(t *testing.T) {
 	text, err := os.ReadFile("CONTRIBUTING.md")
 	require.NoError(t, err)
@@ -166,17 +166,20 @@ func TestDocs_Faults(t *testing.T) {
 	}
 }
 
-// TestDocs_Copies: what the plugins have a copy of each, so as not to import what is internal
-// to the library, is the same in both. The library's own module does not hold them.
+// TestDocs_Copies: the plugins' copies of a package, made so that they do not
+// import the library's internals, are equal. The library's own module does not
+// contain the plugins.
 func TestDocs_Copies(t *testing.T) {
 	if _, err := os.Stat("plugin"); os.IsNotExist(err) {
 		t.Skip("not in the repository")
 	}
-	prom, err := os.ReadFile("plugin/goxprom/internal/statswatch/statswatch.go")
-	require.NoError(t, err)
-	otel, err := os.ReadFile("plugin/goxotel/internal/statswatch/statswatch.go")
-	require.NoError(t, err)
-	require.Equal(t, string(prom), string(otel))
+	for _, file := range []string{"statswatch.go", "metrics.go"} {
+		prom, err := os.ReadFile("plugin/goxprom/internal/statswatch/" + file)
+		require.NoError(t, err)
+		otel, err := os.ReadFile("plugin/goxotel/internal/statswatch/" + file)
+		require.NoError(t, err)
+		require.Equal(t, string(prom), string(otel), file)
+	}
 }
 
 // markdown returns the paths of all Markdown files of the repository.
@@ -204,7 +207,7 @@ func readText(t *testing.T, path string) string {
 	return string(text)
 }
 
-// prose returns a Markdown text without its blocks and spans of code.
+// prose returns a Markdown text without code blocks and code spans.
 func prose(text string) string {
 	text = regexp.MustCompile("(?ms)^ *```.*?^ *```").ReplaceAllString(text, "")
 	text = regexp.MustCompile(`(?m)^\n(    .*\n)+`).ReplaceAllString(text, "\n") // not a list's second line
@@ -265,8 +268,8 @@ func TestDocs_Links(t *testing.T) {
 	require.Greater(t, links, 150)
 }
 
-// TestDocs_Mentions: the pages and anchors that comments of the code name exist, from
-// the file's directory or from the root.
+// TestDocs_Mentions: the pages and anchors named in comments of the code exist,
+// relative to the file's directory or to the root.
 func TestDocs_Mentions(t *testing.T) {
 	mention := regexp.MustCompile(`[\w./-]+\.md(#[\w-]+)?`)
 	mentions := 0
@@ -297,8 +300,8 @@ func TestDocs_Mentions(t *testing.T) {
 	require.Greater(t, mentions, 10)
 }
 
-// TestDocs_Pages: README stays short, the index of docs names every page, and a long
-// page begins with a table of contents.
+// TestDocs_Pages: README stays short, the index of docs lists every page, and long
+// pages begin with a table of contents.
 func TestDocs_Pages(t *testing.T) {
 	require.Less(t, len(readText(t, "README.md")), 15_000, "README.md: move something to docs")
 	index := readText(t, "docs/README.md")
@@ -319,9 +322,9 @@ func TestDocs_Pages(t *testing.T) {
 	}
 }
 
-// TestDocs_GoBlocks: each block of Go in a Markdown file is a contiguous part of what the
-// comment above it names, `<!-- from: FILE NAME -->`: a file, or a function, a type or a
-// Type.Method in it. So it compiles. Blanks and line breaks do not count.
+// TestDocs_GoBlocks: each Go block in a Markdown file is a contiguous part of the
+// source that the comment above it names, `<!-- from: FILE NAME -->`: a file, or a
+// function, a type or a Type.Method in it. So it compiles. White space is ignored.
 func TestDocs_GoBlocks(t *testing.T) {
 	block := regexp.MustCompile("(?ms)^([^\n]*)\n```go\n(.*?)^```")
 	source := regexp.MustCompile(`^<!-- from: (\S+)(?: (\S+))? -->$`)

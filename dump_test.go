@@ -13,9 +13,10 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// shiftClock makes the pending entries look as if the server's clock had been set by d
-// since they were delivered: a step back leaves delivery times that lie in the future. No
-// command sets such a time. It is in what DUMP returns, with a checksum over all.
+// shiftClock makes the pending entries look as if the server's clock had been
+// changed by d since their delivery: a step back leaves delivery times in the
+// future. No command sets such a time, so it is changed in the result of DUMP,
+// which has a checksum.
 func shiftClock(t testing.TB, topic, group string, d time.Duration) {
 	t.Helper()
 	client := testserver.Client(t)
@@ -60,7 +61,7 @@ func shiftClock(t testing.TB, topic, group string, d time.Duration) {
 	}
 }
 
-// redisCRC is Redis's CRC-64: Jones's polynomial, and nothing is inverted.
+// redisCRC is Redis's CRC-64: Jones's polynomial, without inversion.
 func redisCRC(b []byte) uint64 {
 	return ^crc64.Update(^uint64(0), crc64.MakeTable(0x95ac9329ac4bc9b5), b)
 }

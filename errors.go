@@ -8,51 +8,51 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// Sentinels, to be compared with errors.Is.
+// Sentinel errors, for errors.Is.
 var (
 	// ErrSubscriberClosed is returned by Subscribe after Close. It is also the
-	// cause of a message context that ends because its subscription closes.
+	// cause of a message context that is canceled because its subscription closes.
 	ErrSubscriberClosed = errors.New("goxstreams: subscriber closed")
 
-	// ErrOutcomeUnknown means that a command was written, or begun to be, and that
-	// the connection broke before its answer: all of the call's messages are stored,
-	// or none is. (Or that Redis has stored some of a call's messages and refused
-	// others, which its transactions do not undo; the error says how many.) The
-	// library does not send them again, because the second copy could not be
-	// told from the first. With PublisherConfig.Idempotence the caller may publish
-	// them again.
+	// ErrOutcomeUnknown means that a command was written, at least in part, and the
+	// connection broke before its answer: either all of the call's messages are
+	// stored, or none. (Or Redis has stored some of the messages and rejected
+	// others, since its transactions do not roll back; then the error says how
+	// many.) The library does not resend them, because nobody could tell a second
+	// copy from the first. With PublisherConfig.Idempotence the caller can safely
+	// publish them again.
 	ErrOutcomeUnknown = redisx.ErrOutcomeUnknown
 
-	// ErrLeaseLost is the cause of a message context that ended because
-	// another consumer may have the message by now.
+	// ErrLeaseLost is the cause of a message context that was canceled because
+	// another consumer may have the message.
 	ErrLeaseLost = errors.New("goxstreams: lease lost")
 
-	// ErrBroken is matched by the reason of a BrokenMessage: the entry could
-	// not be unmarshaled.
+	// ErrBroken matches the Err of a BrokenMessage: the entry could not be
+	// unmarshaled.
 	ErrBroken = errors.New("goxstreams: broken entry")
 
-	// ErrDead is matched by every error that says a message is dead:
+	// ErrDead matches every error that makes a message dead, such as
 	// ErrRetriesExhausted and ErrPermanent.
 	ErrDead = errors.New("goxstreams: dead message")
 
-	// ErrRetriesExhausted means that the retry limit is used up.
+	// ErrRetriesExhausted means that the message is out of retries.
 	ErrRetriesExhausted = fmt.Errorf("%w: retries exhausted", ErrDead)
 
-	// ErrPermanent means that trying again was judged to be of no use.
+	// ErrPermanent means that retrying is pointless.
 	ErrPermanent = fmt.Errorf("%w: permanent error", ErrDead)
 
-	// ErrNacked is what Retry.ShouldRetry sees for a message that was nacked
-	// without saying why.
+	// ErrNacked is the error that Retry.ShouldRetry gets for a message that was
+	// nacked without an error.
 	ErrNacked = errors.New("goxstreams: message nacked")
 
-	// ErrUnsupported means that the server, or the right to use it, lacks what
-	// an option needs. The message names both.
+	// ErrUnsupported means that the server lacks a feature that an option needs, or
+	// that the user lacks the permission for it. The error's text names both.
 	ErrUnsupported = xstream.ErrUnsupported
 )
 
-// configErrors collects every mistake of a config, each naming its field.
+// configErrors collects every mistake in a config, each with its field.
 type configErrors struct {
-	typeName string // what the fields belong to
+	typeName string // the config type that the fields belong to
 	errs     []error
 }
 

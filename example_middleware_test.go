@@ -15,7 +15,7 @@ import (
 
 var errInvalidOrder = errors.New("the quantity is negative")
 
-// The usual set of middlewares: a retry policy, errors that no retry cures, and
+// The usual set of middlewares: a retry policy, errors that no retry can fix, and
 // Watermill's Recoverer.
 func Example_middlewares() {
 	client, stop := exampleClient()

@@ -20,12 +20,17 @@ func readiness(router *message.Router, subscriber *goxstreams.Subscriber) http.H
 			http.Error(w, "starting, or shutting down", http.StatusServiceUnavailable)
 			return
 		}
+		paused := ""
 		for _, s := range subscriber.Stats() {
 			if s.Err != nil && time.Since(s.Since) > time.Minute { // shorter outages recover without help
 				http.Error(w, fmt.Sprintf("%s, since %v: %v", s.Topic, s.Since, s.Err), http.StatusServiceUnavailable)
 				return
 			}
+			if !s.PausedSince.IsZero() { // by somebody, on purpose: ready
+				paused += fmt.Sprintf("%s is paused since %v\n", s.Topic, s.PausedSince)
+			}
 		}
+		_, _ = fmt.Fprint(w, paused)
 	})
 }
 

@@ -160,11 +160,11 @@ func ExampleIsDead() {
 		return errBankDown
 	})
 
-	// The graveyard is a topic.
-	undertaker, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client}, logger)
+	// The poison queue is a topic.
+	deadSubscriber, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client}, logger)
 	must(err)
-	defer undertaker.Close()
-	dead, err := undertaker.Subscribe(context.Background(), "graveyard")
+	defer deadSubscriber.Close()
+	dead, err := deadSubscriber.Subscribe(context.Background(), "graveyard")
 	must(err)
 	defer exampleRun(router)()
 	examplePublish(client, "orders", "1 kettle")

@@ -28,9 +28,9 @@ func exampleClient() (client *redis.Client, stop func()) {
 	}
 }
 
-// blockBriefly has reads wait for milliseconds. The embedded server cannot wake one
-// (CLIENT UNBLOCK), so that each Close would wait for its end: a second, by default,
-// for each of the Examples, which run one after the other.
+// blockBriefly shortens the blocking of reads to milliseconds. The embedded server
+// cannot wake a read (CLIENT UNBLOCK), so each Close would wait for its end: by
+// default a second, for each of the Examples, which run one after the other.
 func blockBriefly(_ context.Context, cmd redis.Cmder, next func() error) error {
 	args := cmd.Args()
 	for i, arg := range args[:len(args)-1] {
@@ -41,7 +41,7 @@ func blockBriefly(_ context.Context, cmd redis.Cmder, next func() error) error {
 	return next()
 }
 
-// examplePublish publishes a message for each of the payloads.
+// examplePublish publishes a message for each payload.
 func examplePublish(client *redis.Client, topic string, payloads ...string) {
 	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
 	must(err)
@@ -302,9 +302,9 @@ func publishOnce(ctx context.Context, publisher *goxstreams.Publisher, topic str
 	}
 }
 
-// A call whose outcome is unknown is repeated with the same UUIDs until it is known: Redis
-// stores each UUID once. The server of this example is not Redis 8.6.2, so that the error
-// is ErrUnsupported.
+// A call whose outcome is unknown is repeated with the same UUIDs until it is
+// known: Redis stores each UUID once. This example's server is older than Redis
+// 8.6.2, so the error is ErrUnsupported.
 func ExampleIdempotence() {
 	client, stop := exampleClient()
 	defer stop()
@@ -384,7 +384,7 @@ func ExampleSubscriberConfig_onBroken() {
 	<-seen
 	must(sub.Close())
 	fmt.Println(client.XLen(ctx, goxstreams.DeadLetterTopic("orders")).Val(), "in the dead-letter stream")
-	// Output:
+	// Unordered output:
 	// ["typed" "by hand"]: goxstreams: broken entry: field "_watermill_message_uuid" is missing
 	// ["order" "1 kettle"]: goxstreams: broken entry: field "_watermill_message_uuid" is missing
 	// 1 in the dead-letter stream
@@ -436,11 +436,11 @@ func ExampleUnpackFields() {
 	_, err = billing.Subscribe(ctx, "orders")
 	must(err)
 
-	// A dead-letter stream is a topic: here by a Subscriber without a group.
-	undertaker, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, StartID: "0"}, nil)
+	// A dead-letter stream is a topic: here it is read without a group.
+	deadSubscriber, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, StartID: "0"}, nil)
 	must(err)
-	defer undertaker.Close()
-	dead, err := undertaker.Subscribe(ctx, goxstreams.DeadLetterTopic("orders"))
+	defer deadSubscriber.Close()
+	dead, err := deadSubscriber.Subscribe(ctx, goxstreams.DeadLetterTopic("orders"))
 	must(err)
 	msg := <-dead
 	if msg.Metadata.Get(goxstreams.DeadKindKey) == goxstreams.Broken.String() {

@@ -100,7 +100,7 @@ func ExampleNewProducer() {
 	fmt.Println(client.XLen(ctx, "orders").Val(), "stored")
 	// Output:
 	// <nil>
-	// goxstreams: produce to "orders": encode events[1], of 2: json: unsupported type: func()
+	// goxstreams: produce to "orders": encode events[1] of 2: json: unsupported type: func()
 	// 1 stored
 }
 
@@ -245,4 +245,54 @@ func (s tracedShop) Process(ctx context.Context, msg goxstreams.Message[Order]) 
 	fmt.Printf("%s, trace %v\n", msg.Body.Article, ctx.Value(traceID{}))
 	s.cancel()
 	return nil
+}
+
+// Warehouse is a BatchWorker: it books many orders in one step.
+type Warehouse struct {
+	Shop
+	cancel context.CancelFunc
+}
+
+func (w Warehouse) ProcessBatch(ctx context.Context, batch []goxstreams.Message[Order]) []error {
+	errs := make([]error, len(batch)) // one for each message; nil: all have succeeded
+	booked := 0
+	for i, msg := range batch {
+		if msg.Body.Quantity < 1 {
+			errs[i] = goxstreams.Permanent(errors.New("nothing ordered"))
+			continue
+		}
+		booked += msg.Body.Quantity
+	}
+	fmt.Printf("%d orders, %d pieces\n", len(batch), booked)
+	return errs
+}
+
+func (w Warehouse) ProcessDead(ctx context.Context, dead goxstreams.Message[Order]) error {
+	fmt.Println("dead:", dead.Body.Article, "-", dead.Err)
+	w.cancel()
+	return nil
+}
+
+// A BatchWorker handles up to MaxSize messages in one call. Each is settled by its own error.
+func ExampleNewBatchConsumer() {
+	client, stop := exampleClient()
+	defer stop()
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	must(err)
+	producer := goxstreams.NewProducer[Order](publisher, goxstreams.ProducerConfig{})
+	ctx, cancel := context.WithCancel(context.Background())
+	must(producer.ProduceBatch(ctx, []Order{{"kettle", 1}, {"cup", 4}, {"unicorn", 0}}, "orders"))
+
+	consumer, err := goxstreams.NewBatchConsumer(Warehouse{cancel: cancel}, goxstreams.BatchConsumerConfig{
+		Topic:      "orders",
+		Subscriber: goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "warehouse"},
+		MaxSize:    3,           // messages in a call
+		MaxWait:    time.Minute, // until it has so many
+	}, nil)
+	must(err)
+	fmt.Println(consumer.Run(ctx))
+	// Output:
+	// 3 orders, 5 pieces
+	// dead: unicorn - nothing ordered
+	// <nil>
 }

@@ -24,20 +24,22 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Guarantee 1: at least once. An entry stays pending until its message is acked
-// or dead-lettered; what is trimmed or deleted before is counted and logged. And
-// what it costs to keep that: memory, goroutines, the server's time.
+// Guarantee 1: delivery is at least once. An entry stays pending until its message
+// is acked or dead-lettered; an entry that is trimmed or deleted before that is
+// counted and logged. This file also tests what that costs: memory, goroutines, the
+// server's time.
 
-// In fan-out nobody but the subscription has a message that waits for its retry,
-// so it keeps the fields. They are parts of the reply that they came in, a
-// hundred messages and more, and kept all of it, and its neighbors with their
-// contexts and payloads: 1,000 snoozed messages of 9 kB held 1.9 GB.
+// In a fan-out only the subscription has a message that waits for its retry, so it
+// keeps the fields. They were parts of the reply that they arrived in, with a
+// hundred messages and more, and kept the whole reply in memory, with its other
+// messages' contexts and payloads: 1,000 snoozed messages of 9 kB took 1.9 GB.
 //
-// Here what waits, or is in hand for long, takes about as much memory as its payload.
+// Now a message that waits, or is handled for long, takes about as much memory as
+// its payload.
 //
 // [Not parallel: it measures memory.]
 func TestFault31_WaitingMessagesKeepTheirReplies(t *testing.T) {
-	testserver.RequireReal(t) // the embedded server's entries would be in this memory
+	testserver.RequireReal(t) // the embedded server's entries would count as this process's memory
 	const (
 		n, every = 5_000, 100 // every hundredth message waits
 		size     = 9_000
@@ -51,18 +53,18 @@ func TestFault31_WaitingMessagesKeepTheirReplies(t *testing.T) {
 		name   string
 		config goxstreams.SubscriberConfig
 		fields func(i int) []string
-		handle func(msg *message.Message, end <-chan struct{}) error // of those that wait
+		handle func(msg *message.Message, end <-chan struct{}) error // of the messages that wait
 	}{
 		{"Snoozed", goxstreams.SubscriberConfig{}, nil, snoozed},
 		{"RetryAfter", goxstreams.SubscriberConfig{}, nil, func(*message.Message, <-chan struct{}) error {
 			return goxstreams.RetryAfter(errFails, time.Hour)
 		}},
-		// By the default policy, which is the only one of a fan-out.
+		// With the default policy, the only one for a fan-out.
 		{"Malformed", goxstreams.SubscriberConfig{
 			OnBroken: func(context.Context, goxstreams.BrokenMessage) error { return errFails },
 		}, func(int) []string { return []string{"metadata", "\xc1", "payload", body} }, nil},
 		{"InHand", goxstreams.SubscriberConfig{MaxConcurrency: 2 * n / every}, nil, inHand},
-		// In a group the message is read again when its time has come.
+		// In a group the message is read again when it is due.
 		{"GroupSnoozed", goxstreams.SubscriberConfig{ConsumerGroup: testGroup}, nil, snoozed},
 		{"GroupInHand", goxstreams.SubscriberConfig{ConsumerGroup: testGroup, MaxConcurrency: 2 * n / every}, nil, inHand},
 	} {
@@ -109,35 +111,34 @@ func TestFault31_WaitingMessagesKeepTheirReplies(t *testing.T) {
 	}
 }
 
-// heap returns the bytes that are in use.
+// heap returns the number of bytes in use.
 func heap() int64 {
 	runtime.GC()
-	runtime.GC() // what the first one's finalizers and pools still had
+	runtime.GC() // collects what finalizers and pools kept after the first one
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
 }
 
-// A stream was deleted and made anew, its IDs beginning below those that the
-// subscription had read: the server's clock was set back, a backup was restored,
-// or the IDs are given by hand. As soon as one was above them, the
-// stream looked like the old one. The group was made again from where it had been,
-// and in fan-out nothing was noticed at all: what had the smaller IDs was
-// skipped, and nothing was logged.
+// A stream was deleted and recreated, and its IDs started below those that the
+// subscription had read: the server's clock was set back, a backup was restored, or
+// the IDs were set explicitly. As soon as one ID was above them, the stream looked
+// like the old one. The group was recreated at its old position, and a fan-out
+// noticed nothing: the entries with smaller IDs were skipped without a log line.
 //
-// Here all that is in the new stream is delivered. (In fan-out, where nobody knows
-// what was read, one of them may come twice.)
+// Now all entries of the new stream are delivered. (In a fan-out, where nobody
+// knows what was read, some may be delivered twice.)
 func TestFault37_NewStreamWithSmallerIDs(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 	ids := []string{"900-1", "950-1", "1100-1"}
 	for _, mode := range []string{"Group", "FanOut"} {
-		// open subscribes. The function that it returns reports whether the reader is
-		// blocked.
+		// open subscribes. The function that it returns reports whether the reader
+		// is blocking.
 		open := func(t *testing.T, batchSize int) (*redis.Client, string, *goxstreams.Subscriber, <-chan *message.Message, func() bool) {
 			client, topic := newClient(t), topic(t)
 			own, name := named(t)
-			config := goxstreams.SubscriberConfig{Client: own, BatchSize: batchSize, BlockTime: time.Minute} // it must notice sooner
+			config := goxstreams.SubscriberConfig{Client: own, BatchSize: batchSize, BlockTime: time.Minute} // it must notice earlier than that
 			if mode == "Group" {
 				config.ConsumerGroup = testGroup
 			}
@@ -177,8 +178,8 @@ func TestFault37_NewStreamWithSmallerIDs(t *testing.T) {
 				}})
 			}
 		}
-		// In one step nobody can see the stream without an entry, or with a smaller
-		// last ID; else maybe.
+		// In one step nobody can see the stream empty, or with a smaller last ID;
+		// in several steps somebody may.
 		remake := map[string]func(t *testing.T, client *redis.Client, topic string){
 			"InOneStep": func(t *testing.T, client *redis.Client, topic string) {
 				_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
@@ -217,12 +218,13 @@ func TestFault37_NewStreamWithSmallerIDs(t *testing.T) {
 				client, topic, sub, messages, blocked := open(t, 1)
 				add(client, topic, "1000-1", "1000-2", "1000-3", "1000-4", "1000-5", "1000-6", "1000-7", "1000-8", "1000-9")
 				held := next(t, messages)
-				// There is more to read, so that it would not be blocked if it read.
+				// There is more to read, so a subscription that reads would not be
+				// blocking.
 				eventually(t, func() bool { return !blocked() && stats(t, sub).InFlight > 0 })
 				remake(t, client, topic)
 				require.True(t, held.Ack())
 				fresh := make(chan *message.Message)
-				go func() { // what was read ahead comes first
+				go func() { // entries that were read ahead come first
 					defer close(fresh)
 					for msg := range messages {
 						if strings.HasPrefix(string(msg.Payload), "1000-") {
@@ -242,12 +244,12 @@ func TestFault37_NewStreamWithSmallerIDs(t *testing.T) {
 	}
 }
 
-// A handler had a message in hand when its stream was deleted and made anew, and an
-// entry of the new one got the same ID: IDs given by hand, or the same
-// millisecond. The subscription took the entry for the one that it held, and the
-// old handler's Ack was the new message's: it was acked, and nobody had seen it.
+// A handler had a message when its stream was deleted and recreated, and an entry
+// of the new stream got the same ID: IDs set explicitly, or the same millisecond.
+// The subscription mistook the entry for its own, and the old handler's Ack acked
+// the new message, which nobody had seen.
 //
-// Here the new message is delivered, and only its own Ack acks it.
+// Now the new message is delivered, and only its own Ack acks it.
 func TestFault38_NewEntryWithTheSameID(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -257,7 +259,8 @@ func TestFault38_NewEntryWithTheSameID(t *testing.T) {
 			goxstreams.UUIDHeaderKey, payload, "payload", payload,
 		}})
 	}
-	// open returns with the old message in hand, and the new one in the stream.
+	// open returns while the old message is being handled and the new one is in the
+	// stream.
 	open := func(t *testing.T, concurrency int) (*redis.Client, string, *message.Message, <-chan *message.Message) {
 		client, topic := newClient(t), topic(t)
 		config := claiming(client)
@@ -308,7 +311,7 @@ func TestFault38_NewEntryWithTheSameID(t *testing.T) {
 			t.Parallel()
 			client, topic, held, messages := open(t, concurrency)
 			groupIsThere(t, client, topic)
-			require.True(t, held.Nack()) // the old one is in no stream any more
+			require.True(t, held.Nack()) // the old stream no longer exists
 			msg := next(t, messages)
 			require.Equal(t, "new", string(msg.Payload))
 			require.EqualValues(t, 1, delivery(t, msg).Count, "the old one's delivery is counted to the new one")
@@ -316,14 +319,15 @@ func TestFault38_NewEntryWithTheSameID(t *testing.T) {
 			eventuallySettled(t, client, topic, testGroup)
 		})
 	}
-	// One subscription has both in hand, of one ID.
+	// One subscription handles both, with the same ID.
 	t.Run("Together", func(t *testing.T) {
 		t.Parallel()
 		client, topic, held, messages := open(t, 2)
 		msg := next(t, messages)
 		require.Equal(t, "new", string(msg.Payload))
 		require.True(t, held.Ack())
-		// An ack that came after it has arrived: this one's would have, too.
+		// The ack of a later message has arrived: this one's would have arrived,
+		// too.
 		publish(t, client, topic, "later")
 		require.Equal(t, []string{"later"}, payloads(collect(messages, 1, patience)))
 		eventually(t, func() bool { return len(pendingOf(t, client, topic, testGroup)) <= 1 })
@@ -336,11 +340,11 @@ func TestFault38_NewEntryWithTheSameID(t *testing.T) {
 	})
 }
 
-// MaxConcurrency is a bound, not an order: with a million, the end of one suspect's
-// turn made the subscription start a goroutine for each slot that there may be,
-// 468,000 of them and 1.2 GB, to handle nothing.
+// MaxConcurrency is a limit, not a number of goroutines: with a million, the end of
+// one suspect's turn made the subscription start a goroutine for each possible
+// slot, 468,000 of them with 1.2 GB, to handle nothing.
 //
-// Here goroutines are started for work that is there.
+// Now goroutines are started only for existing work.
 //
 // [Not parallel: it counts goroutines.]
 func TestFault43_GoroutinesForWorkOnly(t *testing.T) {
@@ -356,7 +360,7 @@ func TestFault43_GoroutinesForWorkOnly(t *testing.T) {
 		config.Retry = &goxstreams.Retry{MaxRetries: 10}
 		return client, topic, config
 	}
-	// The suspect has its turn, and others follow.
+	// The suspect runs, and others follow.
 	t.Run("Handled", func(t *testing.T) {
 		client, topic, config := open(t)
 		before := runtime.NumGoroutine()
@@ -370,7 +374,7 @@ func TestFault43_GoroutinesForWorkOnly(t *testing.T) {
 		eventuallySettled(t, client, topic, testGroup)
 		require.Less(t, peak(), allowed(before), "goroutines")
 	})
-	// The suspect waits in vain, since a handler takes long, and is put off.
+	// A slow handler keeps the suspect waiting until it is put off.
 	t.Run("PutOff", func(t *testing.T) {
 		client, topic, config := open(t)
 		log := newLogRecorder()
@@ -385,7 +389,7 @@ func TestFault43_GoroutinesForWorkOnly(t *testing.T) {
 			slow.Ack()
 			slow = next(t, messages)
 		}
-		// Time to be seen twice, to wait, and to be put off, if that is what happens.
+		// Time to be found idle twice, to wait, and to be put off, if that happens.
 		deadline := time.Now().Add(4 * config.ClaimMinIdle)
 		eventually(t, func() bool { return putOff() || time.Now().After(deadline) })
 		publishN(t, client, topic, live)
@@ -396,8 +400,8 @@ func TestFault43_GoroutinesForWorkOnly(t *testing.T) {
 	})
 }
 
-// goroutines watches how many there are. What it returns ends that, and tells the
-// most that there were.
+// goroutines counts goroutines until its result is called, which returns the
+// maximum.
 func goroutines(t *testing.T) (peak func() int) {
 	var most atomic.Int64
 	stop, done := make(chan struct{}), make(chan struct{})
@@ -419,18 +423,19 @@ func goroutines(t *testing.T) (peak func() int) {
 	return func() int { end(); return int(most.Load()) }
 }
 
-// Each look at the group listed all groups of the topic. A thousand that somebody
-// forgot, in a topic that many Subscribers wait for, took a fifth of the server's
-// time and half of theirs, while nothing happened.
+// Each look at the group listed all groups of the topic. A thousand forgotten
+// groups, in a topic with many Subscribers, took a fifth of the server's time and
+// half of theirs while nothing happened.
 //
-// Here a look costs the same however many groups there are.
+// Now a look costs the same however many groups there are.
 //
-// [Not parallel to others: it measures what a while costs. The server counts the time of
-// its commands, and the bytes of its answers, itself. What is compared has a server each,
-// and takes the same while.]
+// [Not parallel to other tests: it measures the cost of a period of time. The
+// server itself counts the time of its commands and the bytes of its replies.]
 func TestFault44_IdleCostDoesNotGrowWithGroups(t *testing.T) {
 	const groups, subscribers = 1000, 20
-	cost := func(t *testing.T, groups int) (busy time.Duration, bytes int64) {
+	// start returns a function that measures the costs of the next second and a half,
+	// some 15 looks of each Subscriber.
+	start := func(t *testing.T, groups int) (next func() (busy time.Duration, bytes int64)) {
 		server, topic := testserver.Private(t), topic(t)
 		admin := server.Client()
 		_, err := admin.Pipelined(t.Context(), func(p redis.Pipeliner) error {
@@ -445,29 +450,34 @@ func TestFault44_IdleCostDoesNotGrowWithGroups(t *testing.T) {
 			config.ClaimInterval = 100 * time.Millisecond
 			sub := newSubscriber(t, config)
 			subscribe(t, sub, topic)
-			defer sub.Close()
+			t.Cleanup(func() { _ = sub.Close() })
 		}
 		eventually(t, func() bool { return blocked(t, admin) == subscribers })
-		require.NoError(t, admin.ConfigResetStat(t.Context()).Err())
-		start := time.Now()
-		time.Sleep(1500 * time.Millisecond) // some 15 looks of each
-		busy, bytes = commandTime(t, admin), infoNumber(t, admin, "total_net_output_bytes")
-		took := time.Since(start).Seconds()
-		return time.Duration(float64(busy) / took), int64(float64(bytes) / took)
+		return func() (time.Duration, int64) {
+			require.NoError(t, admin.ConfigResetStat(t.Context()).Err())
+			start := time.Now()
+			time.Sleep(1500 * time.Millisecond)
+			busy, bytes := commandTime(t, admin), infoNumber(t, admin, "total_net_output_bytes")
+			took := time.Since(start).Seconds()
+			return time.Duration(float64(busy) / took), int64(float64(bytes) / took)
+		}
 	}
-	var busy, busyMany time.Duration
-	var bytes, bytesMany int64
-	t.Run("cost", func(t *testing.T) {
-		t.Run("one group", func(t *testing.T) { t.Parallel(); busy, bytes = cost(t, 0) })
-		t.Run("many", func(t *testing.T) { t.Parallel(); busyMany, bytesMany = cost(t, groups) })
-	})
-	t.Logf("a second's commands of %d idle Subscribers: %v and %d bytes with one group, %v and %d bytes with %d", subscribers, busy, bytes, busyMany, bytesMany, groups+1)
-	// The slack is a hundredth of the server's time, and of what a look was.
-	assert.Less(t, busyMany, 3*busy+10*time.Millisecond, "the server's time for a second")
-	assert.Less(t, bytesMany, 3*bytes+100_000, "bytes for a second")
+	one, many := start(t, 0), start(t, groups)
+	// A server counts time in which it waits for the machine, too: what is dear is dear
+	// each time, and what a busy machine makes dear is not. The slack is a hundredth of
+	// the server's time, and of the cost of a look.
+	for attempt := 1; ; attempt++ {
+		busy, bytes := one()
+		busyMany, bytesMany := many()
+		t.Logf("a second's commands of %d idle Subscribers: %v and %d bytes with one group, %v and %d bytes with %d", subscribers, busy, bytes, busyMany, bytesMany, groups+1)
+		if busyMany < 3*busy+10*time.Millisecond && bytesMany < 3*bytes+100_000 {
+			return
+		}
+		require.Less(t, attempt, 10, "idle Subscribers cost more with many groups")
+	}
 }
 
-// commandTime returns the time that the server has spent in commands, by INFO.
+// commandTime returns the time that the server has spent in commands, from INFO.
 func commandTime(t *testing.T, client *redis.Client) time.Duration {
 	t.Helper()
 	info, err := client.Info(context.Background(), "commandstats").Result()
@@ -486,7 +496,7 @@ func commandTime(t *testing.T, client *redis.Client) time.Duration {
 	return sum
 }
 
-// infoNumber returns a number of the server's INFO stats.
+// infoNumber returns a number from the server's INFO stats.
 func infoNumber(t *testing.T, client *redis.Client, name string) int64 {
 	t.Helper()
 	info, err := client.Info(context.Background(), "stats").Result()
@@ -499,18 +509,19 @@ func infoNumber(t *testing.T, client *redis.Client, name string) int64 {
 	return n
 }
 
-// What the counters said was wrong in three places: an entry that was trimmed in
-// the hands of a subscription that deletes what it acks passed for another
-// consumer's; a message that was on offer at Close, and NoAck, was lost without
-// being counted; and what a subscription found of its own after a connection had
-// broken was counted as taken over from others: 3,654, with one Subscriber.
+// The counters were wrong in three places: an entry that was trimmed while a
+// subscription with DeleteAcked handled it counted as another consumer's; with
+// NoAck, a message that was on offer at Close was lost without being counted; and a
+// subscription's own entries that it found after a broken connection counted as
+// taken over from others: 3,654, with one Subscriber.
 //
-// Here Lost counts what is lost, whoever loses it, and Claimed what others left.
+// Now Lost counts lost messages, whoever loses them, and Claimed counts the entries
+// of other consumers.
 func TestFault45_CountsAreTrue(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 
-	// trimmed is a DeleteAcked subscription that has a message.
+	// trimmed returns a DeleteAcked subscription that has a message.
 	trimmed := func(t *testing.T, retry *goxstreams.Retry) (*redis.Client, string, *goxstreams.Subscriber, logRecorder, *message.Message) {
 		client, topic, log := newClient(t), topic(t), newLogRecorder()
 		config := claiming(client)
@@ -555,8 +566,8 @@ func TestFault45_CountsAreTrue(t *testing.T) {
 		require.True(t, msg.Nack())
 		requireLost(t, client, topic, sub, log)
 	})
-	// What this must be told from: another consumer took the entry over, acked it, and
-	// deleted it. That is no loss.
+	// A case that must look different: another consumer took the entry over, acked
+	// it, and deleted it. That is not a loss.
 	t.Run("DeleteAcked/SettledElsewhere", func(t *testing.T) {
 		t.Parallel()
 		client, topic, sub, log, msg := trimmed(t, nil)
@@ -585,9 +596,9 @@ func TestFault45_CountsAreTrue(t *testing.T) {
 			config.NoAck, config.MaxConcurrency, config.CloseTimeout = true, concurrency, 400*time.Millisecond
 			sub := newSubscriberLog(t, config, log)
 			log.sub.Store(sub)
-			subscribe(t, sub, topic) // and nobody takes anything
+			subscribe(t, sub, topic) // nobody receives
 			publishN(t, client, topic, n)
-			// Those that are on offer; the others are read ahead, or in the stream.
+			// Messages on offer; the others are read ahead, or in the stream.
 			eventually(t, func() bool { return stats(t, sub).Delivered == int64(concurrency) })
 			require.NoError(t, sub.Close())
 			left := 0 // unread
@@ -643,8 +654,8 @@ func TestFault45_CountsAreTrue(t *testing.T) {
 	})
 }
 
-// lostWatcher remembers what Stats say of lost messages when one is logged: after
-// Close they say nothing any more.
+// lostWatcher remembers what Stats report of lost messages when one is logged:
+// after Close they report nothing.
 type lostWatcher struct {
 	logRecorder
 	sub  atomic.Pointer[goxstreams.Subscriber]
@@ -658,12 +669,12 @@ func (l *lostWatcher) Error(msg string, err error, fields watermill.LogFields) {
 	}
 }
 
-// A fan-out reads a stream of which a group deletes what it has acked. Nothing in
-// Redis says that the fan-out has not got that far: whatever the group acked first was
-// gone. Of 2,000 messages it got 132, and nobody said so.
+// A fan-out reads a stream from which a group deletes acked entries. Redis did not
+// know that the fan-out had not read so far: entries that the group acked first
+// were gone. Of 2,000 messages the fan-out received 132, without any report.
 //
-// Here entries go when the group has acked them and the fan-outs have read them.
-// In the end the stream is empty all the same.
+// Now entries are deleted when the group has acked them and the fan-outs have read
+// them. At the end the stream is still empty.
 func TestFault49_FanOutBesideDeleteAcked(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -675,8 +686,8 @@ func TestFault49_FanOutBesideDeleteAcked(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
 		ownClients bool
-		fail       bool // the group's messages die, and leave the topic by that
-		late       bool // the fan-out comes after the group
+		fail       bool // the group's messages die, and so leave the topic
+		late       bool // the fan-out starts after the group
 	}{
 		{name: "OneClient"},
 		{name: "TwoClients", ownClients: true},
@@ -728,7 +739,7 @@ func TestFault49_FanOutBesideDeleteAcked(t *testing.T) {
 			wg.Wait()
 		})
 	}
-	// Nobody waits for a fan-out that is closed.
+	// Nobody waits for a closed fan-out.
 	t.Run("FanOutCloses", func(t *testing.T) {
 		t.Parallel()
 		client, topic := newClient(t), topic(t)
@@ -745,17 +756,17 @@ func TestFault49_FanOutBesideDeleteAcked(t *testing.T) {
 	})
 }
 
-// A consumer died, and what it held was trimmed away before somebody else looked. Each
-// of these entries took a slot, four round trips and a line in the log: 50,000 of them
-// kept the topic from its next message for 11 s, with as many lines.
+// A consumer died, and its entries were trimmed before another one looked. Each of
+// these entries took a slot, four round trips and a log line: 50,000 of them
+// delayed the topic's next message by 11 s, with as many log lines.
 //
-// Here they are acked away many at a time, beside the work, and one line tells how
-// many were lost.
+// Now they are acked many at a time, beside the other work, and one line reports
+// their number.
 func TestFault52_ManyTrimmedEntries(t *testing.T) {
 	t.Parallel()
 	const n = 20_000
 	const maxLines = 10
-	// left is a topic with entries that a dead consumer held.
+	// left returns a topic with entries that a dead consumer left.
 	left := func(t *testing.T, n int) (*redis.Client, string, []string) {
 		client, topic := testserver.Private(t).Client(), topic(t)
 		createGroup(t, client, topic, testGroup)
@@ -788,7 +799,7 @@ func TestFault52_ManyTrimmedEntries(t *testing.T) {
 		require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 0).Err())
 		sub, log := open(t, client)
 		messages := subscribe(t, sub, topic)
-		// One live message after the other, while the lost ones are found.
+		// Live messages one after the other, while the lost ones are found.
 		var worst time.Duration
 		for deadline := time.Now().Add(patience); !settled(client, topic); {
 			require.True(t, time.Now().Before(deadline), "%d of %d", stats(t, sub).Lost, n)
@@ -817,7 +828,7 @@ func TestFault52_ManyTrimmedEntries(t *testing.T) {
 		assert.EqualValues(t, n/2, stats(t, sub).Claimed)
 		requireTold(t, sub, log, n/2)
 	})
-	// The same of what this consumer itself has, waiting for retries.
+	// The same for the consumer's own entries that wait for retries.
 	t.Run("OwnWaiting", func(t *testing.T) {
 		t.Parallel()
 		const n = 1_000
@@ -839,8 +850,8 @@ func TestFault52_ManyTrimmedEntries(t *testing.T) {
 	})
 }
 
-// restored puts a stream, with its groups, back to what it was at the dump, and adds
-// to it, in one step: a failover to a replica that has not got the last of it.
+// restored resets a stream, with its groups, to the dump, and adds to it, in one
+// step: like a failover to a replica that lacks the last entries.
 func restored(t *testing.T, client *redis.Client, topic, dump string, then func(redis.Pipeliner)) {
 	t.Helper()
 	_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
@@ -857,8 +868,7 @@ func addWithID(p redis.Cmdable, topic string, ids ...string) {
 	}
 }
 
-// handledBy collects the payloads that come until the function says that it is enough,
-// acking all of them.
+// handledBy acks and collects the payloads that arrive until enough returns true.
 func handledBy(t *testing.T, messages <-chan *message.Message, enough func(map[string]int) bool) map[string]int {
 	t.Helper()
 	seen := make(map[string]int)
@@ -874,8 +884,8 @@ func handledBy(t *testing.T, messages <-chan *message.Message, enough func(map[s
 	return seen
 }
 
-// eventuallyLooked waits until the topic's only fan-out has looked at its stream after it
-// had read the entry, and said so.
+// eventuallyLooked waits until the topic's only fan-out has looked at its stream
+// after it had read the entry, and has reported that position.
 func eventuallyLooked(t *testing.T, client *redis.Client, topic, id string) {
 	t.Helper()
 	eventually(t, func() bool {
@@ -897,9 +907,9 @@ func stillFor(t *testing.T, messages <-chan *message.Message, d time.Duration) {
 	}
 }
 
-// A failover loses the last entries. A fan-out took that for a stream that began anew,
-// and read all of it once more; had it gone on at its place, it would have
-// passed over what the new master added below that.
+// A failover loses the last entries. A fan-out mistook that for a recreated stream,
+// and reread all of it; had it continued at its position, it would have skipped the
+// entries that the new master added below.
 func TestFanOut_TailLost(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -925,8 +935,9 @@ func TestFanOut_TailLost(t *testing.T) {
 	}
 }
 
-// A stream that begins anew several times, with the same IDs and other messages, is read
-// from its beginning each time, and each entry once or, around the change, twice.
+// A stream that is recreated several times, with the same IDs and other messages,
+// is read from its start each time, and each entry once or, around the change,
+// twice.
 func TestFanOut_BeginsAnewAgain(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -952,7 +963,7 @@ func TestFanOut_BeginsAnewAgain(t *testing.T) {
 	stillFor(t, messages, 3*time.Second)
 }
 
-// XTRIM ... ACKED leaves no trace of what it deletes but the missing entries.
+// XTRIM ... ACKED leaves no trace except the missing entries.
 func TestFanOut_AckedEntriesAreTrimmed(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -976,8 +987,8 @@ func TestFanOut_AckedEntriesAreTrimmed(t *testing.T) {
 	require.Empty(t, log.Errors())
 }
 
-// A failover has lost the last entries and the group, which was made just before: what
-// is there comes, and what is in hand can still be acked.
+// A failover has lost the last entries and the recently created group: the existing
+// entries are delivered, and messages that are being handled can still be acked.
 func TestGroup_TailLost(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -997,7 +1008,7 @@ func TestGroup_TailLost(t *testing.T) {
 		p.XGroupDestroy(t.Context(), topic, testGroup)
 		addWithID(p, topic, "1000-3")
 	})
-	// With MaxConcurrency 1 it goes on when what is in hand is settled.
+	// With MaxConcurrency 1 it continues when the current message is settled.
 	go func() {
 		<-time.After(time.Second)
 		inHand.Ack()
@@ -1008,9 +1019,9 @@ func TestGroup_TailLost(t *testing.T) {
 	eventuallySettled(t, client, topic, testGroup)
 }
 
-// watermill-redisstream asks which consumers are idle and have nothing pending,
-// and then deletes them. What such a consumer reads in between is lost: deleting
-// a consumer drops its pending entries for good, and nobody ever gets them.
+// watermill-redisstream checks which consumers are idle and have nothing pending,
+// and then deletes them. Entries that such a consumer reads in between are lost:
+// deleting a consumer drops its pending entries for good.
 func TestFault16_ConsumerRemovalLosesMessages(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -1021,8 +1032,8 @@ func TestFault16_ConsumerRemovalLosesMessages(t *testing.T) {
 	for _, idler := range []string{"idler", "returns"} {
 		require.NoError(t, admin.XGroupCreateConsumer(ctx, topic, testGroup, idler).Err())
 	}
-	// Right before anything of the library that deletes consumers, the idle one
-	// reads a message again. In one step with its XADD: nobody else gets it.
+	// Right before the library deletes consumers by any means, the idle one reads a
+	// message. It does so in one step with the XADD, so that nobody else gets it.
 	var read atomic.Bool
 	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 		if strings.Contains(strings.ToLower(fmt.Sprint(cmd.Args())), "delconsumer") && !read.Swap(true) {
@@ -1040,7 +1051,7 @@ func TestFault16_ConsumerRemovalLosesMessages(t *testing.T) {
 	require.EqualValues(t, 2, delivery(t, got).Count)
 	got.Ack()
 	eventuallySettled(t, admin, topic, testGroup)
-	// And the removal works: now that nothing is pending, both go.
+	// The removal itself works: now that nothing is pending, both names go.
 	eventually(t, func() bool {
 		consumers, err := admin.XInfoConsumers(ctx, topic, testGroup).Result()
 		require.NoError(t, err)
@@ -1055,11 +1066,11 @@ func TestFault16_ConsumerRemovalLosesMessages(t *testing.T) {
 
 type contextKey struct{}
 
-// watermill-redisstream: after a nack it sends a copy of the message, which has
-// lost its context: no values, and it never ends. What the handler did to the
-// metadata is still there.
+// watermill-redisstream resends a copy of a nacked message. The copy has lost its
+// context, with its values and cancellation, and keeps the handler's changes of the
+// metadata.
 //
-// Here each delivery is made of the entry anew.
+// Here each delivery is made from the entry again.
 func TestFault05_RedeliveryIsAFreshMessage(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
@@ -1103,11 +1114,11 @@ func TestFault05_RedeliveryIsAFreshMessage(t *testing.T) {
 	}
 }
 
-// watermill-redisstream: in fan-out the first read asks for "$", what comes after
-// the moment at which the server sees it. What was published between
-// Subscribe's return and that moment is lost: 10 messages of 20.
+// watermill-redisstream: in a fan-out the first read asks for "$", the entries
+// after the moment at which the server receives it. Messages published between
+// Subscribe's return and that moment were lost: 10 of 20.
 //
-// Here that moment is held up until the message is there.
+// Here that moment is delayed until the message exists.
 func TestFault12_FanOutLosesNothingAfterSubscribe(t *testing.T) {
 	for _, old := range []int{0, 3} {
 		t.Run(fmt.Sprint("OldEntries", old), func(t *testing.T) {
@@ -1130,7 +1141,7 @@ func TestFault12_FanOutLosesNothingAfterSubscribe(t *testing.T) {
 	}
 }
 
-// TestLostReplies: commands run, and nobody learns of it.
+// TestLostReplies: commands run, but their replies are lost.
 func TestLostReplies(t *testing.T) {
 	t.Parallel()
 	for name, consumer := range map[string]string{"GeneratedName": "", "GivenName": "given"} {
@@ -1151,8 +1162,9 @@ func TestLostReplies(t *testing.T) {
 			eventuallySettled(t, client, topic, testGroup)
 		})
 	}
-	// Found by internal/chaos (-one-by-one -seed 7, cut-before-reply): what is read, with the answer lost, keeps its place. When
-	// the claim of it, or the look before, loses its answer too, its successors came first.
+	// Found by internal/chaos (-one-by-one -seed 7, cut-before-reply): an entry
+	// whose read lost its reply keeps its place. If the claim of it, or the look
+	// before, lost its reply too, its successors came first.
 	t.Run("XREADGROUP/InOrder", func(t *testing.T) {
 		t.Parallel()
 		testserver.RequireReal(t)
@@ -1242,7 +1254,7 @@ func TestLostReplies(t *testing.T) {
 		config := grouped(newClient(t, hook))
 		config.ClaimMinIdle = 5 * time.Minute
 		sub := newSubscriber(t, config)
-		subscribe(t, sub, topic) // and nobody takes what it offers
+		subscribe(t, sub, topic) // nobody receives what it offers
 		publish(t, client, topic, "")
 		eventually(t, func() bool { return stats(t, sub).InFlight == 1 })
 		require.NoError(t, sub.Close())
@@ -1291,8 +1303,8 @@ func TestLostReplies(t *testing.T) {
 	}
 }
 
-// TestTrimmed: an entry is deleted from the stream while it is pending. Nothing
-// can be done about it, but to say so.
+// TestTrimmed: an entry is deleted from the stream while it is pending. Nothing can
+// be done except report it.
 func TestTrimmed(t *testing.T) {
 	t.Parallel()
 	isLost := func(log logRecorder, id string) func() bool {
@@ -1315,14 +1327,14 @@ func TestTrimmed(t *testing.T) {
 			}
 			lost := 1
 			if at == "OfADeadConsumer" {
-				lost = 700 // more than a look at them sees at a time
+				lost = 700 // more than one look can check
 			}
 			publishN(t, client, topic, lost)
 			createGroup(t, client, topic, testGroup)
 			del := func(ids ...string) { require.NoError(t, client.XDel(t.Context(), topic, ids...).Err()) }
 			if at == "OfADeadConsumer" {
 				ids := readAs(t, client, topic, testGroup, "dead", lost)
-				aged := []any{"xclaim", topic, testGroup, "dead", 0} // 7.0 takes the time anew for each that is read
+				aged := []any{"xclaim", topic, testGroup, "dead", 0} // 7.0 takes the time separately for each entry that is read
 				for _, id := range ids {
 					aged = append(aged, id)
 				}
@@ -1366,7 +1378,7 @@ func TestTrimmed(t *testing.T) {
 	}
 }
 
-// TestNoAck: at most once.
+// TestNoAck: at-most-once delivery.
 func TestNoAck(t *testing.T) {
 	t.Parallel()
 	topic, client := topic(t), newClient(t)
@@ -1391,9 +1403,9 @@ func TestNoAck(t *testing.T) {
 	assert.Empty(t, pendingOf(t, client, topic, testGroup))
 }
 
-// TestFlakyConnection: commands are lost on their way, or their answers, one in
-// ten. Two consumers with failing and succeeding handlers lose nothing, dead-letter
-// nothing twice and count right.
+// TestFlakyConnection: one in ten commands, or their replies, are lost. Two
+// consumers with failing and succeeding handlers lose nothing, dead-letter nothing
+// twice and count correctly.
 func TestFlakyConnection(t *testing.T) {
 	t.Parallel()
 	for _, concurrency := range []int{1, 16} {
@@ -1462,9 +1474,9 @@ func TestFlakyConnection(t *testing.T) {
 	}
 }
 
-// A claim loses its answer while the answer to a read is on its way. Who looks then
-// for what is pending and in nobody's hands sees what was read too, and must not
-// take it for that.
+// A claim loses its reply while the reply to a read is on its way. A search for
+// orphans then also finds the entries of the read, and must not take them for
+// orphans.
 func TestLostReplies_ReadUnderWay(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -1487,7 +1499,7 @@ func TestLostReplies_ReadUnderWay(t *testing.T) {
 		case cmd.Name() == "xreadgroup" && claimLost.Load() && len(pendingOf(t, admin, topic, testGroup)) == 2:
 			read.Do(func() {
 				reading.Store(true)
-				time.Sleep(3 * claimInterval) // the longer, the more can go wrong meanwhile
+				time.Sleep(3 * claimInterval) // the longer, the more can go wrong
 				reading.Store(false)
 			})
 		}
@@ -1514,8 +1526,9 @@ func TestLostReplies_ReadUnderWay(t *testing.T) {
 	require.False(t, overlap.Load(), "it looks, and reads, at the same time")
 }
 
-// A fan-out reads something while it looks whether its stream began anew: what was
-// counted twice by then looked like a new stream, and all came again.
+// A fan-out reads something while it checks whether its stream was recreated: the
+// entries counted twice looked like a new stream, and everything was delivered
+// again.
 func TestFanOut_ReadDuringALook(t *testing.T) {
 	t.Parallel()
 	topic, admin, log := topic(t), newClient(t), newLogRecorder()

@@ -23,11 +23,11 @@ import (
 // Guarantee 2: a nack, an expired lease and a crash use one delivery each. No cut
 // connection, clock step, pause, failover or write outage does.
 
-// The server's clock was set back by half a minute, so that what was delivered before
-// was delivered in the future. A nacked message was claimed with a least idle time, which
-// it had reached only half a minute later; and with one slot the topic waited for it.
+// The server's clock was set back by half a minute, so delivery times were in the
+// future. A nacked message was claimed with a minimum idle time, which it reached
+// only half a minute later; and with one slot the topic waited for it.
 //
-// Here its owner is asked for, whatever the clock shows.
+// Now the owner is checked, whatever the clock shows.
 func TestFault39_ClockSetBack(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -52,7 +52,7 @@ func TestFault39_ClockSetBack(t *testing.T) {
 				}
 				require.EqualValues(t, 1, delivery(t, msg).Count)
 				shiftClock(t, topic, testGroup, step)
-				// In hand it stays whose it is, for longer than a lease.
+				// It stays its handler's for longer than a lease.
 				during(t, 2*config.ClaimMinIdle, func() bool { return msg.Context().Err() == nil })
 				shiftClock(t, topic, testGroup, step)
 				holder := delivery(t, msg).Consumer
@@ -75,8 +75,9 @@ func TestFault39_ClockSetBack(t *testing.T) {
 	}
 }
 
-// A message waited 25 s for its retry, and with one slot its successors waited for it.
-// Meanwhile another consumer claimed and acked it, by hand, say: they waited for nothing.
+// A message waited 25 s for its retry, and with one slot its successors waited for
+// it. Meanwhile another consumer claimed and acked it, by hand for example: they
+// waited for nothing.
 func TestFault40_WaitingForWhatIsSettledElsewhere(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -114,10 +115,9 @@ func TestFault40_WaitingForWhatIsSettledElsewhere(t *testing.T) {
 	}
 }
 
-// goxstreams reads ahead, and what it has read waits for a free place with
-// nobody renewing it: a slow handler makes what is behind it look abandoned, so
-// that it is claimed, and counted as another failure, without ever having been
-// handled. Here what is prefetched is kept alive too.
+// goxstreams reads ahead, and nobody renews the entries that wait for a free slot:
+// behind a slow handler they look abandoned, so they are claimed, and counted as
+// failures without having been handled. Here prefetched entries are renewed too.
 func TestFault24_WaitingEntriesAge(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -127,28 +127,37 @@ func TestFault24_WaitingEntriesAge(t *testing.T) {
 	config.Retry = &goxstreams.Retry{MaxRetries: 1}
 	slow := newSubscriber(t, config)
 	messages := subscribe(t, slow, topic)
-	// A quick handler makes the prefetch grow, until all that is left is prefetched.
-	const n = 300
-	publishN(t, client, topic, n)
-	last, err := client.XRevRangeN(context.Background(), topic, "+", "-", 1).Result()
-	require.NoError(t, err)
-	inHand, handled := next(t, messages), 1
-	for {
-		groups, err := client.XInfoGroups(context.Background(), topic).Result()
+	// A fast handler makes the prefetch grow, until all remaining entries are
+	// prefetched. It is asked only now and then whether they are, since the question
+	// makes it slow; where it was done before that, there is more to handle.
+	const lot = 300
+	n, handled := 0, 0
+	var inHand *message.Message
+	for n == handled {
+		publishN(t, client, topic, lot)
+		n += lot
+		last, err := client.XRevRangeN(t.Context(), topic, "+", "-", 1).Result()
 		require.NoError(t, err)
-		if groups[0].LastDeliveredID == last[0].ID {
-			break
+		for handled < n {
+			if inHand != nil {
+				inHand.Ack()
+			}
+			inHand = next(t, messages)
+			if handled++; handled%20 > 0 {
+				continue
+			}
+			groups, err := client.XInfoGroups(t.Context(), topic).Result()
+			require.NoError(t, err)
+			if groups[0].LastDeliveredID == last[0].ID {
+				break
+			}
 		}
-		inHand.Ack()
-		inHand = next(t, messages)
-		handled++
 	}
 	prefetched := n - handled
-	require.Positive(t, prefetched)
 
-	// Now the handler is slow, while a second consumer has nothing to do but to
-	// claim. What it claims of a consumer that really died says that the time is
-	// up for what nobody renewed; three times, for good measure.
+	// Now the handler is slow, while a second consumer has nothing to do but claim.
+	// When it claims entries of a really dead consumer, the leases that nobody
+	// renewed have expired; it does so three times, to be sure.
 	idle := config
 	idle.Client = newClient(t)
 	claimer := newSubscriber(t, idle)
@@ -159,7 +168,7 @@ func TestFault24_WaitingEntriesAge(t *testing.T) {
 		require.Equal(t, []string{"abandoned"}, payloads(collect(claims, 1, patience)))
 	}
 	for _, p := range pendingOf(t, client, topic, testGroup) {
-		if !abandoned[p.ID] { // whose XACK may still be under way
+		if !abandoned[p.ID] { // whose XACK may still be in flight
 			require.EqualValues(t, 1, p.RetryCount, "entry %s has lost a retry while it waited", p.ID)
 		}
 	}
@@ -175,8 +184,8 @@ func TestFault24_WaitingEntriesAge(t *testing.T) {
 	require.Zero(t, client.XLen(context.Background(), goxstreams.DeadLetterTopic(topic)).Val())
 }
 
-// watermill-redisstream: nacks are its own affair. After ten of them Redis still
-// counts one delivery; nothing limits them, and a restart begins at the beginning.
+// watermill-redisstream: nacks are handled in memory. After ten of them Redis still
+// counts one delivery; nothing limits them, and a restart starts over.
 func TestFault06_RedisCountsNacks(t *testing.T) {
 	for _, concurrency := range []int{1, 2} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
@@ -205,8 +214,8 @@ func TestFault06_RedisCountsNacks(t *testing.T) {
 			for n := int64(1); n <= 4; n++ {
 				nack(messages, n)
 			}
-			// Closed once the nack has taken effect: a nack that a closing
-			// subscription sees counts as no failure.
+			// Close after the nack has taken effect: a nack that a closing
+			// subscription sees does not count as a failure.
 			eventually(t, func() bool { return stats(t, first).Nacked == 4 })
 			eventually(t, func() bool {
 				rows := pendingOf(t, client, topic, testGroup)
@@ -332,8 +341,8 @@ func TestRetryLimit(t *testing.T) {
 	})
 }
 
-// What waits beyond the bound is left to its lease. A read that fails must not take it for an orphan, which would come again
-// at once, and not be counted.
+// Waiting entries beyond the limit are left to their leases. A failed read must not
+// take them for orphans, which would be redelivered at once and uncounted.
 func TestOverflow_IsNoOrphan(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -366,8 +375,8 @@ func TestOverflow_IsNoOrphan(t *testing.T) {
 	}
 }
 
-// "For ever" written as math.MaxInt overflowed into a negative count, which Redis
-// ignores: what died was taken for somebody else's then, and never moved.
+// MaxRetries math.MaxInt overflowed into a negative count, which Redis ignores:
+// dead messages then counted as somebody else's, and were never moved.
 func TestMaxRetriesMaxInt(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -383,8 +392,9 @@ func TestMaxRetriesMaxInt(t *testing.T) {
 	require.Equal(t, [3]int{2, 0, 2}, worker.counts())
 }
 
-// Redis's greatest delivery count (XNACK FATAL sets it) overflowed into the least
-// one by the next delivery: what had no retry left had all of them.
+// Redis's maximum delivery count (which XNACK FATAL sets) overflowed into the
+// minimum with the next delivery: a message without retries left had all of them
+// again.
 func TestGreatestCount(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -395,7 +405,8 @@ func TestGreatestCount(t *testing.T) {
 		id := onlyPending(t, client, topic).ID
 		require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, owner, 0, id, "justid").Err())
 		config := limited(client, maxRetries)
-		// A suspect's turn has to come within a sixth of ClaimMinIdle, or it waits for another one.
+		// A suspect has to run within a sixth of ClaimMinIdle, or it waits for
+		// another turn.
 		config.ClaimMinIdle = minIdle
 		return client, topic, newSubscriber(t, config)
 	}

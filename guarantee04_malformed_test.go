@@ -26,19 +26,19 @@ import (
 
 // Guarantee 4: a malformed entry stops nothing.
 
-// proto-max-bulk-len bounds one value of a command, not an entry. An entry of
-// several values that are each below the limit, and together above it, could be
-// published, but not moved: the dead letter packed all of them into one value,
-// so the server refused it as a protocol error and closed the connection, with
-// whatever shared it. That was tried again every 30 seconds, for ever.
+// proto-max-bulk-len limits one value of a command, not an entry. An entry of
+// several values, each below the limit and together above it, could be published
+// but not moved: the dead letter packed all of them into one value, so the server
+// rejected it as a protocol error and closed the connection for all of its users.
+// This was retried every 30 seconds, forever.
 //
-// Here whatever could be stored can be dead-lettered, and comes back exactly as it
-// was. What else uses the Subscriber's connections notices nothing.
+// Now everything that could be stored can be dead-lettered, and is restored
+// exactly. Other users of the Subscriber's connections notice nothing.
 func TestFault36_LargeEntryIsDeadLettered(t *testing.T) {
 	t.Parallel()
 	server := testserver.Private(t, "--proto-max-bulk-len", "1mb")
 	const limit = 1 << 20
-	noise := func(n int) string { // every byte, line ends and invalid UTF-8 included
+	noise := func(n int) string { // every byte, including line ends and invalid UTF-8
 		b := make([]byte, n)
 		for i := range b {
 			b[i] = byte(i*7 + i>>8)
@@ -73,7 +73,7 @@ func TestFault36_LargeEntryIsDeadLettered(t *testing.T) {
 		{"NameAtTheLimit", malformed(strings.Repeat("a", limit), "a"), goxstreams.Broken},
 		{"GoodMessage", good(600_000, 600_000), goxstreams.Exhausted},
 		{"GoodMessagePayloadAtTheLimit", good(limit, 1), goxstreams.Exhausted},
-		// The dead letter's own metadata comes on top.
+		// The dead letter's own metadata is added to it.
 		{"GoodMessageMetadataAtTheLimit", good(1, limit-100), goxstreams.Exhausted},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -109,8 +109,8 @@ func TestFault36_LargeEntryIsDeadLettered(t *testing.T) {
 			require.Equal(t, []string{"next"}, payloads(collect(messages, 1, patience)))
 			eventuallySettled(t, client, topic, testGroup)
 			require.NoError(t, sub.Close())
-			for _, line := range log.Errors() { // of a broken connection, say
-				assert.True(t, strings.HasPrefix(line, "Broken entry"), "%.300s", line)
+			for _, line := range log.Errors() { // for example, of a broken connection
+				assert.True(t, strings.HasPrefix(line, "Malformed entry"), "%.300s", line)
 			}
 
 			n, err := queueOf(t, client, goxstreams.DeadLetterTopic(topic)).Replay(t.Context(), letter.ID)
@@ -137,7 +137,7 @@ func valuesOf(e rawEntry) map[string]any {
 	return values
 }
 
-// exitingMarshaler ends the goroutine that it is called in, the first times.
+// exitingMarshaler calls runtime.Goexit in its first calls.
 type exitingMarshaler struct {
 	goxstreams.DefaultMarshaler
 	left *atomic.Int32
@@ -150,7 +150,7 @@ func (m exitingMarshaler) Unmarshal(values map[string]any) (*message.Message, er
 	return m.DefaultMarshaler.Unmarshal(values)
 }
 
-// A function of the user's that ends its goroutine, as t.FailNow does, stopped the
+// A user's function that called runtime.Goexit, as t.FailNow does, stopped the
 // topic for good: its slot was gone.
 func TestUserCodeEndsItsGoroutine(t *testing.T) {
 	t.Parallel()
@@ -173,9 +173,9 @@ func TestUserCodeEndsItsGoroutine(t *testing.T) {
 	}
 }
 
-// OnBroken took a second and failed. With one slot, and sixty malformed entries before
-// them, good messages never came: the slot waited for each call, and the retries of these
-// were due before all others.
+// OnBroken took a second and failed. With one slot, and sixty malformed entries
+// first, good messages were never delivered: the slot waited for each call, and the
+// retries were always due before everything else.
 func TestFault29_MalformedEntriesFirst(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -214,8 +214,8 @@ func TestFault29_MalformedEntriesFirst(t *testing.T) {
 	}
 }
 
-// OnBroken panics, and then returns an error, and then is content: the entry
-// comes again each time, and the message behind it waits for none of that.
+// OnBroken panics, then returns an error, then succeeds: it is called again each
+// time, and the next message waits for none of that.
 func TestFault22_PanicInOnBroken(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -244,16 +244,16 @@ func TestFault22_PanicInOnBroken(t *testing.T) {
 	require.Contains(t, strings.Join(log.Errors(), "\n"), "panic: OnBroken")
 }
 
-// In goxstreams a batch leaves out what it cannot convert, stores the rest, and
-// returns no error: the producer takes the event for stored. Here such an event
-// fails the call, the error names it, and nothing is stored.
+// In goxstreams a batch skips events that it cannot convert, stores the rest, and
+// returns no error: the producer believes them stored. Here such an event fails the
+// call, the error names it, and nothing is stored.
 func TestFault23_ABatchSkipsWhatItCannotConvert(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	events := make([]any, 1000)
 	for i := range events {
 		events[i] = i
 	}
-	events[637] = make(chan int) // there is no JSON for it
+	events[637] = make(chan int) // it has no JSON representation
 	producer := goxstreams.NewProducer[any](newPublisher(t, client), goxstreams.ProducerConfig{})
 	err := producer.ProduceBatch(t.Context(), events, topic)
 	require.ErrorContains(t, err, "events[637]")
@@ -267,7 +267,7 @@ func TestFault23_ABatchSkipsWhatItCannotConvert(t *testing.T) {
 	require.ErrorContains(t, err, "events[0]")
 	require.Zero(t, client.Exists(t.Context(), topic).Val())
 
-	// The same by a Codec, which may refuse an event for what is in it.
+	// The same with a Codec, which may reject an event because of its contents.
 	refusing := goxstreams.NewProducer[int](newPublisher(t, client), goxstreams.ProducerConfig{Codec: evenCodec{}})
 	err = refusing.ProduceBatch(t.Context(), []int{0, 2, 4, 5}, topic)
 	require.ErrorContains(t, err, "events[3]")
@@ -288,25 +288,25 @@ func (evenCodec) Encode(event any) ([]byte, error) {
 
 func (evenCodec) Decode(payload []byte, event any) error { return json.Unmarshal(payload, event) }
 
-// watermill-redisstream: one entry that is no message ends the subscription. Its
-// channel closes, while its reader goes on taking entries that nobody gets; the
-// entry stays pending, and the next subscriber dies on claiming it.
+// watermill-redisstream: one malformed entry ends the subscription. Its channel
+// closes, while its reader continues to take entries that nobody gets; the entry
+// stays pending, and the next subscriber fails when it claims it.
 //
-// Here a broken entry is moved aside, the first time or after a claim, and the
+// Here a malformed entry is moved, at the first delivery or after a claim, and the
 // next entry follows.
 func TestFault01_BrokenEntryStopsNothing(t *testing.T) {
 	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	addBroken := func() {
-		// Its metadata is no MessagePack.
+		// Its metadata is not MessagePack.
 		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{
 			goxstreams.UUIDHeaderKey, "broken", "metadata", "\xc1", "payload", "x",
 		}}).Err())
 	}
 	dead := func() int64 { return client.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val() }
 
-	// What a process left that died on it.
+	// An entry left by a process that died.
 	createGroup(t, client, topic, testGroup)
 	addBroken()
 	readAs(t, client, topic, testGroup, "died", 1)
@@ -329,7 +329,7 @@ func TestFault01_BrokenEntryStopsNothing(t *testing.T) {
 	require.Equal(t, []string{"alive"}, payloads(collect(messages, 1, patience)))
 }
 
-// TestBroken: an entry that cannot be unmarshaled stops nothing.
+// TestBroken: a malformed entry stops nothing.
 func TestBroken(t *testing.T) {
 	t.Parallel()
 	fields := []string{"z", "1", "broken", "\x00\xff\r\n", "a", "", "z", "2", "", "empty name", "z", "1"}
@@ -360,7 +360,7 @@ func TestBroken(t *testing.T) {
 		letters := deadLetters(t, client, topic)
 		require.Len(t, letters, 1)
 
-		// A Subscriber reads it whatever format it is set to.
+		// A Subscriber reads it, whatever its format is.
 		config := grouped(client)
 		config.Unmarshaler = goxstreams.BodyMarshaler{}
 		letter := next(t, subscribe(t, newSubscriber(t, config), goxstreams.DeadLetterTopic(topic)))
@@ -445,8 +445,8 @@ func TestBroken(t *testing.T) {
 	})
 }
 
-// A worker that ends its goroutine, as t.FailNow in one does, held its slot for
-// good: with MaxConcurrency 1 the topic stood still.
+// A worker that called runtime.Goexit, as t.FailNow does, kept its slot for good:
+// with MaxConcurrency 1 the topic stopped.
 func TestGoexit(t *testing.T) {
 	t.Parallel()
 	type msg = goxstreams.Message[order]
@@ -473,7 +473,7 @@ func TestGoexit(t *testing.T) {
 	}
 }
 
-// goexits ends the goroutine the first time, and then returns err.
+// goexits calls runtime.Goexit the first time, and then returns err.
 func goexits[T any](err error) func(context.Context, T) error {
 	var once sync.Once
 	return func(context.Context, T) error {

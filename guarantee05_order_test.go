@@ -18,11 +18,11 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Guarantee 5: with MaxConcurrency 1 messages come in the stream's order.
+// Guarantee 5: with MaxConcurrency 1 messages are delivered in stream order.
 
-// All connections are cut again and again, with answers on their way. With a name of its
-// own for the consumer, given by its user, what had been read was found by a claim that
-// counted, and after what was read since.
+// All connections are cut repeatedly, while answers are on their way. With a
+// consumer name given by the user, entries with a lost answer were found by a
+// claim, which counted as a delivery, and after entries that were read later.
 func TestFault46_OrderWhileConnectionsAreCut(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -47,7 +47,7 @@ func TestFault46_OrderWhileConnectionsAreCut(t *testing.T) {
 			publisher := server.Client()
 			cutting.Go(func() {
 				for i := 0; i < n; {
-					// Whether it was stored is known by its ID.
+					// The ID shows whether it was stored.
 					id := fmt.Sprintf("%d-0", i+1)
 					err := publisher.Do(ctx, "xadd", topic, id, "_watermill_message_uuid", id, "payload", i).Err()
 					if err == nil || len(publisher.XRange(ctx, topic, id, id).Val()) > 0 {
@@ -71,9 +71,9 @@ func TestFault46_OrderWhileConnectionsAreCut(t *testing.T) {
 	}
 }
 
-// The read's connection breaks, and the server does not notice: the read goes on there, and
-// takes the next message to nobody. Its successors came first. (internal/chaos, behind a
-// proxy that cuts.)
+// The read's connection breaks, and the server does not notice: the read continues
+// there, and takes the next message to nobody. Its successors came first. (Found by
+// internal/chaos, behind a proxy that cuts connections.)
 func TestOrder_ReadGoesOnAtTheServer(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -96,7 +96,7 @@ func TestOrder_ReadGoesOnAtTheServer(t *testing.T) {
 	blocked := func() bool { return strings.Contains(admin.Info(t.Context(), "clients").Val(), "blocked_clients:1\r") }
 	eventually(t, blocked, "nothing is read")
 	close(broken)
-	eventually(t, func() bool { return len(logLinesWith(log.Infos(), "Redis serves the subscription again")) > 0 }, "it does not recover")
+	eventually(t, func() bool { return len(logLinesWith(log.Infos(), "Redis is available to the subscription again")) > 0 }, "it does not recover")
 	eventually(t, blocked, "the old read goes on")
 	sent := publishN(t, admin, topic, 3)
 	for _, uuid := range sent {
@@ -106,8 +106,8 @@ func TestOrder_ReadGoesOnAtTheServer(t *testing.T) {
 	}
 }
 
-// halfBroken is a connection the end of which only this side sees, if it reads when broken is
-// closed.
+// halfBroken is a connection whose end only this side notices, if it is reading
+// when broken is closed.
 type halfBroken struct {
 	net.Conn
 	broken <-chan struct{}
@@ -123,7 +123,7 @@ func (c *halfBroken) Read(b []byte) (int, error) {
 		return 0, io.EOF
 	}
 	select {
-	case <-c.broken: // those that come later are whole
+	case <-c.broken: // later connections are intact
 		return c.Conn.Read(b)
 	default:
 	}

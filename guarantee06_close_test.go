@@ -23,14 +23,15 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Close returns at CloseTimeout plus one command's timeout at the latest, whatever
-// the user's code does, and however patient the client is.
+// Guarantee 6: Close returns at CloseTimeout plus one command's timeout at the
+// latest, whatever the user's code does, and however long the client's timeouts
+// are.
 
-// closeSlack is what Close may take beyond CloseTimeout here: a command's timeout,
-// and a busy machine.
+// closeSlack is how long Close may take beyond CloseTimeout here: a command's
+// timeout, plus the delays of a busy machine.
 const closeSlack = 6 * time.Second
 
-// endsWithin fails the test if what is run, in a goroutine of its own, does not
+// endsWithin runs a function in a goroutine, and fails the test if it does not
 // return in time.
 func endsWithin(t testing.TB, limit time.Duration, what string, run func()) {
 	t.Helper()
@@ -48,10 +49,11 @@ type unmarshalerFunc func(values map[string]any) (*message.Message, error)
 
 func (f unmarshalerFunc) Unmarshal(values map[string]any) (*message.Message, error) { return f(values) }
 
-// OnRetryHook called Close of its own Subscriber, on an error that it took for
-// fatal. Close waited for the slot, and the slot for the hook: both for ever, and
-// with them whoever else called Close. A hook that hangs did the same to a Close from
-// outside. Whichever code of the user's it is, Close gives up on it at CloseTimeout.
+// OnRetryHook called Close of its own Subscriber, because of an error that it
+// considered fatal. Close waited for the slot, and the slot for the hook, both
+// forever, and with them all other callers of Close. A hook that hangs blocked a
+// Close from outside in the same way. Now Close gives up on any function of the
+// user's at CloseTimeout.
 func TestFault35_CloseFromTheUsersCode(t *testing.T) {
 	t.Parallel()
 	const closeTimeout = 500 * time.Millisecond
@@ -99,6 +101,9 @@ func TestFault35_CloseFromTheUsersCode(t *testing.T) {
 			c.Retry.MaxRetries = -1
 			c.OnDead = func(context.Context, goxstreams.DeadMessage) { call() }
 		}, func(func()) message.HandlerFunc { return nack }},
+		{"OnOutcome", func(c *goxstreams.SubscriberConfig, call func()) {
+			c.OnOutcome = func(goxstreams.Outcome) { call() }
+		}, func(func()) message.HandlerFunc { return ack }},
 		{"handler", func(*goxstreams.SubscriberConfig, func()) {}, func(call func()) message.HandlerFunc {
 			return func(*message.Message) ([]*message.Message, error) { call(); return nil, nil }
 		}},
@@ -161,7 +166,7 @@ func TestFault35_CloseFromTheUsersCode(t *testing.T) {
 	}
 
 	// Subscribe asks for the name of the dead-letter stream, and Close waits for a
-	// Subscribe that is under way.
+	// Subscribe in progress.
 	for _, hangs := range []bool{false, true} {
 		name := "DeadLetterTopic closes"
 		if hangs {
@@ -251,9 +256,9 @@ func (idleWorker) Process(context.Context, goxstreams.Message[string]) error    
 func (idleWorker) ProcessBroken(context.Context, goxstreams.BrokenMessage) error { return nil }
 func (idleWorker) ProcessDead(context.Context, goxstreams.Message[string]) error { return nil }
 
-// go-redis takes a ReadTimeout of -1 or -2 for none. A client with such a one was
-// stuck on a server that had been stopped, and Close waited for its commands, which
-// do not heed their context either: it never returned. It gives up on them soon after
+// go-redis treats a ReadTimeout of -1 or -2 as none. Such a client hung on a server
+// that had been frozen, and Close waited for its commands, which ignore their
+// contexts, too: it never returned. Now it gives up on them soon after
 // CloseTimeout, whatever the client waits for.
 func TestFault55_CloseHasAnEnd(t *testing.T) {
 	t.Parallel()
@@ -278,7 +283,7 @@ func TestFault55_CloseHasAnEnd(t *testing.T) {
 		closes := make(map[string]func())
 		group, noAck := grouped(nil), grouped(nil)
 		group.MaxConcurrency, noAck.NoAck = 2, true
-		var late []*message.Message // acked when nothing answers any more
+		var late []*message.Message // acked after the server has stopped answering
 		for _, readTimeout := range []time.Duration{-1, -2} {
 			for _, tt := range []struct {
 				name     string
@@ -334,7 +339,8 @@ func TestFault55_CloseHasAnEnd(t *testing.T) {
 		all.Wait()
 	})
 
-	// Nothing can be done any more without the client: there is nothing to wait for.
+	// Without the client nothing can be done any more, so there is nothing to wait
+	// for.
 	t.Run("client closed", func(t *testing.T) {
 		t.Parallel()
 		const closeTimeout = 20 * time.Second
@@ -360,15 +366,15 @@ func TestFault55_CloseHasAnEnd(t *testing.T) {
 	})
 }
 
-// watermill-redisstream's Close cancels its read, which it then logs as an
-// error, and the goroutine that claims stays until its next tick: a clean
-// shutdown looks like a failure, and tests with goleak fail.
+// watermill-redisstream's Close cancels its read, which it then logs as an error,
+// and the claiming goroutine stays until its next tick: a clean shutdown looks like
+// a failure, and tests with goleak fail.
 func TestFault14_CloseLogsAnErrorAndLeaksAGoroutine(t *testing.T) {
 	testserver.RequireReal(t) // the embedded server's goroutines are this process's too
 	nothing := func(*testing.T, *goxstreams.Subscriber, <-chan *message.Message) {}
 	unsettled := func(t *testing.T, _ *goxstreams.Subscriber, messages <-chan *message.Message) {
 		msg := next(t, messages)
-		go func() { // a handler that comes to its end when it is told to
+		go func() { // a handler that finishes when its context ends
 			<-msg.Context().Done()
 			msg.Nack()
 		}()
@@ -422,7 +428,7 @@ func TestFault14_CloseLogsAnErrorAndLeaksAGoroutine(t *testing.T) {
 					return next()
 				}})
 				config := tt.config
-				config.Client, config.CloseTimeout = client, 2*time.Second // half of it is the handlers'
+				config.Client, config.CloseTimeout = client, 2*time.Second // half of it is for the handlers
 				log := newLogRecorder()
 				sub, err := goxstreams.NewSubscriber(config, log)
 				require.NoError(t, err)
@@ -453,9 +459,9 @@ func TestFault14_CloseLogsAnErrorAndLeaksAGoroutine(t *testing.T) {
 
 func isRead(cmd redis.Cmder) bool { return cmd.Name() == "xreadgroup" || cmd.Name() == "xread" }
 
-// Both peers write flags and batches from one goroutine and read them from
-// another. Here everything that the API allows happens at once, under the race
-// detector (which has to be on for this test to mean anything).
+// Both earlier libraries write flags and batches in one goroutine and read them in
+// another. Here everything that the API allows happens concurrently, under the race
+// detector (which must be enabled for this test to be meaningful).
 func TestFault17_DataRaces(t *testing.T) {
 	testserver.RequireReal(t) // claims by idle time
 	client := newClient(t)
@@ -497,6 +503,9 @@ func TestFault17_DataRaces(t *testing.T) {
 		})
 		wg.Go(func() { // subscribers come and go
 			for round := 0; ; round++ {
+				// Any moment of their work will do. Lives grow, since on a busy machine
+				// a short one ends before it has handled anything.
+				life := time.Duration(30+round) * time.Millisecond
 				sub, err := goxstreams.NewSubscriber(config, newLogRecorder())
 				if err != nil {
 					t.Error(err)
@@ -515,7 +524,7 @@ func TestFault17_DataRaces(t *testing.T) {
 							return
 						}
 						if round%2 == 0 {
-							time.AfterFunc(20*time.Millisecond, cancel)
+							time.AfterFunc(life-10*time.Millisecond, cancel)
 						}
 						handle(ch)
 					})
@@ -526,7 +535,7 @@ func TestFault17_DataRaces(t *testing.T) {
 						if err := sub.SubscribeInitialize(topic); err != nil {
 							t.Error(err)
 						}
-						time.Sleep(30 * time.Millisecond) // any moment of their work will do
+						time.Sleep(life)
 						_ = sub.Close()
 						if _, err := sub.Subscribe(context.Background(), topic); !errors.Is(err, goxstreams.ErrSubscriberClosed) {
 							t.Errorf("Subscribe after Close: %v", err)
@@ -557,16 +566,16 @@ func TestFault17_DataRaces(t *testing.T) {
 	eventuallySettled(t, client, topic, testGroup)
 }
 
-// goxstreams' Run returns at once, so that main cannot wait for the work in
-// hand; it is lost when main returns. Here Close, and the channel's end, are
-// what to wait for: handlers are done and their acks are in Redis by then.
+// goxstreams' Run returns at once, so main cannot wait for running handlers; their
+// work is lost when main returns. Here main can wait for Close, or for the end of
+// the channel: by then handlers are done and their acks are in Redis.
 func TestFault22_EndCanBeAwaited(t *testing.T) {
 	t.Parallel()
 	for _, byContext := range []bool{false, true} {
 		t.Run(fmt.Sprintf("by context %t", byContext), func(t *testing.T) {
 			client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 				if cmd.Name() == "xack" {
-					time.Sleep(50 * time.Millisecond) // to be overtaken by an end that does not wait: the longer, the surer
+					time.Sleep(50 * time.Millisecond) // an end that does not wait would overtake it: the longer, the more certain
 				}
 				return next()
 			}})
@@ -597,8 +606,8 @@ func TestFault22_EndCanBeAwaited(t *testing.T) {
 			if byContext {
 				cancel()
 			}
-			// It waits for each of them: that it does not end early can only be seen
-			// by giving it the time that an end takes.
+			// It waits for each of them. That it does not end early can only be
+			// shown by allowing the time that an end takes.
 			go func() {
 				defer close(cancelled)
 				for i, msg := range inHand {
@@ -621,9 +630,9 @@ func TestFault22_EndCanBeAwaited(t *testing.T) {
 	}
 }
 
-// watermill-redisstream: Router.Close cancels the subscription's context, and
-// the subscription does not wait for the handler that is at work. That handler
-// succeeds, its ack is dropped, and the message is handled again.
+// watermill-redisstream: Router.Close cancels the subscription's context, and the
+// subscription does not wait for the running handler. The handler succeeds, its ack
+// is dropped, and the message is handled again.
 func TestFault02_RouterCloseKeepsAcks(t *testing.T) {
 	for _, concurrency := range []int{1, 4} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
@@ -697,7 +706,7 @@ func TestFault08_CloseDoesNotWaitForARetry(t *testing.T) {
 			require.NoError(t, sub.Close())
 			require.Less(t, time.Since(began), delay/2, "Close waited for the retry")
 
-			// Nor does the next consumer wait. The failure counts.
+			// The next consumer does not wait either. The failure counts.
 			msg := next(t, subscribe(t, newSubscriber(t, config), topic))
 			require.EqualValues(t, 2, delivery(t, msg).Count)
 			msg.Ack()
@@ -705,18 +714,18 @@ func TestFault08_CloseDoesNotWaitForARetry(t *testing.T) {
 	}
 }
 
-// watermill-redisstream: a cancelled context does not end a blocked read. It goes
-// on after Close, for a minute, takes the next message that is published, and
-// that one is pending with a consumer that does not exist any more.
+// watermill-redisstream: a canceled context does not end a blocking read. After
+// Close it continues for a minute, and takes the next message that is published,
+// which is then pending for a consumer that no longer exists.
 //
-// Here Close wakes the read and waits until it has ended.
+// Here Close wakes the read and waits for its end.
 func TestFault09_NoReadOutlivesClose(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 	for _, tt := range []struct{ name, group string }{{"Group", testGroup}, {"FanOut", ""}} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			// A server of its own, so that no blocked read is somebody else's.
+			// A server of its own, so that no other test's read is blocking there.
 			client := testserver.Private(t).Client()
 			topic := topic(t)
 			config := goxstreams.SubscriberConfig{Client: client, ConsumerGroup: tt.group, BlockTime: 2 * patience, CloseTimeout: patience}
@@ -738,7 +747,7 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 		})
 	}
 
-	// CLIENT UNBLOCK does nothing if it arrives before the read that it is for.
+	// CLIENT UNBLOCK does nothing if it arrives before its read.
 	t.Run("WokenTooEarly", func(t *testing.T) {
 		t.Parallel()
 		woken := make(chan struct{})
@@ -748,7 +757,7 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 		client := testserver.Private(t).Client()
 		client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, run func() error) error {
 			switch cmd.Name() {
-			case "xreadgroup": // held up until a wake-up was in vain
+			case "xreadgroup": // delayed until a wake-up had no effect
 				select {
 				case reading <- struct{}{}:
 				default:
@@ -776,10 +785,10 @@ func TestFault09_NoReadOutlivesClose(t *testing.T) {
 	})
 }
 
-// TestClose is about how long Close takes and what it leaves.
+// TestClose tests how long Close takes and what it leaves behind.
 func TestClose(t *testing.T) {
 	t.Parallel()
-	// An idle subscription is blocked in a read. What wakes it may be slow.
+	// An idle subscription is in a blocking read. Waking it may be slow.
 	for name, when := range map[string]string{"SlowRequest": "before", "SlowAnswer": "after", "Undisturbed": ""} {
 		t.Run("Idle/"+name, func(t *testing.T) {
 			t.Parallel()
@@ -878,7 +887,7 @@ func TestClose(t *testing.T) {
 		took := time.Since(began)
 		assert.ErrorIs(t, context.Cause(msg.Context()), goxstreams.ErrSubscriberClosed)
 		assert.GreaterOrEqual(t, took, timeout-grace-50*time.Millisecond)
-		msg.Nack() // because of the shutdown, which is no failure; later than timeout it would not be released any more
+		msg.Nack() // because of the shutdown, which is not a failure; after timeout it would no longer be released
 		<-done
 		rows := pendingOf(t, client, topic, testGroup)
 		require.Len(t, rows, 1)
@@ -923,7 +932,7 @@ func TestClose(t *testing.T) {
 	})
 }
 
-// takesNothing shows that a closed consumer has not kept these messages: another
+// takesNothing checks that a closed consumer has not kept these messages: another
 // one gets them at once, as if they had never been delivered.
 func takesNothing(t testing.TB, client *redis.Client, topic string, want ...string) {
 	t.Helper()
@@ -941,7 +950,7 @@ func takesNothing(t testing.TB, client *redis.Client, topic string, want ...stri
 	eventuallySettled(t, client, topic, testGroup)
 }
 
-// TestConsumerNames: names that nobody uses leave the group, with nothing lost.
+// TestConsumerNames: unused names leave the group, and nothing is lost.
 func TestConsumerNames(t *testing.T) {
 	t.Parallel()
 	t.Run("Close", func(t *testing.T) {
@@ -987,7 +996,7 @@ func TestConsumerNames(t *testing.T) {
 		held := next(t, messages)
 		live := delivery(t, held).Consumer
 		eventually(t, func() bool { return !slices.Contains(consumersOf(t, client, topic), "idle") })
-		// Longer than two rounds of the janitor, in which whoever is idle goes.
+		// Longer than two rounds of the janitor, which removes idle consumers.
 		during(t, 3*config.ConsumerTimeout, func() bool {
 			names := consumersOf(t, client, topic)
 			return slices.Contains(names, "busy") && slices.Contains(names, live)
@@ -997,7 +1006,7 @@ func TestConsumerNames(t *testing.T) {
 			rows := pendingOf(t, client, topic, testGroup)
 			return len(rows) == 1 && rows[0].ID == busy[0]
 		})
-		// If the live one is removed, that must not cost it a message.
+		// If the live one is removed, it must not lose a message.
 		require.NoError(t, client.XGroupDelConsumer(t.Context(), topic, testGroup, live).Err())
 		publish(t, client, topic, "last")
 		msg := next(t, messages)
@@ -1007,8 +1016,9 @@ func TestConsumerNames(t *testing.T) {
 }
 
 // Found by TestFault17 on a busy machine: a renewal that is sent late takes back
-// what its own process has released in the meantime. The entries are then pending
-// for a consumer that is gone, and come again only when their time is up, not at once.
+// entries that its own process has released in the meantime. The entries are then
+// pending for a consumer that is gone, and are redelivered only when their leases
+// expire.
 func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -1026,7 +1036,7 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 			select {
 			case <-released:
 				defer again()
-			case <-time.After(300 * time.Millisecond): // a Close that does not wait for it takes a fraction of that
+			case <-time.After(300 * time.Millisecond): // a Close that does not wait takes a fraction of that
 			}
 		case isRelease(cmd):
 			defer end()
@@ -1043,7 +1053,7 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 	eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) > 1 })
 	<-renewing
 	go func() {
-		<-renewed // while a handler is at work, leases are renewed
+		<-renewed // while a handler runs, leases are renewed
 		inHand.Ack()
 	}()
 	require.NoError(t, sub.Close())
@@ -1053,9 +1063,9 @@ func TestRelease_LateRenewalTakesNothingBack(t *testing.T) {
 	}
 }
 
-// A handler does not heed the end of its context, and CloseTimeout is over. The
-// message stays pending in its name, since it may still be at work; but a
-// shutdown is no failure, so that this delivery does not count.
+// A handler ignores the end of its context, and CloseTimeout passes. The message
+// stays pending for its consumer, since the handler may still be running. But a
+// shutdown is not a failure, so this delivery does not count.
 func TestRelease_AbandonedDeliveryDoesNotCount(t *testing.T) {
 	t.Parallel()
 	client := newClient(t)
@@ -1080,7 +1090,7 @@ func TestRelease_AbandonedDeliveryDoesNotCount(t *testing.T) {
 	require.Empty(t, log.Errors())
 }
 
-// A middleware gave up on a handler that went on, and gave the message a new
+// A middleware gave up on a handler that kept running, and gave the message a new
 // context, while the subscription read the handler's name from it: a data race,
 // which the race detector finds here, and a dead letter without the name.
 func TestStragglerSetsContext(t *testing.T) {
@@ -1106,8 +1116,8 @@ func TestStragglerSetsContext(t *testing.T) {
 	}
 }
 
-// An entry turns out to be malformed while its subscription closes: it is given back, at
-// once and uncounted, and does not wait for a call that nobody makes any more.
+// An entry turns out to be malformed while its subscription closes: it is released
+// at once and uncounted, and does not wait for a call that nobody makes any more.
 func TestClose_WhileDecoding(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)

@@ -22,11 +22,11 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Guarantee 7: a dead message is moved once, and no handler sees it again.
+// Guarantee 7: a dead message is moved once, and its handler is not called again.
 
-// The message was moved and the answer lost. Before the command was sent again, the
-// consumer was removed, with nothing pending: the message looked like one of a group that
-// was made anew, was put back, and moved once more.
+// The message was moved and the answer lost. Before the command was resent, the
+// consumer was removed, with nothing pending: the message looked like one of a
+// recreated group, was restored, and moved again.
 func TestFault32_MovedOnce(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -103,10 +103,10 @@ func TestFault32_MovedOnce(t *testing.T) {
 	}
 }
 
-// The dead-letter stream's key had another type. More messages died than wait for
-// anything, and those that had to go were handled again.
+// The key of the dead-letter stream had another type. More messages died than may
+// wait, and those that had to leave were handled again.
 //
-// Here nothing more is read while so many wait to be moved.
+// Now nothing more is read while so many wait to be moved.
 func TestFault41_ManyCannotBeMoved(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -128,7 +128,7 @@ func TestFault41_ManyCannotBeMoved(t *testing.T) {
 		}
 	}()
 	eventually(t, func() bool { return stats(t, sub).Waiting >= 5000 })
-	time.Sleep(3 * minIdle) // for leases to run out that nobody renews
+	time.Sleep(3 * minIdle) // time for unrenewed leases to expire
 	require.Equal(t, handled.total(), handled.len(), "messages handled again")
 	require.NoError(t, client.Del(t.Context(), dead).Err())
 	deadline := time.Now().Add(4 * patience)
@@ -141,8 +141,8 @@ func TestFault41_ManyCannotBeMoved(t *testing.T) {
 	require.EqualValues(t, n, client.XLen(t.Context(), dead).Val())
 }
 
-// With DeleteAcked and one group, what died leaves the stream too, on every
-// server: otherwise nothing ever would take it out.
+// With DeleteAcked and one group, dead messages leave the stream too, on every
+// server: otherwise nothing would ever remove them.
 func TestMove_DeleteAcked(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -160,8 +160,8 @@ func TestMove_DeleteAcked(t *testing.T) {
 	require.Empty(t, pendingOf(t, client, topic, testGroup))
 }
 
-// Redis does not take the count of a dead message for a while, before its worker
-// is asked: that is one outage, which ends once.
+// Redis rejects the count of a dead message for a while, before its worker is
+// called: that is one outage, which ends once.
 func TestMove_WorkersOutage(t *testing.T) {
 	t.Parallel()
 	topic := topic(t)
@@ -179,13 +179,13 @@ func TestMove_WorkersOutage(t *testing.T) {
 	produce(t, newClient(t), topic, order{})
 	eventually(t, func() bool { return worker.counts()[2] == 1 }, "the worker is not asked")
 	running.stop(t)
-	outages := slices.DeleteFunc(log.Errors(), func(line string) bool { return !strings.HasPrefix(line, "Redis does not serve") })
+	outages := slices.DeleteFunc(log.Errors(), func(line string) bool { return !strings.HasPrefix(line, "Redis is unavailable") })
 	require.Len(t, outages, 1)
 }
 
 // goxstreams deletes dead and broken entries, and never acks them: they are gone
-// for every other group too, handled there or not, and its own group keeps them
-// pending for ever. Here they are acked, in their group, and stay in the stream.
+// for every other group too, handled there or not, and stay pending in its own
+// group forever. Here they are acked in their group, and stay in the stream.
 func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -198,7 +198,7 @@ func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
 	for i := range groups {
 		createGroup(t, client, topic, fmt.Sprint("other", i))
 	}
-	// In one of the others the entries are in hand.
+	// One of the other groups is handling the entries.
 	publish(t, client, topic, "dead", "filtered", "good")
 	addRaw(t, client, topic, "no", "message")
 	before := entriesOf(t, client, topic)
@@ -231,7 +231,7 @@ func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
 			require.Contains(t, []string{"0-0", "0"}, info.LastDeliveredID)
 		}
 	}
-	// All of the others still get all of it.
+	// All of the others still receive everything.
 	got, err := client.XClaim(t.Context(), &redis.XClaimArgs{Stream: topic, Group: "other0", Consumer: "next", Messages: held}).Result()
 	require.NoError(t, err)
 	require.Len(t, got, len(before))
@@ -240,35 +240,35 @@ func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
 	}
 }
 
-// Most who have dead letters add them, and then ack: a process that ends in
-// between leaves the message pending, and the next one adds it again. Here both
+// Most implementations of dead letters add them, and then ack: a process that ends
+// in between leaves the message pending, and the next one adds it again. Here both
 // are one step. The process ends before and after each of its commands in turn,
 // from the handler's error on.
 func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
-	// What the process has that ends, and the one that takes over.
+	// The process that ends, and the one that takes over.
 	type process func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc)
 	open := func(t *testing.T, client *redis.Client) *goxstreams.Subscriber {
 		config := grouped(client)
 		config.ClaimMinIdle = 300 * time.Millisecond
 		config.Retry = quickRetry()
 		config.Retry.MaxRetries = 5
-		config.CloseTimeout = 50 * time.Millisecond // of the one whose commands go nowhere
+		config.CloseTimeout = 50 * time.Millisecond // for the one whose commands go nowhere
 		return newSubscriber(t, config)
 	}
 	fail := func(*message.Message) ([]*message.Message, error) { return nil, goxstreams.Permanent(errOther) }
 	ours := func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc) {
 		return open(t, client), goxstreams.DeadLetter{}.Middleware(fail)
 	}
-	// XADD, then XACK: this is how to see that the test would notice.
+	// XADD, then XACK: this shows that the test would notice.
 	theirs := func(t *testing.T, client *redis.Client, topic string) (*goxstreams.Subscriber, message.HandlerFunc) {
 		poison, err := middleware.PoisonQueue(newPublisher(t, client), goxstreams.DeadLetterTopic(topic))
 		require.NoError(t, err)
 		return open(t, client), poison(fail)
 	}
-	// crash returns how many dead letters there are in the end, and whether the
-	// process had so many commands.
+	// crash returns the final number of dead letters, and whether the process sent
+	// that many commands.
 	crash := func(t *testing.T, p process, at int, before bool) (letters int64, hit bool) {
 		topic, admin := topic(t), newClient(t)
 		cut := &scissors{}
@@ -293,7 +293,7 @@ func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
 		second, handler := p(t, admin, topic)
 		go settling(subscribe(t, second, topic), handler)
 		eventuallySettled(t, admin, topic, testGroup)
-		// What is pending no more was moved or acked before.
+		// Entries that are no longer pending were moved or acked before.
 		require.NoError(t, second.Close())
 		return admin.XLen(context.Background(), stream).Val(), hit
 	}
@@ -324,10 +324,10 @@ func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
 	}
 }
 
-// A process is stopped while its read waits, the entry is delivered to it, and
-// another one claims it and buries it. When the process goes on, it has just read
-// what is nobody's any more: it must not take that for a lost group, put the entry
-// back, and dead-letter it again.
+// A process is stopped during a blocking read, the entry is delivered to it, and
+// another consumer claims and dead-letters it. When the process continues, it has
+// just read an entry that is no longer pending: it must not mistake that for a lost
+// group, restore the entry, and dead-letter it again.
 func TestLateAnswer_MovedOnce(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -384,9 +384,9 @@ func pendingCount(t testing.TB, client redis.UniversalClient, topic string) int6
 	return p.Count
 }
 
-// A message is dead, and the group is lost just before it is moved. It is put
-// back into the group that is made again, and then moved: it must not be taken
-// for settled, which it never was.
+// A message is dead, and the group is lost just before the move. The message is
+// restored in the recreated group, and then moved: it must not count as settled,
+// which it never was.
 func TestMove_GroupLostMeanwhile(t *testing.T) {
 	t.Parallel()
 	topic := topic(t)
@@ -419,9 +419,9 @@ func TestMove_GroupLostMeanwhile(t *testing.T) {
 	require.EqualValues(t, 1, plain.XLen(context.Background(), goxstreams.DeadLetterTopic(topic)).Val())
 }
 
-// A subscription closes, and moves a message; the answer is lost, and the group is made anew
-// at once. What it gave back was put back into that group before, and moved by the next
-// consumer once more. (internal/sim.)
+// A subscription closes, and moves a message; the answer is lost, and the group is
+// recreated at once. The released message was first restored in that group, and
+// moved again by the next consumer. (Found by internal/sim.)
 func TestMove_LostAnswerAtClose(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -461,7 +461,68 @@ func TestMove_LostAnswerAtClose(t *testing.T) {
 	require.Empty(t, pendingOf(t, admin, topic, testGroup), "it would come again")
 }
 
-// The group is made anew by somebody else while a message is in hand that then dies.
+// The answer to a move is lost, and so is the group or the consumer's name. The entry
+// waits for the next attempt when Close begins: it was released, and the next consumer
+// moved it again.
+//
+// [A seed of the simulation found it.]
+func TestMove_LostAnswerThenClose(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for name, lose := range map[string]func(ctx context.Context, p redis.Pipeliner, topic, consumer string){
+		"nothing": func(context.Context, redis.Pipeliner, string, string) {},
+		"the group": func(ctx context.Context, p redis.Pipeliner, topic, _ string) {
+			p.XGroupDestroy(ctx, topic, testGroup)
+			p.XGroupCreate(ctx, topic, testGroup, "$")
+		},
+		"the consumer": func(ctx context.Context, p redis.Pipeliner, topic, consumer string) {
+			p.XGroupDelConsumer(ctx, topic, testGroup, consumer)
+		},
+	} {
+		for _, moved := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, moved=%t", name, moved), func(t *testing.T) {
+				t.Parallel()
+				topic, admin := topic(t), newClient(t)
+				var attempts atomic.Int64
+				var closing atomic.Bool
+				config := grouped(newClient(t, &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+					if !isMove(cmd) || closing.Load() {
+						return next()
+					}
+					if attempts.Add(1) == 1 && moved {
+						assert.NoError(t, next())
+					}
+					return io.ErrUnexpectedEOF
+				}}))
+				config.CloseTimeout = patience
+				sub := newSubscriber(t, config)
+				messages := subscribe(t, sub, topic)
+				consumer := consumersOf(t, admin, topic)[0]
+				publish(t, admin, topic, "dies")
+				msg := next(t, messages)
+				_, err := quick(5).Middleware(func(*message.Message) ([]*message.Message, error) {
+					return nil, goxstreams.Permanent(errFails)
+				})(msg)
+				require.Error(t, err)
+				require.True(t, msg.Nack())
+				eventually(t, func() bool { return attempts.Load() > 0 && stats(t, sub).Waiting == 1 })
+				_, err = admin.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+					lose(t.Context(), p, topic, consumer)
+					p.Ping(t.Context())
+					return nil
+				})
+				require.NoError(t, err)
+				closing.Store(true)
+				require.NoError(t, sub.Close())
+				letters := admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val()
+				require.EqualValues(t, 1, letters+int64(len(pendingOf(t, admin, topic, testGroup))), "once, and not lost")
+			})
+		}
+	}
+}
+
+// Somebody else recreates the group while a message is being handled, which then
+// dies.
 func TestGroupRemade_Dies(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -498,7 +559,8 @@ func TestGroupRemade_Dies(t *testing.T) {
 	}
 }
 
-// The answer to a burial is lost, and the next tries are refused (a replica, OOM); renewals go on meanwhile.
+// The answer to a move is lost, and the next attempts are rejected (a replica,
+// OOM); renewals continue meanwhile.
 func TestMove_LostAnswerThenRefused(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -529,15 +591,15 @@ func TestMove_LostAnswerThenRefused(t *testing.T) {
 	assert.EqualValues(t, 1, admin.XLen(t.Context(), goxstreams.DeadLetterTopic(topic)).Val())
 }
 
-// Dead messages that Redis refuses to move were tried again at a fixed delay, and
-// before anything new: with enough of them nothing else was ever handled.
+// Moves that Redis rejects were retried at a fixed delay, and before anything new:
+// with enough of them nothing else was ever handled.
 func TestUnmovableDoNotStarve(t *testing.T) {
 	t.Parallel()
 	const bad = 500
-	// starve kills many messages with that client, and expects the last one.
+	// starve makes many messages die with that client, and expects the last one.
 	starve := func(t *testing.T, admin, client *redis.Client, topic string, refuse func()) {
 		var mu sync.Mutex
-		tries := make(map[string][]time.Time) // to move an entry
+		tries := make(map[string][]time.Time) // attempts to move an entry
 		client.AddHook(&hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 			if isMove(cmd) {
 				mu.Lock()
@@ -580,7 +642,7 @@ func TestUnmovableDoNotStarve(t *testing.T) {
 				if len(times) < n {
 					continue
 				}
-				for i := 1; i < n; i++ { // 40 ms, doubling, half of it at least
+				for i := 1; i < n; i++ { // 40 ms, doubling, at least half of it
 					assert.GreaterOrEqual(t, times[i].Sub(times[i-1]), 10*time.Millisecond<<i, "try %d", i)
 				}
 				return true
@@ -605,8 +667,8 @@ func TestUnmovableDoNotStarve(t *testing.T) {
 	})
 }
 
-// A dead message whose stream was deleted before it could be moved vanished: it
-// was neither in the log nor in Stats.
+// A dead message whose stream was deleted before the move vanished: neither the log
+// nor Stats mentioned it.
 func TestDeletedBeforeTheMove(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"entry", "stream"} {
@@ -643,7 +705,7 @@ func TestDeletedBeforeTheMove(t *testing.T) {
 				return append(logLinesWith(log.Errors(), "Message lost"), logLinesWith(log.Errors(), "Messages lost")...)
 			}
 			eventually(t, func() bool { return stats(t, sub).Lost == 1 && len(said()) == 1 }, "it is not said")
-			// A further try to move it, after 80 ms at most, says nothing more.
+			// Another attempt, after 80 ms at most, logs nothing more.
 			during(t, 300*time.Millisecond, func() bool { return stats(t, sub).Lost == 1 && len(said()) == 1 }, "it is said again")
 			require.Zero(t, stats(t, sub).Dead)
 			if what == "stream" {
@@ -655,8 +717,8 @@ func TestDeletedBeforeTheMove(t *testing.T) {
 	}
 }
 
-// A message that dies on a dead-letter stream was an Error in the log each time
-// that it came again, for ever.
+// A message that dies on a dead-letter stream was logged at Error each time it was
+// redelivered, forever.
 func TestDeadOnADeadLetterStream(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -679,8 +741,9 @@ func TestDeadOnADeadLetterStream(t *testing.T) {
 	}
 }
 
-// DeadLetter.Topic was not asked where SubscriberConfig.Retry decided that the
-// message dies, after the middlewares; and a Topic that panicked ended the process.
+// DeadLetter.Topic was not called if SubscriberConfig.Retry decided, after the
+// middlewares, that the message is dead; and a Topic that panicked ended the
+// process.
 func TestTopicOfTheDead(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {

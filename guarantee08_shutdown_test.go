@@ -18,13 +18,14 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// Guarantee 8: a shutdown is no failure.
+// Guarantee 8: a shutdown is not a failure.
 
 // Watermill's PoisonQueue inside its Retry takes every error before Retry sees it:
-// nothing is tried again. Outside of it, or with any Retry, it takes what a
-// shutdown made fail too: messages that are in order lie in the poison queue,
-// acked. Here both depends on a verdict: in whatever order the middlewares are,
-// dead is what used its retries up, and a shutdown is no failure.
+// nothing is retried. Outside of it, or with any Retry, it also takes messages
+// whose handlers failed because of a shutdown: healthy messages end up acked in the
+// poison queue. Here both depends on a verdict: whatever the order of the
+// middlewares, a message is dead when it is out of retries, and a shutdown is not a
+// failure.
 func TestFault25_PoisonQueueInsideRetry(t *testing.T) {
 	t.Parallel()
 	const maxRetries = 2
@@ -53,7 +54,8 @@ func TestFault25_PoisonQueueInsideRetry(t *testing.T) {
 			return []message.HandlerMiddleware{queue(goxstreams.IsDead)(t, client, topic), ours}
 		}, fault25{flaky: 2, hopeless: 3, poisoned: []string{"hopeless"}}},
 
-		// The faulty ways, on the same Subscriber: what is shown above can be missed.
+		// The faulty ways, on the same Subscriber, to show that the test would
+		// notice.
 		{"Faulty/PoisonQueueInside", func(t testing.TB, client redis.UniversalClient, topic string) []message.HandlerMiddleware {
 			return []message.HandlerMiddleware{theirs, queue(isAny)(t, client, topic)}
 		}, fault25{flaky: 1, hopeless: 1, poisoned: []string{"flaky", "healthy0", "healthy1", "healthy2", "hopeless"}}},
@@ -74,14 +76,14 @@ type fault25 struct {
 	poisoned        []string // payloads
 }
 
-// runFault25 handles a message that fails once and one that fails always, and is
-// shut down while three are in their handlers for the last time: these end with
-// the signal's context. A second process then handles what is left.
+// runFault25 handles a message that fails once and one that always fails, and is
+// shut down while three messages are in their handlers for the last time: these
+// fail with the signal's context. A second process then handles the rest.
 func runFault25(t *testing.T, client *redis.Client, topic string, maxRetries int64, mws []message.HandlerMiddleware) fault25 {
 	const healthy = 3
 	var result fault25
 	var flaky, hopeless, working, healthily atomic.Int64
-	var tries sync.Map // of the healthy ones, by payload
+	var tries sync.Map // for the healthy ones, by payload
 	signal, terminate := context.WithCancel(context.Background())
 	defer terminate()
 	config := grouped(client)
@@ -140,8 +142,8 @@ func runFault25(t *testing.T, client *redis.Client, topic string, maxRetries int
 	return result
 }
 
-// A worker whose ProcessDead heeds the end of its context at a shutdown was told
-// on at Error, as if it had failed.
+// A worker whose ProcessDead stopped because its context ended at a shutdown was
+// logged at Error, as if it had failed.
 func TestShutdownInProcessDead(t *testing.T) {
 	t.Parallel()
 	client, topic, log := newClient(t), topic(t), newLogRecorder()
@@ -159,8 +161,8 @@ func TestShutdownInProcessDead(t *testing.T) {
 	config.CloseTimeout = 500 * time.Millisecond
 	r := run(t, newConsumer(t, worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: topic}, log))
 	<-entered
-	// What the middlewares say of another test's message may come here too: they
-	// write to the log of the newest subscription.
+	// Another test's middleware messages may arrive here too: they are written to
+	// the log of the newest subscription.
 	ours := func() []string {
 		return slices.DeleteFunc(log.Errors(), func(line string) bool { return !strings.Contains(line, topic) })
 	}
@@ -175,8 +177,8 @@ func TestShutdownInProcessDead(t *testing.T) {
 	require.Equal(t, [3]int{0, 0, 1}, successor.counts())
 }
 
-// The context of a worker's own call that was canceled looked like a shutdown:
-// the failure was never said.
+// A canceled context of a worker's own call looked like a shutdown: the failure was
+// never logged.
 func TestCanceledIsSaid(t *testing.T) {
 	t.Parallel()
 	client, topic, log := newClient(t), topic(t), newLogRecorder()

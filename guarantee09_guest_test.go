@@ -17,11 +17,12 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// Guarantee 9: the library is a guest: it closes, changes and prints nothing that is not
-// its own.
+// Guarantee 9: the library is a guest: it does not close or change what belongs to
+// the caller, and does not print.
 
 // watermill-redisstream's constructor changes the MaxLens map of the config: the
-// caller's own, which may be shared by publishers, a race for a start. Here the map is copied.
+// caller's own, which publishers may share, so this is also a race. Here the map is
+// copied.
 func TestFault19_CallersMaxLensChanged(t *testing.T) {
 	client := newClient(t)
 	capped, other := topic(t), topic(t)
@@ -34,7 +35,7 @@ func TestFault19_CallersMaxLensChanged(t *testing.T) {
 	}
 	require.Equal(t, before, lens)
 
-	// And what the caller does with the map later is not the Publisher's business.
+	// Later changes of the map by the caller do not affect the Publisher.
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for i := range 100 {
@@ -48,9 +49,8 @@ func TestFault19_CallersMaxLensChanged(t *testing.T) {
 	require.Len(t, stored(t, client, other), 700)
 }
 
-// A panic in a function that the user gave to goxstreams ends the process, with
-// all the work of others in it. Here it costs the message at hand a retry at
-// most.
+// In goxstreams a panic in a user's function ends the process, with the work of all
+// others in it. Here it costs the current message at most a retry.
 func TestFault22_PanicInCallback(t *testing.T) {
 	type config = goxstreams.SubscriberConfig
 	nackAll := func(msg *message.Message) { msg.Nack() }
@@ -73,7 +73,7 @@ func TestFault22_PanicInCallback(t *testing.T) {
 		config  config
 		handler func(*message.Message)
 		logged  string
-		dead    int64 // how many of the two end in the dead-letter stream
+		dead    int64 // how many of the two move to the dead-letter stream
 	}{
 		{"Unmarshaler", "broken", config{Unmarshaler: panicking{}}, ack, "panicking panicked: Unmarshal", 1},
 		{"Unmarshaler, within a limit", "broken", config{Unmarshaler: panicking{}, Retry: retry(func(r *goxstreams.Retry) { r.MaxRetries = 3 })}, ack, "panicked: Unmarshal", 1},
@@ -81,6 +81,10 @@ func TestFault22_PanicInCallback(t *testing.T) {
 			Retry:  retry(func(r *goxstreams.Retry) { r.MaxRetries = 1 }),
 			OnDead: func(context.Context, goxstreams.DeadMessage) { panic("OnDead") },
 		}, nackAll, "panic: OnDead", 2},
+		{"OnOutcome", "good", config{
+			Retry:     quickRetry(),
+			OnOutcome: func(goxstreams.Outcome) { panic("OnOutcome") },
+		}, secondTime, "panic: OnOutcome", 0},
 		{"ShouldRetry", "good", config{
 			Retry: retry(func(r *goxstreams.Retry) { r.ShouldRetry = func(middleware.RetryParams) bool { panic("ShouldRetry") } }),
 		}, secondTime, "panic: ShouldRetry", 0},
@@ -107,14 +111,14 @@ func TestFault22_PanicInCallback(t *testing.T) {
 			}, "the subscription did not go on")
 			require.Equal(t, tt.dead, stats(t, sub).Dead)
 			eventuallySettled(t, client, topic, testGroup)
-			require.NoError(t, sub.Close()) // which waits for OnDead
+			require.NoError(t, sub.Close()) // waits for OnDead
 			require.Contains(t, strings.Join(log.Errors(), "\n"), tt.logged)
 		})
 	}
 }
 
-// watermill-redisstream: closing a Subscriber, or a Publisher, closes the client
-// that it was given. Whoever else uses it gets "redis: client is closed".
+// watermill-redisstream: closing a Subscriber or a Publisher closes the client that
+// it was given. Other users of it get "redis: client is closed".
 func TestFault03_CloseLeavesTheClientOpen(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -134,8 +138,8 @@ func TestFault03_CloseLeavesTheClientOpen(t *testing.T) {
 	require.Equal(t, []string{"2"}, uuids(collect(others, 1, patience)))
 }
 
-// errText and errUnwrap are errors whose methods panic when their pointers are
-// nil, and such a nil pointer is what `var err *errText; return err` returns.
+// errText and errUnwrap are errors whose methods panic if their pointers are nil.
+// `var err *errText; return err` returns such a nil pointer.
 type errText struct{ text string }
 
 func (e *errText) Error() string { return e.text }
@@ -146,8 +150,8 @@ func (*errUnwrap) Error() string { return "text" }
 
 func (e *errUnwrap) Unwrap() error { return e.err }
 
-// A handler that returned a nil pointer as its error ended the process: the
-// methods of the error panicked in the library's own goroutines.
+// A handler that returned a nil pointer as its error ended the process: the methods
+// of the error panicked in the library's own goroutines.
 func TestTypedNilErrors(t *testing.T) {
 	t.Parallel()
 	for _, failure := range []error{(*errText)(nil), (*errUnwrap)(nil)} {

@@ -25,11 +25,12 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Outages, failovers and what lies between a client and its server: a subscription
-// recovers, logs one outage, and takes no more connections than it may.
+// Guarantee 10: outages, failovers and the network between a client and its server:
+// a subscription recovers, logs one outage, and uses no more connections than
+// allowed.
 
-// blockedConns returns the server's connections of the clients with the name that
-// wait in a read, in a group or not.
+// blockedConns returns the server's connections of the named clients that are in a
+// blocking read, with a group or without.
 func blockedConns(t testing.TB, admin *redis.Client, name string) []string {
 	t.Helper()
 	var blocked []string
@@ -41,15 +42,15 @@ func blockedConns(t testing.TB, admin *redis.Client, name string) []string {
 	return blocked
 }
 
-// clientField returns what CLIENT LIST's line says of a connection under the name.
+// clientField returns a field of a line of CLIENT LIST.
 func clientField(line, name string) string {
 	_, rest, _ := strings.Cut(" "+line, " "+name+"=")
 	value, _, _ := strings.Cut(rest, " ")
 	return strings.TrimSpace(value)
 }
 
-// endpoint is an address that leads to another server after a while, as a DNS name
-// does: connections that exist stay where they are.
+// endpoint is an address that later leads to another server, like a DNS name:
+// existing connections stay where they are.
 type endpoint struct{ addr atomic.Pointer[string] }
 
 func newEndpoint(addr string) *endpoint {
@@ -64,8 +65,8 @@ func (e *endpoint) dial(ctx context.Context, network, _ string) (net.Conn, error
 	return new(net.Dialer).DialContext(ctx, network, *e.addr.Load())
 }
 
-// miniSentinel is a Sentinel that knows one master, "main". It says so to who asks,
-// and tells those that have subscribed when it is another one.
+// miniSentinel is a Sentinel that knows one master, "main". It answers queries, and
+// tells its subscribers when the master changes.
 type miniSentinel struct {
 	*server.Server
 
@@ -126,12 +127,12 @@ func (s *miniSentinel) flip(master string) {
 	}
 }
 
-// The blocking connections beside the pool were opened once, and never again as long
-// as their reads came back: go-redis, which closes what leads to the old master when
-// a Sentinel names another one, knows only those of its own pool. Where the old master
-// stayed reachable and was not demoted (a partition, a DNS name that was moved), the
-// topics on such a connection waited there for ever, without an error. Where a
-// connection leads is asked again after each BLOCK.
+// The blocking connections outside of the pool were opened once, and never again as
+// long as their reads returned: go-redis, which closes connections to the old
+// master when a Sentinel names another one, knows only those of its own pool. If
+// the old master stayed reachable and was not demoted (a partition, a moved DNS
+// name), the topics on such a connection waited there forever, without an error.
+// Now the library checks after each BLOCK where a connection leads.
 func TestFault51_TopicsFollowAFailover(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -159,8 +160,8 @@ func TestFault51_TopicsFollowAFailover(t *testing.T) {
 					client = redis.NewClient(&redis.Options{Addr: "primary:6379", Dialer: to.dial, ClientName: clientName(name), PoolSize: 3})
 					flip = func() {
 						to.flip(after.Addr())
-						// The pool's own connections end some time or other; those that wait in
-						// a read do not.
+						// The pool's own connections end at some time; those in a
+						// blocking read do not.
 						eventually(t, func() bool {
 							left := 0
 							for _, conn := range connections(t, old, clientName(name)) {
@@ -194,7 +195,7 @@ func TestFault51_TopicsFollowAFailover(t *testing.T) {
 				eventuallyAll(t, all.len, n)
 				eventually(t, func() bool { return len(blockedConns(t, old, clientName(name))) > 0 }, "nothing waits for messages")
 
-				// What replication would have brought there.
+				// The entries that replication would have copied.
 				for _, topic := range topics {
 					publish(t, promoted, topic, "before")
 					if mode == "Group" {
@@ -202,8 +203,8 @@ func TestFault51_TopicsFollowAFailover(t *testing.T) {
 					}
 				}
 				flip()
-				// In fan-out a topic goes on after the last ID that it read: the new
-				// server's are greater, as they would be after a failover.
+				// A fan-out continues after the last ID that it read: the new
+				// server's IDs are greater, as after a failover.
 				began := time.Now()
 				for _, topic := range topics {
 					publish(t, promoted, topic, "after")
@@ -221,14 +222,14 @@ func TestFault51_TopicsFollowAFailover(t *testing.T) {
 	}
 }
 
-// clientName makes a name of connections of a test's topic.
+// clientName derives a connection name from a test's topic.
 func clientName(topic string) string { return strings.NewReplacer("/", "-", " ", "-").Replace(topic) }
 
-// A client of a type that the library does not know has no connection to hold on to:
-// each read took one of the pool, for as long as it waited, and with more topics than
-// that nothing else got one: Subscribe failed, and so did Publish. And the reads, of a
-// BlockTime, were given up after a ReadTimeout that is less: an error in the log for each.
-// Such a client's reads share half of the pool at most.
+// A client of a type that the library does not know has no dedicated connections:
+// each read took one of the pool while it blocked, and with more topics than that
+// nothing else got one: Subscribe failed, and so did Publish. And reads with a
+// BlockTime above the ReadTimeout were given up, with an error in the log for each.
+// Now such a client's reads use at most half of the pool.
 func TestFault53_WrappedClient(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -247,7 +248,7 @@ func TestFault53_WrappedClient(t *testing.T) {
 					config = grouped(client)
 				}
 				config.ClaimInterval = time.Second
-				config.BlockTime = 2 * time.Second // between the two timeouts, which a busy machine keeps
+				config.BlockTime = 2 * time.Second // between the two timeouts, with room for a busy machine
 				sub := newSubscriberLog(t, config, logs)
 				base := topic(t)
 				handled := newTally()
@@ -285,7 +286,7 @@ func TestFault53_WrappedClient(t *testing.T) {
 	}
 }
 
-// delivered returns how many messages all subscriptions together have handed out.
+// delivered returns how many messages all subscriptions together have delivered.
 func delivered(sub *goxstreams.Subscriber) (n int64) {
 	for _, st := range sub.Stats() {
 		n += st.Delivered
@@ -293,16 +294,16 @@ func delivered(sub *goxstreams.Subscriber) (n int64) {
 	return n
 }
 
-// Subscriptions of one topic on one Subscriber, as a router's handlers are or those who
-// wait for the reply to a request, had a connection each: a command cannot read a
-// stream twice. So 200 of them took 200 connections. However many there are, eight
-// wait at most.
+// Subscriptions of one topic on one Subscriber, such as a router's handlers or
+// waiters for the reply to a request, had a connection each, since one command
+// cannot read a stream twice. So 200 of them took 200 connections. Now at most
+// eight block, however many subscriptions there are.
 func TestFault60_SubscriptionsOfOneTopic(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // CLIENT LIST
 	const (
 		pool  = 10
-		most  = 8 // that wait
+		most  = 8 // blocking
 		total = 200
 	)
 	for _, mode := range []string{"Group", "FanOut"} {
@@ -345,7 +346,7 @@ func TestFault60_SubscriptionsOfOneTopic(t *testing.T) {
 					return len(blockedConns(t, admin, name)) <= most && len(connections(t, admin, name)) <= most+pool
 				}
 				eventually(t, func() bool { return len(blockedConns(t, admin, name)) > 0 }, "nothing waits for messages")
-				// All have subscribed: each of them waits by then, or is about to.
+				// All have subscribed: each is blocking by then, or is about to.
 				during(t, 500*time.Millisecond, frugal, "too many connections")
 				for i := range topics {
 					publishN(t, admin, fmt.Sprint(base, "-", i), each/topics)
@@ -368,11 +369,11 @@ func TestFault60_SubscriptionsOfOneTopic(t *testing.T) {
 	}
 }
 
-// A blocking connection ended, and the server refused another one since it had as many
-// as it takes. What was read through the client's pool in between told that Redis
-// serves the subscription again, and the next try to wait that it does not: an outage
-// and its end in the log, once a second, and Stats likewise. It is one outage, until the
-// subscription can wait for messages again.
+// A blocking connection ended, and the server rejected another one because it was
+// at its limit. Reads through the client's pool in between reported that Redis is
+// available again, and the next attempt to block that it is not: an outage and its
+// end in the log and in Stats, once a second. Now it is one outage, until the
+// subscription can block for messages again.
 func TestFault62_RefusedConnection(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -399,7 +400,7 @@ func TestFault62_RefusedConnection(t *testing.T) {
 			require.Empty(t, logs.Errors())
 			before := len(logs.Infos())
 
-			// Those that there are may stay, but for the ones that wait.
+			// Existing connections may stay, except the blocking ones.
 			list := connectionsOf(t, admin)
 			blocked := blockedConns(t, admin, name)
 			require.NoError(t, admin.ConfigSet(ctx, "maxclients", fmt.Sprint(len(list)-len(blocked))).Err())
@@ -427,11 +428,11 @@ func TestFault62_RefusedConnection(t *testing.T) {
 	}
 }
 
-// recoveries returns what was logged at Info, after the first so many lines, of an
-// outage that is over.
+// recoveries returns the lines logged at Info, after the first from lines, about
+// the end of an outage.
 func recoveries(logs logRecorder, from int) (lines []string) {
 	for _, line := range logs.Infos()[from:] {
-		if strings.Contains(line, "serves the subscription again") {
+		if strings.Contains(line, "is available to the subscription again") {
 			lines = append(lines, line)
 		}
 	}
@@ -447,7 +448,7 @@ func connectionsOf(t testing.TB, admin *redis.Client) []string {
 	return strings.Split(strings.TrimSpace(list), "\n")
 }
 
-// rejected returns how many connections the server has refused.
+// rejected returns how many connections the server has rejected.
 func rejected(t testing.TB, admin *redis.Client) (n int) {
 	t.Helper()
 	info, err := admin.Info(context.Background(), "stats").Result()
@@ -458,9 +459,9 @@ func rejected(t testing.TB, admin *redis.Client) (n int) {
 	return n
 }
 
-// blackHole makes connections that, once it is open, swallow what is written on those
-// that wait in a read, and never have anything to read: what a balancer leaves behind
-// that forgets an idle connection and says nothing.
+// blackHole makes connections that, once it is open, swallow what is written on
+// those that are in a blocking read, and never receive anything: like connections
+// that a load balancer has silently forgotten.
 type blackHole struct {
 	mu    sync.Mutex
 	conns map[*blackHoleConn]bool
@@ -471,7 +472,7 @@ type blackHoleConn struct {
 	hole *blackHole
 
 	mu       sync.Mutex
-	waits    bool // the last command written was a read that waits
+	waits    bool // the last command written was a blocking read
 	dead     bool
 	deadline time.Time
 	closed   chan struct{}
@@ -490,7 +491,8 @@ func (b *blackHole) dial(ctx context.Context, network, addr string) (net.Conn, e
 	return c, nil
 }
 
-// open makes the connections that wait in a read die, and returns how many they are.
+// open breaks the connections that are in a blocking read, and returns their
+// number.
 func (b *blackHole) open() (n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -542,7 +544,7 @@ func (c *blackHoleConn) Read(b []byte) (int, error) {
 		if err == nil {
 			continue // lost on the way
 		}
-		// The server has closed it, of which nobody hears.
+		// The server has closed it, but nobody is told.
 		var timeout <-chan time.Time
 		if !deadline.IsZero() {
 			timer := time.NewTimer(time.Until(deadline))
@@ -566,12 +568,12 @@ func (c *blackHoleConn) Close() error {
 	return c.Conn.Close()
 }
 
-// A balancer forgets a connection on which a read waits, and says nothing to either
-// side. The read was given up ten seconds after its BLOCK only, whatever the client's
-// ReadTimeout: with a BlockTime of a minute nothing came for 70 s. It takes BlockTime
-// and ReadTimeout, and no message is lost.
+// A load balancer forgets a connection with a blocking read, without telling either
+// side. The read was given up only ten seconds after its BLOCK, whatever the
+// client's ReadTimeout: with a BlockTime of a minute nothing was delivered for 70
+// s. Now it takes BlockTime and ReadTimeout, and no message is lost.
 //
-// It measures time, and is not parallel to others.
+// It measures time, so it is not parallel to other tests.
 func TestFault64_SilentlyDroppedConnection(t *testing.T) {
 	testserver.RequireReal(t)
 	const (
@@ -615,13 +617,13 @@ func TestFault64_SilentlyDroppedConnection(t *testing.T) {
 	}
 }
 
-// A name that stands for the primary was moved to a promoted replica, as a managed
-// service does it, and the old server became a replica itself that had no data yet.
-// What was left of the pool's connections to it said that there is no such key, and the
-// next command went to the new server, which had the group all along: "The consumer
-// group was lost" stood in the log once a topic, at Error, and what had been seen of the
-// group was forgotten. What an old connection leads to says nothing of the group, and a
-// group that XGROUP CREATE finds there was not lost.
+// The name of the primary was moved to a promoted replica, as managed services do,
+// and the old server became a replica that had no data yet. The pool's remaining
+// connections to it reported that the key does not exist, and the next command went
+// to the new server, which had had the group all along: "The consumer group was
+// lost" was logged at Error for each topic, and the knowledge about the group was
+// forgotten. Now a reply over an old connection says nothing about the group, and a
+// group that XGROUP CREATE finds was not lost.
 func TestFault58_EndpointChangesItsServer(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -655,14 +657,14 @@ func TestFault58_EndpointChangesItsServer(t *testing.T) {
 			eventuallyAll(t, all.len, topics)
 			for _, topic := range names {
 				eventuallySettled(t, old, topic, testGroup)
-				// What replication would have brought there.
+				// The entries that replication would have copied.
 				publish(t, promoted, topic, "before")
 				require.NoError(t, promoted.XGroupCreate(ctx, topic, testGroup, "$").Err())
 			}
 
 			to.flip(after.Addr())
-			// In one step, so that it is empty as a replica only. It finds no master, or it
-			// would not be so for long.
+			// In one step, so that it is empty only as a replica. It finds no
+			// master, otherwise it would not stay empty for long.
 			_, err := old.TxPipelined(ctx, func(tx redis.Pipeliner) error {
 				tx.FlushAll(ctx)
 				tx.Do(ctx, "replicaof", "127.0.0.1", "1")
@@ -684,9 +686,9 @@ func TestFault58_EndpointChangesItsServer(t *testing.T) {
 			assert.Equal(t, 2*topics, all.total(), "handled twice")
 			for _, line := range logs.Errors() {
 				assert.NotContains(t, line, "group was lost")
-				assert.NotContains(t, line, "made anew")
+				assert.NotContains(t, line, "group was recreated")
 			}
-			for _, topic := range names { // the group is what it was
+			for _, topic := range names { // the group is unchanged
 				groups, err := promoted.XInfoGroups(ctx, topic).Result()
 				require.NoError(t, err)
 				require.Len(t, groups, 1)
@@ -698,12 +700,12 @@ func TestFault58_EndpointChangesItsServer(t *testing.T) {
 	}
 }
 
-// Messages waited for their retries when the group was destroyed and made again in one
-// step, by somebody who knew nothing of them. Those whose retry was due first found that
-// they were not pending, and were given up one by one, since others of the lot were
-// pending again; they came with the end of a lease.
+// Messages waited for their retries when the group was destroyed and recreated in
+// one step by somebody who knew nothing of them. The first ones that were due were
+// found not to be pending, and were given up one by one, since others of them were
+// pending again; they were redelivered when their leases expired.
 //
-// Here they come when they are due.
+// Now they are redelivered when they are due.
 func TestFault33_GroupMadeAnewWhileMessagesWait(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -758,9 +760,48 @@ func TestFault33_GroupMadeAnewWhileMessagesWait(t *testing.T) {
 	}
 }
 
-// goxstreams asks whether the group exists and then makes it: of several
-// processes that start at once, some fail with BUSYGROUP (25 of 120). That the
-// group is there is what was wanted.
+// A lease counts from when its read was sent. Where a read blocked for longer than
+// ClaimMinIdle, what it brought counted as expired at once: if the group was recreated
+// before the first renewal, the messages were given up.
+//
+// [A seed of the simulation found it.]
+func TestFault33_GroupMadeAnewAfterALongRead(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	const n = 20
+	client, topic := newClient(t), topic(t)
+	config := grouped(client)
+	config.MaxConcurrency, config.BlockTime, config.ClaimMinIdle = n, 5*time.Second, 1500*time.Millisecond
+	config.Retry = &goxstreams.Retry{InitialInterval: 500 * time.Millisecond}
+	log := newLogRecorder()
+	sub := newSubscriberLog(t, config, log)
+	messages := subscribe(t, sub, topic)
+	eventually(t, func() bool { return len(consumersOf(t, client, topic)) == 1 })
+	time.Sleep(config.ClaimMinIdle + 100*time.Millisecond) // a read would block for as long
+	publishN(t, client, topic, n)
+	for range n {
+		next(t, messages).Nack()
+	}
+	_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+		p.XGroupDestroy(t.Context(), topic, testGroup)
+		p.XGroupCreate(t.Context(), topic, testGroup, "$")
+		p.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{"_watermill_message_uuid", "later", "payload", ""}})
+		return nil
+	})
+	require.NoError(t, err)
+	handled := newTally()
+	for handled.len() < n+1 {
+		msg := next(t, messages)
+		handled.add(msg)
+		msg.Ack()
+	}
+	require.NotContains(t, strings.Join(log.Infos(), "\n"), "Lease lost")
+	eventuallySettled(t, client, topic, testGroup)
+}
+
+// goxstreams checks whether the group exists and then creates it: of several
+// processes that start at once, some fail with BUSYGROUP (25 of 120). But an
+// existing group is what they wanted.
 func TestFault18_GroupCreationFailsAtOnce(t *testing.T) {
 	client := newClient(t)
 	for range 5 {
@@ -789,8 +830,8 @@ func TestFault18_GroupCreationFailsAtOnce(t *testing.T) {
 	}
 }
 
-// That the group exists must not move it either: what it has not read yet stays
-// to be read.
+// An existing group must keep its position, too: entries that it has not read yet
+// stay unread.
 func TestFault18_ExistingGroupKeepsItsPlace(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -803,9 +844,9 @@ func TestFault18_ExistingGroupKeepsItsPlace(t *testing.T) {
 	require.Len(t, collect(subscribe(t, sub, topic), 3, patience), 3)
 }
 
-// What Redis can answer, or not answer. goxstreams ends the process by log.Fatal
-// on some of it. Here every command gets the same error for a while, and
-// then the subscription goes on where it was, by itself.
+// Errors that Redis can return, or no answer. goxstreams ends the process by
+// log.Fatal on some of them. Here every command gets the same error for a while,
+// and then the subscription continues where it was.
 func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -867,7 +908,7 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 			for _, name := range []string{"xreadgroup", "xack", "claim", "xpending", "renewal"} {
 				eventually(t, func() bool { _, ok := failed.Load(name); return ok }, name)
 			}
-			if fault != redis.Nil { // which is an answer: nothing there
+			if fault != redis.Nil { // a reply: no entries
 				eventually(t, func() bool { return errors.Is(stats(t, sub).Err, fault) }, "Stats does not show the outage")
 			}
 			worked.Clear()
@@ -893,11 +934,11 @@ func TestFault22_ErrorEndsTheProcess(t *testing.T) {
 	}
 }
 
-// Both peers: after FLUSHALL, XGROUP DESTROY or DEL, every read fails with
-// NOGROUP for ever; the group is made only when subscribing.
+// In both earlier libraries, after FLUSHALL, XGROUP DESTROY or DEL every read fails
+// with NOGROUP forever; the group is created only when subscribing.
 //
-// Here the group is made again. What was in hand then is still this
-// subscription's: nobody gets it a second time, and its ack counts.
+// Here the group is recreated. Messages that were being handled are still this
+// subscription's: nobody gets them a second time, and their acks count.
 func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -923,7 +964,7 @@ func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
 			log := newLogRecorder()
 			config := grouped(client)
 			config.MaxConcurrency = 2
-			config.BlockTime = time.Minute // it must notice sooner
+			config.BlockTime = time.Minute // it must notice earlier than that
 			sub := newSubscriberLog(t, config, log)
 			messages := subscribe(t, sub, topic)
 			publish(t, client, topic, "acked")
@@ -949,8 +990,8 @@ func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
 
 			publish(t, client, topic, "after")
 			require.Equal(t, []string{"after"}, payloads(collect(messages, 1, patience)))
-			// What was lost with the stream, what with the group, and that there was an
-			// outage: again if an answer from before came late, to the read or to the look.
+			// The losses of the stream, those of the group, and the outage: once
+			// more if an earlier answer arrived late, to the read or to the look.
 			lines := slices.Clone(log.Errors())
 			slices.Sort(lines)
 			require.Equal(t, slices.Compact(slices.Clone(lines)), lines, "the log is flooded")
@@ -959,8 +1000,8 @@ func TestFault07_LostGroupIsMadeAgain(t *testing.T) {
 		})
 	}
 
-	// The stream that follows may begin with IDs that the old one has passed: the
-	// server's clock was set back, or the IDs are given by hand.
+	// The new stream may start with IDs that the old one has passed: the server's
+	// clock was set back, or the IDs are set explicitly.
 	t.Run("SmallerIDs", func(t *testing.T) {
 		client := newClient(t)
 		topic := topic(t)
@@ -1012,10 +1053,10 @@ func TestRestart(t *testing.T) {
 							if errors.Is(err, goxstreams.ErrOutcomeUnknown) {
 								unknown.Add(1) // it may be stored twice now
 							}
-							time.Sleep(10 * time.Millisecond) // or the log fills up; how long does not matter
+							time.Sleep(10 * time.Millisecond) // otherwise the log fills up; the duration does not matter
 						}
 						published.Add(1)
-						time.Sleep(2 * time.Millisecond) // so that the restarts hit more of it
+						time.Sleep(2 * time.Millisecond) // so that the restarts interrupt more of it
 					}
 				})
 			}
@@ -1032,8 +1073,8 @@ func TestRestart(t *testing.T) {
 			}
 			eventuallySettled(t, client, topic, testGroup)
 			require.NoError(t, sub.Close())
-			// The server had written down what it had delivered, so that no entry
-			// comes twice.
+			// The server had persisted its deliveries, so no entry is delivered
+			// twice.
 			for id, n := range handled.entries {
 				assert.Equal(t, 1, n, "entry %s", id)
 			}
@@ -1043,10 +1084,10 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-// TestServerAway: Redis counts idle time also while it is frozen or down, and
-// no holder can renew. Then all that is in hand looks abandoned, and is not:
-// claiming on idle time alone takes it from living holders, if one of them is a
-// little slower to come back than a claimer. Here all of them are.
+// TestServerAway: Redis counts idle time even while it is frozen or down, and no
+// consumer can renew. Then all messages that are being handled look abandoned:
+// claiming by idle time alone takes them from living consumers that reconnect a
+// little later than a claimer. Here all of them do.
 func TestServerAway(t *testing.T) {
 	t.Parallel()
 	for name, away := range map[string]func(s *testserver.Server, d time.Duration){
@@ -1057,7 +1098,7 @@ func TestServerAway(t *testing.T) {
 			t.Parallel()
 			server := testserver.Private(t, "--appendonly", "yes", "--appendfsync", "always")
 			client, topic := server.Client(), topic(t)
-			const minIdle = 2400 * time.Millisecond // the slower holders are within a third of it
+			const minIdle = 2400 * time.Millisecond // the slower consumers are within a third of it
 			var unreachable atomic.Bool
 			slow := &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 				if unreachable.Load() && isRenewal(cmd) {
@@ -1071,7 +1112,7 @@ func TestServerAway(t *testing.T) {
 				config := claiming(server.Client())
 				config.Client.(*redis.Client).AddHook(slow)
 				config.ClaimMinIdle = minIdle
-				config.MaxConcurrency = 16 // room for what the other one has, all of it
+				config.MaxConcurrency = 16 // room for all of the other one's messages
 				subs[i] = newSubscriber(t, config)
 				out[i] = subscribe(t, subs[i], topic)
 			}
@@ -1099,8 +1140,9 @@ func TestServerAway(t *testing.T) {
 			unreachable.Store(true)
 			away(server, 2*minIdle+minIdle/2)
 			time.AfterFunc(minIdle/16, func() { unreachable.Store(false) })
-			// A claim on idle time alone comes at the first look, one on two
-			// sightings without a renewal between them within claimTime.
+			// A claim by idle time alone comes at the first look; one that requires
+			// an entry to be found idle twice, without a renewal in between, comes
+			// within claimTime.
 			during(t, minIdle*4/3+2*claimInterval+minIdle/3, func() bool {
 				return !slices.ContainsFunc(held, func(msg *message.Message) bool { return msg.Context().Err() != nil })
 			}, "a context ended")
@@ -1121,7 +1163,7 @@ func TestServerAway(t *testing.T) {
 	}
 }
 
-// TestGroupLost: the group disappears, in one of the ways in which that happens.
+// TestGroupLost: the group disappears in one of several ways.
 func TestGroupLost(t *testing.T) {
 	t.Parallel()
 	type server struct{ client *redis.Client }
@@ -1215,7 +1257,8 @@ func TestGroupLost(t *testing.T) {
 			}
 			eventually(t, func() bool { return stats(t, sub).InFlight == 0 }, "something is kept for ever")
 			eventuallySettled(t, client, topic, testGroup)
-			// Whatever is to come once more would come before this one, or instead.
+			// Any further redelivery would come before this message, or instead of
+			// it.
 			publish(t, client, topic, "last")
 			msg := next(t, messages)
 			assert.Equal(t, "last", string(msg.Payload))
@@ -1229,7 +1272,7 @@ func TestGroupLost(t *testing.T) {
 	}
 }
 
-// TestRecovery: Redis refuses a command for a while.
+// TestRecovery: Redis rejects a command for a while.
 func TestRecovery(t *testing.T) {
 	t.Parallel()
 	for _, command := range []string{"xreadgroup", "xack", "xclaim"} {
@@ -1250,13 +1293,14 @@ func TestRecovery(t *testing.T) {
 			}})
 			config := claiming(client)
 			config.MaxConcurrency = 2
-			config.BlockTime = 50 * time.Millisecond // 7.0 still serves a read that waits
+			config.BlockTime = 50 * time.Millisecond // 7.0 still serves a read that is blocking
 			sub := newSubscriberLog(t, config, log)
 			messages := subscribe(t, sub, topic)
 			publish(t, admin, topic, "held")
 			held := next(t, messages)
-			// A look that found it pending before it was known to be held would ask whether
-			// leases can be renewed, and the next one would not: an outage, and its end.
+			// If a look found it pending before the ledger had it, it would probe
+			// whether leases can be renewed, and the next one would not: an outage,
+			// and its end.
 			seen := looks.Load()
 			eventually(t, func() bool { return looks.Load() >= seen+2 }, "nobody looks")
 
@@ -1330,7 +1374,8 @@ func TestRecovery(t *testing.T) {
 	})
 }
 
-// The group is made anew by somebody else; this consumer reads something new before it renews what it has.
+// Somebody else recreates the group; this consumer reads something new before it
+// renews its messages.
 func TestGroupRemade_ReadsOn(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -1350,7 +1395,7 @@ func TestGroupRemade_ReadsOn(t *testing.T) {
 	require.NoError(t, err)
 	fresh := next(t, messages)
 	require.Equal(t, "new", string(fresh.Payload))
-	select { // until a renewal found it missing, or put it back
+	select { // until a renewal found it missing, or restored it
 	case <-old.Context().Done():
 	case <-time.After(2 * minIdle):
 	}

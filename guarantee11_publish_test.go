@@ -25,7 +25,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// clientWith returns a client of the options, which t's cleanup closes.
+// clientWith returns a client with these options, which t's cleanup closes.
 func clientWith(t testing.TB, opt *redis.Options) *redis.Client {
 	t.Helper()
 	client := redis.NewClient(opt)
@@ -41,12 +41,12 @@ func plainMessages(n int) []*message.Message {
 	return msgs
 }
 
-// The server stands still, and very many goroutines publish one message each. They
-// waited for each other, pipeline after pipeline, for as long as their number had it,
-// and each was told that its outcome was unknown.
+// The server hangs, and very many goroutines publish one message each. They waited
+// for each other, pipeline after pipeline, as long as their number required, and
+// each got an unknown outcome.
 //
-// Here a call waits for its turn no longer than go-redis lets one wait for a
-// connection; and what was not sent says so.
+// Now a call waits for its turn no longer than go-redis waits for a connection; and
+// a call that was not sent says so.
 func TestFault34_PublishIsBounded(t *testing.T) {
 	server := testserver.Private(t)
 	const callers, timeout = 3000, 300 * time.Millisecond
@@ -85,8 +85,9 @@ func TestFault34_PublishIsBounded(t *testing.T) {
 	require.NotZero(t, never.Load(), "those that were never sent")
 }
 
-// Redis's transactions undo nothing: of two messages the first was stored and the
-// second refused, which was an error like any other, as if nothing were stored.
+// Redis's transactions do not roll back: of two messages the first was stored and
+// the second rejected, which was reported as an ordinary error, as if nothing were
+// stored.
 func TestFault47_HalfOfACallIsStored(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -131,9 +132,9 @@ func addID(t testing.TB, client redis.UniversalClient, topic, id string) {
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{"a", "b"}}).Err())
 }
 
-// A large message shared its pipeline with small ones. One that the server refused
-// for its size took their connection with it, and their outcomes were unknown; one
-// that took long delayed them.
+// A large message shared its pipeline with small ones. If the server rejected it
+// for its size, their connection was closed with unknown outcomes for all; if it
+// took long, it delayed them.
 func TestFault54_LargeCallsGoAlone(t *testing.T) {
 	large := message.NewMessage("large", bytes.Repeat([]byte("x"), 2<<20))
 	during := func(t *testing.T, client *redis.Client, do func()) {
@@ -178,7 +179,7 @@ func TestFault54_LargeCallsGoAlone(t *testing.T) {
 		during(t, client, func() {
 			go func() { sent <- pub.Publish(topic(t), large) }()
 			small := topic(t)
-			for range 20 { // while the large one is under way
+			for range 20 { // while the large one is in flight
 				require.NoError(t, pub.Publish(small, plainMessages(1)...))
 			}
 			select {
@@ -192,7 +193,7 @@ func TestFault54_LargeCallsGoAlone(t *testing.T) {
 	})
 }
 
-// heldConn holds up what is large.
+// heldConn delays large writes.
 type heldConn struct {
 	net.Conn
 	hold <-chan struct{}
@@ -205,8 +206,8 @@ func (c heldConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// The commands of several callers ran in the context of one of them: who traces or
-// tells tenants apart by the context's values saw a stranger's.
+// The commands of several callers ran in the context of one of them: tracing, or
+// code that distinguishes tenants by context values, saw another caller's values.
 func TestFault56_NobodysValuesAreShared(t *testing.T) {
 	t.Parallel()
 	type key struct{}
@@ -260,8 +261,8 @@ type refusing struct{}
 func (refusing) Allow() error       { return errors.New("the circuit is open") }
 func (refusing) ReportResult(error) {}
 
-// ErrOutcomeUnknown was said of whatever failed without an answer. But what fails
-// before anything is written is not stored.
+// ErrOutcomeUnknown was returned for every failure without an answer. But a command
+// that failed before anything was written is not stored.
 func TestFault57_NothingWasSent(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -343,7 +344,7 @@ func TestFault57_NothingWasSent(t *testing.T) {
 			require.NotErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
 		}
 	})
-	// What was written without an answer is unknown.
+	// A command that was written without an answer has an unknown outcome.
 	for name, write := range map[string]func(net.Conn, []byte) (int, error){
 		"cut after the write": func(c net.Conn, b []byte) (int, error) {
 			n, err := c.Write(b)
@@ -365,7 +366,7 @@ func TestFault57_NothingWasSent(t *testing.T) {
 					return shearedConn{conn, &armed, write}, err
 				}})
 				pub, topic := newPublisher(t, client), topic(t)
-				require.NoError(t, pub.Publish(topic, plainMessages(n+1)...)) // MULTI is asked for
+				require.NoError(t, pub.Publish(topic, plainMessages(n+1)...)) // checks MULTI
 				armed.Store(true)
 				require.ErrorIs(t, pub.Publish(topic, plainMessages(n+1)...), goxstreams.ErrOutcomeUnknown, "%d messages", n+1)
 			}
@@ -373,7 +374,7 @@ func TestFault57_NothingWasSent(t *testing.T) {
 	}
 }
 
-// shearedConn writes in another way once it is armed.
+// shearedConn writes differently once it is armed.
 type shearedConn struct {
 	net.Conn
 	armed *atomic.Bool
@@ -387,7 +388,7 @@ func (c shearedConn) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// marshalerFunc is a Marshaler that does something before.
+// marshalerFunc is a Marshaler that first calls a function.
 type marshalerFunc func(topic string)
 
 func (f marshalerFunc) Marshal(topic string, msg *message.Message) (map[string]any, error) {
@@ -395,8 +396,8 @@ func (f marshalerFunc) Marshal(topic string, msg *message.Message) (map[string]a
 	return goxstreams.DefaultMarshaler{}.Marshal(topic, msg)
 }
 
-// A Marshaler that publishes through its own Publisher waited for Close, which waited
-// for it.
+// A Marshaler that published through its own Publisher waited for Close, which
+// waited for it.
 func TestFault63_PublishWithinPublish(t *testing.T) {
 	t.Parallel()
 	client, name := newClient(t), topic(t)
@@ -444,7 +445,7 @@ func TestFault63_PublishWithinPublish(t *testing.T) {
 		finish(t, "Publish", func() error { return pub.Publish(name, plainMessages(1)...) })
 	})
 	t.Run("Close within a hook", func(t *testing.T) {
-		// It waits for its own call; but no longer than one command may take.
+		// It waits for its own call, but no longer than one command may take.
 		const short = 500 * time.Millisecond
 		client := clientWith(t, &redis.Options{Addr: testserver.Addr(t), DialTimeout: short, ReadTimeout: short, WriteTimeout: short, PoolTimeout: short})
 		pub := newPublisher(t, client)
@@ -456,7 +457,7 @@ func TestFault63_PublishWithinPublish(t *testing.T) {
 	})
 }
 
-// A pooled connection that somebody left with a WATCH: EXEC answers nil.
+// A pooled connection on which somebody left a WATCH: EXEC returns nil.
 func TestPublish_WatchLeftBehind(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -477,8 +478,8 @@ func TestPublish_WatchLeftBehind(t *testing.T) {
 	require.Len(t, stored(t, admin, topic), 5)
 }
 
-// TestResend: go-redis, as it is by default, sends a command again when the answer
-// is lost: MaxRetries 3. What this library sends it does not, and nothing is stored
+// TestResend: go-redis by default resends a command when its answer is lost
+// (MaxRetries 3). It does not resend this library's commands, and nothing is stored
 // or counted twice.
 func TestResend(t *testing.T) {
 	t.Parallel()
@@ -496,7 +497,7 @@ func TestResend(t *testing.T) {
 		require.True(t, lost, "no answer was lost")
 		require.LessOrEqual(t, sent, most, "it was sent again")
 	}
-	t.Run("go-redis itself stores twice", func(t *testing.T) { // else the rest proves nothing
+	t.Run("go-redis itself stores twice", func(t *testing.T) { // otherwise the rest proves nothing
 		m, client := open(t)
 		topic := topic(t)
 		m.next("xadd")
@@ -508,7 +509,7 @@ func TestResend(t *testing.T) {
 			m, client := open(t)
 			topic := topic(t)
 			pub := newPublisher(t, client)
-			require.NoError(t, pub.Publish(topic+"-", numbered(2)...)) // asks for MULTI
+			require.NoError(t, pub.Publish(topic+"-", numbered(2)...)) // checks MULTI
 			m.next("xadd")
 			err := pub.Publish(topic, numbered(n)...)
 			require.ErrorIs(t, err, goxstreams.ErrOutcomeUnknown)
@@ -541,7 +542,7 @@ func TestResend(t *testing.T) {
 			config.BlockTime = 100 * time.Millisecond
 			config.Retry = quickRetry()
 			config.Retry.MaxRetries = 2
-			config.ClaimMinIdle = 10 * time.Minute // no renewals, nothing else is claimed
+			config.ClaimMinIdle = 10 * time.Minute // no renewals; nothing else is claimed
 			config.ClaimInterval = 50 * time.Millisecond
 			sub := newSubscriberLog(t, config, log)
 			messages := subscribe(t, sub, topic)

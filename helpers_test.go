@@ -29,23 +29,22 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// patience is how long a test waits for what must happen: far longer than it
-// takes on a machine that has nothing else to do. What is waited for ends the
-// wait, so that it costs nothing.
+// patience is how long a test waits for a condition: far longer than an idle
+// machine needs. The condition ends the wait, so it costs nothing.
 const patience = 75 * time.Second
 
-// testGroup is the consumer group of tests that need one only; topics are unique.
+// testGroup is the consumer group of tests that need only one; topics are unique.
 const testGroup = "group"
 
-// topic returns a stream's name that no other test uses.
+// topic returns a stream name that no other test uses.
 func topic(t testing.TB) string {
 	t.Helper()
 	return t.Name() + "-" + watermill.NewShortUUID()
 }
 
-// newClient returns a client of the shared server with the hooks given. t's
-// cleanup closes it. With GOXSTREAMS_TEST_ACL=1 it is a user's with the rights
-// that docs/rights.md names and no others: see leastRights.
+// newClient returns a client of the shared server with the given hooks. t's cleanup
+// closes it. With GOXSTREAMS_TEST_ACL=1 its user has exactly the permissions that
+// docs/rights.md lists: see leastRights.
 func newClient(t testing.TB, hooks ...redis.Hook) *redis.Client {
 	t.Helper()
 	client := testserver.Client(t)
@@ -67,8 +66,8 @@ func newPublisher(t testing.TB, client redis.UniversalClient) *goxstreams.Publis
 	return pub
 }
 
-// newSubscriber returns a Subscriber that t's cleanup closes. The config's empty
-// fields that say how long things take are filled in with short times.
+// newSubscriber returns a Subscriber that t's cleanup closes. Durations that the
+// config leaves empty are set to short ones.
 func newSubscriber(t testing.TB, config goxstreams.SubscriberConfig) *goxstreams.Subscriber {
 	t.Helper()
 	return newSubscriberLog(t, config, nil)
@@ -91,12 +90,13 @@ func newSubscriberLog(t testing.TB, config goxstreams.SubscriberConfig, logger w
 	return sub
 }
 
-// grouped is the config of a consumer of testGroup, the rest of it by default.
+// grouped returns the config of a consumer of testGroup, with defaults for the
+// rest.
 func grouped(client redis.UniversalClient) goxstreams.SubscriberConfig {
 	return goxstreams.SubscriberConfig{Client: client, ConsumerGroup: testGroup}
 }
 
-// quickRetry is for tests that nack: no limit, next to no delay.
+// quickRetry is for tests that nack: no limit, and hardly any delay.
 func quickRetry() *goxstreams.Retry {
 	return &goxstreams.Retry{InitialInterval: time.Millisecond, MaxInterval: 10 * time.Millisecond}
 }
@@ -108,7 +108,7 @@ func subscribe(t testing.TB, sub message.Subscriber, topic string) <-chan *messa
 	return messages
 }
 
-// publish publishes messages with the payloads given and returns their UUIDs.
+// publish publishes messages with the given payloads and returns their UUIDs.
 func publish(t testing.TB, client redis.UniversalClient, topic string, payloads ...string) []string {
 	t.Helper()
 	msgs := make([]*message.Message, len(payloads))
@@ -162,8 +162,8 @@ func next(t testing.TB, messages <-chan *message.Message) *message.Message {
 	}
 }
 
-// collect acks and returns what arrives: n messages, or fewer if none comes for
-// the timeout or the channel closes.
+// collect acks and returns messages: n, or fewer if none arrives within the timeout
+// or the channel closes.
 func collect(messages <-chan *message.Message, n int, timeout time.Duration) []*message.Message {
 	var got []*message.Message
 	patience := time.NewTimer(timeout)
@@ -195,8 +195,8 @@ func eventually(t testing.TB, condition func() bool, msgAndArgs ...any) {
 	}
 }
 
-// eventuallyAll waits until there are n, and fails the test if there are no more
-// of them for patience.
+// eventuallyAll waits until the count is n, and fails the test if it does not grow
+// within patience.
 func eventuallyAll(t testing.TB, count func() int, n int) {
 	t.Helper()
 	for before := count(); before < n; before = count() {
@@ -212,7 +212,7 @@ func stats(t testing.TB, sub *goxstreams.Subscriber) goxstreams.SubscriptionStat
 	return all[0]
 }
 
-// delivery returns what a message's context says of it.
+// delivery returns the delivery in a message's context.
 func delivery(t testing.TB, msg *message.Message) goxstreams.Delivery {
 	t.Helper()
 	d, ok := goxstreams.DeliveryFromContext(msg.Context())
@@ -230,26 +230,26 @@ func pendingOf(t testing.TB, client redis.UniversalClient, topic, group string) 
 	return rows
 }
 
-// eventuallyLater waits until the server's clock is past the entry's millisecond:
-// a stream that is made anew within it repeats the IDs of the old one, and nobody
-// could tell the entries apart.
+// eventuallyLater waits until the server's clock has passed the entry's
+// millisecond: a stream that is recreated within it repeats the IDs of the old one,
+// and nobody could distinguish the entries.
 func eventuallyLater(t testing.TB, client *redis.Client, id string) {
 	t.Helper()
-	clock := topic(t) // not TIME, to which a user with the least rights has none
+	clock := topic(t) // not TIME, which a user with minimal permissions may not run
 	eventually(t, func() bool {
 		now := addRaw(t, client, clock, "a", "")
 		return goxstreams.Delivery{ID: now}.Time().After(goxstreams.Delivery{ID: id}.Time())
 	})
 }
 
-// eventuallySettled waits until nothing of the group is pending any more.
+// eventuallySettled waits until nothing of the group is pending.
 func eventuallySettled(t testing.TB, client redis.UniversalClient, topic, group string) {
 	t.Helper()
 	eventually(t, func() bool { return len(pendingOf(t, client, topic, group)) == 0 }, "entries stay pending")
 }
 
-// readAs reads n new entries in the consumer's name and leaves them pending: what
-// a process does that dies then. It returns their IDs.
+// readAs reads n new entries as the consumer and leaves them pending, like a
+// process that then dies. It returns their IDs.
 func readAs(t testing.TB, client redis.UniversalClient, topic, group, consumer string, n int) []string {
 	t.Helper()
 	streams, err := client.XReadGroup(context.Background(), &redis.XReadGroupArgs{
@@ -264,14 +264,14 @@ func readAs(t testing.TB, client redis.UniversalClient, topic, group, consumer s
 	return ids
 }
 
-// createGroup makes the group, to begin with the whole stream.
+// createGroup creates the group at the start of the stream.
 func createGroup(t testing.TB, client redis.UniversalClient, topic, group string) {
 	t.Helper()
 	require.NoError(t, client.XGroupCreateMkStream(context.Background(), topic, group, "0").Err())
 }
 
 // closed reports whether the channel closes within the timeout; messages that
-// come before are left unsettled.
+// arrive before that are left unsettled.
 func closed(messages <-chan *message.Message, timeout time.Duration) bool {
 	deadline := time.After(timeout)
 	for {
@@ -286,9 +286,9 @@ func closed(messages <-chan *message.Message, timeout time.Duration) bool {
 	}
 }
 
-// A turnConn remembers what was sent since the last answer, so that a test which
-// loses an answer can wait until the server has given it: by then it has run all
-// that was sent, however slow it is.
+// A turnConn records what was sent since the last reply, so that a test which loses
+// a reply can wait until the server has sent it: by then it has run everything that
+// was sent, however slow it is.
 type turnConn struct {
 	net.Conn
 	sent     []byte
@@ -308,8 +308,8 @@ func (c *turnConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
-// readAll reads the answers to all that was sent, of which the beginning has been
-// read.
+// readAll reads the replies to everything that was sent, the beginning of which has
+// been read.
 func (c *turnConn) readAll(beginning []byte) {
 	commands := bufio.NewReader(bytes.NewReader(c.sent))
 	answers := bufio.NewReader(io.MultiReader(bytes.NewReader(beginning), c.Conn))
@@ -318,7 +318,7 @@ func (c *turnConn) readAll(beginning []byte) {
 	}
 }
 
-// skipValue reads a value of RESP, which commands and answers are.
+// skipValue reads a RESP value, which commands and replies are.
 func skipValue(r *bufio.Reader) error {
 	line, err := r.ReadString('\n')
 	if err != nil {
@@ -341,14 +341,14 @@ func skipValue(r *bufio.Reader) error {
 	return err
 }
 
-// hook lets a test look at the commands of a client, and put faults into them.
-// It serves single commands and pipelines alike.
+// hook lets a test observe a client's commands, and inject faults. It handles
+// single commands and pipelines alike.
 type hook struct {
-	// process runs the command by calling next, or does not. What it returns is
-	// the command's error.
+	// process runs the command by calling next, or does not. It returns the
+	// command's error.
 	process func(ctx context.Context, cmd redis.Cmder, next func() error) error
-	// pipeline likewise; nil: each of its commands by itself, as process has it, but
-	// for a transaction, which is left untouched.
+	// pipeline does the same for pipelines. If it is nil, each command is passed to
+	// process by itself, except in a transaction, which is left untouched.
 	pipeline func(ctx context.Context, cmds []redis.Cmder, next func() error) error
 }
 
@@ -385,7 +385,7 @@ func (h *hook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Process
 	}
 }
 
-// isScript reports whether the command runs a script in which the text is.
+// isScript reports whether the command runs a script that contains the text.
 func isScript(cmd redis.Cmder, text string) bool {
 	return cmd.Name() == "eval" && strings.Contains(fmt.Sprint(cmd.Args()[1]), text)
 }
@@ -397,11 +397,11 @@ func isRenewal(cmd redis.Cmder) bool { return isScript(cmd, "-- renew") }
 // back from it.
 func isMove(cmd redis.Cmder) bool { return isScript(cmd, "'XADD'") }
 
-// isRelease reports whether the command gives entries back, or leaves them with
+// isRelease reports whether the command releases entries, or leaves them with
 // another count.
 func isRelease(cmd redis.Cmder) bool { return isScript(cmd, "-- assign") }
 
-// isClaim reports whether the command has an entry delivered here once more.
+// isClaim reports whether the command delivers an entry here once more.
 func isClaim(cmd redis.Cmder) bool { return isScript(cmd, "-- take") }
 
 // countCommands returns a hook that counts commands by their lower-case names.
@@ -438,7 +438,7 @@ func (c *commandCounts) of(name string) int {
 	return c.n[name]
 }
 
-// logRecorder is a logger that remembers what it was told at Error and Info.
+// logRecorder is a logger that records Error and Info.
 type logRecorder struct {
 	fields watermill.LogFields
 	*logLines
@@ -471,22 +471,21 @@ func (l logRecorder) With(fields watermill.LogFields) watermill.LoggerAdapter {
 	return logRecorder{l.fields.Add(fields), l.logLines}
 }
 
-// Errors returns what was logged at Error so far.
+// Errors returns everything logged at Error so far.
 func (l logRecorder) Errors() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]string(nil), l.logLines.errors...)
 }
 
-// Infos returns what was logged at Info so far.
+// Infos returns everything logged at Info so far.
 func (l logRecorder) Infos() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]string(nil), l.logLines.infos...)
 }
 
-// connections returns the server's connections of the clients with the name, each
-// as CLIENT LIST describes it.
+// connections returns the lines of CLIENT LIST for the named clients.
 func connections(t testing.TB, admin redis.UniversalClient, name string) []string {
 	t.Helper()
 	list, err := admin.(*redis.Client).ClientList(context.Background()).Result()
@@ -500,8 +499,8 @@ func connections(t testing.TB, admin redis.UniversalClient, name string) []strin
 	return conns
 }
 
-// addPending publishes a message and delivers it to the consumer, in one step,
-// so that no other one gets it. It stays pending: its consumer died. It returns
+// addPending publishes a message and delivers it to the consumer in one step, so
+// that no other consumer gets it. It stays pending: its consumer died. It returns
 // the entry's ID.
 func addPending(t testing.TB, client *redis.Client, topic, consumer, payload string) string {
 	t.Helper()
@@ -519,7 +518,7 @@ func addPending(t testing.TB, client *redis.Client, topic, consumer, payload str
 	return add.Val()
 }
 
-// panicking panics in Unmarshal until told to stop, for the payload "broken".
+// panicking panics in Unmarshal for the payload "broken", until told to stop.
 type panicking struct{ goxstreams.DefaultMarshaler }
 
 func (p panicking) Unmarshal(values map[string]any) (*message.Message, error) {
@@ -539,13 +538,13 @@ func poisonOf(topic string) string { return topic + ".poison" }
 
 var errOdd = errors.New("odd")
 
-// eventuallyBlocked waits until a client of the server is blocked in a read.
+// eventuallyBlocked waits until a client of the server is in a blocking read.
 func eventuallyBlocked(t *testing.T, client *redis.Client) {
 	t.Helper()
 	eventually(t, func() bool { return blocked(t, client) > 0 }, "nobody reads")
 }
 
-// blocked returns how many clients of the server wait in a read.
+// blocked returns how many clients of the server are in a blocking read.
 func blocked(t *testing.T, client *redis.Client) int {
 	t.Helper()
 	list, err := client.ClientList(context.Background()).Result()
@@ -560,15 +559,15 @@ func blocked(t *testing.T, client *redis.Client) int {
 }
 
 const (
-	// minIdle is ClaimMinIdle where its running out is waited for: so long that
-	// a busy machine does not let a lease run out by itself.
+	// minIdle is ClaimMinIdle in tests that wait for it to expire: long enough that
+	// a lease does not expire by itself on a busy machine.
 	minIdle = 1500 * time.Millisecond
-	// claimInterval is ClaimInterval there.
+	// claimInterval is ClaimInterval in these tests.
 	claimInterval = 100 * time.Millisecond
-	// claimTime is how long a takeover takes at most, by the guarantee.
+	// claimTime is the guaranteed maximum time of a takeover.
 	claimTime = minIdle*4/3 + 2*claimInterval
-	// slack is what a busy machine may add to that: all that a bound from above tells is that nothing else was waited
-	// for. (How long things take exactly is shown in virtual time.)
+	// slack is what a busy machine may add to that: an upper bound only shows that
+	// nothing else was waited for. (Exact times are tested in virtual time.)
 	slack = 5 * time.Second
 )
 
@@ -580,8 +579,8 @@ func claiming(client redis.UniversalClient) goxstreams.SubscriberConfig {
 	return config
 }
 
-// during checks a condition again and again for as long as given. It is for
-// what must not happen: the caller says why it would have happened by then.
+// during checks a condition repeatedly for the given time. It is for things that
+// must not happen: the caller says why they would have happened by then.
 func during(t testing.TB, d time.Duration, condition func() bool, msgAndArgs ...any) {
 	t.Helper()
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
@@ -591,7 +590,7 @@ func during(t testing.TB, d time.Duration, condition func() bool, msgAndArgs ...
 	}
 }
 
-// tally collects what several consumers have handled.
+// tally counts what several consumers have handled.
 type tally struct {
 	mu      sync.Mutex
 	uuids   map[string]int
@@ -625,8 +624,7 @@ func (c *tally) len() int {
 	return len(c.uuids)
 }
 
-// total returns how many messages were handled, those that were handled more than
-// once as often.
+// total returns how many messages were handled, counting repeated handlings.
 func (c *tally) total() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -655,7 +653,7 @@ func (c *tally) handle(messages <-chan *message.Message, work func(*message.Mess
 	}()
 }
 
-// claimAs takes the entry over, as a consumer does that thinks the holder dead.
+// claimAs takes the entry over, like a consumer that considers its owner dead.
 func claimAs(t testing.TB, client redis.UniversalClient, topic, consumer, id string) {
 	t.Helper()
 	got, err := client.XClaim(context.Background(), &redis.XClaimArgs{
@@ -676,9 +674,8 @@ func leaseLost(t testing.TB, msg *message.Message) {
 	}
 }
 
-// loseReply returns a hook that says that the connection broke, after the n-th
-// command for which match is true has run; and the number of commands that it
-// did that to.
+// loseReply returns a hook that reports a broken connection after the n-th command
+// for which match is true has run; and the number of commands that it did that to.
 func loseReply(n int64, match func(cmd redis.Cmder) bool) (*hook, *atomic.Int64) {
 	var seen, lost atomic.Int64
 	return &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
@@ -705,7 +702,7 @@ func isCommand(name string, args ...any) func(redis.Cmder) bool {
 	}
 }
 
-// aclUser returns a client with all rights but for the rules given.
+// aclUser returns a client with all permissions except as the rules say.
 func aclUser(t testing.TB, admin *redis.Client, rules ...string) *redis.Client {
 	t.Helper()
 	name := watermill.NewShortUUID()
@@ -761,23 +758,23 @@ func consumersOf(t testing.TB, client *redis.Client, topic string) []string {
 	return names
 }
 
-// outageLogged counts what a log says of outages' beginnings and ends.
+// outageLogged counts the starts and ends of outages in a log.
 func outageLogged(log logRecorder) (began, ended int) {
 	for _, l := range log.Errors() {
-		if strings.Contains(l, "does not serve") {
+		if strings.Contains(l, "is unavailable to the subscription") {
 			began++
 		}
 	}
 	for _, l := range log.Infos() {
-		if strings.Contains(l, "serves the subscription again") {
+		if strings.Contains(l, "is available to the subscription again") {
 			ended++
 		}
 	}
 	return began, ended
 }
 
-// eventuallyLogged waits until the log says that so many outages began, and as
-// many ended: Stats knows of an end a moment before.
+// eventuallyLogged waits until that many outages have started and ended in the log:
+// Stats knows of an end a moment earlier.
 func eventuallyLogged(t testing.TB, log logRecorder, outages int) {
 	t.Helper()
 	eventually(t, func() bool { _, ended := outageLogged(log); return ended >= outages }, "the end is not logged")
@@ -786,7 +783,7 @@ func eventuallyLogged(t testing.TB, log logRecorder, outages int) {
 	assert.Equal(t, outages, ended)
 }
 
-// A gate keeps back, while it is locked, what connections have read.
+// While a gate is locked, it holds back what connections have read.
 type gate struct{ sync.RWMutex }
 
 func (g *gate) dial(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -806,11 +803,11 @@ func (c gatedConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// A mute loses the answer to the next command of a name, after the server has run
-// it, and counts how often the command was sent from then on.
+// A mute drops the reply to the next command of a name, after the server has run
+// it, and counts how often the command was sent after that.
 type mute struct {
 	mu   sync.Mutex
-	word []byte // as it stands in a command; nil: nothing is lost
+	word []byte // as written in a command; nil: nothing is dropped
 	sent int
 	lost bool
 }
@@ -824,7 +821,7 @@ func (m *mute) next(command string) {
 	}
 }
 
-// done reports whether an answer was lost, and how often its command was sent.
+// done reports whether a reply was dropped, and how often its command was sent.
 func (m *mute) done() (lost bool, sent int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -866,12 +863,12 @@ func (c *muteConn) Read(b []byte) (int, error) {
 	return 0, io.EOF
 }
 
-// startedBy runs f, and returns how to count the goroutines that f has started, and
-// those that they have, in turn: others of the process do not matter.
+// startedBy runs f, and returns a function that counts the goroutines which f has
+// started, directly or indirectly: other goroutines of the process do not matter.
 func startedBy(t testing.TB, f func()) (left func() int) {
 	t.Helper()
 	const key = "started-by"
-	label := fmt.Sprintf("%q:%q", key, t.Name()) // as the profile has it
+	label := fmt.Sprintf("%q:%q", key, t.Name()) // as in the profile
 	pprof.Do(context.Background(), pprof.Labels(key, t.Name()), func(context.Context) { f() })
 	return func() (n int) {
 		var profile bytes.Buffer

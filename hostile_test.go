@@ -17,12 +17,12 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// What may become of an entry that somebody wrote by hand.
+// Possible outcomes of a forged entry.
 const (
 	handled = "handled" // it is a message
 	broken  = "broken"  // moved to the dead-letter stream, byte for byte
 	unseen  = "unseen"  // acked, as for another group
-	stuck   = "stuck"   // it stays pending: it says that it is a dead letter
+	stuck   = "stuck"   // it stays pending: it claims to be a dead letter
 )
 
 // A hostile entry.
@@ -32,7 +32,7 @@ type hostile struct {
 	fate   string
 }
 
-// hostiles are entries that somebody may write who has the right to XADD.
+// hostiles are entries that a user with permission for XADD may write.
 func hostiles() []hostile {
 	const uuid = goxstreams.UUIDHeaderKey
 	deep := strings.Repeat("\x91", 100_000)
@@ -88,13 +88,14 @@ func sizeOf(fields []string) (n uint64) {
 	return n
 }
 
-// requireBounded: what is allocated on account of the entry does not depend on the
-// lengths that it states.
+// requireBounded checks that the memory allocated for the entry does not depend on
+// the lengths that it states.
 func requireBounded(t testing.TB, fields []string, f func()) {
 	t.Helper()
 	const idle = 32 << 20 // what everything else may allocate meanwhile
 	bytes := allocated(f)
-	assert.Less(t, bytes, idle+30*sizeOf(fields), "bytes allocated for an entry of %d", sizeOf(fields))
+	const times = 60 // half of it by the embedded server, whose memory is this process's
+	assert.Less(t, bytes, idle+times*sizeOf(fields), "bytes allocated for an entry of %d", sizeOf(fields))
 }
 
 func addFields(t testing.TB, client *redis.Client, topic string, fields []string) {
@@ -106,8 +107,8 @@ func addFields(t testing.TB, client *redis.Client, topic string, fields []string
 	require.NoError(t, client.Do(context.Background(), args...).Err())
 }
 
-// TestHostile_Entries: whatever is in an entry, memory stays bounded, the entry meets
-// its fate, and the message after it is handled.
+// TestHostile_Entries: whatever an entry contains, memory stays bounded, the entry
+// has the expected outcome, and the next message is handled.
 func TestHostile_Entries(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	config := brief(client)
@@ -144,7 +145,7 @@ func TestHostile_Entries(t *testing.T) {
 			if h.fate == broken {
 				last := stored[letters-1]
 				assert.Equal(t, goxstreams.Broken, last.Kind)
-				if h.name != "replay mark alone" { // which is not what was published
+				if h.name != "replay mark alone" { // not the published fields
 					assert.Equal(t, h.fields, last.Fields)
 				}
 			}
@@ -188,8 +189,8 @@ func TestHostile_OtherReaders(t *testing.T) {
 	require.NoError(t, <-ended)
 }
 
-// TestHostile_DeadLetterQueue: what is no dead letter, or a forged one, stops neither
-// All nor what is asked of the others.
+// TestHostile_DeadLetterQueue: entries that are not dead letters, or forged ones,
+// stop neither All nor operations on the others.
 func TestHostile_DeadLetterQueue(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	stream := goxstreams.DeadLetterTopic(topic)
@@ -236,8 +237,9 @@ func TestHostile_DeadLetterQueue(t *testing.T) {
 	require.Equal(t, len(forged), n)
 }
 
-// TestHostile_Huge: entries of 16 MiB, as a message that dies and as a broken one.
-// The client's timeouts are longer than such an answer may take on a busy machine.
+// TestHostile_Huge: entries of 16 MiB, as a message that dies and as a malformed
+// one. The client's timeouts are longer than such a reply may take on a busy
+// machine.
 func TestHostile_Huge(t *testing.T) {
 	admin, topic := newClient(t), topic(t)
 	t.Cleanup(func() { admin.Del(context.Background(), topic, goxstreams.DeadLetterTopic(topic)) })

@@ -11,50 +11,53 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Idempotence makes a Publisher store each message's UUID once in a topic. Who gets
-// ErrOutcomeUnknown publishes the same messages again, until the error is nil: what
-// is stored already is not stored a second time.
+// Idempotence makes a Publisher store each message UUID once per topic. After
+// ErrOutcomeUnknown, publish the same messages again until the error is nil:
+// messages that are already stored are not stored again.
 //
-// Redis remembers the UUIDs beside the stream (XADD IDMP), through restarts and
-// failovers as it does the entries. It needs Redis 8.6.2, which is asked of the
-// server at a topic's first Publish; without, Publish fails with ErrUnsupported and
-// stores nothing. (8.6.0 and 8.6.1 count as without: by 8.6.2's release notes they lose
-// UUIDs when they rewrite the AOF as commands.)
+// Redis remembers the UUIDs beside the stream (XADD IDMP), across restarts and
+// failovers like the entries themselves. It needs Redis 8.6.2, which the first
+// Publish to a topic checks; on older servers Publish fails with ErrUnsupported and
+// stores nothing. (8.6.0 and 8.6.1 count as older: according to 8.6.2's release
+// notes they lose UUIDs when they rewrite the AOF as commands.)
 //
-//   - Every message needs a UUID. What has a UUID that was published to the topic
-//     before is not stored, though its payload may differ or the first one be
-//     deleted: do not publish with it what is meant to come again, as Watermill's
-//     Requeuer does. DeadLetterQueue's replays are no Publish, and do come.
-//   - All Publishers of a topic need the same Window and MaxIDs: one that comes with
-//     others sets them anew, and what Redis remembered of the topic is forgotten.
-//   - A stream that was deleted and made again by a Publisher is set anew; one that
-//     somebody else made, such as a Subscriber its group's, has the server's settings
-//     until another Publisher comes. Set these too, stream-idmp-duration and
-//     stream-idmp-maxsize, if that may happen.
+//   - Every message needs a UUID. A message whose UUID was already published to the
+//     topic is not stored, even if its payload differs or the first entry was
+//     deleted. So do not publish a message again on purpose, as Watermill's
+//     Requeuer does. A replay by DeadLetterQueue is not a Publish, and works.
+//   - All Publishers of a topic need the same Window and MaxIDs: a Publisher with
+//     different values changes the stream's settings, and Redis forgets the topic's
+//     UUIDs.
+//   - If a Publisher recreates a deleted stream, it also restores the settings. If
+//     anything else recreates it, such as a Subscriber that creates its group, the
+//     stream has the server's default settings until another Publisher starts. If
+//     that may happen, set stream-idmp-duration and stream-idmp-maxsize on the
+//     server, too.
 //
-// On an ACL it needs the right to XCFGSET besides XADD.
+// With ACLs, the user needs XCFGSET in addition to XADD.
 type Idempotence struct {
-	// ProducerID is in whose name Redis remembers UUIDs. Publishers with the same
-	// one know each other's UUIDs: whichever process publishes a message again, it
-	// is stored once. They share MaxIDs too; where several publish very much, give
-	// each its own, which must outlive a restart (a StatefulSet's host name, say).
-	// Default "goxstreams", for all.
+	// ProducerID is the producer under which Redis remembers UUIDs. Publishers with
+	// the same ProducerID share their UUIDs: whichever process publishes a message
+	// again, it is stored once. They also share MaxIDs. If several Publishers have
+	// very high rates, give each its own ProducerID, one that survives a restart
+	// (for example, a StatefulSet's host name). Default: "goxstreams", for all.
 	ProducerID string
 
-	// Window is how long Redis remembers a UUID, in whole seconds up to 24 hours
+	// Window is how long Redis remembers a UUID, in whole seconds, at most 24 hours
 	// (Redis's limit). It must exceed the longest time between a message's first
-	// Publish and its last. Default 10 minutes: twice the 5 minutes that Kubernetes
-	// waits at most before it restarts a container. (Redis's own is 100s.)
+	// and last Publish. Default: 10 minutes, twice the 5 minutes that Kubernetes
+	// waits at most before it restarts a container. (Redis's own default is 100s.)
 	Window time.Duration
 
-	// MaxIDs is how many UUIDs of a ProducerID Redis remembers of a topic, the newest
-	// ones, within Window; each takes about 130 bytes. 1 to 10,000 (Redis's limit), and
-	// no call of Publish may have more messages. Default 10,000: publishing as many
-	// per Window or fewer, Window alone counts. (Redis's own is 100.)
+	// MaxIDs is how many UUIDs Redis remembers per ProducerID and topic within
+	// Window, the newest ones; each takes about 130 bytes. From 1 to 10,000
+	// (Redis's limit). One Publish call cannot have more messages. Default: 10,000;
+	// if you publish at most that many messages per Window, only Window matters.
+	// (Redis's own default is 100.)
 	MaxIDs int64
 }
 
-// Defaults of Idempotence, and the limits of Redis's XCFGSET.
+// Defaults of Idempotence, and the limits of XCFGSET.
 const (
 	defaultProducerID = "goxstreams"
 	defaultWindow     = 10 * time.Minute
@@ -92,48 +95,59 @@ func (i Idempotence) validate(errs *configErrors) {
 	}
 }
 
-// takes returns an error for a call that could not be repeated: its first UUIDs would
-// be forgotten for its last ones, and then be stored again one after the other.
+// takes returns an error for a call that could not be repeated: its last UUIDs
+// would evict its first ones, which a repeated call would then store again.
 func (i Idempotence) takes(messages int) error {
 	if int64(messages) > i.MaxIDs {
-		return fmt.Errorf("%d messages in one call are more than the PublisherConfig.Idempotence.MaxIDs %d that Redis remembers", messages, i.MaxIDs)
+		return fmt.Errorf("%d messages in one call exceed PublisherConfig.Idempotence.MaxIDs (%d)", messages, i.MaxIDs)
 	}
 	return nil
 }
 
-var errNoUUID = errors.New("the UUID is empty, which PublisherConfig.Idempotence goes by")
+var errNoUUID = errors.New("the UUID is empty, but PublisherConfig.Idempotence requires one")
 
-// maxRemade bounds how often one call finds its stream deleted and makes it again.
+// maxRemade is how often one call recreates a deleted stream.
 const maxRemade = 10
 
-// sendIdempotent is send for a stream that is set to remember. Its XADDs do not make
-// the stream (NOMKSTREAM), or a deleted one would come back with the server's own
-// settings. An answer of nil says that it is gone, and that nothing is stored.
+// sendIdempotent is send for a stream configured for Idempotence.
 func (p *Publisher) sendIdempotent(topic string, call *xstream.Publishing) error {
 	if err := p.config.Idempotence.takes(call.Len()); err != nil {
 		return err
 	}
-	for range maxRemade {
-		if err := p.prepare(call.Context(), topic); err != nil {
-			return fmt.Errorf("nothing is stored: %w", err)
-		}
+	return p.whilePrepared(call.Context(), topic, func() error {
 		err := p.send(topic, call)
 		if errors.Is(err, redis.Nil) {
-			p.prepared.Delete(topic)
 			call = call.Again()
+		}
+		return err
+	})
+}
+
+// whilePrepared sends a call to a stream configured for Idempotence. Its XADDs do not
+// create the stream (NOMKSTREAM), since a deleted stream would be recreated with
+// the server's default settings. A nil reply means that the stream is gone and
+// nothing is stored.
+func (p *Publisher) whilePrepared(ctx context.Context, topic string, send func() error) error {
+	for range maxRemade {
+		if err := p.prepare(ctx, topic); err != nil {
+			return fmt.Errorf("nothing is stored: %w", err)
+		}
+		err := send()
+		if errors.Is(err, redis.Nil) {
+			p.prepared.Delete(topic)
 			continue
 		}
-		if redisx.ReplyHas(err, "Invalid stream ID") { // a server that does not know IDMP has taken over
+		if redisx.ReplyHas(err, "Invalid stream ID") { // a server without IDMP has taken over
 			p.prepared.Delete(topic)
 		}
 		return err
 	}
-	return errors.New("nothing is stored: the stream is deleted again and again")
+	return errors.New("nothing is stored: the stream keeps being deleted")
 }
 
-// prepare sets the topic's stream to remember UUIDs, and makes it if need be, once.
-// That several goroutines or processes do so at once changes nothing: XCFGSET
-// forgets the UUIDs only if it changes a value.
+// prepare configures the topic's stream to remember UUIDs, and creates it if
+// necessary, once per topic. Concurrent calls, also from other processes, are
+// harmless: XCFGSET forgets UUIDs only if it changes a value.
 func (p *Publisher) prepare(ctx context.Context, topic string) error {
 	if _, ok := p.prepared.Load(topic); ok {
 		return nil

@@ -19,8 +19,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// requireIdempotence skips the test where the server has no XADD IDMP. The server
-// says so itself: TestIdempotence_Unsupported is what is tested there.
+// requireIdempotence skips the test if the server has no XADD IDMP. It asks the
+// server itself: TestIdempotence_Unsupported tests such servers.
 func requireIdempotence(t testing.TB) {
 	t.Helper()
 	testserver.RequireReal(t)
@@ -36,8 +36,8 @@ func newIdempotent(t testing.TB, client redis.UniversalClient, i goxstreams.Idem
 	return pub
 }
 
-// publishUntilKnown publishes the messages again for as long as their outcome is
-// unknown, which the first try's is because its connection is cut.
+// publishUntilKnown repeats the messages as long as their outcome is unknown, as it
+// is after the first attempt, whose connection is cut.
 func publishUntilKnown(t testing.TB, pub *goxstreams.Publisher, w *wire, topic string, msgs []*message.Message) {
 	t.Helper()
 	w.loseAnswer(true)
@@ -50,10 +50,10 @@ func publishUntilKnown(t testing.TB, pub *goxstreams.Publisher, w *wire, topic s
 	require.NoError(t, err)
 }
 
-// The connection is cut when the server has run a call, and the caller publishes the
-// same messages again. Each UUID is stored once, in the order of the first try. Without
-// Idempotence each is there twice: this is what the test would see if nothing were
-// remembered.
+// The connection is cut when the server has run a call, and the caller publishes
+// the same messages again. Each UUID is stored once, in the order of the first
+// attempt. Without Idempotence each is stored twice, which shows that the test
+// would notice.
 func TestIdempotence_CutConnections(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -66,7 +66,7 @@ func TestIdempotence_CutConnections(t *testing.T) {
 					2: newPublisher(t, client),
 				} {
 					topic := topic(t)
-					require.NoError(t, pub.Publish(topic, numbered(2)...)) // what is asked once
+					require.NoError(t, pub.Publish(topic, numbered(2)...)) // the checks that are made once
 					var want []string
 					for range 3 {
 						msgs := numbered(n)
@@ -82,8 +82,9 @@ func TestIdempotence_CutConnections(t *testing.T) {
 	})
 }
 
-// A process crashes before it knows what became of its call, and another one publishes
-// the messages: that it sets the stream too forgets nothing.
+// A process crashes before it knows the outcome of its call, and another one
+// publishes the messages again: although it configures the stream too, nothing is
+// forgotten.
 func TestIdempotence_NextProcess(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -100,7 +101,7 @@ func TestIdempotence_NextProcess(t *testing.T) {
 	require.Equal(t, [2]int64{600, 10_000}, settings(t, client, topic), "the defaults")
 }
 
-// settings returns for how long, in seconds, and how many UUIDs the stream remembers.
+// settings returns how long, in seconds, and how many UUIDs the stream remembers.
 func settings(t testing.TB, client redis.UniversalClient, topic string) [2]int64 {
 	t.Helper()
 	info, err := client.XInfoStream(context.Background(), topic).Result()
@@ -108,8 +109,8 @@ func settings(t testing.TB, client redis.UniversalClient, topic string) [2]int64
 	return [2]int64{info.IDMPDuration, info.IDMPMaxSize}
 }
 
-// Many processes start at once, each publishes the same messages: setting the stream
-// does not forget what others have published meanwhile.
+// Many processes start at once, and each publishes the same messages: configuring
+// the stream does not forget what others have published meanwhile.
 func TestIdempotence_ConcurrentPublishers(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -145,8 +146,8 @@ func TestIdempotence_Window(t *testing.T) {
 	require.GreaterOrEqual(t, time.Since(began), time.Second-10*time.Millisecond)
 }
 
-// MaxIDs bounds what is remembered: so a call of more messages, which could not be
-// repeated, is refused, and one of as many can be.
+// MaxIDs limits what is remembered: a call with more messages, which could not be
+// repeated, is rejected, and one with exactly that many works.
 func TestIdempotence_MaxIDs(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -165,7 +166,7 @@ func TestIdempotence_MaxIDs(t *testing.T) {
 	require.Len(t, stored(t, client, topic), 102)
 }
 
-// ProducerID says who knows of whom.
+// Publishers share UUIDs only with the same ProducerID.
 func TestIdempotence_ProducerID(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -179,8 +180,8 @@ func TestIdempotence_ProducerID(t *testing.T) {
 	}
 }
 
-// A UUID counts, not what it comes with: twice in one call, with another payload, and
-// after the entry was deleted.
+// Only the UUID counts: twice in one call, with another payload, and after the
+// entry was deleted.
 func TestIdempotence_SameUUID(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -198,7 +199,7 @@ func TestIdempotence_SameUUID(t *testing.T) {
 	require.Equal(t, []string{"a"}, stored(t, client, topic+"-other"))
 }
 
-// A message without a UUID has nothing to be remembered by.
+// A message without a UUID cannot be remembered.
 func TestIdempotence_EmptyUUID(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -212,8 +213,8 @@ func TestIdempotence_EmptyUUID(t *testing.T) {
 	require.Zero(t, client.Exists(t.Context(), topic).Val())
 }
 
-// On a server without it the first Publish says what is needed and what is there, and
-// stores nothing.
+// On a server without it the first Publish says what is needed and which server it
+// found, and stores nothing.
 func TestIdempotence_Unsupported(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -232,12 +233,12 @@ func TestIdempotence_Unsupported(t *testing.T) {
 	require.NoError(t, newPublisher(t, client).Publish(topic, numbered(2)...), "without it all goes on")
 }
 
-// serverName returns what an error should call the server.
+// serverName returns the server's name as an error should give it.
 func serverName(t testing.TB, client redis.UniversalClient) string {
 	t.Helper()
 	info, err := client.Info(context.Background(), "server").Result()
 	if err != nil {
-		return "a server that does not say its version"
+		return "a server of unknown version"
 	}
 	name := map[string]string{"redis_version": "Redis ", "valkey_version": "Valkey "}
 	found := ""
@@ -250,8 +251,8 @@ func serverName(t testing.TB, client redis.UniversalClient) string {
 	return found
 }
 
-// 8.6.0 and 8.6.1 forget UUIDs when they rewrite the AOF as commands. They have XADD
-// IDMP and XCFGSET, but not XIDMPRECORD. [A hook plays them: it answers as they do.]
+// 8.6.0 and 8.6.1 forget UUIDs when they rewrite the AOF as commands. They have
+// XADD IDMP and XCFGSET, but not XIDMPRECORD. [A hook simulates them.]
 func TestIdempotence_BeforeXIDMPRECORD(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -267,8 +268,8 @@ func TestIdempotence_BeforeXIDMPRECORD(t *testing.T) {
 	require.Zero(t, client.Exists(t.Context(), topic).Val())
 }
 
-// Without the right to XCFGSET the first Publish says so; XADD and it are all that
-// is needed.
+// Without permission for XCFGSET the first Publish fails; XADD and XCFGSET are all
+// that is needed.
 func TestIdempotence_Rights(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -287,8 +288,8 @@ func TestIdempotence_Rights(t *testing.T) {
 	require.Equal(t, uuids(msgs), stored(t, admin, topic))
 }
 
-// A stream that is deleted comes back with the server's settings; the Publisher
-// notices, and sets it before it stores anything.
+// A stream that is deleted is recreated with the server's settings; the Publisher
+// notices, and configures it before it stores anything.
 func TestIdempotence_StreamDeleted(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -308,8 +309,9 @@ func TestIdempotence_StreamDeleted(t *testing.T) {
 	})
 }
 
-// Setting a new stream up leaves nothing in it: groups find the messages only, also
-// one that made the stream before, and nothing that others stored meanwhile is lost.
+// Configuring a new stream leaves nothing in it: groups find only the messages,
+// even a group that created the stream before, and nothing that others stored
+// meanwhile is lost.
 func TestIdempotence_SetsUpAnEmptyStream(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -327,7 +329,7 @@ func TestIdempotence_SetsUpAnEmptyStream(t *testing.T) {
 
 	old := publish(t, client, topic, "a", "b")
 	added := numbered(1)
-	// Somebody makes the stream just when it was found missing.
+	// Somebody creates the stream just after it was found missing.
 	late := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
 		if cmd.Name() == "xcfgset" && len(stored(t, client, topic+"-late")) == 0 {
 			err := next()
@@ -342,8 +344,8 @@ func TestIdempotence_SetsUpAnEmptyStream(t *testing.T) {
 	require.Equal(t, append(old[2:3:3], uuids(added)...), stored(t, client, topic+"-late"))
 }
 
-// A call of one stays one XADD in one round trip, calls share pipelines, and the
-// stream is set once.
+// A call with one message remains one XADD in one round trip, calls share
+// pipelines, and the stream is configured once.
 func TestIdempotence_RoundTrips(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -388,7 +390,7 @@ func TestIdempotence_RoundTrips(t *testing.T) {
 	require.Equal(t, 1, counts.of("xidmprecord"))
 }
 
-// MaxLen trims and UUIDs are remembered beyond that.
+// MaxLen trims, but trimmed UUIDs are still remembered.
 func TestIdempotence_MaxLen(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -443,8 +445,8 @@ func TestIdempotence_LostAnswerOnCluster(t *testing.T) {
 	}
 }
 
-// What is remembered outlives the server's restart, from its AOF rewritten in either
-// way: as a snapshot, or as commands, which XIDMPRECORD is there for.
+// UUIDs survive a restart of the server, with its AOF rewritten in either way: as a
+// snapshot, or as commands, for which XIDMPRECORD exists.
 func TestIdempotence_Restart(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -470,8 +472,7 @@ func rememberedAfterRestart(t *testing.T, server *testserver.Server) {
 	require.Equal(t, uuids(msgs), stored(t, server.Client(), topic))
 }
 
-// Events have UUIDs of their own, if the Producer is told which: produced again, they
-// are stored once.
+// Events can have UUIDs of their own: produced again, they are stored once.
 func TestIdempotence_Producer(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -486,7 +487,8 @@ func TestIdempotence_Producer(t *testing.T) {
 	require.Equal(t, []string{"order 1", "order 2", "order 3"}, stored(t, client, topic))
 }
 
-// ProducerConfig.UUID goes with any Publisher; without it each event gets a new one.
+// ProducerConfig.UUID works with any Publisher; without it each event gets a new
+// UUID.
 func TestProducer_UUID(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -499,7 +501,7 @@ func TestProducer_UUID(t *testing.T) {
 	require.Len(t, slices.Compact(got), 3)
 }
 
-// A replay is no Publish: it comes though its UUID is remembered.
+// A replay is not a Publish: it is stored although its UUID is remembered.
 func TestIdempotence_Replay(t *testing.T) {
 	t.Parallel()
 	requireIdempotence(t)
@@ -516,7 +518,7 @@ func TestIdempotence_Replay(t *testing.T) {
 	require.Equal(t, uuids(msgs), uuids(collect(messages, 1, patience)))
 }
 
-// The caller's config is copied, and every mistake in it is named.
+// The caller's config is copied, and every mistake in it is listed.
 func TestIdempotence_Config(t *testing.T) {
 	client := newClient(t)
 	for name, c := range map[string]struct {

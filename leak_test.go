@@ -21,15 +21,14 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// secret marks what must not be told: payloads, metadata values, passwords. The
-// number is for where text cannot stand.
+// secret marks values that must not leak: payloads, metadata values, passwords. The
+// number is for places that cannot hold text.
 const (
 	secret       = "s3cr3t"
 	secretNumber = "4711471147114711471147114711"
 )
 
-// A told is a logger, and a list of errors, that remembers all but what is said at
-// Trace.
+// told is a logger, and a list of errors, that records everything except Trace.
 type told struct {
 	fields watermill.LogFields
 	*toldLines
@@ -75,8 +74,8 @@ func (l told) has(text string) bool {
 	return strings.Contains(strings.Join(l.lines, "\n"), text)
 }
 
-// requireDiscreet requires that something was told, and no secret.
-func (l told) requireDiscreet(t testing.TB) {
+// requireRedacted requires that something was recorded, without secrets.
+func (l told) requireRedacted(t testing.TB) {
 	t.Helper()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -105,8 +104,8 @@ func TestLeak_Connections(t *testing.T) {
 	require.NoError(t, err)
 	nobody := l.Addr().String()
 	require.NoError(t, l.Close())
-	// Servers from before HELLO, and proxies, quote what they do not know: among the
-	// arguments of HELLO and AUTH is the password.
+	// Old servers without HELLO, and proxies, quote unknown commands: the arguments
+	// of HELLO and AUTH include the password.
 	ancient := testserver.Private(t, "--rename-command", "HELLO", "", "--rename-command", "AUTH", "").Addr()
 	for name, addr := range map[string]string{"nobody listens": nobody, "wrong password": testserver.Addr(t), "no HELLO": ancient} {
 		t.Run(name, func(t *testing.T) {
@@ -140,13 +139,13 @@ func TestLeak_Connections(t *testing.T) {
 				_, err = goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, StartID: "x", BatchSize: -1, NoAck: true}, told)
 				told.failed(t, err)
 				told.add("%v %+v %v %+v %v %+v", pub, pub, sub, sub, q, q)
-				told.requireDiscreet(t)
+				told.requireRedacted(t)
 			}
 		})
 	}
 }
 
-// TestLeak_Refused: what the server says when it refuses a message.
+// TestLeak_Refused: the server's error when it rejects a message.
 func TestLeak_Refused(t *testing.T) {
 	testserver.RequireReal(t)
 	ctx := t.Context()
@@ -173,10 +172,10 @@ func TestLeak_Refused(t *testing.T) {
 	require.NoError(t, err)
 	told.failed(t, pub.Publish(topic, noText))
 	require.True(t, told.has("unknown command"))
-	told.requireDiscreet(t)
+	told.requireRedacted(t)
 }
 
-// A secretive model refuses its payloads in as many ways as package json has.
+// A secretive model rejects its payloads in every way that package json has.
 type secretive struct {
 	Small  int8
 	Quoted int `json:",string"`
@@ -186,8 +185,8 @@ type secretive struct {
 	Text   string
 }
 
-// TestLeak_Worker: decoding errors, which package json and the types in a model
-// give texts that quote the payload.
+// TestLeak_Worker: decoding errors whose texts, from package json or from the types
+// in a model, quote the payload.
 func TestLeak_Worker(t *testing.T) {
 	payloads := []string{
 		secret, `{"Text": "` + secret, `"` + secret + `"`, `{"Small": ` + secretNumber + `}`, `{"Quoted": "` + secret + `"}`, `{"Quoted": ` + secretNumber + `}`,
@@ -219,8 +218,8 @@ func TestLeak_Worker(t *testing.T) {
 	}
 	require.True(t, told.has("ParseError"), "the error's type is told: %v", told.lines)
 	require.True(t, told.has("secretive.Small of type int8"), "the field is told")
-	told.requireDiscreet(t)
-	// The whole error is there for whoever asks.
+	told.requireRedacted(t)
+	// errors.As still finds the whole error.
 	_, broken, _ := worker.calls()
 	var parse *time.ParseError
 	found := false
@@ -230,8 +229,8 @@ func TestLeak_Worker(t *testing.T) {
 	assert.True(t, found)
 }
 
-// TestLeak_Subscription: messages that are broken, nacked, dead, lost, abandoned, or
-// whose handler panics.
+// TestLeak_Subscription: messages that are malformed, nacked, dead, lost,
+// abandoned, or whose handler panics.
 func TestLeak_Subscription(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -292,16 +291,17 @@ func TestLeak_Subscription(t *testing.T) {
 			eventually(t, func() bool { return stats(t, sub).Dead >= 3+3 })
 			require.NoError(t, admin.XDel(t.Context(), topic, delivery(t, lost).ID).Err())
 			eventually(t, func() bool { return stats(t, sub).Lost > 0 }, "lost")
-			// Again and again: in the millisecond after a renewal the next one takes it back.
+			// Repeatedly: in the millisecond after a renewal the next one takes it
+			// back.
 			theft := &redis.XClaimArgs{Stream: topic, Group: testGroup, Consumer: "thief", Messages: []string{delivery(t, stays).ID}}
 			eventually(t, func() bool { return admin.XClaim(t.Context(), theft).Err() == nil && stays.Context().Err() != nil }, "the lease is to be lost")
 			require.NoError(t, admin.XGroupDestroy(t.Context(), topic, testGroup).Err())
-			eventually(t, func() bool { return told.has("made again") })
+			eventually(t, func() bool { return told.has("has been recreated") })
 			setUser(t, admin, client.Options().Username, "resetpass", ">another", "-@all")
 			eventually(t, func() bool { return stats(t, sub).Err != nil })
 			told.add("stats: %v", stats(t, sub).Err)
 			require.NoError(t, sub.Close())
-			told.requireDiscreet(t)
+			told.requireRedacted(t)
 		})
 	}
 }

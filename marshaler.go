@@ -17,8 +17,8 @@ import (
 	"github.com/ThreeDotsLabs/watermill/message"
 )
 
-// UUIDHeaderKey is the name under which a message's UUID is stored. Metadata
-// cannot use it.
+// UUIDHeaderKey is the field in which a message's UUID is stored. It cannot be used
+// as a metadata key.
 const UUIDHeaderKey = "_watermill_message_uuid"
 
 const (
@@ -26,41 +26,41 @@ const (
 	payloadField  = "payload"
 )
 
-// Marshaler turns a message into the fields of a stream entry. Its methods are
+// Marshaler converts a message to the fields of a stream entry. Its methods are
 // called concurrently.
 //
-// A value is what go-redis can write: a string, []byte, number, bool,
-// time.Time, time.Duration, net.IP, or an encoding.BinaryMarshaler; nil is
-// stored as the empty string. The fields are stored in the order of their
-// names. At least one is needed: Redis has no entry without fields. An error
-// makes Publish store nothing of its call. Marshal must not change msg; what it
-// returns may share memory with it.
+// A value must be one that go-redis can write: a string, []byte, number, bool,
+// time.Time, time.Duration, net.IP, or an encoding.BinaryMarshaler; nil is stored
+// as the empty string. Fields are stored in the order of their names. Redis
+// requires at least one field. If Marshal returns an error, Publish stores nothing.
+// Marshal must not change msg; its result may share memory with msg.
 type Marshaler interface {
 	Marshal(topic string, msg *message.Message) (map[string]any, error)
 }
 
-// Unmarshaler turns the fields of a stream entry back into a message. Its
-// methods are called concurrently.
+// Unmarshaler converts the fields of a stream entry back to a message. Its methods
+// are called concurrently.
 //
-// Every value is a string, and may hold any bytes; of fields with the same name
-// the last one counts. The map is the Unmarshaler's to keep. A message with an
-// empty UUID gets the entry's ID for one. An entry for which Unmarshal returns
-// an error or no message, or panics, is broken: see SubscriberConfig.OnBroken.
+// Every value is a string, and may contain any bytes. If several fields have the
+// same name, the last one counts. The Unmarshaler may keep the map. A message with
+// an empty UUID gets the entry's ID as its UUID. If Unmarshal panics, or returns an
+// error or no message, the entry is malformed: see SubscriberConfig.OnBroken.
 type Unmarshaler interface {
 	Unmarshal(values map[string]any) (*message.Message, error)
 }
 
-// appendFields appends the fields of msg's entry to args as name, value, ..., each
-// value of a type that go-redis can write. Their order does not vary between
-// messages with the same names: Redis then stores the names of a stream node's
-// entries once.
+var errNilMessage = errors.New("the message is nil")
+
+// appendFields appends the fields of msg's entry to args as name, value, ..., with
+// values that go-redis can write. Messages with the same names always have the same
+// order of fields: Redis then stores the names once per stream node.
 //
-// Our own marshalers are spared the map. They are told by their type: a method
-// would be promoted into a type that embeds one of them, and pass by the
-// Marshal which that type defines.
+// For this library's own marshalers it avoids the map. It recognizes them by type:
+// a method would also be promoted to types that embed one of them, and bypass the
+// Marshal which such a type defines.
 func appendFields(args []any, m Marshaler, topic string, msg *message.Message) ([]any, error) {
 	if msg == nil {
-		return nil, errors.New("the message is nil")
+		return nil, errNilMessage
 	}
 	switch m := m.(type) {
 	case DefaultMarshaler:
@@ -73,7 +73,7 @@ func appendFields(args []any, m Marshaler, topic string, msg *message.Message) (
 		return nil, err
 	}
 	if len(values) == 0 {
-		return nil, fmt.Errorf("%T returned no fields: Redis has no entry without any", m)
+		return nil, fmt.Errorf("%T returned no fields: a Redis entry needs at least one", m)
 	}
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		value, err := writable(values[name])
@@ -85,9 +85,8 @@ func appendFields(args []any, m Marshaler, topic string, msg *message.Message) (
 	return args, nil
 }
 
-// writable returns v as a type that go-redis writes without an error. go-redis
-// itself finds out in the middle of a pipeline, where the error hits other
-// calls too.
+// writable returns v as a type that go-redis can write. Otherwise go-redis would
+// fail in the middle of a pipeline, where the error would hit other calls too.
 func writable(v any) (any, error) {
 	switch v := v.(type) {
 	case nil, string, []byte, bool, time.Time, time.Duration, net.IP,
@@ -102,26 +101,26 @@ func writable(v any) (any, error) {
 	}
 }
 
-// unmarshalFields makes a message of an entry's fields: name, value, ... The
-// message's metadata is not nil.
-func unmarshalFields(u Unmarshaler, fields []string) (*message.Message, error) {
+// unmarshalFields decodes an entry's fields (name, value, ...) into a message. The
+// message's metadata is not nil. This library's own unmarshalers use create.
+func unmarshalFields(u Unmarshaler, fields []string, create newMessage) (*message.Message, error) {
 	if len(fields)%2 != 0 {
 		return nil, fmt.Errorf("the entry has %d names and values, an odd number", len(fields))
 	}
 	switch u := u.(type) {
 	case DefaultMarshaler:
-		return u.unmarshalFields(fields)
+		return u.unmarshalFields(fields, create)
 	case BodyMarshaler:
-		return u.unmarshalFields(fields)
+		return u.unmarshalFields(fields, create)
 	}
 	values := make(map[string]any, len(fields)/2)
 	for i := 0; i < len(fields); i += 2 {
-		values[strings.Clone(fields[i])] = strings.Clone(fields[i+1]) // see DefaultMarshaler's
+		values[strings.Clone(fields[i])] = strings.Clone(fields[i+1]) // see DefaultMarshaler.unmarshalFields
 	}
 	return unmarshalCustom(u, values)
 }
 
-// unmarshalCustom calls an Unmarshaler that we did not write.
+// unmarshalCustom calls a user's Unmarshaler.
 func unmarshalCustom(u Unmarshaler, values map[string]any) (msg *message.Message, err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -136,15 +135,15 @@ func unmarshalCustom(u Unmarshaler, values map[string]any) (msg *message.Message
 		return nil, fmt.Errorf("%T returned neither a message nor an error", u)
 	}
 	if msg.Acked() == nil || msg.Metadata == nil {
-		// Not made by message.NewMessage: its Ack would reach nobody, its
-		// Metadata.Set would panic.
+		// The message was not made by message.NewMessage: its Ack would have no
+		// effect, and its Metadata.Set would panic.
 		msg = msg.CopyWithContext()
 	}
 	return msg, nil
 }
 
-// pickFields returns the fields of these names that values has, as name, value,
-// ... A nil value is an absent field.
+// pickFields returns the named fields that values contains, as name, value, ... A
+// nil value counts as absent.
 func pickFields(values map[string]any, names ...string) ([]string, error) {
 	fields := make([]string, 0, 2*len(names))
 	for _, name := range names {
@@ -155,13 +154,13 @@ func pickFields(values map[string]any, names ...string) ([]string, error) {
 		case []byte:
 			fields = append(fields, name, string(value))
 		default:
-			return nil, fmt.Errorf("field %q: want a string or []byte, have a %T", name, value)
+			return nil, fmt.Errorf("field %q: want a string or []byte, got %T", name, value)
 		}
 	}
 	return fields, nil
 }
 
-// fieldMap makes of name, value, ... what Marshaler returns.
+// fieldMap converts name, value, ... to the map that Marshaler returns.
 func fieldMap(fields []any, err error) (map[string]any, error) {
 	if err != nil {
 		return nil, err
@@ -180,21 +179,22 @@ func checkReserved(metadata message.Metadata) error {
 	return nil
 }
 
-// DefaultMarshaler speaks the wire format of watermill-redisstream, byte for
-// byte, so that both can share a stream. An entry has three fields:
+// DefaultMarshaler uses the wire format of watermill-redisstream, byte for byte, so
+// that both libraries can share a stream. An entry has three fields:
 //
-//   - UUIDHeaderKey: the message's UUID; an entry without this field is broken,
-//   - "metadata": a MessagePack map of strings to strings, or empty if there is no metadata,
+//   - UUIDHeaderKey: the message's UUID; an entry without it is malformed,
+//   - "metadata": a MessagePack map of strings to strings, or empty if there is no
+//     metadata,
 //   - "payload".
 //
-// Unmarshal takes an absent metadata or payload for an empty one, and ignores
-// other fields. Marshal refuses metadata that has a value for UUIDHeaderKey.
-// All strings may hold any bytes. The keys of the metadata are sorted, so that
-// equal messages give equal entries.
+// Unmarshal treats absent metadata and an absent payload as empty, and ignores
+// other fields. Marshal rejects metadata with a value for UUIDHeaderKey. All
+// strings may contain any bytes. The metadata keys are sorted, so that equal
+// messages make equal entries.
 type DefaultMarshaler struct{}
 
-// Marshal implements Marshaler. The topic is not used, the values are a string
-// and two []byte; that of the payload shares the message's memory.
+// Marshal implements Marshaler. It ignores the topic. The values are a string and
+// two []byte; the payload shares the message's memory.
 func (m DefaultMarshaler) Marshal(_ string, msg *message.Message) (map[string]any, error) {
 	return fieldMap(m.appendFields(nil, msg))
 }
@@ -205,7 +205,7 @@ func (m DefaultMarshaler) Unmarshal(values map[string]any) (*message.Message, er
 	if err != nil {
 		return nil, err
 	}
-	return m.unmarshalFields(fields)
+	return m.unmarshalFields(fields, message.NewMessage)
 }
 
 func (DefaultMarshaler) appendFields(args []any, msg *message.Message) ([]any, error) {
@@ -219,7 +219,7 @@ func (DefaultMarshaler) appendFields(args []any, msg *message.Message) ([]any, e
 	), nil
 }
 
-func (DefaultMarshaler) unmarshalFields(fields []string) (*message.Message, error) {
+func (DefaultMarshaler) unmarshalFields(fields []string, create newMessage) (*message.Message, error) {
 	var (
 		uuid, metadata, payload string
 		hasUUID                 bool
@@ -235,46 +235,46 @@ func (DefaultMarshaler) unmarshalFields(fields []string) (*message.Message, erro
 		}
 	}
 	if !hasUUID {
-		return nil, missing(UUIDHeaderKey, fields, BodyMarshaler{}.field(), "BodyMarshaler reads what goxstreams wrote")
+		return nil, missing(UUIDHeaderKey, fields, BodyMarshaler{}.field(), "use BodyMarshaler for the format of goxstreams")
 	}
-	// The fields are parts of what was read with many others, which a message that
-	// is kept must not keep.
-	msg := message.NewMessage(strings.Clone(uuid), []byte(payload))
+	// Copy the fields: they are parts of a reply with many entries, which a message
+	// that outlives it must not keep in memory.
+	msg := create(strings.Clone(uuid), []byte(payload))
 	if err := unpackMetadata(strings.Clone(metadata), msg.Metadata); err != nil {
 		return nil, fmt.Errorf("field %q: %w", metadataField, err)
 	}
 	return msg, nil
 }
 
-// missing is the error for an entry without the field. One that has another
-// format's field instead was most likely given to the wrong Unmarshaler.
+// missing returns the error for an entry without the field. If it has the other
+// format's field instead, the wrong Unmarshaler is most likely configured.
 func missing(field string, fields []string, other, hint string) error {
 	for i := 0; i < len(fields); i += 2 {
 		if fields[i] == other {
-			return fmt.Errorf("field %q is missing, but there is %q: %s", field, other, hint)
+			return fmt.Errorf("field %q is missing, but field %q is present: %s", field, other, hint)
 		}
 	}
 	return fmt.Errorf("field %q is missing", field)
 }
 
-// BodyMarshaler speaks the wire format of goxstreams: the payload is one field,
-// which a goxstreams consumer decodes as JSON. Unmarshal takes any bytes there,
-// and ignores fields it does not know; an entry without the field is broken.
+// BodyMarshaler uses the wire format of goxstreams: the payload is one field, which
+// a goxstreams consumer decodes as JSON. Unmarshal accepts any bytes there and
+// ignores unknown fields; an entry without the field is malformed.
 //
-// MetadataField is where the metadata goes, as a JSON object of strings: what
-// goxstreams' WithCtxTransmmiter writes. The UUID goes with it, under
-// UUIDHeaderKey. Marshal always writes the field, and refuses what JSON cannot
-// hold (metadata that is not UTF-8) and metadata that has a value for
-// UUIDHeaderKey. Unmarshal takes an absent or empty field for no metadata. A
-// message that comes without a UUID has an empty one, for which a Subscriber
-// sets the entry's ID: that is the same at each delivery.
+// MetadataField holds the metadata as a JSON object of strings, as goxstreams'
+// WithCtxTransmmiter writes it. The UUID is part of it, under UUIDHeaderKey.
+// Marshal always writes the field. It rejects metadata that JSON cannot represent
+// (not UTF-8), and metadata with a value for UUIDHeaderKey. Unmarshal treats an
+// absent or empty field as no metadata. If there is no UUID, the message's UUID is
+// empty, and a Subscriber sets it to the entry's ID, which is the same at each
+// delivery.
 type BodyMarshaler struct {
 	Field         string // the payload's field; empty: "body"
-	MetadataField string // the metadata's field, another one; empty: metadata and UUID are not stored
+	MetadataField string // the metadata's field, which must differ from Field; empty: metadata and UUID are not stored
 }
 
-// Marshal implements Marshaler. The topic is not used, the values are []byte;
-// that of the payload shares the message's memory.
+// Marshal implements Marshaler. It ignores the topic. The values are []byte; the
+// payload shares the message's memory.
 func (m BodyMarshaler) Marshal(_ string, msg *message.Message) (map[string]any, error) {
 	return fieldMap(m.appendFields(nil, msg))
 }
@@ -289,13 +289,13 @@ func (m BodyMarshaler) Unmarshal(values map[string]any) (*message.Message, error
 	if err != nil {
 		return nil, err
 	}
-	return m.unmarshalFields(fields)
+	return m.unmarshalFields(fields, message.NewMessage)
 }
 
 func (m BodyMarshaler) field() string { return cmp.Or(m.Field, "body") }
 
-// validate is for the constructors: with one field for both, no entry could be
-// read.
+// validate is called by the constructors: if both used the same field, no entry
+// could be read.
 func (m BodyMarshaler) validate() error {
 	if m.field() == m.MetadataField {
 		return fmt.Errorf("BodyMarshaler: field %q cannot hold both payload and metadata", m.MetadataField)
@@ -318,7 +318,7 @@ func (m BodyMarshaler) appendFields(args []any, msg *message.Message) ([]any, er
 	return append(args, m.MetadataField, metadata), nil
 }
 
-func (m BodyMarshaler) unmarshalFields(fields []string) (*message.Message, error) {
+func (m BodyMarshaler) unmarshalFields(fields []string, create newMessage) (*message.Message, error) {
 	if err := m.validate(); err != nil {
 		return nil, err
 	}
@@ -336,9 +336,9 @@ func (m BodyMarshaler) unmarshalFields(fields []string) (*message.Message, error
 		}
 	}
 	if !hasPayload {
-		return nil, missing(field, fields, UUIDHeaderKey, "DefaultMarshaler reads that")
+		return nil, missing(field, fields, UUIDHeaderKey, "use DefaultMarshaler for this format")
 	}
-	msg := message.NewMessage("", []byte(payload))
+	msg := create("", []byte(payload))
 	if m.MetadataField == "" || metadata == "" {
 		return msg, nil
 	}
@@ -357,8 +357,7 @@ func metadataToJSON(msg *message.Message) ([]byte, error) {
 	if msg.UUID != "" {
 		object[UUIDHeaderKey] = msg.UUID
 	}
-	// Package json would replace what is not UTF-8, and two keys could become
-	// one.
+	// Package json would replace invalid UTF-8, and two keys could become the same.
 	for key, value := range object {
 		if !utf8.ValidString(key) || !utf8.ValidString(value) {
 			return nil, fmt.Errorf("metadata key %q or its value is not UTF-8: JSON cannot hold it", key)
@@ -374,7 +373,7 @@ func metadataFromJSON(s string, msg *message.Message) error {
 	}
 	msg.UUID = object[UUIDHeaderKey]
 	delete(object, UUIDHeaderKey)
-	if object != nil { // it is after JSON's null
+	if object != nil { // nil after a JSON null
 		msg.Metadata = object
 	}
 	return nil

@@ -21,8 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What watermill-redisstream has its users write, which is what we have them
-// write.
+// Marshalers as watermill-redisstream's users write them, and ours too.
 type (
 	redisstreamMarshaller interface {
 		Marshal(topic string, msg *message.Message) (map[string]interface{}, error)
@@ -88,7 +87,7 @@ func TestDefaultMarshaler_WritesWhatRedisstreamWrites(t *testing.T) {
 				"payload":                 []byte("p\x00\xff"),
 			}, values)
 
-			got, err := unmarshalFields(DefaultMarshaler{}, onWire(fields))
+			got, err := unmarshalFields(DefaultMarshaler{}, onWire(fields), message.NewMessage)
 			require.NoError(t, err)
 			requireSameMessage(t, msg, got)
 		})
@@ -153,7 +152,7 @@ func TestDefaultMarshaler_ReservedKey(t *testing.T) {
 		_, err := m.Marshal("topic", newTestMessage("u", "", message.Metadata{UUIDHeaderKey: "other"}))
 		require.ErrorContains(t, err, UUIDHeaderKey)
 	}
-	// watermill-redisstream lets the empty value pass.
+	// watermill-redisstream accepts the empty value.
 	requireRoundTrip(t, DefaultMarshaler{}, newTestMessage("u", "", message.Metadata{UUIDHeaderKey: ""}))
 }
 
@@ -174,9 +173,9 @@ func TestDefaultMarshaler_UnmarshalValues(t *testing.T) {
 		"nothing":                {values: nil, wantErr: `field "_watermill_message_uuid" is missing`},
 		"no UUID":                {values: map[string]any{"payload": "p"}, wantErr: `field "_watermill_message_uuid" is missing`},
 		"nil UUID":               {values: map[string]any{UUIDHeaderKey: nil}, wantErr: `field "_watermill_message_uuid" is missing`},
-		"UUID of a wrong type":   {values: map[string]any{UUIDHeaderKey: 1}, wantErr: `field "_watermill_message_uuid": want a string or []byte, have a int`},
-		"payload of wrong type":  {values: map[string]any{UUIDHeaderKey: "u", "payload": message.Payload("p")}, wantErr: `field "payload": want a string or []byte, have a message.Payload`},
-		"metadata of wrong type": {values: map[string]any{UUIDHeaderKey: "u", "metadata": message.Metadata{}}, wantErr: `field "metadata": want a string or []byte, have a message.Metadata`},
+		"UUID of a wrong type":   {values: map[string]any{UUIDHeaderKey: 1}, wantErr: `field "_watermill_message_uuid": want a string or []byte, got int`},
+		"payload of wrong type":  {values: map[string]any{UUIDHeaderKey: "u", "payload": message.Payload("p")}, wantErr: `field "payload": want a string or []byte, got message.Payload`},
+		"metadata of wrong type": {values: map[string]any{UUIDHeaderKey: "u", "metadata": message.Metadata{}}, wantErr: `field "metadata": want a string or []byte, got message.Metadata`},
 		"metadata no map":        {values: map[string]any{UUIDHeaderKey: "u", "metadata": "{}"}, wantErr: `field "metadata": MessagePack map: it cannot begin with byte 0x7b`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -193,15 +192,15 @@ func TestDefaultMarshaler_UnmarshalValues(t *testing.T) {
 }
 
 func TestUnmarshalFields_LastOfAName(t *testing.T) {
-	got, err := unmarshalFields(DefaultMarshaler{}, []string{"payload", "1", UUIDHeaderKey, "u", "payload", "2", UUIDHeaderKey, "v"})
+	got, err := unmarshalFields(DefaultMarshaler{}, []string{"payload", "1", UUIDHeaderKey, "u", "payload", "2", UUIDHeaderKey, "v"}, message.NewMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("v", "2", nil), got)
 
-	got, err = unmarshalFields(BodyMarshaler{}, []string{"body", "1", "body", "2"})
+	got, err = unmarshalFields(BodyMarshaler{}, []string{"body", "1", "body", "2"}, message.NewMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("", "2", nil), got)
 
-	got, err = unmarshalFields(customMarshaler{}, []string{"id", "u", "data", "1", "data", "2"})
+	got, err = unmarshalFields(customMarshaler{}, []string{"id", "u", "data", "1", "data", "2"}, message.NewMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("u", "2", nil), got)
 }
@@ -253,7 +252,7 @@ func TestUnpackMetadata_Truncated(t *testing.T) {
 	}
 }
 
-// An entry may state any length: only bytes that came may cost memory.
+// An entry may state any length: only bytes that exist may cost memory.
 func TestUnmarshal_HostileLengths(t *testing.T) {
 	for _, metadata := range []string{
 		"\xdf\xff\xff\xff\xff",                                      // a map of 2^32-1
@@ -267,7 +266,7 @@ func TestUnmarshal_HostileLengths(t *testing.T) {
 	} {
 		var err error
 		bytes := allocated(func() {
-			_, err = unmarshalFields(DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", metadata})
+			_, err = unmarshalFields(DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", metadata}, message.NewMessage)
 		})
 		require.ErrorContains(t, err, `field "metadata"`)
 		require.ErrorContains(t, err, "truncated")
@@ -300,11 +299,11 @@ func TestBodyMarshaler_ReadsWhatGoxstreamsWrites(t *testing.T) {
 		newTestMessage("", `null`, nil),
 		newTestMessage("", `"text"`, nil),
 	} {
-		got, err := unmarshalFields(BodyMarshaler{MetadataField: "ctx"}, goxstreamsEntries[i])
+		got, err := unmarshalFields(BodyMarshaler{MetadataField: "ctx"}, goxstreamsEntries[i], message.NewMessage)
 		require.NoError(t, err)
 		requireSameMessage(t, want, got)
 
-		got, err = unmarshalFields(BodyMarshaler{}, goxstreamsEntries[i])
+		got, err = unmarshalFields(BodyMarshaler{}, goxstreamsEntries[i], message.NewMessage)
 		require.NoError(t, err)
 		requireSameMessage(t, newTestMessage("", string(want.Payload), nil), got)
 	}
@@ -371,16 +370,16 @@ func TestBodyMarshaler_Errors(t *testing.T) {
 		`{"a":"b"`:  "unexpected end of JSON input",
 		`{"a":""}x`: "invalid character",
 	} {
-		_, err := unmarshalFields(ctx, []string{"body", "{}", "ctx", metadata})
+		_, err := unmarshalFields(ctx, []string{"body", "{}", "ctx", metadata}, message.NewMessage)
 		require.ErrorContains(t, err, `field "ctx": `)
 		require.ErrorContains(t, err, want)
 	}
-	_, err := unmarshalFields(BodyMarshaler{Field: "event"}, []string{"body", "{}"})
+	_, err := unmarshalFields(BodyMarshaler{Field: "event"}, []string{"body", "{}"}, message.NewMessage)
 	require.EqualError(t, err, `field "event" is missing`)
 	_, err = BodyMarshaler{}.Unmarshal(map[string]any{"body": 1})
-	require.EqualError(t, err, `field "body": want a string or []byte, have a int`)
+	require.EqualError(t, err, `field "body": want a string or []byte, got int`)
 	_, err = ctx.Unmarshal(map[string]any{"body": "", "ctx": map[string]string{}})
-	require.EqualError(t, err, `field "ctx": want a string or []byte, have a map[string]string`)
+	require.EqualError(t, err, `field "ctx": want a string or []byte, got map[string]string`)
 
 	for _, m := range []BodyMarshaler{{MetadataField: "body"}, {Field: "x", MetadataField: "x"}} {
 		require.ErrorContains(t, m.validate(), "cannot hold both")
@@ -393,7 +392,7 @@ func TestBodyMarshaler_Errors(t *testing.T) {
 	require.NoError(t, BodyMarshaler{Field: "x", MetadataField: "body"}.validate())
 }
 
-// customMarshaler is what a user may write.
+// customMarshaler is an example of a user's marshaler.
 type customMarshaler struct{}
 
 func (customMarshaler) Marshal(topic string, msg *message.Message) (map[string]any, error) {
@@ -416,7 +415,7 @@ func TestMarshalFields_Custom(t *testing.T) {
 	_, err := marshalFields(DefaultMarshaler{}, "orders", nil)
 	require.EqualError(t, err, "the message is nil")
 	_, err = marshalFields(marshalFunc(func() (map[string]any, error) { return nil, nil }), "orders", msg)
-	require.EqualError(t, err, "goxstreams.marshalFunc returned no fields: Redis has no entry without any")
+	require.EqualError(t, err, "goxstreams.marshalFunc returned no fields: a Redis entry needs at least one")
 	boom := errors.New("boom")
 	_, err = marshalFields(marshalFunc(func() (map[string]any, error) { return nil, boom }), "orders", msg)
 	require.Equal(t, boom, err)
@@ -432,8 +431,8 @@ func (v binaryValue) MarshalBinary() ([]byte, error) { return []byte("binary"), 
 
 var _ encoding.BinaryMarshaler = binaryValue{}
 
-// go-redis notices what it cannot write in the middle of a pipeline, where
-// other calls' messages are, too.
+// go-redis rejects values that it cannot write in the middle of a pipeline, with
+// other calls' messages in it.
 func TestMarshalFields_WritableValues(t *testing.T) {
 	marshal := func(v any) ([]any, error) {
 		m := marshalFunc(func() (map[string]any, error) { return map[string]any{"f": v}, nil })
@@ -471,20 +470,20 @@ func TestUnmarshalFields_Custom(t *testing.T) {
 		"panic with it": {func(map[string]any) (*message.Message, error) { panic(boom) }, "marshaler_test.go"}, // the stack
 	} {
 		t.Run(name, func(t *testing.T) {
-			msg, err := unmarshalFields(test.unmarshal, []string{"body", ""})
+			msg, err := unmarshalFields(test.unmarshal, []string{"body", ""}, message.NewMessage)
 			require.ErrorContains(t, err, test.wantErr)
 			require.Nil(t, msg)
 		})
 	}
 	for _, u := range []Unmarshaler{DefaultMarshaler{}, BodyMarshaler{}, customMarshaler{}} {
-		_, err := unmarshalFields(u, []string{"body"})
+		_, err := unmarshalFields(u, []string{"body"}, message.NewMessage)
 		require.ErrorContains(t, err, "odd number")
 	}
 }
 
-// A message that message.NewMessage did not make has no channel on which its
-// Ack could be seen, and a nil map for metadata, which the first middleware to
-// set a key would panic on.
+// A message that message.NewMessage did not make has no channel to observe its Ack,
+// and a nil map for metadata, on which the first middleware that sets a key would
+// panic.
 func TestUnmarshalFields_MessageWithoutNewMessage(t *testing.T) {
 	ctx := t.Context()
 	u := unmarshalFunc(func(map[string]any) (*message.Message, error) {
@@ -492,7 +491,7 @@ func TestUnmarshalFields_MessageWithoutNewMessage(t *testing.T) {
 		msg.SetContext(ctx)
 		return msg, nil
 	})
-	msg, err := unmarshalFields(u, []string{"body", ""})
+	msg, err := unmarshalFields(u, []string{"body", ""}, message.NewMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("u", "p", nil), msg)
 	require.Equal(t, ctx, msg.Context())
@@ -500,8 +499,8 @@ func TestUnmarshalFields_MessageWithoutNewMessage(t *testing.T) {
 	<-msg.Acked()
 }
 
-// Embedding one of ours promotes its unexported methods as well. A fast path
-// told by these would pass by what the embedding type defines.
+// Embedding one of our types promotes its unexported methods as well. A fast path
+// that recognizes them would bypass the methods of the embedding type.
 type embedding struct{ DefaultMarshaler }
 
 func (embedding) Marshal(string, *message.Message) (map[string]any, error) {
@@ -516,7 +515,7 @@ func TestMarshalers_EmbeddedOnesAreNotPassedBy(t *testing.T) {
 	fields, err := marshalFields(embedding{}, "topic", newTestMessage("u", "p", nil))
 	require.NoError(t, err)
 	require.Equal(t, []any{"mine", "1"}, fields)
-	msg, err := unmarshalFields(embedding{}, []string{"mine", "2"})
+	msg, err := unmarshalFields(embedding{}, []string{"mine", "2"}, message.NewMessage)
 	require.NoError(t, err)
 	require.Equal(t, "2", msg.UUID)
 
@@ -568,8 +567,8 @@ func TestUnpackFields_Errors(t *testing.T) {
 	}
 }
 
-// The subscriber's rate rests on this: without metadata a message costs what
-// NewMessage and the copies of the payload and the UUID cost.
+// The subscriber's rate depends on this: without metadata a message costs only
+// NewMessage and the copies of the payload and the UUID.
 func TestUnmarshalFields_AllocatesNothingMore(t *testing.T) {
 	payload := strings.Repeat("p", 100)
 	least := testing.AllocsPerRun(100, func() { sink = message.NewMessage("u", []byte(payload)) })
@@ -581,7 +580,7 @@ func TestUnmarshalFields_AllocatesNothingMore(t *testing.T) {
 		{DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", "", "payload", payload}, 1},
 		{BodyMarshaler{}, []string{"body", payload}, 0},
 	} {
-		allocs := testing.AllocsPerRun(100, func() { sink, _ = unmarshalFields(test.u, test.fields) })
+		allocs := testing.AllocsPerRun(100, func() { sink, _ = unmarshalFields(test.u, test.fields, message.NewMessage) })
 		require.Equal(t, least+test.uuids, allocs)
 	}
 }
@@ -670,8 +669,8 @@ func FuzzUnpackFields(f *testing.F) {
 	})
 }
 
-// fuzzUnmarshal checks what holds for whatever bytes a stream holds. It returns
-// nil for a broken entry.
+// fuzzUnmarshal checks invariants for arbitrary bytes in a stream. It returns nil
+// for a malformed entry.
 func fuzzUnmarshal(t *testing.T, u Unmarshaler, fields []string) *message.Message {
 	var (
 		msg  *message.Message
@@ -683,7 +682,7 @@ func fuzzUnmarshal(t *testing.T, u Unmarshaler, fields []string) *message.Messag
 		values[fields[i]] = fields[i+1]
 		size += len(fields[i]) + len(fields[i+1])
 	}
-	requireModest(t, size, func() { msg, err = unmarshalFields(u, fields) })
+	requireModest(t, size, func() { msg, err = unmarshalFields(u, fields, message.NewMessage) })
 	viaMap, mapErr := u.Unmarshal(values)
 	if err != nil {
 		require.Nil(t, msg)
@@ -695,8 +694,7 @@ func fuzzUnmarshal(t *testing.T, u Unmarshaler, fields []string) *message.Messag
 	return msg
 }
 
-// requireModest fails if fn allocates more than what so many bytes of input can
-// be worth.
+// requireModest fails if fn allocates more than an input of that size justifies.
 func requireModest(t *testing.T, size int, fn func()) {
 	t.Helper()
 	require.Less(t, allocated(fn), uint64(64<<10+256*size))
@@ -725,8 +723,7 @@ type bothWays interface {
 	Unmarshaler
 }
 
-// requireRoundTrip sends msg through m by way of the fields and by way of the
-// map.
+// requireRoundTrip passes msg through m as fields and as a map.
 func requireRoundTrip(t *testing.T, m bothWays, msg *message.Message) {
 	t.Helper()
 	if b, ok := m.(BodyMarshaler); ok && b.MetadataField == "" {
@@ -739,7 +736,7 @@ func requireUnmarshal(t *testing.T, m bothWays, msg *message.Message) *message.M
 	t.Helper()
 	fields, err := marshalFields(m, "topic", msg)
 	require.NoError(t, err)
-	got, err := unmarshalFields(m, onWire(fields))
+	got, err := unmarshalFields(m, onWire(fields), message.NewMessage)
 	require.NoError(t, err)
 
 	values, err := m.Marshal("topic", msg)
@@ -835,7 +832,7 @@ func BenchmarkUnmarshalFields(b *testing.B) {
 				wire := onWire(fields)
 				b.ReportAllocs()
 				for b.Loop() {
-					sink, _ = unmarshalFields(m, wire)
+					sink, _ = unmarshalFields(m, wire, message.NewMessage)
 				}
 			})
 		}

@@ -43,9 +43,9 @@ func deduplicator(key func(*message.Message) string) message.HandlerMiddleware {
 	return d.Middleware
 }
 
-// Every middleware of Watermill's, around and inside Retry{MaxRetries: 2} and
+// Every middleware of Watermill, around and inside Retry{MaxRetries: 2} and
 // DeadLetter, in either order of these two. The subscription's own limit is 5
-// retries: that is seen where a middleware keeps messages from ours.
+// retries: it applies where a middleware keeps messages from ours.
 func TestWatermillsMiddlewares(t *testing.T) {
 	t.Parallel()
 	const (
@@ -56,11 +56,11 @@ func TestWatermillsMiddlewares(t *testing.T) {
 	)
 	type result struct {
 		calls      int    // of the handler
-		end        string // what became of the message
+		end        string // the message's outcome
 		deliveries int64  // by Redis's count
-		reason     string // of its death, as far as known beforehand; empty: the handler's error
+		reason     string // of its death, as far as it is known in advance; empty: the handler's error
 	}
-	// What there is without another middleware.
+	// Results without another middleware.
 	var (
 		exhausted = result{3, dead, 3, ""}
 		second    = result{2, acked, 2, ""}
@@ -90,7 +90,7 @@ func TestWatermillsMiddlewares(t *testing.T) {
 		outside, inside result
 	}
 	const (
-		subscriptions = "goxstreams: dead message: retries exhausted" // the subscription's limit, without an error known
+		subscriptions = "goxstreams: dead message: retries exhausted" // the subscription's limit, without a known error
 		panicked      = "goxstreams: the handler panicked"
 	)
 	poisonQueue := func(filter func(error) bool) func(*testing.T, redis.UniversalClient, string) message.HandlerMiddleware {
@@ -114,7 +114,8 @@ func TestWatermillsMiddlewares(t *testing.T) {
 			return func(h message.HandlerFunc) message.HandlerFunc { return h }
 		}), append(asWithout, want{panics_, result{3, dead, 3, panicked}, result{3, dead, 3, panicked}})},
 
-		// Its attempts are within one delivery. Outside it stops at what is dead.
+		// Its attempts are within one delivery. Outside, it stops at a dead
+		// message.
 		{"Retry", plain(func() message.HandlerMiddleware {
 			return middleware.Retry{MaxRetries: 1, InitialInterval: time.Millisecond}.Middleware
 		}), []want{
@@ -123,7 +124,7 @@ func TestWatermillsMiddlewares(t *testing.T) {
 			{final, permanent, permanent},
 		}},
 
-		// Without a filter it takes every error, and nothing is tried again.
+		// Without a filter it takes every error, and nothing is retried.
 		{"PoisonQueue", func(t *testing.T, client redis.UniversalClient, topic string) message.HandlerMiddleware {
 			mw, err := middleware.PoisonQueue(newPublisher(t, client), topic+poison)
 			require.NoError(t, err)
@@ -133,7 +134,8 @@ func TestWatermillsMiddlewares(t *testing.T) {
 			{once, result{1, poisoned, 1, ""}, result{1, poisoned, 1, ""}},
 			{final, result{1, poisoned, 1, ""}, result{1, poisoned, 1, ""}},
 		}},
-		// Outside it is where dead letters go; inside it does not see the exhausted.
+		// Outside, it receives the dead letters; inside, it does not see exhausted
+		// retries.
 		{"PoisonQueueWithFilter", poisonQueue(goxstreams.IsDead), []want{
 			{always, result{3, poisoned, 3, ""}, exhausted},
 			{once, second, second},
@@ -150,8 +152,8 @@ func TestWatermillsMiddlewares(t *testing.T) {
 		{"Recoverer", plain(func() message.HandlerMiddleware { return middleware.Recoverer }),
 			append(asWithout, want{panics_, result{3, dead, 3, panicked}, result{3, dead, 3, `panic occurred: "help", stacktrace:`}})},
 
-		// It opens at the first failure. Outside it keeps the messages from Retry
-		// then, so that the subscription's policy holds.
+		// It opens at the first failure. Outside, it then keeps the messages from
+		// Retry, so the subscription's policy applies.
 		{"CircuitBreaker", plain(func() message.HandlerMiddleware {
 			return middleware.NewCircuitBreaker(gobreaker.Settings{
 				Timeout: time.Hour, ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures > 0 },
@@ -182,12 +184,12 @@ func TestWatermillsMiddlewares(t *testing.T) {
 			{final, permanent, permanent},
 		}},
 
-		// What it writes into the metadata is gone with the delivery.
+		// The metadata that it writes is lost with the delivery.
 		{"DelayOnError", plain(func() message.HandlerMiddleware {
 			return (&middleware.DelayOnError{InitialInterval: time.Hour, MaxInterval: time.Hour, Multiplier: 2}).Middleware
 		}), asWithout},
 
-		// Acked is acked.
+		// Acked is final.
 		{"InstantAck", plain(func() message.HandlerMiddleware { return middleware.InstantAck }), []want{
 			{always, result{1, acked, 1, ""}, result{1, acked, 1, ""}},
 			{once, result{1, acked, 1, ""}, result{1, acked, 1, ""}},
@@ -303,7 +305,8 @@ func TestWatermillsMiddlewares(t *testing.T) {
 							require.NoError(t, err)
 							require.Equal(t, msg.UUID, got.UUID)
 							require.Equal(t, msg.Payload, got.Payload)
-							// The message as the handler left it: that is the PoisonQueue's way.
+							// The message as the handler left it, as the
+							// PoisonQueue stores it.
 							poisonKeys["scratch"] = "the handler's"
 							maps.Copy(poisonKeys, published)
 							require.Equal(t, poisonKeys, got.Metadata)
@@ -341,8 +344,7 @@ func TestWatermillsMiddlewares(t *testing.T) {
 	}
 }
 
-// What CorrelationID gives to what a handler produces, it gives it on a
-// redelivery too.
+// CorrelationID gives a handler's produced messages the same ID after a redelivery.
 func TestWatermillsCorrelationID(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	msg := message.NewMessage("1", nil)
@@ -364,11 +366,11 @@ func TestWatermillsCorrelationID(t *testing.T) {
 	out.Ack()
 }
 
-// A middleware that copies messages takes their delivery from the worker, which
-// then saw a RetryCount of -1.
+// The worker looked up the delivery of a message that a middleware had copied, and
+// saw a RetryCount of -1.
 //
-// Not in parallel: that copies have no verdict is written to the log of the newest
-// subscription, which may be one that is to have an empty log.
+// Not parallel: the error about copies is written to the log of the newest
+// subscription, which may be another test's that requires an empty log.
 func TestRetryCountOfACopy(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	worker := &testWorker[order]{}

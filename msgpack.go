@@ -1,9 +1,9 @@
 package goxstreams
 
-// The little of MessagePack that we need, in the place of a dependency: maps
-// and arrays of strings. Decoding goes without reflection and without a copy:
-// the strings are parts of the one they are read from, so that no length it
-// states is ever allocated.
+// The part of MessagePack that this library needs, instead of a dependency: maps
+// and arrays of strings. Decoding uses no reflection and copies nothing: the
+// decoded strings are parts of the input, so a length in the input never causes an
+// allocation.
 
 import (
 	"encoding/binary"
@@ -14,8 +14,8 @@ import (
 	"github.com/ThreeDotsLabs/watermill/message"
 )
 
-// packMetadata encodes metadata as watermill-redisstream does, in the same byte
-// forms; nil if there is none.
+// packMetadata encodes metadata as watermill-redisstream does, byte for byte; nil
+// if there is none.
 func packMetadata(metadata message.Metadata) []byte {
 	if len(metadata) == 0 {
 		return nil
@@ -35,13 +35,13 @@ func packMetadata(metadata message.Metadata) []byte {
 	return packed
 }
 
-// unpackMetadata adds to metadata what packed holds. Bytes that follow the map
-// are ignored, as watermill-redisstream does.
-// packPair returns what packMetadata makes of one key and its value.
+// packPair returns one key and its value as packMetadata encodes them.
 func packPair(key, value string) string {
 	return string(appendString(appendString(nil, key), value))
 }
 
+// unpackMetadata adds the packed entries to metadata. Like watermill-redisstream, it
+// ignores bytes that follow the map.
 func unpackMetadata(packed string, metadata message.Metadata) error {
 	if packed == "" {
 		return nil
@@ -76,11 +76,10 @@ func packFields(fields []string) string {
 	return string(packed)
 }
 
-// UnpackFields decodes the fields that a stream entry had before it became a
-// dead letter, from a MessagePack array of strings: name, value, name, value,
-// ... in the order of the entry, names that occur twice and values that are not
-// text included. An odd number of strings is an error, and so is whatever
-// follows the array.
+// UnpackFields decodes the original fields of a dead letter from a MessagePack
+// array of strings: name, value, name, value, ..., in the entry's order, including
+// duplicate names and binary values. It returns an error for an odd number of
+// strings, and for bytes that follow the array.
 func UnpackFields(packed []byte) ([]string, error) {
 	s := string(packed)
 	n, rest, err := cutCount(s, fixArray, array16)
@@ -90,7 +89,7 @@ func UnpackFields(packed []byte) ([]string, error) {
 	if n%2 != 0 {
 		return nil, fmt.Errorf("goxstreams: unpack fields: %d names and values, an odd number", n)
 	}
-	if uint64(n) > uint64(len(rest)) { // each takes a byte at least
+	if uint64(n) > uint64(len(rest)) { // each takes at least one byte
 		return nil, fmt.Errorf("goxstreams: unpack fields: %d names and values in %d bytes: %w", n, len(rest), errTruncated)
 	}
 	var fields []string
@@ -110,17 +109,17 @@ func UnpackFields(packed []byte) ([]string, error) {
 	return fields, nil
 }
 
-// MessagePack's first bytes. The form with four bytes of length comes next
-// after the one with two.
+// First bytes of MessagePack values. The code of each form with a 4-byte length
+// follows the one with a 2-byte length.
 const (
-	fixMap, fixArray, fixStr = 0x80, 0x90, 0xa0 // the length in the low bits
+	fixMap, fixArray, fixStr = 0x80, 0x90, 0xa0 // with the length in the low bits
 	nilValue                 = 0xc0
 	bin8, bin16, bin32       = 0xc4, 0xc5, 0xc6
 	str8, str16, str32       = 0xd9, 0xda, 0xdb
 	array16, map16           = 0xdc, 0xde
 )
 
-// appendCount begins a map or an array of n.
+// appendCount starts a map or an array of n elements.
 func appendCount(b []byte, fix, code16 byte, n int) []byte {
 	if n < 16 {
 		return append(b, fix|byte(n))
@@ -140,8 +139,7 @@ func appendString(b []byte, s string) []byte {
 	return append(b, s...)
 }
 
-// appendLen takes n below 4 GiB for granted: Redis takes no value above 512
-// MiB.
+// appendLen assumes that n is below 4 GiB: Redis accepts no value above 512 MiB.
 func appendLen(b []byte, code16 byte, n int) []byte {
 	if n < 1<<16 {
 		return binary.BigEndian.AppendUint16(append(b, code16), uint16(n))
@@ -151,7 +149,7 @@ func appendLen(b []byte, code16 byte, n int) []byte {
 
 var errTruncated = errors.New("truncated")
 
-// cutCount takes the beginning of a map or an array off s. Nil is an empty one.
+// cutCount cuts the start of a map or an array off s. Nil is an empty one.
 func cutCount(s string, fix, code16 byte) (n uint32, rest string, err error) {
 	if s == "" {
 		return 0, s, errTruncated
@@ -170,9 +168,8 @@ func cutCount(s string, fix, code16 byte) (n uint32, rest string, err error) {
 	}
 }
 
-// cutString takes a string off s, in whichever form some writer may have
-// chosen: text, binary, or nil for an empty one. On an error rest is where the
-// string began.
+// cutString cuts a string off s, in any form that a writer may have chosen: text,
+// binary, or nil for an empty one. After an error, rest starts at that string.
 func cutString(s string) (value, rest string, err error) {
 	n, rest, err := cutStringLen(s)
 	if err != nil {
@@ -204,8 +201,7 @@ func cutStringLen(s string) (n uint32, rest string, err error) {
 	}
 }
 
-// cutLen takes a first byte off s and the length of so many bytes that follows
-// it.
+// cutLen cuts a code byte and a length of size bytes off s.
 func cutLen(s string, size int) (n uint32, rest string, err error) {
 	if len(s) < 1+size {
 		return 0, s, errTruncated

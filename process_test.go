@@ -24,8 +24,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// The consumers of these tests are processes: what kills or stops a process
-// cannot be played in one.
+// The consumers of these tests are processes: killing or stopping a process cannot
+// be simulated within one.
 
 func init() { children[consumerRole] = consumerChild }
 
@@ -36,7 +36,7 @@ const (
 	childArgsEnv = "GOXSTREAMS_TEST_CHILD_ARGS"
 )
 
-// childArgs is what a consumerChild is to do.
+// childArgs are the instructions for a consumerChild.
 type childArgs struct {
 	Addr, Topic    string
 	Consumer       string
@@ -45,14 +45,14 @@ type childArgs struct {
 	ClaimInterval  time.Duration
 	MaxRetries     int
 	Handle         time.Duration // how long the handler takes
-	Hold           bool          // "hold" is kept until its context ends when first delivered, and takes a second later on
+	Hold           bool          // "hold" is kept until its context ends at its first delivery, and takes a second later on
 }
 
 // A killerPayload kills the process that handles it.
 const killerPayload = "kill"
 
-// report is one line that a child writes about a message. The system takes it
-// at once: what a child wrote before it was killed is not lost.
+// report is a line that a child writes about a message. The system takes it at
+// once: lines written before a child is killed are not lost.
 type report struct {
 	Event string // "start", "ack", "lost" (its context ended with ErrLeaseLost), "closed" (with ErrSubscriberClosed)
 	UUID  string
@@ -74,6 +74,7 @@ func consumerChild() {
 		ClaimInterval:  args.ClaimInterval,
 		Retry:          &goxstreams.Retry{MaxRetries: args.MaxRetries, InitialInterval: 10 * time.Millisecond},
 		CloseTimeout:   5 * time.Second,
+		WaitForRedis:   patience,
 	}, nil)
 	must(err)
 	messages, err := sub.Subscribe(context.Background(), args.Topic)
@@ -137,13 +138,13 @@ func must(err error) {
 	}
 }
 
-// child is a process that a test started.
+// child is a process that a test has started.
 type child struct {
 	t     testing.TB
 	name  string
 	cmd   *exec.Cmd
 	stdin io.Closer
-	ended chan struct{} // it is gone, and all its reports are read
+	ended chan struct{} // closed when it has ended and all its reports are read
 
 	mu      sync.Mutex
 	reports []report
@@ -151,10 +152,16 @@ type child struct {
 
 func startChild(t testing.TB, name string, args childArgs) *child {
 	t.Helper()
+	return startRole(t, consumerRole, name, args)
+}
+
+// startRole starts a process that plays a role, with its instructions.
+func startRole(t testing.TB, role, name string, args any) *child {
+	t.Helper()
 	data, err := json.Marshal(args)
 	require.NoError(t, err)
 	c := &child{t: t, name: name, cmd: exec.Command(os.Args[0]), ended: make(chan struct{})}
-	c.cmd.Env = append(os.Environ(), childEnv+"="+consumerRole, childArgsEnv+"="+string(data))
+	c.cmd.Env = append(os.Environ(), childEnv+"="+role, childArgsEnv+"="+string(data))
 	c.cmd.Stderr = os.Stderr
 	c.stdin, err = c.cmd.StdinPipe()
 	require.NoError(t, err)
@@ -187,7 +194,7 @@ func (c *child) signal(sig syscall.Signal) {
 	require.NoError(c.t, c.cmd.Process.Signal(sig))
 }
 
-// kill returns when the process is gone.
+// kill returns when the process has ended.
 func (c *child) kill() {
 	c.t.Helper()
 	c.signal(syscall.SIGKILL)
@@ -212,7 +219,7 @@ func (c *child) all() []report {
 	return slices.Clone(c.reports)
 }
 
-// told returns the UUIDs of what the child reported of this kind.
+// told returns the UUIDs in the child's reports of this kind.
 func (c *child) told(event string) map[string]int {
 	uuids := make(map[string]int)
 	for _, r := range c.all() {
@@ -223,7 +230,7 @@ func (c *child) told(event string) map[string]int {
 	return uuids
 }
 
-// under returns the messages that the child has started and not ended.
+// under returns the messages that the child has started and not finished.
 func (c *child) under() map[string]bool {
 	uuids := make(map[string]bool)
 	for _, r := range c.all() {
@@ -236,18 +243,17 @@ func (c *child) under() map[string]bool {
 	return uuids
 }
 
-// handling is the time in which a process worked on a message with a lease that
-// it could take for good.
+// handling is the time in which a process worked on a message with a valid lease.
 type handling struct {
 	process    string
 	start, end time.Time
 }
 
-// handlings returns the child's handlings by message. What it had in hand when
-// it was stopped counts until then: it did nothing afterwards, and what it did
-// when it was continued, before it learned that the lease was lost, is what the
-// end of the context is for. What it had in hand when it was killed counts until
-// it was gone.
+// handlings returns the child's handlings by message. A message that it was
+// handling when it was stopped counts until then: it did nothing afterwards, and
+// between its continuation and the notice that the lease was lost, the end of the
+// context applies. A message that it was handling when it was killed counts until
+// its end.
 func (c *child) handlings(stopped, continued, killed time.Time) map[string][]handling {
 	open := make(map[string]time.Time)
 	all := make(map[string][]handling)
@@ -292,12 +298,12 @@ func twoProcesses(t *testing.T, consumer string) {
 	}
 	createGroup(t, client, topic, testGroup)
 
-	// The first is full with messages that it keeps.
+	// The first one is full of messages that it keeps.
 	sleeper := startChild(t, "sleeper", args)
 	sleepers := publish(t, client, topic, "hold", "hold", "hold", "hold")
 	eventually(t, func() bool { return len(sleeper.under()) == len(sleepers) })
 
-	// The second keeps some too, and has room for others.
+	// The second one keeps some too, and has room for others.
 	args.MaxConcurrency = 8
 	victim := startChild(t, "victim", args)
 	victims := publish(t, client, topic, "hold", "hold", "hold")
@@ -307,14 +313,15 @@ func twoProcesses(t *testing.T, consumer string) {
 	eventually(t, func() bool { return len(victim.told("ack")) > 0 })
 	sleeper.signal(syscall.SIGSTOP)
 	stopped := time.Now()
-	// Proof that it was stopped for long enough: the other one has got its
-	// messages, and is at work on them.
+	// Proof that it was stopped for long enough: the other one has received its
+	// messages, and is handling them.
 	eventually(t, func() bool { return hasAll(victim.told("start"), sleepers) }, "the stopped process's messages are not taken over")
 	continued := time.Now()
 	sleeper.signal(syscall.SIGCONT)
 	eventually(t, func() bool { return hasAll(sleeper.told("lost"), sleepers) }, "the continued process does not notice that its leases are lost")
 
-	// Both work, until one is killed with something else than what it keeps in hand.
+	// Both work, until one is killed while it handles other messages than those
+	// that it keeps.
 	quick = append(quick, publishN(t, client, topic, 400)...)
 	eventually(t, func() bool { return len(sleeper.told("ack")) > 0 && len(victim.under()) > len(victims) })
 	victim.kill()
@@ -360,8 +367,8 @@ func keys[V any](m map[string]V) []string {
 	return ks
 }
 
-// TestKillerMessage: a message kills every process that handles it. It is dead
-// in the end, and none of those around it is.
+// TestKillerMessage: a message kills every process that handles it. At the end it
+// is dead, and none of the others is.
 func TestKillerMessage(t *testing.T) {
 	t.Parallel()
 	for _, maxRetries := range []int{-1, 1, 3} {
@@ -433,7 +440,7 @@ func killAndCount(t *testing.T, maxRetries, concurrency int) {
 	assert.Equal(t, fmt.Sprint(max(maxRetries, 0)+3), dead[0].Metadata.Get(goxstreams.DeadDeliveriesKey))
 }
 
-// deadLetters returns what is in the topic's dead-letter stream, decoded.
+// deadLetters returns the topic's decoded dead letters.
 func deadLetters(t testing.TB, client redis.UniversalClient, topic string) []*message.Message {
 	t.Helper()
 	entries, err := client.XRange(context.Background(), goxstreams.DeadLetterTopic(topic), "-", "+").Result()
@@ -447,9 +454,9 @@ func deadLetters(t testing.TB, client redis.UniversalClient, topic string) []*me
 	return msgs
 }
 
-// TestRollingRestart: three consumers are closed and replaced in turn, twice,
-// under load. Their leases would not run out within the test: it ends in time
-// only because what a closing consumer has not handled is released.
+// TestRollingRestart: three consumers are closed and replaced in turn, twice, under
+// load. Their leases would not expire within the test: it finishes in time only
+// because closing consumers release unhandled messages.
 func TestRollingRestart(t *testing.T) {
 	t.Parallel()
 	for _, concurrency := range []int{1, 8} {

@@ -17,27 +17,29 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// PublisherConfig configures a Publisher. Only Client is required. The config is
-// copied; nothing in it is changed.
+// PublisherConfig configures a Publisher. Only Client is required. NewPublisher
+// copies the config and never changes it.
 type PublisherConfig struct {
-	// Client is required. It stays the caller's: the Publisher does not close it.
+	// Client is required. The caller owns it: the Publisher never closes it.
 	Client redis.UniversalClient
 
-	// Marshaler turns a message into an entry's fields. Default:
+	// Marshaler converts a message to the fields of an entry. Default:
 	// DefaultMarshaler{}.
 	Marshaler Marshaler
 
-	// DefaultMaxLen trims each stream, as messages are added, to about as many
-	// entries: never fewer. 0: unbounded. What is trimmed before every group has
-	// handled it is lost; Stats().Lost counts what was pending.
+	// DefaultMaxLen is the approximate length to which XADD trims each stream
+	// (MAXLEN ~): a stream may be longer, but is never trimmed below it. 0 means
+	// unbounded. Entries trimmed before every group has handled them are lost;
+	// Stats().Lost counts those that were pending.
 	DefaultMaxLen int64
 
-	// MaxLens is DefaultMaxLen by topic. 0: that topic is unbounded.
+	// MaxLens overrides DefaultMaxLen by topic. 0 means that the topic is
+	// unbounded.
 	MaxLens map[string]int64
 
-	// Idempotence stores the same UUID once, so that a call with ErrOutcomeUnknown
-	// can be repeated. It needs Redis 8.6.2. nil: off. &Idempotence{}: on, with its
-	// defaults.
+	// Idempotence stores messages with the same UUID once, so that a call that
+	// failed with ErrOutcomeUnknown can be repeated. It needs Redis 8.6.2. Default:
+	// nil, off. &Idempotence{} turns it on with its defaults.
 	Idempotence *Idempotence
 }
 
@@ -65,9 +67,8 @@ func (c PublisherConfig) validate() error {
 	return errs.err()
 }
 
-// Publisher is a Watermill Publisher over Redis Streams. It may be used by
-// several goroutines at once; calls that come while one is under way share a
-// pipeline.
+// Publisher is a Watermill Publisher over Redis Streams. It is safe for concurrent
+// use; concurrent calls share pipelines.
 type Publisher struct {
 	config PublisherConfig
 	client redisx.Client
@@ -75,19 +76,20 @@ type Publisher struct {
 	quiet  bool // the logger discards everything
 
 	probe sync.Mutex
-	multi map[string]*question // whether MULTI is allowed, by the node's address; guarded by probe
+	multi map[string]*question // whether MULTI is allowed, by node address; guarded by probe
 
-	prepared sync.Map // topics whose streams are set for Idempotence
+	prepared sync.Map // topics whose streams are configured for Idempotence
 
-	pipe *pipeline.Pipeline // what gathers while a pipeline is under way shares the next
+	pipe *pipeline.Pipeline // calls that arrive while one pipeline is in flight share the next
 
 	calls calls
+	soon  soon // delayed messages that are due soon
 }
 
 var _ message.Publisher = (*Publisher)(nil)
 
-// NewPublisher returns a Publisher. Its error names every mistake in the config.
-// A nil logger logs nothing.
+// NewPublisher returns a Publisher. The error lists every mistake in the config. A
+// nil logger discards all logs.
 func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publisher, error) {
 	if err := config.validate(); err != nil {
 		return nil, err
@@ -104,26 +106,40 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 	}
 	client := redisx.Client{UniversalClient: config.Client}
 	_, quiet := logger.(watermill.NopLogger)
-	return &Publisher{config: config, client: client, pipe: pipeline.New(client, 1, false), logger: logger, quiet: quiet}, nil
+	return &Publisher{
+		config: config, client: client, pipe: pipeline.New(client, 1, false), logger: logger, quiet: quiet,
+		soon: soon{client: client, logger: logger},
+	}, nil
 }
 
-// String names the Publisher in Watermill's logs and metadata.
+// String returns the Publisher's name for Watermill's logs and metadata.
 func (p *Publisher) String() string { return "goxstreams.Publisher" }
 
-// Publish adds the messages to the topic's stream, in their order, in one round
-// trip: all of them, or none. It returns nil when Redis has stored them, and an
-// error when it has not, with one exception: errors.Is(err, ErrOutcomeUnknown)
-// says that the messages were written to a connection which then broke before the
-// answer. Nothing is sent a second time. (The first call of several messages asks
-// for the right to MULTI before.)
+// Publish adds the messages to the topic's stream, in order and in one round trip.
+// It stores all of them or none. A nil error means that Redis has stored them. An
+// error means that nothing is stored, unless errors.Is(err, ErrOutcomeUnknown):
+// then the messages were written to a connection that broke before the answer
+// arrived. Publish never sends a message twice. The first call with several
+// messages takes one more round trip, to check the permission for MULTI.
 //
-// However many callers wait, it ends within what the client's options allow for one
-// command: PoolTimeout for its turn, then the dial, the write and the read. A call
-// that did not get its turn has redis.ErrPoolTimeout in its error.
+// However many callers wait, a call takes no longer than the client's options allow
+// for one command: PoolTimeout to wait for its turn, then the dial, write and read
+// timeouts. A call whose turn does not come fails with an error that wraps
+// redis.ErrPoolTimeout.
 //
-// The messages' contexts are there for their values (tracing); their end is
-// ignored, the client's timeouts bound the call. Calls that share a pipeline have
-// nobody's values. To publish nothing does nothing.
+// A message with the metadata of Watermill's components/delay is delayed: it waits in
+// Redis, beside the stream, and any of the topic's Subscribers moves it into the stream
+// when it is due, by the server's clock and to the millisecond. Its UUID must not be
+// empty. Publishing it again while it waits stores nothing; a different message with the
+// same UUID is refused until then. A message that was delayed once, and is published
+// again with its metadata, is not delayed again. Delays of more than ten years, negative
+// delays and metadata that cannot be parsed are errors. See Schedule for the messages
+// that wait. Delayed messages need EVAL.
+//
+// Publish uses the messages' contexts for their values only (tracing). It ignores
+// their cancellation and deadlines: the client's timeouts bound the call. A
+// pipeline that several calls share carries no context values. Publishing no
+// messages does nothing.
 func (p *Publisher) Publish(topic string, messages ...*message.Message) error {
 	if len(messages) == 0 {
 		return nil
@@ -144,11 +160,19 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 	if topic == "" {
 		return errors.New("the topic is empty")
 	}
+	dues, err := duesOf(messages)
+	if err != nil {
+		return err
+	}
+	if dues != nil {
+		return p.schedule(topic, messages, dues)
+	}
 	call, err := p.marshal(topic, messages)
 	if err != nil {
 		return err
 	}
-	// The Marshaler is over: it may have published, or closed, through this Publisher.
+	// Begin after the Marshaler has returned, since it may itself call Publish or
+	// Close on this Publisher.
 	p.calls.begin()
 	defer p.calls.end()
 	if p.config.Idempotence != nil {
@@ -157,7 +181,7 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 	return p.send(topic, call)
 }
 
-// marshal returns the call's commands.
+// marshal returns the XADD commands of one call.
 func (p *Publisher) marshal(topic string, messages []*message.Message) (*xstream.Publishing, error) {
 	var call *xstream.Publishing
 	prefix := p.addPrefix(topic)
@@ -167,14 +191,19 @@ func (p *Publisher) marshal(topic string, messages []*message.Message) (*xstream
 		}
 		err := p.add(call, prefix, topic, msg)
 		if err != nil {
-			uuid := ""
-			if msg != nil {
-				uuid = msg.UUID
-			}
-			return nil, fmt.Errorf("marshal message %d of %d (UUID %q): %w", i+1, len(messages), uuid, err)
+			return nil, atMessage(i, messages, err)
 		}
 	}
 	return call, nil
+}
+
+// atMessage says which message an error is about.
+func atMessage(i int, messages []*message.Message, err error) error {
+	uuid := ""
+	if msg := messages[i]; msg != nil {
+		uuid = msg.UUID
+	}
+	return fmt.Errorf("marshal message %d of %d (UUID %q): %w", i+1, len(messages), uuid, err)
 }
 
 func (p *Publisher) add(call *xstream.Publishing, prefix []any, topic string, msg *message.Message) error {
@@ -196,13 +225,16 @@ func (p *Publisher) add(call *xstream.Publishing, prefix []any, topic string, ms
 	return err
 }
 
-// addPrefix returns what is the same for all of a topic's messages.
+// addPrefix returns the arguments that all messages of a topic share.
 func (p *Publisher) addPrefix(topic string) []any {
-	maxLen, ok := p.config.MaxLens[topic]
-	if !ok {
-		maxLen = p.config.DefaultMaxLen
+	return xstream.AddPrefix(topic, p.maxLen(topic), p.config.Idempotence != nil) // see whilePrepared
+}
+
+func (p *Publisher) maxLen(topic string) int64 {
+	if maxLen, ok := p.config.MaxLens[topic]; ok {
+		return maxLen
 	}
-	return xstream.AddPrefix(topic, maxLen, p.config.Idempotence != nil) // see sendIdempotent
+	return p.config.DefaultMaxLen
 }
 
 func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
@@ -227,15 +259,15 @@ func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
 	return err
 }
 
-// A question is asked once: callers that come meanwhile wait for its answer. A
-// question without an error stays.
+// question is a check that is made once: concurrent callers wait for its answer.
+// The answer is kept if it is no error.
 type question struct {
 	answered chan struct{}
 	err      error
 }
 
-// probeMulti makes sure, once for each node, that MULTI is allowed: where it is
-// denied, what follows it in a pipeline runs all the same, but not as one.
+// probeMulti checks, once per node, that MULTI is allowed. Without MULTI, Redis
+// would run the remaining commands of the pipeline, but not atomically.
 func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 	if node == nil {
 		return nil
@@ -247,7 +279,7 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 		<-q.answered
 		return q.err
 	}
-	q := &question{answered: make(chan struct{}), err: errors.New("goxstreams: MULTI was not asked for: a panic")}
+	q := &question{answered: make(chan struct{}), err: errors.New("goxstreams: checking the permission for MULTI panicked")}
 	if p.multi == nil {
 		p.multi = make(map[string]*question)
 	}
@@ -263,7 +295,7 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 	return q.err
 }
 
-// forgetMulti makes the next call ask again.
+// forgetMulti makes the next call check again.
 func (p *Publisher) forgetMulti(node *redis.Client) {
 	p.probe.Lock()
 	defer p.probe.Unlock()
@@ -272,26 +304,29 @@ func (p *Publisher) forgetMulti(node *redis.Client) {
 	}
 }
 
-// Close waits for the calls under way: for as long at most as the client's options
-// allow for one command. It does not close the client, and since there is nothing
-// else to close, the Publisher can be used again: Watermill's router closes a
-// handler's publisher when that handler ends, and one that other handlers share must
-// outlive it.
+// Close waits for the calls in flight, but no longer than the client's options
+// allow for one command. It does not close the client. The Publisher holds no
+// resources, so it can still be used after Close: Watermill's router closes a
+// handler's publisher when that handler ends, and a publisher that other handlers
+// share must keep working.
 func (p *Publisher) Close() error {
 	timer := time.NewTimer(p.client.CallTimeout())
 	defer timer.Stop()
-	select {
-	case <-p.calls.idle():
-	case <-timer.C: // of a hook that waits for this, say
+	for _, idle := range []func() <-chan struct{}{p.calls.idle, p.soon.end} {
+		select {
+		case <-idle():
+		case <-timer.C: // for example, a go-redis hook that itself waits for Close
+			return nil
+		}
 	}
 	return nil
 }
 
-// calls counts what is under way.
+// calls counts the calls in flight.
 type calls struct {
 	mu   sync.Mutex
 	n    int
-	none chan struct{} // closed when none is; nil: nobody waits for that
+	none chan struct{} // closed when n drops to 0; nil while nobody waits
 }
 
 func (c *calls) begin() {
@@ -309,7 +344,7 @@ func (c *calls) end() {
 	}
 }
 
-// idle returns a channel that is closed as soon as nothing is under way.
+// idle returns a channel that is closed once no calls are in flight.
 func (c *calls) idle() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()

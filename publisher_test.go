@@ -22,8 +22,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// wire looks at the bytes between clients and their server, below go-redis and
-// its resending: a hook sees a command once however often it is sent.
+// wire observes the bytes between clients and their server, below go-redis and its
+// retries: a hook sees a command once, however often it is sent.
 type wire struct {
 	mu    sync.Mutex
 	xadds int // XADD commands sent
@@ -31,19 +31,19 @@ type wire struct {
 	execs int // EXECs at the end of what was sent
 	lose  bool
 	gate  chan struct{}
-	held  chan struct{} // closed when an answer waits at the gate
+	held  chan struct{} // closed when a reply waits at the gate
 }
 
-// loseAnswer makes the answers to all further XADDs break the connection when
-// they arrive: by then the server has run the commands.
+// loseAnswer breaks the connection when the reply to any further XADD arrives: by
+// then the server has run the commands.
 func (w *wire) loseAnswer(lose bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.lose = lose
 }
 
-// hold keeps the answer to the next XADD back. The first function waits until
-// it is there, the second lets it pass.
+// hold holds back the reply to the next XADD. The first function waits until it has
+// arrived, the second lets it pass.
 func (w *wire) hold() (arrived, release func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -52,14 +52,14 @@ func (w *wire) hold() (arrived, release func()) {
 	return func() { <-held }, sync.OnceFunc(func() { close(gate) })
 }
 
-// sent returns how many XADDs were sent so far, in how many round trips.
+// sent returns the number of XADDs sent so far, and of their round trips.
 func (w *wire) sent() (xadds, turns int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.xadds, w.turns
 }
 
-// executed reports whether an EXEC was sent since it was last asked.
+// executed reports whether an EXEC was sent since the last call.
 func (w *wire) executed() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -79,7 +79,7 @@ func (w *wire) dial(ctx context.Context, network, addr string) (net.Conn, error)
 type wireConn struct {
 	turnConn
 	w     *wire
-	adds  bool // an XADD was sent, and its answer not yet read
+	adds  bool // an XADD was sent, and its reply not read yet
 	lose  bool
 	lost  bool
 	gate  chan struct{}
@@ -164,7 +164,7 @@ func numbered(n int) []*message.Message {
 	return msgs
 }
 
-// stored returns the UUIDs of what the stream holds, in its order.
+// stored returns the UUIDs in the stream, in order.
 func stored(t testing.TB, client redis.UniversalClient, topic string) []string {
 	t.Helper()
 	entries, err := client.XRange(context.Background(), topic, "-", "+").Result()
@@ -176,8 +176,8 @@ func stored(t testing.TB, client redis.UniversalClient, topic string) []string {
 	return ids
 }
 
-// protocols are the two in which a server can answer; the errors within EXEC's
-// answer are parsed in both.
+// protocols runs a test with both protocols; the errors within EXEC's reply are
+// parsed in both.
 func protocols(t *testing.T, test func(t *testing.T, protocol int)) {
 	for _, p := range []int{2, 3} {
 		t.Run(fmt.Sprintf("RESP%d", p), func(t *testing.T) { test(t, p) })
@@ -190,8 +190,8 @@ func TestPublish_OneRoundTripInOrder(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol int) {
 		client, w := wired(t, func(o *redis.Options) { o.Protocol = protocol })
 		pub := newPublisher(t, client)
-		// The Publisher's first call of several messages asks once whether MULTI is
-		// allowed. No XADD is in that.
+		// The Publisher's first call with several messages checks once whether
+		// MULTI is allowed. No XADD is part of that.
 		for _, n := range []int{1, 2, 100, 5000} {
 			topic := topic(t)
 			msgs := numbered(n)
@@ -218,7 +218,7 @@ func TestPublish_EmptyCallDoesNothing(t *testing.T) {
 	require.Empty(t, counts.n)
 }
 
-// failingMarshaler refuses the payload "bad", and panics on "worse".
+// failingMarshaler rejects the payload "bad", and panics on "worse".
 type failingMarshaler struct{ goxstreams.DefaultMarshaler }
 
 var errMarshal = errors.New("cannot marshal this")
@@ -236,7 +236,7 @@ func (m failingMarshaler) Marshal(topic string, msg *message.Message) (map[strin
 }
 
 // The last message of a call cannot be marshaled: none of it is stored, and the
-// error says which one it was.
+// error names that message.
 func TestPublish_MarshalErrorStoresNothing(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -260,10 +260,10 @@ func TestPublish_MarshalErrorStoresNothing(t *testing.T) {
 	require.NoError(t, pub.Close(), "and holds no lock")
 }
 
-// The connection breaks when the server has run the call, before its answer
-// arrives. go-redis sends such a command up to three times more, and stores it
-// as often [watermill-redisstream does so]. Here the caller is told that the outcome is not known, and
-// what is stored is stored once.
+// The connection breaks when the server has run the call, before its reply arrives.
+// go-redis resends such a command up to three times, and each copy is stored [as
+// with watermill-redisstream]. Here the caller learns that the outcome is unknown,
+// and each message is stored once.
 func TestPublish_LostAnswer(t *testing.T) {
 	for _, n := range []int{1, 2, 100} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
@@ -285,7 +285,7 @@ func TestPublish_LostAnswer(t *testing.T) {
 	}
 }
 
-// The same on a Cluster, whose client has its own way of sending again.
+// The same on a Cluster, whose client resends in its own way.
 func TestPublish_LostAnswerOnCluster(t *testing.T) {
 	t.Parallel()
 	client, w := clusterOfOne(t)
@@ -312,7 +312,7 @@ func clusterOfOne(t *testing.T) (*redis.ClusterClient, *wire) {
 	w := &wire{}
 	client := redis.NewClusterClient(&redis.ClusterOptions{
 		Addrs: []string{server.Addr()},
-		// A container's node does not know under which address it is reached.
+		// A container's node does not know the address at which it is reached.
 		Dialer: func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return w.dial(ctx, network, server.Addr())
 		},
@@ -348,8 +348,8 @@ func TestPublish_Cluster(t *testing.T) {
 	}
 }
 
-// A server that hangs takes the command and runs it when it goes on; the client
-// has given up by then.
+// A server that hangs receives the command and runs it when it continues; the
+// client has given up by then.
 func TestPublish_TimeoutIsOutcomeUnknown(t *testing.T) {
 	t.Parallel()
 	server := testserver.Private(t)
@@ -359,8 +359,8 @@ func TestPublish_TimeoutIsOutcomeUnknown(t *testing.T) {
 		t.Cleanup(func() { require.NoError(t, client.Close()) })
 		topic := topic(t)
 		pub := newPublisher(t, client)
-		// Connected: what waits for the answer to HELLO has sent nothing. (go-redis
-		// has a pool of its own for pipelines.)
+		// Connect first: a client that waits for the reply to HELLO has sent
+		// nothing. (go-redis has a separate pool for pipelines.)
 		require.NoError(t, pub.Publish(topic, numbered(1)...))
 		require.NoError(t, pub.Publish(topic, numbered(2)...))
 		server.Freeze()
@@ -373,8 +373,8 @@ func TestPublish_TimeoutIsOutcomeUnknown(t *testing.T) {
 	}
 }
 
-// requireRefused requires an error that says what the server answered, and that
-// nothing is stored.
+// requireRefused requires an error with the server's reply, and that nothing is
+// stored.
 func requireRefused(t testing.TB, err error, code string) {
 	t.Helper()
 	require.ErrorContains(t, err, code)
@@ -383,7 +383,8 @@ func requireRefused(t testing.TB, err error, code string) {
 	require.ErrorAs(t, err, &reply)
 }
 
-// What never reached the server is no unknown outcome: it may be sent again.
+// A call that never reached the server is not an unknown outcome: it may be sent
+// again.
 func TestPublish_NeverSent(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -447,10 +448,10 @@ func TestPublish_OutOfMemoryStoresNothing(t *testing.T) {
 	require.Len(t, stored(t, client, topic), 5)
 }
 
-// Where MULTI is denied, what follows it in a pipeline runs all the same, one
-// by one, and go-redis reports that permission was denied: an error, and all is
-// stored. Where only EXEC is denied, the connection would stay in the
-// transaction, and swallow the commands of whoever uses it next.
+// If MULTI is denied, the remaining commands of a pipeline still run, one by one,
+// and go-redis reports that permission was denied: an error, although everything is
+// stored. If only EXEC is denied, the connection would stay in the transaction, and
+// swallow the commands of its next user.
 func TestPublish_DeniedStoresNothing(t *testing.T) {
 	t.Parallel()
 	server := testserver.Private(t)
@@ -490,9 +491,9 @@ func TestPublish_DeniedStoresNothing(t *testing.T) {
 	}
 }
 
-// The right to MULTI is taken away after the Publisher found that it has it. The messages
-// then run one by one. Their answers say whether all were stored, which is
-// success; an error here would say that none was.
+// The permission for MULTI is revoked after the Publisher has checked it. The
+// messages then run one by one. Their replies show whether all were stored, which
+// is success; an error would mean that none was.
 func TestPublish_MultiDeniedLater(t *testing.T) {
 	t.Parallel()
 	server := testserver.Private(t)
@@ -507,7 +508,7 @@ func TestPublish_MultiDeniedLater(t *testing.T) {
 		require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "+multi", "+exec", "-"+right).Err())
 		for round := range 20 {
 			var wg sync.WaitGroup
-			for n := 1; n <= 3; n++ { // they share pipelines, some of them
+			for n := 1; n <= 3; n++ { // some of them share pipelines
 				wg.Go(func() {
 					topic := fmt.Sprint(topic, right, round, n)
 					err := pub.Publish(topic, numbered(n)...)
@@ -522,9 +523,9 @@ func TestPublish_MultiDeniedLater(t *testing.T) {
 	}
 }
 
-// Calls that come while a pipeline is under way share the next one: each of them
-// is stored as one piece, in its order, and one that the server refuses harms
-// none of the others.
+// Calls that arrive while a pipeline is in flight share the next one: each of them
+// is stored as one piece, in its order, and one that the server rejects does not
+// affect the others.
 func TestPublish_ConcurrentCallsShareRoundTrips(t *testing.T) {
 	protocols(t, func(t *testing.T, protocol int) {
 		client, w := wired(t, func(o *redis.Options) { o.Protocol = protocol })
@@ -534,7 +535,7 @@ func TestPublish_ConcurrentCallsShareRoundTrips(t *testing.T) {
 		ready := make(chan struct{}, 2*calls)
 		pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client, Marshaler: signalMarshaler{ready: ready}}, nil)
 		require.NoError(t, err)
-		require.NoError(t, pub.Publish(topic(t), numbered(2)...)) // asks for MULTI
+		require.NoError(t, pub.Publish(topic(t), numbered(2)...)) // checks MULTI
 		<-ready
 
 		arrived, release := w.hold()
@@ -564,8 +565,8 @@ func TestPublish_ConcurrentCallsShareRoundTrips(t *testing.T) {
 		release()
 		wg.Wait()
 
-		// All but those that had not yet queued when the answer came, of which a
-		// busy machine has a few, went in one.
+		// All went in one pipeline, except calls that were not queued yet when the
+		// reply arrived, of which there are a few on a busy machine.
 		_, turnsNow := w.sent()
 		require.LessOrEqual(t, turnsNow-turns, calls/4, "round trips of %d calls", calls)
 		got := strings.Join(stored(t, client, shared), " ")
@@ -580,7 +581,7 @@ func TestPublish_ConcurrentCallsShareRoundTrips(t *testing.T) {
 	})
 }
 
-// signalMarshaler tells that a call begins: by then it is about to queue.
+// signalMarshaler signals that a call has started: it is about to queue.
 type signalMarshaler struct {
 	goxstreams.DefaultMarshaler
 	ready chan struct{}
@@ -593,8 +594,8 @@ func (m signalMarshaler) Marshal(topic string, msg *message.Message) (map[string
 	return m.DefaultMarshaler.Marshal(topic, msg)
 }
 
-// The connection breaks under calls that share it: each of them is told, and
-// none is stored twice.
+// The connection breaks under calls that share it: each of them returns an error,
+// and nothing is stored twice.
 func TestPublish_LostAnswerOfSharedPipeline(t *testing.T) {
 	client, w := wired(t, nil)
 	topic := topic(t)
@@ -631,8 +632,8 @@ func TestPublish_LostAnswerOfSharedPipeline(t *testing.T) {
 	require.Len(t, stored(t, newClient(t), topic), want)
 }
 
-// Watermill's Timeout middleware leaves contexts that have ended on messages
-// which it passed on. They are published all the same.
+// Watermill's Timeout middleware leaves ended contexts on messages that it passed
+// on. They are published nevertheless.
 func TestPublish_ContextThatHasEnded(t *testing.T) {
 	client := newClient(t)
 	topic := topic(t)
@@ -648,9 +649,9 @@ func TestPublish_ContextThatHasEnded(t *testing.T) {
 	require.Len(t, stored(t, client, topic), 4)
 }
 
-// Watermill's router closes a handler's publisher when that handler ends, also
-// if other handlers share it. Close waits for the calls under way, and leaves
-// client and Publisher usable.
+// Watermill's router closes a handler's publisher when that handler ends, even if
+// other handlers share it. Close waits for the calls in flight, and leaves client
+// and Publisher usable.
 func TestPublisher_Close(t *testing.T) {
 	client, w := wired(t, nil)
 	topic := topic(t)
@@ -686,8 +687,8 @@ func TestPublisher_Close(t *testing.T) {
 	require.Len(t, stored(t, client, topic), 9)
 }
 
-// The cap is approximate: Redis removes whole nodes of its tree, of 100 entries
-// by default, and never more than is over the cap.
+// The limit is approximate: Redis removes whole nodes of its tree, of 100 entries
+// by default, and never trims below the limit.
 func TestPublisher_MaxLens(t *testing.T) {
 	client := newClient(t)
 	byName, unbounded, byDefault := topic(t), topic(t), topic(t)

@@ -15,62 +15,62 @@ const (
 	defaultInitialInterval = 100 * time.Millisecond
 	defaultMaxInterval     = 30 * time.Second
 	defaultMultiplier      = 2
-	// What cenkalti/backoff, and so Watermill's example configuration, uses.
+	// The default of cenkalti/backoff, and so of Watermill's example configuration.
 	defaultRandomizationFactor = 0.5
 )
 
-// Retry says how often and when a failed message comes again. As
-// SubscriberConfig.Retry it holds for every message of the Subscriber; as a
-// middleware (Retry.Middleware) for the handlers that have it, knowing their
-// errors. The count is Redis's own delivery count: it survives the process. The
-// fields are named as in Watermill's middleware.Retry; unlike there, the delay is
-// not a sleep that occupies the handler, it passes while other messages are
-// handled. (With MaxConcurrency 1 the order is kept instead: the topic waits.)
+// Retry says how often and when a failed message is redelivered. As
+// SubscriberConfig.Retry it applies to every message of the Subscriber. As a
+// middleware (Retry.Middleware) it applies to the handlers that it wraps, and sees
+// their errors. The count is Redis's own delivery count, which survives the
+// process. The fields have the names of Watermill's middleware.Retry. Unlike there,
+// the delay does not block the handler: other messages are handled meanwhile. (With
+// MaxConcurrency 1 the following messages wait, to preserve order.)
 type Retry struct {
-	// MaxRetries is how many times a message is delivered again after its first
-	// delivery; then it goes to the dead-letter stream. 0: without limit. -1:
-	// never again, the first failure is final. A message that kills its process
-	// is delivered once more than that, because the crash says nothing about
-	// which of the messages in flight was to blame.
+	// MaxRetries is the maximum number of redeliveries after the first delivery;
+	// then the message moves to the dead-letter stream. 0 means no limit. -1 means
+	// no retries: the first failure is final. A message that kills its process gets
+	// one more delivery, because a crash does not show which of the messages in
+	// flight caused it.
 	MaxRetries int
 
-	// InitialInterval is the delay before the first retry. 0: 100ms.
+	// InitialInterval is the delay before the first retry. Default: 100ms.
 	InitialInterval time.Duration
 
-	// MaxInterval bounds the delay. 0: 30s, or InitialInterval if that is more.
+	// MaxInterval is the maximum delay. Default: 30s, or InitialInterval if that is
+	// longer.
 	MaxInterval time.Duration
 
-	// Multiplier is what each delay is multiplied by to get the next one, 1 at
-	// least. 0: 2.
+	// Multiplier is the factor from each delay to the next, at least 1. Default: 2.
 	Multiplier float64
 
-	// RandomizationFactor spreads each delay evenly over
-	// [delay*(1-f), delay*(1+f)], so that messages that failed together do not
-	// come again together. From 0 (no spread) to 1.
+	// RandomizationFactor f spreads each delay uniformly over [delay*(1-f),
+	// delay*(1+f)], so that messages that failed together are not retried together.
+	// From 0 (no spread, the default) to 1.
 	RandomizationFactor float64
 
-	// ShouldRetry, if set, is asked before each retry; false: the message is
-	// dead at once. RetryNum counts from 1. Err is the handler's error, or
-	// ErrNacked in SubscriberConfig.Retry, which sees a Nack only.
+	// ShouldRetry, if set, is called before each retry; if it returns false, the
+	// message is dead at once. RetryNum starts at 1. Err is the handler's error; in
+	// SubscriberConfig.Retry, which sees only the Nack, it is ErrNacked.
 	ShouldRetry func(middleware.RetryParams) bool
 
-	// OnRetryHook, if set, is told of each redelivery that is scheduled: the 1-based
-	// retry number, and the delay before it. It is not called for Snooze.
+	// OnRetryHook, if set, is called for each scheduled redelivery with the 1-based
+	// retry number and the delay before it. It is not called for Snooze.
 	OnRetryHook func(retryNum int, delay time.Duration)
 }
 
-// defaultRetry is what SubscriberConfig.Retry's nil stands for.
+// defaultRetry is used if SubscriberConfig.Retry is nil.
 var defaultRetry = Retry{RandomizationFactor: defaultRandomizationFactor}
 
-// fanOutRetry is for fan-out, where nothing is stored about a failure: the one
-// subscription that failed tries again, steadily.
+// fanOutRetry is used for fan-out, where Redis stores nothing about a failure: the
+// subscription that failed retries at a steady rate.
 var fanOutRetry = Retry{
 	InitialInterval: defaultInitialInterval, MaxInterval: defaultInitialInterval,
 	RandomizationFactor: defaultRandomizationFactor,
 }
 
 func (r Retry) withDefaults() Retry {
-	r.MaxRetries = min(r.MaxRetries, math.MaxInt32) // a few more must not overflow
+	r.MaxRetries = min(r.MaxRetries, math.MaxInt32) // adding a few must not overflow
 	if r.InitialInterval == 0 {
 		r.InitialInterval = defaultInitialInterval
 	}
@@ -83,38 +83,39 @@ func (r Retry) withDefaults() Retry {
 	return r
 }
 
-// Middleware applies the policy to a handler. It decides when the handler fails,
-// and the decision is carried out when the message is nacked, which the router
-// does with the error that the middleware passes up. If another middleware
-// swallows that error, the message is acked: nothing comes again.
+// Middleware applies the policy to a handler. It decides when the handler fails.
+// The decision takes effect when the message is nacked, which the router does
+// because of the error that the middleware returns. If another middleware swallows
+// that error, the message is acked and not redelivered.
 //
-//   - The error of a message whose retries are used up is marked: IsDead is true
-//     for it. Its text stays the same.
-//   - Permanent, RetryAfter and Snooze are obeyed, and so are the PermanentError
-//     and RetryAfterError of cenkalti/backoff.
+//   - The error of a message that is out of retries is marked: IsDead is true for
+//     it. Its text is unchanged.
+//   - Permanent, RetryAfter and Snooze are honored, and so are cenkalti/backoff's
+//     PermanentError and RetryAfterError.
 //   - Of several Retry middlewares around a handler the innermost decides. The
-//     limit of SubscriberConfig.Retry holds before all of them.
+//     limit of SubscriberConfig.Retry takes precedence over all of them.
 //   - A panic is a failure. It is not recovered here.
-//   - A failure with context.Canceled while the subscription closes, and any in
-//     the last second of CloseTimeout, is none: the message is released with its
-//     count as before. Where the subscription does not close (yet),
-//     context.Canceled waits a second for it, and then is an error like others.
-//   - A message that crashed MaxRetries+2 processes is dead before the handler
-//     sees it again. Of several Retry middlewares the innermost one's number
-//     counts; that there is one, those around it know from the first message on.
+//   - A context.Canceled while the subscription closes, and any error in the last
+//     second of CloseTimeout, is not a failure: the message is released with its
+//     count unchanged. If the subscription is not closing, a context.Canceled is
+//     held back for a second in case it closes, and then counts as an ordinary
+//     error.
+//   - A message that crashed MaxRetries+2 processes is dead before the handler sees
+//     it again. Of several Retry middlewares the innermost one's MaxRetries counts;
+//     the outer ones know of the inner one after the first message.
 //
-// Messages of other Subscribers pass through unchanged, and so do copies of ours:
-// wrap what copies messages in the middleware, not the other way round.
+// Messages of other Subscribers, and copies of this library's messages, pass
+// through unchanged: put the middleware outside of code that copies messages.
 //
-// With a mistake in its fields (negative, or out of range) it handles no message:
-// it returns an error that names the field, which uses no retry up.
+// If a field is invalid (negative, or out of range), the middleware handles no
+// messages: it returns an error that names the field, and this uses up no retries.
 func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 	errs := configErrors{}
 	r.validate(&errs)
 	invalid := errs.err()
 	r = r.withDefaults()
 	others := bystander{name: "Retry"}
-	var inner atomic.Bool // there is a Retry further inside
+	var inner atomic.Bool // whether there is a Retry further inside
 	return func(msg *message.Message) ([]*message.Message, error) {
 		d := deliveryOf(msg)
 		switch {
@@ -141,8 +142,8 @@ func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 	}
 }
 
-// judge decides what becomes of a message whose handler failed, unless that is
-// decided.
+// judge decides what happens to a message whose handler failed, unless that is
+// already decided.
 func (r Retry) judge(d *deliveryContext, err error) error {
 	v, err := d.consider(err)
 	if v.fate == undecided {
@@ -161,7 +162,8 @@ func (r Retry) judge(d *deliveryContext, err error) error {
 			v.fate, v.hook = again, r.OnRetryHook
 		}
 	} else if v.fate == dead && v.kind == Filtered && r.exhausted(d.delivery.Count) {
-		// By a DeadLetter further inside. One further outside would find it so.
+		// Decided by a DeadLetter further inside. One further outside would see the
+		// exhausted retries, too.
 		v.kind, err = Exhausted, mark(err, ErrRetriesExhausted)
 	}
 	d.verdict.Store(v)
@@ -178,7 +180,7 @@ func (r Retry) validate(errs *configErrors) {
 	if r.MaxInterval < 0 {
 		errs.add("Retry.MaxInterval", "is negative: %v", r.MaxInterval)
 	} else if r.MaxInterval > 0 && r.MaxInterval < r.InitialInterval {
-		errs.add("Retry.MaxInterval", "%v is below InitialInterval %v", r.MaxInterval, r.InitialInterval)
+		errs.add("Retry.MaxInterval", "is %v; it must be at least InitialInterval (%v)", r.MaxInterval, r.InitialInterval)
 	}
 	if r.Multiplier != 0 && !(r.Multiplier >= 1) || math.IsInf(r.Multiplier, 0) {
 		errs.add("Retry.Multiplier", "is %v; it must be 1 or more", r.Multiplier)
@@ -188,23 +190,24 @@ func (r Retry) validate(errs *configErrors) {
 	}
 }
 
-// exhausted reports whether a message that failed in its count-th delivery has
-// no retry left.
+// exhausted reports whether a message that failed in its count-th delivery has no
+// retry left.
 func (r Retry) exhausted(count int64) bool {
 	return r.MaxRetries != 0 && count > int64(max(r.MaxRetries, 0))
 }
 
-// exhaustedBefore reports whether a message is dead before its count-th
-// delivery. One delivery more than failures are granted is in reserve: a crash
-// counts for every message that was in flight, guilty or not.
+// exhaustedBefore reports whether a message is dead before its count-th delivery.
+// It allows one delivery more than exhausted does: a crash counts for every message
+// that was in flight, guilty or not.
 func (r Retry) exhaustedBefore(count int64) bool {
 	return r.exhausted(count - 2)
 }
 
-// suspects returns the delivery counts from which on a claimed message is suspected of
-// having crashed its holder, and the last one that is granted; 0 without a limit, since
-// nothing can die then. Two crashes may be somebody else's doing. What is delivered for
-// the last time must not lose that to another message's crash.
+// suspects returns the delivery count from which a claimed message is suspected of
+// having crashed its consumer, and the last count that is allowed; 0 without a
+// limit, since then nothing can die. Other messages may have caused the first two
+// crashes. And a message in its last delivery must not lose it to a crash that
+// another message causes.
 func (r Retry) suspects() (from, last int64) {
 	if r.MaxRetries == 0 {
 		return 0, 0
@@ -212,10 +215,11 @@ func (r Retry) suspects() (from, last int64) {
 	return 3, int64(max(r.MaxRetries, 0)) + 2
 }
 
-// delay returns the time from the failure of the count-th delivery to the next.
+// delay returns the time between the failure of the count-th delivery and the next
+// delivery.
 func (r Retry) delay(count int64) time.Duration {
 	d := float64(r.InitialInterval) * math.Pow(r.Multiplier, float64(max(count, 1)-1))
-	d = min(d, float64(r.MaxInterval)) // also what Pow made infinite
+	d = min(d, float64(r.MaxInterval)) // also bounds an infinite Pow
 	if f := r.RandomizationFactor; f > 0 {
 		d *= 1 - f + 2*f*rand.Float64()
 	}

@@ -27,14 +27,13 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Retry as a middleware, and the errors that it obeys. SubscriberConfig.Retry
-// by itself is in guarantee02_counts_test.go.
+// Retry as a middleware, and the errors that it honors. SubscriberConfig.Retry
+// alone is tested in guarantee02_counts_test.go.
 
 var errFails = errors.New("it fails")
 
-// consumer is a way to have a topic's messages handled. stop ends it as the
-// caller of a Subscriber would, and returns when it has ended; t's cleanup calls it
-// too.
+// consumer handles a topic's messages in some way. stop ends it as the caller of a
+// Subscriber would, and returns when it has ended; t's cleanup calls it too.
 type consumer func(t testing.TB, sub message.Subscriber, topic string, h message.NoPublishHandlerFunc, mws ...message.HandlerMiddleware) (stop func())
 
 // eachWay runs a test with Watermill's router, and without one.
@@ -44,8 +43,8 @@ func eachWay(t *testing.T, f func(t *testing.T, consume consumer)) {
 	t.Run("Subscribe", func(t *testing.T) { t.Parallel(); f(t, plainly) })
 }
 
-// eachWayVirtually is eachWay in virtual time, in which a Sleep takes exactly as
-// long as it says, and ends when all else waits too.
+// eachWayVirtually is eachWay in virtual time, where a Sleep takes exactly its
+// duration, and ends when everything else waits too.
 func eachWayVirtually(t *testing.T, f func(t *testing.T, v *virtualServer, consume consumer)) {
 	t.Helper()
 	t.Run("Router", func(t *testing.T) {
@@ -56,7 +55,7 @@ func eachWayVirtually(t *testing.T, f func(t *testing.T, v *virtualServer, consu
 	})
 }
 
-// routed has a router handle the topic. The first middleware is the outermost.
+// routed handles the topic with a router. The first middleware is the outermost.
 func routed(t testing.TB, sub message.Subscriber, topic string, h message.NoPublishHandlerFunc, mws ...message.HandlerMiddleware) func() {
 	t.Helper()
 	router := plainRouter(t)
@@ -85,7 +84,7 @@ func goRouter(t testing.TB, router *message.Router) (stop func()) {
 	return stop
 }
 
-// plainly subscribes and settles by the handler's error, as the router does.
+// plainly subscribes and settles by the handler's error, like the router.
 func plainly(t testing.TB, sub message.Subscriber, topic string, h message.NoPublishHandlerFunc, mws ...message.HandlerMiddleware) func() {
 	t.Helper()
 	handler := func(msg *message.Message) ([]*message.Message, error) { return nil, h(msg) }
@@ -101,7 +100,7 @@ func plainly(t testing.TB, sub message.Subscriber, topic string, h message.NoPub
 			handlers.Go(func() {
 				settled := false
 				defer func() {
-					if !settled { // a panic, or the end of the goroutine
+					if !settled { // a panic, or runtime.Goexit
 						_ = recover()
 						msg.Nack()
 					}
@@ -125,7 +124,7 @@ func plainly(t testing.TB, sub message.Subscriber, topic string, h message.NoPub
 	return stop
 }
 
-// attempts is what a handler saw.
+// attempts records the calls of a handler.
 type attempts struct {
 	mu       sync.Mutex
 	payloads []string
@@ -213,13 +212,13 @@ func eventuallyWaits(t testing.TB, sub *goxstreams.Subscriber) {
 	eventually(t, func() bool { return stats(t, sub).Waiting == 1 }, "the message does not wait for a retry")
 }
 
-// quick is a policy with that limit and hardly a delay.
+// quick returns a policy with that limit and hardly any delay.
 func quick(maxRetries int) goxstreams.Retry {
 	return goxstreams.Retry{MaxRetries: maxRetries, InitialInterval: time.Millisecond, MaxInterval: time.Millisecond}
 }
 
-// crashed publishes a message and leaves it with a consumer that is no more, as
-// delivered so often.
+// crashed publishes a message and leaves it pending for a dead consumer, with that
+// many deliveries.
 func crashed(t testing.TB, client redis.UniversalClient, topic string, count int64) {
 	t.Helper()
 	createGroup(t, client, topic, testGroup)
@@ -228,7 +227,7 @@ func crashed(t testing.TB, client redis.UniversalClient, topic string, count int
 	require.NoError(t, client.Do(context.Background(), "XCLAIM", topic, testGroup, "ghost", 0, id, "IDLE", 3_600_000, "RETRYCOUNT", count).Err())
 }
 
-// The count is Redis's own: it is the same for whoever takes the message over,
+// Redis counts: the count is the same for any consumer that takes the message over,
 // and no part of it is in the process.
 func TestRetry_CountOutlivesTheSubscriber(t *testing.T) {
 	t.Parallel()
@@ -280,8 +279,8 @@ func TestRetry_CountOutlivesTheSubscriber(t *testing.T) {
 	}
 }
 
-// The delay is the redelivery's: while one message waits, the others are
-// handled; with MaxConcurrency 1 they wait too, for the order's sake.
+// The delay belongs to the redelivery: while one message waits, the others are
+// handled; with MaxConcurrency 1 they wait too, to preserve order.
 func TestRetry_DelayIsTheRedeliverys(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -289,7 +288,7 @@ func TestRetry_DelayIsTheRedeliverys(t *testing.T) {
 		want        []string
 	}{
 		{1, []string{"bad", "bad", "a", "b", "c"}},
-		// As many as there are slots. Those between come in any order.
+		// As many as there are slots. Those in between come in any order.
 		{2, []string{"bad", "bad", "a", "b", "c", "bad", "bad"}},
 	} {
 		t.Run(fmt.Sprint("MaxConcurrency", tt.concurrency), func(t *testing.T) {
@@ -354,7 +353,7 @@ type wrappedError struct{ error }
 
 func (e *wrappedError) Unwrap() error { return e.error }
 
-// Watermill's middlewares that pass errors up as they are.
+// Watermill's middlewares that return errors unchanged.
 func passing() []message.HandlerMiddleware {
 	return []message.HandlerMiddleware{
 		middleware.Recoverer, middleware.CorrelationID, middleware.Timeout(time.Hour),
@@ -405,8 +404,8 @@ func TestRetry_Permanent(t *testing.T) {
 	}
 }
 
-// Watermill's Retry inside of ours stops at once, and what it passes up is
-// permanent still.
+// Watermill's Retry inside of ours stops at once, and the error that it returns is
+// still permanent.
 func TestRetry_PermanentThroughWatermillsRetry(t *testing.T) {
 	again := middleware.Retry{MaxRetries: 5, InitialInterval: time.Hour}
 	for _, w := range wrappings {
@@ -422,7 +421,7 @@ func TestRetry_PermanentThroughWatermillsRetry(t *testing.T) {
 				letter := eventuallyDies(t, client, topic)
 				require.Equal(t, 1, seen.len())
 				require.Equal(t, goxstreams.PermanentFailure, letter.Kind)
-				require.Equal(t, errFails.Error(), letter.Reason) // it cuts off what is around the mark
+				require.Equal(t, errFails.Error(), letter.Reason) // it removes what wraps the mark
 			})
 		})
 	}
@@ -457,7 +456,7 @@ func TestRetry_Delays(t *testing.T) {
 					}
 					var hooks []hooked
 					policy := goxstreams.Retry{
-						MaxRetries: 1, InitialInterval: time.Minute, MaxInterval: time.Minute, // which bounds the backoff alone
+						MaxRetries: 1, InitialInterval: time.Minute, MaxInterval: time.Minute, // which limits only the backoff
 						OnRetryHook: func(n int, d time.Duration) { hooks = append(hooks, hooked{n, d}) },
 					}
 					sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, ConsumerGroup: testGroup}, nil)
@@ -489,7 +488,7 @@ func TestRetry_Delays(t *testing.T) {
 	}
 }
 
-// RetryAfter counts: the last retry is the last one.
+// RetryAfter counts as a retry, up to the limit.
 func TestRetry_RetryAfterIsCounted(t *testing.T) {
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
@@ -504,7 +503,7 @@ func TestRetry_RetryAfterIsCounted(t *testing.T) {
 	})
 }
 
-// However often a message is snoozed, no limit is reached.
+// However often a message is snoozed, it reaches no limit.
 func TestRetry_SnoozeExhaustsNothing(t *testing.T) {
 	eachWay(t, func(t *testing.T, consume consumer) {
 		const snoozes = 30
@@ -526,9 +525,9 @@ func TestRetry_SnoozeExhaustsNothing(t *testing.T) {
 	})
 }
 
-// A snoozed message has the count that it had before the delivery, for whoever
-// gets it next: by itself, after Close, which releases it, and after its process died
-// while it waited.
+// A snoozed message has the count from before the delivery for its next consumer:
+// the same one, another one after Close, which releases it, and another one after
+// its process died while it waited.
 func TestRetry_SnoozedCountInRedis(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
@@ -540,7 +539,8 @@ func TestRetry_SnoozedCountInRedis(t *testing.T) {
 					eachWay(t, func(t *testing.T, consume consumer) {
 						client, topic := newClient(t), topic(t)
 						publish(t, client, topic, "x")
-						// From then on the first one's commands do not reach Redis.
+						// From then on the first consumer's commands do not reach
+						// Redis.
 						var cut atomic.Bool
 						config := claiming(newClient(t, &hook{process: func(_ context.Context, _ redis.Cmder, next func() error) error {
 							if cut.Load() {
@@ -566,7 +566,7 @@ func TestRetry_SnoozedCountInRedis(t *testing.T) {
 							require.Equal(t, before, onlyPending(t, client, topic).RetryCount)
 							require.Equal(t, "released", onlyPending(t, client, topic).Consumer)
 						} else {
-							cut.Store(true) // after the Snooze is in Redis: this crash uses up what it gave back
+							cut.Store(true) // after the Snooze is stored in Redis: this crash uses up the delivery that it returned
 						}
 						got := next(t, subscribe(t, newSubscriber(t, claiming(client)), topic))
 						require.Equal(t, want, delivery(t, got).Count)
@@ -624,7 +624,7 @@ type customError struct{ text string }
 
 func (e *customError) Error() string { return e.text }
 
-// Who decides, of several. The handler fails always.
+// Which of several policies decides. The handler always fails.
 func TestRetry_Precedence(t *testing.T) {
 	t.Parallel()
 	limit := func(n int) *goxstreams.Retry { r := quick(n); return &r }
@@ -677,8 +677,8 @@ func TestRetry_Precedence(t *testing.T) {
 	}
 }
 
-// The middlewares know the config's limit: who reaches it is dead to those
-// outside of them, and to DeadLetter.Topic.
+// The middlewares know the config's limit: a message that reaches it is dead for
+// outer middlewares, and for DeadLetter.Topic.
 func TestRetry_ConfigsLimitIsSeen(t *testing.T) {
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
@@ -708,7 +708,7 @@ func TestRetry_ConfigsLimitIsSeen(t *testing.T) {
 	})
 }
 
-// Of several policies only the innermost one's hook is told, of its own delay.
+// Of several policies only the innermost one's hook is called, with its own delay.
 func TestRetry_InnermostDelayAndHook(t *testing.T) {
 	t.Parallel()
 	eachWayVirtually(t, func(t *testing.T, v *virtualServer, consume consumer) {
@@ -738,8 +738,9 @@ func TestRetry_InnermostDelayAndHook(t *testing.T) {
 	})
 }
 
-// Several policies in one process: each handler has its own, all share a
-// Subscriber; what has none has the config's, which by default has no limit.
+// Several policies in one process: each handler has its own, and all share a
+// Subscriber; a handler without one has the config's, which by default has no
+// limit.
 func TestRetry_PerHandler(t *testing.T) {
 	t.Parallel()
 	client := newClient(t)
@@ -798,7 +799,7 @@ func TestRetry_ShouldRetry(t *testing.T) {
 		consume(t, newSubscriber(t, grouped(client)), topic, func(msg *message.Message) error {
 			switch seen.add(msg) {
 			case 2:
-				return goxstreams.Snooze(errFails, 0) // not asked
+				return goxstreams.Snooze(errFails, 0) // not called
 			case 3:
 				return goxstreams.RetryAfter(errFails, 3*time.Millisecond)
 			}
@@ -821,7 +822,7 @@ func TestRetry_ShouldRetry(t *testing.T) {
 		require.Len(t, hooked, 3)
 		require.Equal(t, 3*time.Millisecond, hooked[1])
 	})
-	// Who has no retry left need not be asked.
+	// ShouldRetry is not called when no retry is left.
 	t.Run("NotAskedAtTheEnd", func(t *testing.T) {
 		eachWay(t, func(t *testing.T, consume consumer) {
 			for _, err := range []error{errFails, goxstreams.Permanent(errFails)} {
@@ -838,7 +839,7 @@ func TestRetry_ShouldRetry(t *testing.T) {
 	})
 }
 
-// No redelivery is scheduled, so that OnRetryHook is not told of one.
+// OnRetryHook is called only if a redelivery is scheduled.
 func TestRetry_HookIsToldOfRedeliveriesOnly(t *testing.T) {
 	t.Run("Swallowed", func(t *testing.T) {
 		eachWay(t, func(t *testing.T, consume consumer) {
@@ -892,7 +893,7 @@ func TestRetry_HookIsToldOfRedeliveriesOnly(t *testing.T) {
 var errSleeps = errors.New("it sleeps")
 
 // sleeper publishes a message that the handler snoozes for long, and returns its
-// entry's ID when it waits. That it is released shows that the subscription closes.
+// entry's ID when it waits. Its release shows that the subscription closes.
 func sleeper(t testing.TB, sub *goxstreams.Subscriber, topic string) string {
 	t.Helper()
 	client := newClient(t)
@@ -964,7 +965,7 @@ func TestRetry_AttemptsWithinADelivery(t *testing.T) {
 			[]error{goxstreams.Snooze(errFails, 0), errFails}, result{2, "", 1}},
 		{"WatermillsOutside/LastIsPermanent", []message.HandlerMiddleware{again, hour.Middleware},
 			[]error{errFails, goxstreams.Permanent(errFails)}, result{2, goxstreams.PermanentFailure, -1}},
-		// It does not repeat what is dead already.
+		// It does not repeat a message that is already dead.
 		{"WatermillsOutside/Exhausted", []message.HandlerMiddleware{again, quick(-1).Middleware},
 			[]error{errFails}, result{1, goxstreams.Exhausted, -1}},
 		{"WatermillsInside/LastFails", []message.HandlerMiddleware{hour.Middleware, again},
@@ -977,7 +978,7 @@ func TestRetry_AttemptsWithinADelivery(t *testing.T) {
 			[]error{errFails}, result{1, goxstreams.Exhausted, -1}},
 		{"DuplicatorInside/SecondFails", []message.HandlerMiddleware{quick(-1).Middleware, middleware.Duplicator},
 			[]error{nil, errFails}, result{2, goxstreams.Exhausted, -1}},
-		// Success after a failure: what fails then, outside, has no verdict.
+		// A success after a failure: a later failure, outside, has no verdict.
 		{"OutsideFailsAfterSuccess", []message.HandlerMiddleware{failsAfterTwo, quick(-1).Middleware},
 			[]error{goxstreams.Permanent(errFails), nil}, result{2, "", 1}},
 		{"OutsideFailsAfterSuccess/DeadLetter", []message.HandlerMiddleware{failsAfterTwo, goxstreams.DeadLetter{ShouldDeadLetter: isAny}.Middleware},
@@ -1019,7 +1020,7 @@ func TestRetry_AttemptsWithinADelivery(t *testing.T) {
 
 func isAny(error) bool { return true }
 
-// failsAfterTwo calls the handler twice, and fails by itself.
+// failsAfterTwo calls the handler twice, and fails itself.
 func failsAfterTwo(h message.HandlerFunc) message.HandlerFunc {
 	return func(msg *message.Message) ([]*message.Message, error) {
 		_, _ = h(msg)
@@ -1028,7 +1029,7 @@ func failsAfterTwo(h message.HandlerFunc) message.HandlerFunc {
 	}
 }
 
-// failsAfterwards fails by itself.
+// failsAfterwards calls the handler, and fails itself.
 func failsAfterwards(h message.HandlerFunc) message.HandlerFunc {
 	return func(msg *message.Message) ([]*message.Message, error) {
 		_, _ = h(msg)
@@ -1044,14 +1045,14 @@ func overcomes(h message.HandlerFunc) message.HandlerFunc {
 	}
 }
 
-// logLinesWith returns those that contain the text.
+// logLinesWith returns the lines that contain the text.
 func logLinesWith(lines []string, text string) []string {
 	return slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return !strings.Contains(l, text) })
 }
 
 const noEffect = " middleware has no effect"
 
-// Messages of others pass through a router that mixes them with ours.
+// Other Subscribers' messages pass through a router that mixes them with ours.
 func TestRetry_ForeignMessages(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	log := newLogRecorder()
@@ -1099,8 +1100,7 @@ func TestRetry_ForeignMessages(t *testing.T) {
 	require.Equal(t, 1, seen.len())
 }
 
-// copying is a Subscriber that hands out copies, as decorators do that do not
-// know better.
+// copying is a Subscriber that delivers copies, as some decorators do.
 type copying struct {
 	message.Subscriber
 	copyOf func(*message.Message) *message.Message
@@ -1136,8 +1136,8 @@ type ownName struct{ copying }
 
 func (o ownName) String() string { return fmt.Sprint(o.Subscriber) }
 
-// A copy carries no verdict: it passes unchanged, with a line in the log as an error,
-// once, wherever the copy was made.
+// A copy carries no verdict: it passes unchanged, and an error is logged once,
+// wherever the copy was made.
 func TestRetry_Copies(t *testing.T) {
 	bare := (*message.Message).Copy
 	withContext := (*message.Message).CopyWithContext
@@ -1203,8 +1203,8 @@ func TestRetry_Copies(t *testing.T) {
 	})
 }
 
-// What a handler sends on within the process, with the context that knows its
-// delivery, is another message: its death is not that of the first.
+// A message that a handler passes on within the process, with the context of its
+// delivery, is a different message: its death is not that of the first.
 func TestRetry_SentOnInTheSameProcess(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	inProcess := gochannel.NewGoChannel(gochannel.Config{PreserveContext: true}, watermill.NopLogger{})
@@ -1234,14 +1234,14 @@ func TestRetry_SentOnInTheSameProcess(t *testing.T) {
 		return nil
 	})
 	goRouter(t, router)
-	publish(t, client, topic, "x") // only now: a GoChannel forgets what nobody has subscribed to yet
+	publish(t, client, topic, "x") // only now: a GoChannel drops messages without subscribers
 	eventually(t, func() bool { return stats(t, sub).Acked == 1 })
 	eventuallySettled(t, client, topic, testGroup)
 	require.Equal(t, 2, theirs.len())
 	require.Empty(t, allLetters(t, client, topic))
 }
 
-// A panic is a failure like others, whoever recovers it.
+// A panic is a failure like any other, whoever recovers it.
 func TestRetry_Panics(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -1271,8 +1271,8 @@ func TestRetry_Panics(t *testing.T) {
 			})
 		})
 	}
-	// runtime.Goexit, which a test's FailNow is, leaves no error behind. Where
-	// something nacks the message then, it counts as a failure.
+	// runtime.Goexit, as called by a test's FailNow, leaves no error. If something
+	// then nacks the message, it counts as a failure.
 	t.Run("Goexit", func(t *testing.T) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
@@ -1285,8 +1285,8 @@ func TestRetry_Panics(t *testing.T) {
 		require.Equal(t, goxstreams.Exhausted, eventuallyDies(t, client, topic).Kind)
 		require.Equal(t, []int64{1, 2}, seen.seen())
 	})
-	// The router does not settle it. It stays in flight and is given up by Close,
-	// with the count as before.
+	// The router does not settle it. It stays in flight, and Close gives up on it,
+	// with its count unchanged.
 	t.Run("GoexitInTheRouter", func(t *testing.T) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
@@ -1304,8 +1304,8 @@ func TestRetry_Panics(t *testing.T) {
 	})
 }
 
-// A message that has crashed one process more than failures are granted is not
-// shown to the handler again.
+// A message that has crashed one process more than the allowed failures is not
+// delivered to the handler again.
 func TestRetry_CrashLimit(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // the embedded one counts renewals as deliveries
@@ -1355,7 +1355,7 @@ func TestRetry_CrashLimit(t *testing.T) {
 			})
 		})
 	}
-	// An inner policy's crash limit is its own, once there was a first message.
+	// An inner policy's own crash limit applies, after the first message.
 	t.Run("Nested", func(t *testing.T) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "first")
@@ -1379,8 +1379,8 @@ func TestRetry_CrashLimit(t *testing.T) {
 	})
 }
 
-// With a mistake in its fields the middleware handles nothing, and costs no
-// message a retry.
+// If its fields are invalid, the middleware handles nothing, and no message loses a
+// retry.
 func TestRetry_InvalidFields(t *testing.T) {
 	for _, tt := range []struct {
 		field string
@@ -1434,7 +1434,7 @@ func TestRetry_InvalidFields(t *testing.T) {
 	})
 }
 
-// unmarked keeps from those outside what is known about an error.
+// unmarked hides the marks of an error from outer middlewares.
 func unmarked(h message.HandlerFunc) message.HandlerFunc {
 	return func(msg *message.Message) ([]*message.Message, error) {
 		produced, err := h(msg)
@@ -1445,7 +1445,7 @@ func unmarked(h message.HandlerFunc) message.HandlerFunc {
 	}
 }
 
-// A handler may settle its message itself. What it returns then comes too late.
+// A handler may settle its message itself. Its result then comes too late.
 func TestRetry_SettledEarly(t *testing.T) {
 	t.Run("Ack", func(t *testing.T) {
 		eachWay(t, func(t *testing.T, consume consumer) {
@@ -1464,7 +1464,7 @@ func TestRetry_SettledEarly(t *testing.T) {
 			require.Empty(t, allLetters(t, client, topic))
 		})
 	})
-	// A Nack without an error is the config's business.
+	// The config decides about a Nack without an error.
 	for name, result := range map[string]error{"Nil": nil, "Permanent": goxstreams.Permanent(errFails)} {
 		t.Run("Nack/"+name, func(t *testing.T) {
 			eachWay(t, func(t *testing.T, consume consumer) {
@@ -1477,7 +1477,7 @@ func TestRetry_SettledEarly(t *testing.T) {
 				consume(t, sub, topic, func(msg *message.Message) error {
 					seen.add(msg)
 					msg.Nack()
-					<-died // by then all Nacks are carried out
+					<-died // by then all Nacks have taken effect
 					return result
 				}, quick(5).Middleware)
 				t.Cleanup(returns)
@@ -1488,7 +1488,8 @@ func TestRetry_SettledEarly(t *testing.T) {
 			})
 		})
 	}
-	// It is tried again within the delivery, which is settled, and dead, by then.
+	// It is retried within the delivery, although the message is settled, and dead,
+	// by then.
 	t.Run("NackAndAgain", func(t *testing.T) {
 		eachWay(t, func(t *testing.T, consume consumer) {
 			client, topic := newClient(t), topic(t)
@@ -1534,12 +1535,12 @@ func TestRetry_SettledEarly(t *testing.T) {
 	})
 }
 
-// A subscription ends in any of these ways, and Retry's handlers learn of it, or
-// of the signal behind it, sooner or later.
+// A subscription ends in one of these ways, and Retry's handlers learn of it, or of
+// the signal behind it, sooner or later.
 var endings = []struct {
 	name string
-	// open begins to consume; end begins the end, and the returned channel is
-	// closed when it has ended.
+	// open starts to consume; end starts the shutdown, and the returned channel is
+	// closed when it has finished.
 	open func(t testing.TB, sub *goxstreams.Subscriber, topic string, h message.NoPublishHandlerFunc, mws ...message.HandlerMiddleware) (end func() <-chan struct{})
 }{
 	{"RouterClose", func(t testing.TB, sub *goxstreams.Subscriber, topic string, h message.NoPublishHandlerFunc, mws ...message.HandlerMiddleware) func() <-chan struct{} {
@@ -1589,7 +1590,7 @@ func inBackground(stop func()) func() <-chan struct{} {
 	}
 }
 
-// withContext subscribes with a context of its own.
+// withContext subscribes with its own context.
 type withContext struct {
 	*goxstreams.Subscriber
 	ctx context.Context
@@ -1599,17 +1600,17 @@ func (w withContext) Subscribe(_ context.Context, topic string) (<-chan *message
 	return w.Subscriber.Subscribe(w.ctx, topic)
 }
 
-// A shutdown is no failure (guarantee 8), and what is a failure is one also in a
-// shutdown. The message is in its handler when the end begins.
+// A shutdown is not a failure (guarantee 8), and a failure counts even during a
+// shutdown. The message is in its handler when the shutdown starts.
 func TestRetry_Shutdown(t *testing.T) {
 	t.Parallel()
 	type shutdown struct {
 		signal  context.Context // a SIGTERM's
-		closing chan struct{}   // closed when the subscription surely closes
+		closing chan struct{}   // closed when the subscription is certainly closing
 	}
 	const (
-		together = "Together" // the signal's context ends when the closing begins
-		after    = "After"    // .. when the subscription closes surely
+		together = "Together" // the signal's context ends when closing starts
+		after    = "After"    // .. when the subscription is certainly closing
 		retried  = "InGrace/WatermillsRetryOutside"
 	)
 	const dead = -1
@@ -1650,7 +1651,7 @@ func TestRetry_Shutdown(t *testing.T) {
 		grace   bool // the handler waits for it
 		count   int64
 	}{
-		// No failures, although it is the last retry, and all failures are fatal.
+		// Not failures, although it is the last retry, and every failure is fatal.
 		{"Canceled", together, canceled, limit(-1, all), false, 0},
 		{"Canceled", after, canceled, limit(-1, all), false, 0},
 		{"CanceledWrapped", together, func(_ *message.Message, s shutdown) error {
@@ -1672,10 +1673,11 @@ func TestRetry_Shutdown(t *testing.T) {
 		}, limit(-1, all), true, 0},
 		{"InGrace/WatermillsRetry", after, inGrace(errFails), limit(-1, all, patient), true, 0},
 		{"Snooze", after, failing(goxstreams.Snooze(errFails, time.Hour)), limit(-1, all), false, 0},
-		// Who keeps dead letters elsewhere does not see a dead one either.
+		// A program that stores dead letters elsewhere does not see a dead message
+		// either.
 		{"Canceled/PoisonQueue", after, canceled, append([]message.HandlerMiddleware{acksTheDead}, limit(-1, all)...), false, 0},
 		{"InGrace/PoisonQueue", after, inGrace(errFails), append([]message.HandlerMiddleware{acksTheDead}, limit(-1, all)...), true, 0},
-		// It failed before, and waits to be tried again within this delivery.
+		// It has failed before, and waits to be retried within this delivery.
 		{retried, after, failing(errFails), append([]message.HandlerMiddleware{patient}, limit(1)...), true, 0},
 
 		// Failures.
@@ -1743,7 +1745,8 @@ func TestRetry_Shutdown(t *testing.T) {
 					require.Equal(t, id, pending[0].ID)
 					require.Equal(t, "released", pending[0].Consumer)
 					require.Equal(t, tt.count, pending[0].RetryCount)
-					// The next one gets it at once: patience is below the lease's time.
+					// The next consumer gets it at once: patience is below the
+					// lease's duration.
 					again := subscribe(t, newSubscriber(t, grouped(client)), topic)
 					for range 2 {
 						msg := next(t, again)
@@ -1758,7 +1761,7 @@ func TestRetry_Shutdown(t *testing.T) {
 	}
 }
 
-// acksTheDead is a PoisonQueueWithFilter(IsDead) that loses them.
+// acksTheDead is a PoisonQueueWithFilter(IsDead) that loses its messages.
 func acksTheDead(h message.HandlerFunc) message.HandlerFunc {
 	return func(msg *message.Message) ([]*message.Message, error) {
 		produced, err := h(msg)
@@ -1769,9 +1772,9 @@ func acksTheDead(h message.HandlerFunc) message.HandlerFunc {
 	}
 }
 
-// A handler that ignores everything is given up at CloseTimeout. It may be at
-// work still, so that the message keeps its lease's time; the delivery does not
-// count, and what the handler says later does not matter.
+// A handler that ignores everything is abandoned at CloseTimeout. It may still be
+// running, so the message stays pending until its lease expires; the delivery does
+// not count, and the handler's later result does not matter.
 func TestRetry_ShutdownIgnored(t *testing.T) {
 	t.Parallel()
 	for _, e := range endings {
@@ -1808,8 +1811,8 @@ func TestRetry_ShutdownIgnored(t *testing.T) {
 	}
 }
 
-// The handler may hear of the shutdown before the subscription does. For a second
-// its context.Canceled may be the shutdown's; then it is an error like others.
+// The handler may notice the shutdown before the subscription does. For a second
+// its context.Canceled may be caused by the shutdown; then it is an ordinary error.
 func TestRetry_ShutdownNotice(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
@@ -1872,8 +1875,8 @@ func TestRetry_ShutdownNotice(t *testing.T) {
 	}
 }
 
-// In fan-out the subscription counts by itself; what dies is dropped, since every
-// subscriber would store it; the log says so.
+// In a fan-out the subscription itself counts; a dead message is dropped, since
+// every subscriber would store it, and this is logged.
 func TestRetry_FanOut(t *testing.T) {
 	for _, concurrency := range []int{1, 4} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
@@ -1904,7 +1907,7 @@ func TestRetry_FanOut(t *testing.T) {
 				require.Equal(t, []int64{1, 2, 3}, bad.seen())
 				require.Equal(t, slices.Repeat([]int64{1}, 10), snoozed.seen())
 				require.EqualValues(t, 2, hooks.Load())
-				require.Len(t, logLinesWith(log.Errors(), "Dead message; without a group it is not stored"), 2)
+				require.Len(t, logLinesWith(log.Errors(), "Dead message dropped: without a consumer group dead letters are not stored"), 2)
 				require.Len(t, log.Errors(), 2)
 				require.Empty(t, allLetters(t, client, topic))
 			})

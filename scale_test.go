@@ -36,8 +36,8 @@ func manyTopics(t testing.TB, sub *goxstreams.Subscriber, n int) ([]string, map[
 	return topics, channels
 }
 
-// named returns a client whose connections the server knows by a name of their
-// own, also those that the library opens for itself.
+// named returns a client whose connections, including those that the library opens
+// itself, have a unique name at the server.
 func named(t testing.TB, change ...func(*redis.Options)) (*redis.Client, string) {
 	t.Helper()
 	opt := &redis.Options{Addr: testserver.Addr(t), ClientName: watermill.NewShortUUID()}
@@ -49,9 +49,10 @@ func named(t testing.TB, change ...func(*redis.Options)) (*redis.Client, string)
 	return client, opt.ClientName
 }
 
-// TestThousandTopics: a thousand topics of one Subscriber wait in eight connections
-// at most, and take few more, the Publisher's on the same client included; each gets
-// its messages, idle or busy, and Close leaves nothing pending and no consumer behind.
+// TestThousandTopics: a thousand topics of one Subscriber use at most eight
+// blocking connections and a few others, including the Publisher's on the same
+// client; each gets its messages, idle or busy, and Close leaves nothing pending
+// and no consumers behind.
 func TestThousandTopics(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // CLIENT LIST
@@ -65,8 +66,8 @@ func TestThousandTopics(t *testing.T) {
 				config = goxstreams.SubscriberConfig{Client: client}
 			}
 			config.CloseTimeout = patience // after which consumers would stay
-			// With what newSubscriber fills in, a thousand idle topics ask the server
-			// 20,000 times a second: other tests had nothing left.
+			// With newSubscriber's short times a thousand idle topics send 20,000
+			// commands a second, which starves other tests.
 			config.ClaimInterval = time.Second
 			sub := newSubscriber(t, config)
 			topics, channels := manyTopics(t, sub, n)
@@ -77,8 +78,7 @@ func TestThousandTopics(t *testing.T) {
 			admin := newClient(t)
 			t.Cleanup(func() { admin.Del(context.Background(), topics...) })
 
-			// One message to each, in an order that nobody can foresee; then many to
-			// all at once.
+			// One message to each, in random order; then many to all at once.
 			pub := newPublisher(t, client)
 			for _, i := range rand.Perm(n) {
 				require.NoError(t, pub.Publish(topics[i], message.NewMessage(watermill.NewUUID(), nil)))
@@ -117,8 +117,8 @@ func TestThousandTopics(t *testing.T) {
 }
 
 // TestSharedReadLosesOneStream: of topics that share their reads some lose their
-// stream, their group or become something else, and the others go on; what was
-// lost comes back by itself.
+// stream or group, or become another type, and the others continue; the lost ones
+// recover.
 func TestSharedReadLosesOneStream(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -172,9 +172,9 @@ func outages(sub *goxstreams.Subscriber) int {
 	return n
 }
 
-// TestBlockedTopicsDelayNoOther: most topics' handlers do not answer, and have
-// more waiting; the others get their messages, and what is held stays bounded in
-// sum.
+// TestBlockedTopicsDelayNoOther: most topics' handlers do not return, and have more
+// messages waiting; the other topics get their messages, and the total number in
+// memory stays bounded.
 func TestBlockedTopicsDelayNoOther(t *testing.T) {
 	t.Parallel()
 	const n, blocked, backlog = 300, 200, 300
@@ -192,7 +192,7 @@ func TestBlockedTopicsDelayNoOther(t *testing.T) {
 	for _, topic := range topics[:blocked] {
 		publish(t, client, topic, payloads...)
 	}
-	// They are quick at first, so that they read ahead.
+	// They are fast at first, so that they read ahead.
 	for _, topic := range topics[:blocked] {
 		require.Len(t, collect(channels[topic], backlog/2, patience), backlog/2)
 	}
@@ -212,14 +212,14 @@ func TestBlockedTopicsDelayNoOther(t *testing.T) {
 	for _, s := range sub.Stats() {
 		held += s.InFlight
 	}
-	// In hand, and read ahead (maxAhead), and a last read of each that counted on
+	// Being handled, read ahead (maxAhead), and a last read of each that counted on
 	// the same room.
 	assert.LessOrEqual(t, held, blocked+10_000+500)
 	t.Logf("%d held", held)
 }
 
-// TestSharedReadsCannotBeWoken: without the right to CLIENT UNBLOCK topics that
-// share reads get their messages too, if later.
+// TestSharedReadsCannotBeWoken: without permission for CLIENT UNBLOCK topics that
+// share reads still get their messages, though later.
 func TestSharedReadsCannotBeWoken(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // ACL
@@ -249,8 +249,8 @@ func TestSharedReadsCannotBeWoken(t *testing.T) {
 	assert.Less(t, time.Since(began), patience, "Close waits for more than the reads of 0.1s and their topics' ends")
 }
 
-// TestSubscribeAndCloseWhileShared: topics come and go while others of the same
-// reads get their messages.
+// TestSubscribeAndCloseWhileShared: topics come and go while others that share
+// their reads get their messages.
 func TestSubscribeAndCloseWhileShared(t *testing.T) {
 	t.Parallel()
 	const steady, comers, rounds = 20, 8, 30
@@ -302,7 +302,8 @@ func TestSubscribeAndCloseWhileShared(t *testing.T) {
 }
 
 // TestSameTopicTwice: subscriptions of one topic on one Subscriber compete in a
-// group, and each get all in fan-out, whatever else the Subscriber reads.
+// group, and each receive everything in a fan-out, whatever else the Subscriber
+// reads.
 func TestSameTopicTwice(t *testing.T) {
 	t.Parallel()
 	const others, n = 10, 50
@@ -346,9 +347,9 @@ func TestSameTopicTwice(t *testing.T) {
 	}
 }
 
-// TestDeadAmongMany: what a dead consumer has left is taken over in time, also
-// where the list of pending entries is too long, and the consumers are too many,
-// for each of them to go through it.
+// TestDeadAmongMany: a dead consumer's messages are taken over in time, even if the
+// list of pending entries is too long, and the consumers too many, for each of them
+// to go through it.
 func TestDeadAmongMany(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -386,7 +387,7 @@ func TestDeadAmongMany(t *testing.T) {
 				err := client.XClaimJustID(ctx, &redis.XClaimArgs{Stream: topic, Group: testGroup, Consumer: "living", Messages: part}).Err()
 				assert.NoError(t, err)
 			}
-			time.Sleep(minIdle / 10) // it renews more often than it has to
+			time.Sleep(minIdle / 10) // it renews more often than necessary
 		}
 	})
 	config := claiming(client)
@@ -399,15 +400,15 @@ func TestDeadAmongMany(t *testing.T) {
 		assert.EqualValues(t, 2, delivery(t, msg).Count)
 	}
 	t.Logf("after %s", time.Since(began))
-	// Among 1000 consumers also those that are gone are looked for every third of
-	// ClaimMinIdle only; the whole list after 10 ClaimMinIdle.
+	// Among 1000 consumers even idle ones are looked at only every third of
+	// ClaimMinIdle, and the whole list after 10 ClaimMinIdle.
 	assert.LessOrEqual(t, time.Since(began), claimTime+minIdle/3+slack)
 }
 
-// watermill-redisstream reads a fan-out subscription's first batch without
-// COUNT, and keeps one message of it: from "0" the server sends the whole stream
-// (a gigabyte, if it holds one) before the first message is handled. Here a read
-// takes what there is room for.
+// watermill-redisstream reads a fan-out subscription's first batch without COUNT,
+// and keeps one message of it: from "0" the server sends the whole stream (perhaps
+// a gigabyte) before the first message is handled. Here a read takes only as much
+// as there is room for.
 func TestFault13_FanOutReadsTheWholeStream(t *testing.T) {
 	const (
 		entries = 5000
@@ -435,7 +436,7 @@ func TestFault13_FanOutReadsTheWholeStream(t *testing.T) {
 	require.Equal(t, payloads[0], string(first.Payload))
 	require.Less(t, received.Load(), int64(20*payload), "bytes received for the first message")
 	first.Ack()
-	// Also later no more than a batch ahead.
+	// Later, too, at most a batch ahead.
 	require.Len(t, collect(messages, 199, patience), 199)
 	require.Less(t, received.Load(), int64((200+2*100)*(payload+300)), "bytes received for 200 messages")
 }
@@ -451,14 +452,14 @@ func (c *countingConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Each of watermill-redisstream's subscriptions keeps a connection of the pool for as
-// long as its read waits: with ten for each core, a process with twenty idle
-// subscriptions cannot publish any more, which shows after 16 s as a pool
-// timeout. Here waiting reads take half of the pool at most.
+// Each of watermill-redisstream's subscriptions occupies a connection of the pool
+// during its blocking read: with ten per core, a process with twenty idle
+// subscriptions cannot publish any more, which shows after 16 s as a pool timeout.
+// Here blocking reads use at most half of the pool.
 func TestFault15_IdleSubscriptionsExhaustThePool(t *testing.T) {
 	testserver.RequireReal(t) // CLIENT LIST
 	const subscriptions, pool = 20, 10
-	name := watermill.NewShortUUID() // of the connections, those that the library opens for itself included
+	name := watermill.NewShortUUID() // of the connections, including those that the library opens itself
 	client := redis.NewClient(&redis.Options{
 		Addr: testserver.Addr(t), ClientName: name, PoolSize: pool, PoolTimeout: time.Second,
 	})
@@ -471,8 +472,8 @@ func TestFault15_IdleSubscriptionsExhaustThePool(t *testing.T) {
 		all[topics[i]] = subscribe(t, sub, topics[i])
 	}
 	admin := newClient(t)
-	// All that can block does; with a connection for each topic that is the pool
-	// and more.
+	// All that can block do; with a connection for each topic that is the pool and
+	// more.
 	blocked := func() int {
 		n := 0
 		for _, conn := range connections(t, admin, name) {
@@ -485,7 +486,7 @@ func TestFault15_IdleSubscriptionsExhaustThePool(t *testing.T) {
 	eventually(t, func() bool { return blocked() > 0 }, "nothing waits for messages")
 	for range 3 {
 		for _, topic := range topics {
-			publish(t, client, topic, "to "+topic) // which fails after PoolTimeout without a connection
+			publish(t, client, topic, "to "+topic) // fails after PoolTimeout without a connection
 		}
 	}
 	for topic, messages := range all {
@@ -495,12 +496,11 @@ func TestFault15_IdleSubscriptionsExhaustThePool(t *testing.T) {
 	require.LessOrEqual(t, blocked(), 8)
 }
 
-// watermill-redisstream reads one entry at a time and acks each by itself:
-// 14,600 messages/s where the server gives 250,000.
+// watermill-redisstream reads one entry at a time and acks each by itself: 14,600
+// messages/s where the server can do 250,000.
 //
-// How fast a machine is proves nothing, how many commands it takes does. The
-// first XACK is answered when the handler is through, so that all later acks
-// have gathered meanwhile.
+// A machine's speed proves nothing, but the number of commands does. The first XACK
+// is answered when the handler is done, so all later acks have accumulated.
 func TestFault11_ReadsAndAcksComeInBatches(t *testing.T) {
 	const n = 5000
 	handled := make(chan struct{})
@@ -523,8 +523,8 @@ func TestFault11_ReadsAndAcksComeInBatches(t *testing.T) {
 	require.Equal(t, sent, uuids(got))
 	eventuallySettled(t, plain, topic, testGroup)
 
-	// 100 a read and 1,000 an ack, but the prefetch starts small, and is made
-	// smaller where a slow machine consumes it slowly.
+	// 100 per read and 1,000 per ack, but the prefetch starts small, and shrinks if
+	// a slow machine consumes slowly.
 	t.Logf("%d messages: %d XREADGROUP, %d XACK", n, counts.of("xreadgroup"), counts.of("xack"))
 	require.Less(t, counts.of("xreadgroup"), n/10)
 	require.Less(t, counts.of("xack"), n/100)

@@ -16,7 +16,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// processHook lets a test put faults into a client's commands.
+// processHook lets a test inject faults into a client's commands.
 type processHook struct {
 	process func(cmd redis.Cmder, next func() error) error
 }
@@ -35,9 +35,9 @@ func (h processHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.P
 	return next
 }
 
-// TestShared_AheadDrifts: the answer to a NoAck read came after Close had given it up.
-// Its entries stayed counted as read ahead for as long as the Subscriber lived, at
-// the cost of its other topics.
+// TestShared_AheadDrifts: the reply to a NoAck read arrived after Close had given
+// up on it. Its entries counted as read ahead for the lifetime of the Subscriber,
+// at the cost of its other topics.
 func TestShared_AheadDrifts(t *testing.T) {
 	testserver.RequireReal(t)
 	client := testserver.Client(t)

@@ -24,11 +24,11 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Each test here is something that topics which share reads and connections did to
-// one another once, or might do.
+// Each test here is about an effect that topics which share reads and connections
+// had, or might have, on one another.
 
-// blockedReads returns how many connections of the clients with the name wait in
-// a read.
+// blockedReads returns how many connections of the named clients are in a blocking
+// read.
 func blockedReads(t testing.TB, admin redis.UniversalClient, name string) int {
 	t.Helper()
 	n := 0
@@ -40,8 +40,7 @@ func blockedReads(t testing.TB, admin redis.UniversalClient, name string) int {
 	return n
 }
 
-// impatient returns a client of the server whose commands are given up after a
-// second.
+// impatient returns a client of the server whose commands time out after a second.
 func impatient(t testing.TB, server *testserver.Server) *redis.Client {
 	t.Helper()
 	opt := *server.Client().Options()
@@ -51,9 +50,9 @@ func impatient(t testing.TB, server *testserver.Server) *redis.Client {
 	return client
 }
 
-// TestShared_ConsumersDenied: without the right to XINFO CONSUMERS the rest between
-// two sweeps was not kept. Every second tick went through the whole list of pending
-// entries, and every other one asked in vain.
+// TestShared_ConsumersDenied: without permission for XINFO CONSUMERS the pause
+// between two sweeps was not kept. Every second tick went through the whole list of
+// pending entries, and every other one sent a denied command.
 func TestShared_ConsumersDenied(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // ACL
@@ -83,7 +82,7 @@ func TestShared_ConsumersDenied(t *testing.T) {
 	topic := topic(t)
 	createGroup(t, admin, topic, testGroup)
 	publish(t, admin, topic, "held")
-	readAs(t, admin, topic, testGroup, "other", 1) // else there is nothing to look for
+	readAs(t, admin, topic, testGroup, "other", 1) // otherwise there is nothing to look for
 	_, err := admin.Pipelined(ctx, func(pipe redis.Pipeliner) error {
 		for i := range consumers {
 			pipe.XGroupCreateConsumer(ctx, topic, testGroup, fmt.Sprint("c", i))
@@ -103,9 +102,9 @@ func TestShared_ConsumersDenied(t *testing.T) {
 	assert.Less(t, sweeps.Load(), ticks.Load()/4, "a sweep of 0.1ms is to be followed by a rest of 2s among 1000")
 }
 
-// TestShared_IdleChurnConnections: an idle subscription's consumer does not exist
-// before Redis 7.2, so that Close could not remove it, and its name was not used
-// again. Topics that had been opened and closed differently often then had
+// TestShared_IdleChurnConnections: before Redis 7.2 an idle subscription's consumer
+// does not exist, so Close could not remove it, and its name was not used again.
+// Topics that had been opened and closed a different number of times then had
 // different names, ten here, and could not share their reads.
 func TestShared_IdleChurnConnections(t *testing.T) {
 	t.Parallel()
@@ -138,13 +137,13 @@ func TestShared_IdleChurnConnections(t *testing.T) {
 		next(t, messages).Ack()
 	}
 	eventually(t, func() bool { return blockedReads(t, admin, name) > 0 })
-	// All that read wait again, within that time.
+	// All reads block again, within that time.
 	during(t, 300*time.Millisecond, func() bool { return blockedReads(t, admin, name) <= most }, "they do not share reads")
 }
 
-// TestShared_TakeoverAmongTopics: of a Subscriber with many topics each had a fixed
-// part of what may be kept in mind, so that one with much to take over took 100
-// entries each ClaimMinIdle, though the other topics were idle.
+// TestShared_TakeoverAmongTopics: each of a Subscriber's many topics had a fixed
+// share of the candidates, so that a topic with many entries to take over took 100
+// per ClaimMinIdle, though the other topics were idle.
 func TestShared_TakeoverAmongTopics(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -155,7 +154,7 @@ func TestShared_TakeoverAmongTopics(t *testing.T) {
 	readAs(t, client, topic, testGroup, "dead", n)
 	died := time.Now()
 	config := claiming(client)
-	// So long that the bound tells the fault from a busy machine.
+	// Long enough that the bound distinguishes the fault from a busy machine.
 	config.ClaimMinIdle, config.ClaimInterval = 2*minIdle, 2*claimInterval
 	config.MaxConcurrency = 50
 	sub := newSubscriber(t, config)
@@ -167,9 +166,9 @@ func TestShared_TakeoverAmongTopics(t *testing.T) {
 	assert.LessOrEqual(t, time.Since(died), n/100*config.ClaimMinIdle/2, "twice as fast as 100 each ClaimMinIdle, at least")
 }
 
-// TestShared_KeyPrefixHook: a hook of the client puts all keys into a name space.
-// The answer to a read then names another stream than the one that was asked for,
-// and was thrown away, so that each message came late and counted twice.
+// TestShared_KeyPrefixHook: a hook of the client adds a prefix to all keys. The
+// reply to a read then names a different stream than was requested, and was
+// dropped, so each message came late and counted twice.
 func TestShared_KeyPrefixHook(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // CLIENT LIST
@@ -211,8 +210,8 @@ func TestShared_KeyPrefixHook(t *testing.T) {
 	msg.Ack()
 }
 
-// throttled returns the address of a proxy to the server, whose connections share
-// so many bytes a second on the way from it.
+// throttled returns the address of a proxy to the server. Its connections share
+// that many bytes per second in the direction from the server.
 func throttled(t testing.TB, to string, perSecond int) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -267,15 +266,15 @@ func throttled(t testing.TB, to string, perSecond int) string {
 	return ln.Addr().String()
 }
 
-// TestShared_BulkReads: topics that catch up read much at a time, and all of them in
-// one pipeline, whose answers had to come within one ReadTimeout. Where they did
-// not, the answers were lost, and with a given name their messages came when their
-// lease was over, counted as failed.
+// TestShared_BulkReads: topics that catch up read much at a time, all of them in
+// one pipeline, whose replies had to arrive within one ReadTimeout. If they did
+// not, they were lost, and with a user-given name their messages came when their
+// leases expired, counted as failed.
 func TestShared_BulkReads(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
 	const n, each, size = 10, 100, 10 << 10
-	// A pipeline of all that is there takes 5s, one read half a second.
+	// A pipeline of all entries takes 5s, one read half a second.
 	const perSecond = 2 << 20
 	client := redis.NewClient(&redis.Options{
 		Addr: throttled(t, testserver.Addr(t), perSecond), ReadTimeout: 2 * time.Second,
@@ -309,8 +308,8 @@ func TestShared_BulkReads(t *testing.T) {
 	assert.Equal(t, n*each, handled.total(), "retries used up by nobody's failure")
 }
 
-// TestShared_LostAnswers: answers to reads are lost, of one topic or of several that
-// are read at once. Each topic finds its own, and in their order.
+// TestShared_LostAnswers: replies to reads are lost, of one topic or of several
+// that are read at once. Each topic finds its own entries, in order.
 func TestShared_LostAnswers(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -369,9 +368,9 @@ func TestShared_LostAnswers(t *testing.T) {
 	}
 }
 
-// TestShared_WaitsAmongTopics: of a Subscriber with many topics each had a fixed part
-// of the retries that may wait in its process, 100 of them. The rest was given
-// away to be claimed, came long before its time was up, and was counted.
+// TestShared_WaitsAmongTopics: each of a Subscriber's many topics had a fixed share
+// of the retries that may wait in its process, 100 of them. The rest was left to be
+// claimed, came long before it was due, and was counted.
 func TestShared_WaitsAmongTopics(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -389,7 +388,7 @@ func TestShared_WaitsAmongTopics(t *testing.T) {
 		require.EqualValues(t, 1, delivery(t, msg).Count, "before the others' first")
 		msg.Nack()
 	}
-	// What nobody renews is claimed within claimTime.
+	// Entries that nobody renews are claimed within claimTime.
 	select {
 	case msg := <-messages:
 		assert.Fail(t, "again, though due after a minute", "count %d", delivery(t, msg).Count)
@@ -397,9 +396,9 @@ func TestShared_WaitsAmongTopics(t *testing.T) {
 	}
 }
 
-// TestShared_FrozenClose: Close while Redis is frozen and topics share their reads
-// took the time of one topic after the other. It is bounded, and all goroutines
-// end.
+// TestShared_FrozenClose: while Redis was frozen, Close took as long as one topic
+// after the other if topics shared their reads. Now it is bounded, and all
+// goroutines end.
 func TestShared_FrozenClose(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -426,7 +425,7 @@ func TestShared_FrozenClose(t *testing.T) {
 	}
 	eventually(t, func() bool { return handled.total() == 2*n })
 	for _, topic := range topics {
-		publish(t, plain, topic, "z") // so that some are under way
+		publish(t, plain, topic, "z") // so that some are in flight
 	}
 	server.Freeze()
 	began := time.Now()
@@ -445,9 +444,9 @@ func TestShared_FrozenClose(t *testing.T) {
 	eventually(t, func() bool { return left() == 0 }, "goroutines are left")
 }
 
-// TestShared_FrozenLeader: some of the topics that share reads are closed while Redis
-// is frozen, among them those that read for the others, and subscribed to again.
-// The others go on, and nothing is lost or comes twice.
+// TestShared_FrozenLeader: some of the topics that share reads are closed while
+// Redis is frozen, among them those that read for the others, and subscribed again.
+// The others continue, and nothing is lost or delivered twice.
 func TestShared_FrozenLeader(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -524,7 +523,7 @@ func TestShared_FrozenLeader(t *testing.T) {
 
 // TestShared_SuspectsShared: topics that share reads have messages that may have
 // crashed their process, each of which is handled by itself. Traffic in all of the
-// topics must not keep these from their turn.
+// topics must not keep them from running.
 func TestShared_SuspectsShared(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -573,8 +572,8 @@ func TestShared_SuspectsShared(t *testing.T) {
 	assert.Equal(t, sent+n*crashed, handled.total())
 }
 
-// TestShared_ClusterMove: topics of one hash tag share a read, and their slot moves to
-// another node meanwhile. They all go on there.
+// TestShared_ClusterMove: topics with one hash tag share a read, and their slot
+// moves to another node. They all continue there.
 func TestShared_ClusterMove(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -592,7 +591,7 @@ func TestShared_ClusterMove(t *testing.T) {
 	want := 0
 	send := func() {
 		for _, topic := range topics {
-			eventually(t, func() bool { // while the slot moves it may be refused
+			eventually(t, func() bool { // while the slot moves it may be rejected
 				return pub.Publish(topic, message.NewMessage(watermill.NewUUID(), nil)) == nil
 			})
 			want++

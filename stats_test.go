@@ -18,7 +18,7 @@ import (
 )
 
 func TestTopicStats(t *testing.T) {
-	testserver.RequireReal(t) // miniredis does not tell the lag
+	testserver.RequireReal(t) // miniredis does not report the lag
 	client, topic := newClient(t), topic(t)
 	ctx := context.Background()
 	published := time.Now().Add(-time.Hour)
@@ -43,20 +43,24 @@ func TestTopicStats(t *testing.T) {
 	want := goxstreams.TopicStats{
 		Topic: topic, Group: testGroup, Length: 6, Lag: 3, Pending: 2, OldestPending: got.OldestPending,
 		Consumers: 1, DeadLetterTopic: letters, DeadLetters: 4,
+		Pin: goxstreams.Pin{Group: testGroup, Consumer: "c", ID: read[0].Messages[1].ID, Age: got.Pin.Age},
 	}
 	require.Equal(t, want, got)
+	require.InDelta(t, got.OldestPending, got.Pin.Age, float64(time.Minute))
 
 	t.Run("FanOut", func(t *testing.T) {
 		fanOut := newSubscriber(t, goxstreams.SubscriberConfig{Client: client})
 		got, err := fanOut.TopicStats(ctx, topic)
 		require.NoError(t, err)
-		require.Equal(t, goxstreams.TopicStats{Topic: topic, Length: 6}, got)
+		require.Equal(t, goxstreams.TopicStats{Topic: topic, Length: 6, Pin: got.Pin}, got)
+		require.Equal(t, testGroup, got.Pin.Group)
 	})
 	t.Run("NothingPending", func(t *testing.T) {
 		require.NoError(t, client.XAck(ctx, topic, testGroup, read[0].Messages[1].ID, read[0].Messages[2].ID).Err())
 		got, err := sub.TopicStats(ctx, topic)
 		require.NoError(t, err)
 		want.Pending, want.OldestPending = 0, 0
+		want.Pin = goxstreams.Pin{Group: testGroup, ID: fmt.Sprintf("%d-3", published.UnixMilli()), Age: got.Pin.Age} // not delivered yet
 		require.Equal(t, want, got)
 	})
 	t.Run("LagUnknown", func(t *testing.T) {
@@ -100,7 +104,7 @@ func TestStats_Retried(t *testing.T) {
 	require.Equal(t, testGroup, got.Group)
 }
 
-// A claim fails; others settle the entry meanwhile. That is no outage any more.
+// A claim fails; others settle the entry meanwhile. Then the outage is over.
 func TestStats_FailedClaimSettledElsewhere(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -124,7 +128,7 @@ func TestStats_FailedClaimSettledElsewhere(t *testing.T) {
 	eventually(t, func() bool { return stats(t, sub).Err == nil })
 }
 
-// A read fails while the only slot is taken. Nobody needs to read until it is free.
+// A read fails while the only slot is busy. Nobody needs to read until it is free.
 func TestStats_FailedReadWithoutRoom(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t)
@@ -151,7 +155,7 @@ func TestStats_FailedReadWithoutRoom(t *testing.T) {
 	config.BlockTime = 50 * time.Millisecond
 	log := newLogRecorder()
 	sub := newSubscriberLog(t, config, log)
-	msg := next(t, subscribe(t, sub, topic)) // claimed, while the first read goes on
+	msg := next(t, subscribe(t, sub, topic)) // claimed, while the first read continues
 	close(taken)
 	<-failed
 	eventuallyLogged(t, log, 1)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,120 +25,163 @@ const (
 	defaultBlockTime      = 5 * time.Second
 	defaultClaimMinIdle   = time.Minute // goxstreams' FailIdle
 	defaultClaimInterval  = time.Second // goxstreams' ReadInterval
-	// Below the 30s that Watermill's router and Kubernetes give.
+	// Below the 30s that Watermill's router and Kubernetes allow by default.
 	defaultCloseTimeout    = 25 * time.Second
 	defaultConsumerTimeout = 10 * time.Minute
 )
 
-// SubscriberConfig configures a Subscriber. Only Client is required. The config
-// is copied; nothing in it is changed.
+// SubscriberConfig configures a Subscriber. Only Client is required. NewSubscriber
+// copies the config and never changes it.
 type SubscriberConfig struct {
-	// Client is required. It stays the caller's: the Subscriber does not close
-	// it. Reads that wait take none of its pool: for these the Subscriber opens
-	// connections of its own with the client's options, one for each topic and eight
-	// at most (in a Cluster: for each slot). A client of another type, such as
-	// struct{ redis.UniversalClient }, has no options to be known: reads that wait
-	// take one connection of its pool, for 100ms each.
+	// Client is required. The caller owns it: the Subscriber never closes it.
+	// Blocking reads do not use its pool. The Subscriber opens its own connections
+	// for them, with the client's options: one per topic, at most eight (in a
+	// Cluster, at most eight per slot). The options of a wrapped client, such as
+	// struct{ redis.UniversalClient }, are unknown: then blocking reads share one
+	// connection of its pool and use it for 100ms at a time.
 	Client redis.UniversalClient
 
-	// Unmarshaler turns an entry into a message. Default: DefaultMarshaler{}.
+	// Unmarshaler converts an entry to a message. Default: DefaultMarshaler{}.
 	Unmarshaler Unmarshaler
 
-	// ConsumerGroup: the group's consumers share the topic, each message goes to
-	// one of them. Empty: fan-out, every subscription gets every message and
-	// nothing is stored about it in Redis; Consumer, NoAck, DeleteAcked,
-	// ClaimMinIdle and Retry's place in Redis need a group.
+	// ConsumerGroup is the Redis consumer group: its consumers share the topic, and
+	// each message goes to one of them. Empty means fan-out: every subscription
+	// receives every message, and Redis stores no state of its deliveries.
+	// Consumer, NoAck, DeleteAcked, ClaimMinIdle, Retry and KeepDeadLetters require a
+	// group.
 	ConsumerGroup string
 
-	// Consumer is how the name in the group begins. A random suffix makes it
-	// unique; the name is removed again on Close, if nothing is pending under it.
-	// All subscriptions of a Subscriber have the same. Default: the host's name.
+	// Consumer is the prefix of the consumer's name in the group. A random suffix
+	// makes the name unique. Close removes it from the group unless entries are
+	// still pending for it. All subscriptions of a Subscriber share the name.
+	// Default: the host name.
 	Consumer string
 
-	// StartID is the entry after which a group that does not exist yet, or a
-	// fan-out subscription, begins: an ID such as "1700000000000-0", "0" for the
-	// whole stream, "$" for what is new. Default: "0" for a group, "$" in
+	// StartID is the entry ID after which a newly created group or a fan-out
+	// subscription starts: an ID such as "1700000000000-0", "0" for the whole
+	// stream, or "$" for new entries only. Default: "0" for a group, "$" for
 	// fan-out.
 	StartID string
 
-	// MaxConcurrency is how many messages of one Subscribe call may be unsettled
-	// at once. Default 1, which also keeps the order: a nacked message comes
-	// again before its successors, and the topic waits for it.
+	// MaxConcurrency is the maximum number of unsettled messages per Subscribe
+	// call. Default: 1, which also preserves order: a nacked message is redelivered
+	// before its successors, which wait for it.
 	MaxConcurrency int
 
-	// BatchSize is the most entries that one read takes. What is read ahead of
-	// the handlers adapts: a tenth of a second of work, and twice BatchSize at
-	// most. Default 500.
+	// OrderingKey returns the key of a message, such as a customer's number. Messages
+	// with the same key are handled one at a time, in stream order: a nacked one is
+	// redelivered before its successors, which wait for it without a slot. Messages with
+	// different keys are handled concurrently, up to MaxConcurrency; with an empty key
+	// there is no order. It holds within a subscription: two processes of a group can
+	// handle messages with the same key at the same time. A dead message, and one that
+	// OnBroken gets, frees its key.
+	//
+	// It is called in stream order, by one goroutine at a time, for messages that were
+	// just read, and otherwise concurrently. It must be quick, must return the same key
+	// for the same message, and must not change the message. If it panics, the entry is
+	// malformed. Default: no keys.
+	OrderingKey func(*message.Message) string
+
+	// BatchSize is the maximum number of entries per read. The number of entries
+	// read ahead of the handlers adapts to their speed: about a tenth of a second
+	// of work, at most twice BatchSize. Default: 500.
 	BatchSize int
 
-	// BlockTime is how long one read waits for entries, in whole milliseconds.
-	// A longer time saves commands on an idle topic, and does not delay what comes.
-	// But it is what goes by until a subscription notices that its connection was
-	// dropped without a word, as some balancers do with idle ones (then BlockTime
-	// and the client's ReadTimeout), or that its server is not the master any more
-	// and goes on answering. Stay below the balancer's idle timeout. Default 5s.
+	// BlockTime is how long one read blocks while the topic is idle, in whole
+	// milliseconds. A longer BlockTime saves commands on idle topics and does not
+	// delay new entries. But a subscription needs up to BlockTime to notice that
+	// its server is no longer the master but still answers, and up to BlockTime
+	// plus the client's ReadTimeout to notice a connection that was dropped
+	// silently, as some load balancers do with idle ones. Keep it below the load
+	// balancer's idle timeout. It is limited to half of ClaimMinIdle: the lease of an
+	// entry counts from when its read was sent. Default: 5s.
 	BlockTime time.Duration
 
-	// WaitForRedis is how long Subscribe waits for a Redis that cannot be reached,
-	// or that is there and not ready (loading, say, or a replica yet), instead of
-	// failing. Meanwhile Stats shows the subscription with its error, and an error is
-	// logged once; Close and the end of Subscribe's context end the wait. What only
-	// a change of the configuration mends, such as a wrong password, fails at once
-	// all the same. 0: it does not wait. Default 0.
+	// WaitForRedis is how long Subscribe waits, instead of failing, for a Redis
+	// that is unreachable or not ready (for example, loading, or still a replica).
+	// Meanwhile Stats shows the subscription with its error, and one error is
+	// logged. Close and the end of Subscribe's context end the wait. Errors that
+	// only a change of configuration can fix, such as a wrong password, still fail
+	// at once. Default: 0, do not wait.
 	WaitForRedis time.Duration
 
-	// NoAck reads with XREADGROUP NOACK: at most once. Nothing is pending, so
-	// that nothing is retried, and what was read ahead is lost with the process.
+	// NoAck reads with XREADGROUP NOACK: at-most-once delivery. Nothing is ever
+	// pending, so nothing is retried, and entries that were read ahead are lost
+	// with the process.
 	NoAck bool
 
-	// DeleteAcked deletes entries from the stream once every group has acked them and
-	// every fan-out has read them (goxstreams' CleaneUp), also those of before it was
-	// set. Several groups on a topic need Redis 8.2; without, Subscribe fails with
-	// ErrUnsupported.
+	// DeleteAcked deletes entries from the stream once every group has acked them
+	// and every fan-out subscription has read them (goxstreams' CleaneUp). This
+	// includes entries acked before the option was set. With Redis 8.2 or a single group an
+	// entry is deleted when it is acked. Otherwise it is trimmed within seconds, if all entries
+	// before it have been acked, too. Excludes Retention.KeepLast and KeepFor.
 	DeleteAcked bool
 
-	// ClaimMinIdle is how long a message that is being handled may go without
-	// its lease being renewed, before its holder counts as dead (goxstreams'
-	// FailIdle). It bounds no handler: a living process renews every third of
-	// it, however long the handler takes. All consumers of a group must have the
-	// same: one with less takes from those with more. Default 60s; at least 10ms.
+	// Retention trims the topic: entries that every group has acked and every fan-out
+	// has read, except for those that it keeps. Each second one of the topic's consumers does
+	// this, in steps of about a millisecond. Consumers with different values trim
+	// what any of them allows. Default: nothing is trimmed.
+	Retention Retention
+
+	// KeepDeadLetters is how long dead letters are kept, by the time of their death.
+	// If a group consumes the dead-letter stream, what it has not acked stays.
+	// Default: 0, they are not trimmed. Minimum: 1ms.
+	KeepDeadLetters time.Duration
+
+	// ClaimMinIdle is how long a message may be pending without a lease renewal
+	// before its consumer counts as dead (goxstreams' FailIdle). It does not limit
+	// handlers: a living process renews its leases every third of ClaimMinIdle,
+	// however long a handler takes. All consumers of a group must use the same
+	// value: a consumer with a shorter one takes messages from living consumers.
+	// Default: 60s. Minimum: 10ms.
 	ClaimMinIdle time.Duration
 
-	// ClaimInterval is how often to look for messages whose holder is dead, and
-	// for those released by consumers that closed (goxstreams' ReadInterval,
-	// FailReadTime). At most ClaimMinIdle. Default 1s, or ClaimMinIdle if that is
-	// less.
+	// ClaimInterval is how often the subscription looks for messages of dead
+	// consumers, and for messages that closed consumers released (goxstreams'
+	// ReadInterval, FailReadTime). At most ClaimMinIdle. Default: 1s, or
+	// ClaimMinIdle if that is less.
 	ClaimInterval time.Duration
 
-	// Retry says when nacked messages come again, and how often. Its limit is
-	// checked before Unmarshal. Default: without limit, 100ms..30s, doubling. In
-	// fan-out it cannot be set: a nacked message comes again after 100ms.
+	// Retry says when and how often nacked messages are redelivered. Its limit is
+	// checked before Unmarshal. Default: no limit, with a backoff that doubles from
+	// 100ms to 30s. It cannot be set for fan-out, which redelivers a nacked message
+	// after 100ms.
 	Retry *Retry
 
-	// OnBroken gets entries that the Unmarshaler rejects. nil: the entry is
-	// acked and gone. An error that IsDead is true for, such as ErrDead: it moves
-	// to the dead-letter stream. Any other, or a panic: it comes again after
-	// Retry's delay. Meanwhile the topic goes on. Default: the entry moves to
-	// the dead-letter stream. With NoAck and in fan-out nothing is moved. The
-	// context ends a second before CloseTimeout.
+	// OnBroken handles malformed entries: those that the Unmarshaler rejects. If it
+	// returns nil, the entry is acked and dropped. If it returns an error for which
+	// IsDead is true, such as ErrDead, the entry moves to the dead-letter stream.
+	// After any other error, or a panic, OnBroken is called again after Retry's
+	// delay; meanwhile other entries are delivered. Its context ends a second
+	// before CloseTimeout. Default: the entry moves to the dead-letter stream. With
+	// NoAck and fan-out nothing is moved.
 	OnBroken func(context.Context, BrokenMessage) error
 
-	// OnDead is told of every message that was moved to the dead-letter stream,
-	// after the move, at most once. It runs in the message's place: what it
-	// waits for, the next message waits for. Its context ends as OnBroken's does.
+	// OnDead is called after a message has moved to the dead-letter stream, at most
+	// once per message. It keeps the message's slot while it runs, so a slow OnDead
+	// delays the next message. Its context ends as OnBroken's does.
 	OnDead func(context.Context, DeadMessage)
 
-	// DeadLetterTopic names a topic's dead-letter stream. On Cluster both must
-	// be in one slot. Default: DeadLetterTopic.
+	// OnOutcome is called with the outcome of each delivery, for metrics, audit logs
+	// and tests. It runs in the message's slot, before an ack or a retry is carried out
+	// and after a move to the dead-letter stream; the next message waits for it. It is
+	// not called for deliveries that end without a decision: those released because the
+	// subscription closes (a retry that was reported may be released, too), those lost to
+	// another consumer, and those nacked with NoAck. A panic is logged and has no
+	// further effect.
+	OnOutcome func(Outcome)
+
+	// DeadLetterTopic returns the dead-letter stream of a topic. In a Cluster both
+	// must hash to the same slot. Default: the function DeadLetterTopic.
 	DeadLetterTopic func(topic string) string
 
-	// CloseTimeout bounds the drain: handlers that have a message when the
-	// subscription closes get this long, the last second of it (the last half,
-	// below 2s) with their contexts ended. Default 25s.
+	// CloseTimeout bounds the drain. When the subscription closes, running handlers
+	// have this long to finish. In its last second (its second half, if it is below
+	// 2s) their contexts are canceled. Default: 25s.
 	CloseTimeout time.Duration
 
-	// ConsumerTimeout is after how much idle time a consumer with nothing
-	// pending is removed from the group. Default 10m.
+	// ConsumerTimeout is the idle time after which a consumer without pending
+	// entries is removed from the group. Default: 10m.
 	ConsumerTimeout time.Duration
 }
 
@@ -164,6 +208,9 @@ func (c SubscriberConfig) withDefaults() SubscriberConfig {
 	if c.ClaimMinIdle == 0 {
 		c.ClaimMinIdle = defaultClaimMinIdle
 	}
+	if c.ConsumerGroup != "" {
+		c.BlockTime = min(c.BlockTime, c.ClaimMinIdle/2)
+	}
 	if c.ClaimInterval == 0 {
 		c.ClaimInterval = min(defaultClaimInterval, c.ClaimMinIdle)
 	}
@@ -188,8 +235,8 @@ func (c SubscriberConfig) withDefaults() SubscriberConfig {
 	return c
 }
 
-// isStartID reports whether Redis takes the ID to start at: "$", or one or two
-// numbers of 64 bits.
+// isStartID reports whether Redis accepts the ID as a start position: "$", or one
+// or two 64-bit numbers.
 func isStartID(id string) bool {
 	if id == "$" {
 		return true
@@ -202,10 +249,11 @@ func isStartID(id string) bool {
 	return err == nil
 }
 
-// minLease keeps renewals apart from each other.
+// minLease is the minimum ClaimMinIdle: renewals, a third of it apart, must not
+// overlap.
 const minLease = 10 * time.Millisecond
 
-// validate returns every mistake of the config as the caller gave it.
+// validate returns every mistake in the config, as the caller gave it.
 func (c SubscriberConfig) validate() error {
 	errs := configErrors{typeName: "SubscriberConfig"}
 	if redisx.IsNil(c.Client) {
@@ -227,28 +275,39 @@ func (c SubscriberConfig) validate() error {
 		value time.Duration
 		least time.Duration
 	}{
-		{"BlockTime", c.BlockTime, time.Millisecond}, // 0 ms would mean forever
+		{"BlockTime", c.BlockTime, time.Millisecond}, // BLOCK 0 would block forever
 		{"WaitForRedis", c.WaitForRedis, time.Millisecond},
 		{"ClaimMinIdle", c.ClaimMinIdle, minLease},
 		{"ClaimInterval", c.ClaimInterval, time.Millisecond},
 		{"CloseTimeout", c.CloseTimeout, time.Millisecond},
 		{"ConsumerTimeout", c.ConsumerTimeout, time.Millisecond},
+		{"KeepDeadLetters", c.KeepDeadLetters, time.Millisecond},
 	} {
 		if f.value < 0 {
 			errs.add(f.name, "is negative: %v", f.value)
 		} else if f.value > 0 && f.value < f.least {
-			errs.add(f.name, "is %v; it must be %v at least", f.value, f.least)
+			errs.add(f.name, "is %v; it must be at least %v", f.value, f.least)
 		}
 	}
 	minIdle := c.ClaimMinIdle
-	if minIdle <= 0 { // a negative one is a mistake of its own
+	if minIdle <= 0 { // reported above
 		minIdle = defaultClaimMinIdle
 	}
 	if c.ClaimInterval > minIdle {
-		errs.add("ClaimInterval", "%v is over ClaimMinIdle %v", c.ClaimInterval, minIdle)
+		errs.add("ClaimInterval", "is %v; it must not exceed ClaimMinIdle (%v)", c.ClaimInterval, minIdle)
 	}
 	if c.Retry != nil {
 		c.Retry.validate(&errs)
+	}
+	c.Retention.validate("Retention.", &errs)
+	switch ignored := c.Retention.IgnoreGroups; {
+	case len(ignored) > 0 && c.Retention.isZero() && !c.DeleteAcked:
+		errs.add("Retention.IgnoreGroups", "needs KeepLast, KeepFor, HardMaxLen or DeleteAcked")
+	case c.ConsumerGroup != "" && slices.Contains(ignored, c.ConsumerGroup):
+		errs.add("Retention.IgnoreGroups", "contains the ConsumerGroup: its messages would be lost")
+	}
+	if c.DeleteAcked && (c.Retention.KeepLast != 0 || c.Retention.KeepFor != 0) {
+		errs.add("DeleteAcked", "excludes Retention.KeepLast and Retention.KeepFor: it keeps nothing")
 	}
 	if m, ok := c.Unmarshaler.(BodyMarshaler); ok {
 		if err := m.validate(); err != nil {
@@ -261,7 +320,7 @@ func (c SubscriberConfig) validate() error {
 			set  bool
 		}{
 			{"Consumer", c.Consumer != ""}, {"NoAck", c.NoAck}, {"DeleteAcked", c.DeleteAcked},
-			{"ClaimMinIdle", c.ClaimMinIdle != 0}, {"Retry", c.Retry != nil},
+			{"ClaimMinIdle", c.ClaimMinIdle != 0}, {"Retry", c.Retry != nil}, {"KeepDeadLetters", c.KeepDeadLetters != 0},
 		} {
 			if f.set {
 				errs.add(f.name, "needs a ConsumerGroup")
@@ -269,7 +328,7 @@ func (c SubscriberConfig) validate() error {
 		}
 	}
 	if c.NoAck && c.Retry != nil {
-		errs.add("NoAck", "excludes Retry: nothing is pending that could come again")
+		errs.add("NoAck", "excludes Retry: nothing is pending, so nothing can be redelivered")
 	}
 	if c.NoAck && c.DeleteAcked {
 		errs.add("NoAck", "excludes DeleteAcked: nothing is acked")
@@ -277,17 +336,17 @@ func (c SubscriberConfig) validate() error {
 	return errs.err()
 }
 
-// Subscriber is a Watermill Subscriber over Redis Streams. It may be used by
-// several goroutines at once.
+// Subscriber is a Watermill Subscriber over Redis Streams. It is safe for
+// concurrent use.
 type Subscriber struct {
 	config SubscriberConfig
 	logger watermill.LoggerAdapter
 	client redisx.Client
 	shared *consume.Shared
-	typed  *typed // a Consumer's part; nil without
+	typed  *typed // the Consumer's part; nil without a Consumer
 
 	mu      sync.Mutex
-	subs    map[*subscription]struct{} // those that open among them
+	subs    map[*subscription]struct{} // including those still being opened
 	opening sync.WaitGroup
 	closed  bool
 }
@@ -297,11 +356,11 @@ var (
 	_ message.SubscribeInitializer = (*Subscriber)(nil)
 )
 
-// subscriberName is what Watermill's logs and metadata call a Subscriber.
+// subscriberName is the Subscriber's name in Watermill's logs and metadata.
 const subscriberName = "goxstreams.Subscriber"
 
-// NewSubscriber returns a Subscriber. Its error names every mistake in the
-// config. A nil logger logs nothing.
+// NewSubscriber returns a Subscriber. The error lists every mistake in the config.
+// A nil logger discards all logs.
 func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Subscriber, error) {
 	if err := config.validate(); err != nil {
 		return nil, err
@@ -323,33 +382,43 @@ func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Su
 	}, nil
 }
 
-// String names the Subscriber in Watermill's logs and metadata.
+// String returns the Subscriber's name for Watermill's logs and metadata.
 func (s *Subscriber) String() string { return subscriberName }
 
-// Subscribe returns the channel of the topic's messages. It makes the stream
-// and the group if need be; in fan-out, whatever is published after it returned
-// is received.
+// Subscribe returns a channel of the topic's messages. It creates the stream and
+// the group if necessary. A fan-out subscription receives everything that is
+// published after Subscribe has returned.
 //
-// The end of ctx closes this subscription as Close does all: reading stops at
-// once, messages that were handed out keep a live context until CloseTimeout
-// less a second, their acks reach Redis, what was not handed out is released,
-// then the channel closes. A message's context has the values of ctx.
+// The end of ctx closes this subscription, as Close closes all: reading stops at
+// once, delivered messages keep a live context until a second before CloseTimeout,
+// their acks reach Redis, undelivered messages are released, and then the channel
+// closes. A message's context carries the values of ctx.
 func (s *Subscriber) Subscribe(ctx context.Context, topic string) (<-chan *message.Message, error) {
-	sub, err := s.subscribe(ctx, topic)
+	sub, err := s.subscribe(ctx, topic, nil)
 	if err != nil {
-		return nil, fmt.Errorf("goxstreams: subscribe to %q: %w", topic, err)
+		return nil, err
 	}
 	return sub.output, nil
 }
 
-func (s *Subscriber) subscribe(ctx context.Context, topic string) (*subscription, error) {
+// subscribe opens a subscription. With a handler it calls that instead of sending to
+// the channel.
+func (s *Subscriber) subscribe(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
+	sub, err := s.open(ctx, topic, handler)
+	if err != nil {
+		return nil, fmt.Errorf("goxstreams: subscribe to %q: %w", topic, err)
+	}
+	return sub, nil
+}
+
+func (s *Subscriber) open(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
 	if topic == "" {
 		return nil, errors.New("the topic is empty")
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	sub := newSubscription(ctx, s, topic) // calls DeadLetterTopic, which may call Close
+	sub := newSubscription(ctx, s, topic, handler) // calls DeadLetterTopic, which may call Close
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -374,9 +443,9 @@ func (s *Subscriber) forget(sub *subscription) {
 	delete(s.subs, sub)
 }
 
-// SubscribeInitialize makes the topic's stream and the group, so that what is
-// published from now on is kept for it. It may be called again; in fan-out there
-// is nothing to do.
+// SubscribeInitialize creates the topic's stream and the group, so that messages
+// published from now on are kept for the group. It may be called repeatedly. For
+// fan-out it does nothing.
 func (s *Subscriber) SubscribeInitialize(topic string) error {
 	if topic == "" {
 		return errors.New("goxstreams: initialize: the topic is empty")
@@ -391,15 +460,15 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 	return nil
 }
 
-// Close closes all subscriptions, as the end of their contexts does, and
-// returns when their channels are closed: after CloseTimeout at most, and a
-// command's timeout if Redis does not answer. It does not close the client. It
-// may be called again, and returns nil.
+// Close closes all subscriptions, as the end of their contexts does, and returns
+// when their channels are closed: after CloseTimeout at the latest, plus one
+// command's timeout if Redis does not answer. It does not close the client. It may
+// be called repeatedly, and always returns nil.
 func (s *Subscriber) Close() error {
 	s.mu.Lock()
 	s.closed = true
 	for sub := range s.subs {
-		sub.Close() // those that open end it, or are closed at once
+		sub.Close() // subscriptions still being opened give up or close at once
 	}
 	s.mu.Unlock()
 	s.opening.Wait()

@@ -3,6 +3,7 @@ package goxstreams
 import (
 	"context"
 	"sync/atomic"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -10,48 +11,55 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 )
 
-// subscription is one call of Subscribe. How entries are read, kept and given back is
-// internal/consume's; what they mean and what becomes of them is here: this is its Work.
+// subscription is one call of Subscribe. internal/consume reads, keeps and releases
+// the entries; this type implements its Work: it decodes entries and decides their
+// outcomes.
 type subscription struct {
 	*consume.Subscription
 	cfg         SubscriberConfig
 	topic       string
 	deadLetters string
 	retry       Retry
-	typed       *typed // a Consumer's part; nil without
+	typed       *typed // the Consumer's part; nil without a Consumer
 	log         watermill.LoggerAdapter
 	stats       counters
 
-	output chan *message.Message
-	done   chan struct{} // output is closed
+	output  chan *message.Message
+	handler func(*message.Message) // acks the message, or it is nacked; nil: output's receiver has it
+	done    chan struct{}          // closed after output is closed
 }
 
-func newSubscription(ctx context.Context, s *Subscriber, topic string) *subscription {
+func newSubscription(ctx context.Context, s *Subscriber, topic string, handler func(*message.Message)) *subscription {
 	sub := &subscription{
 		cfg: s.config, topic: topic, retry: *s.config.Retry, typed: s.typed, log: s.logger,
-		output: make(chan *message.Message), done: make(chan struct{}),
+		output: make(chan *message.Message), handler: handler, done: make(chan struct{}),
 	}
 	c := &sub.cfg
 	if c.ConsumerGroup != "" {
 		sub.deadLetters = c.DeadLetterTopic(topic)
 	}
-	suspect, last := sub.retry.suspects()
+	suspect, last := sub.typed.suspects(sub.retry.suspects())
+	var maxSize int
+	var maxWait time.Duration
+	if s.typed != nil {
+		maxSize, maxWait = s.typed.maxSize, s.typed.maxWait
+	}
 	sub.Subscription = consume.New(ctx, s.shared, consume.Config{
-		Topic: topic, Group: c.ConsumerGroup, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency, BatchSize: c.BatchSize,
-		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,
+		Topic: topic, Group: c.ConsumerGroup, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency, MaxBatch: maxSize, MaxWait: maxWait, BatchSize: c.BatchSize,
+		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(), KeepDeadLetters: c.KeepDeadLetters, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,
 		CloseTimeout: c.CloseTimeout, ConsumerTimeout: c.ConsumerTimeout, DeadLetters: sub.deadLetters, Suspect: suspect, Last: last,
-		TakeAgain: sub.retry.InitialInterval, LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed,
+		Keyed: c.OrderingKey != nil, TakeAgain: sub.retry.InitialInterval, LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed,
 		Log: s.logger, Fields: watermill.LogFields{"provider": "redis", "topic": topic, "consumer_group": c.ConsumerGroup},
 	}, sub)
 	return sub
 }
 
-// latest is the subscription that was opened last, if it is still open, for its
-// logger: the middlewares have none, and a message that lost its context leads to
-// none.
+// latest is the most recently opened subscription, if it is still open. The
+// middlewares log through it: they have no logger of their own, and a message
+// without its context does not lead to its subscription.
 var latest atomic.Pointer[subscription]
 
-// start runs the subscription, and calls ended at the end.
+// start runs the subscription and calls ended when it has ended.
 func (s *subscription) start(ended func()) {
 	latest.Store(s)
 	s.Start()

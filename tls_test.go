@@ -75,8 +75,8 @@ func (a *authority) issue(t testing.TB, name string) (cert, key []byte) {
 	return cert, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der})
 }
 
-// client returns what a client of the server needs that trusts a, with a certificate
-// of its own by another authority, or the same.
+// client returns the TLS config of a client that trusts a, with a certificate by
+// the same or another authority.
 func (a *authority) client(t testing.TB, issuer *authority) *tls.Config {
 	t.Helper()
 	roots := x509.NewCertPool()
@@ -88,9 +88,9 @@ func (a *authority) client(t testing.TB, issuer *authority) *tls.Config {
 	}}
 }
 
-// tlsServer starts a redis-server of the PATH that speaks TLS only, and with those
-// only who have a certificate by the authority. (A container would need the files in
-// it; what is tested here is the client's side.)
+// tlsServer starts a redis-server from the PATH that accepts only TLS, and only
+// clients with a certificate by the authority. (A container would need the files in
+// it; this tests the client's side.)
 func tlsServer(t testing.TB, a *authority) (addr string, admin *redis.Client) {
 	t.Helper()
 	binary, err := exec.LookPath("redis-server")
@@ -145,9 +145,9 @@ func tlsClient(t testing.TB, opts *redis.Options) *redis.Client {
 	return client
 }
 
-// TestTLS: certificates on both sides and an ACL user. Reads have connections of
-// their own, from the client's pool or, where that is too small, made from the same
-// options, and are woken by CLIENT UNBLOCK: a BlockTime of minutes delays nothing.
+// TestTLS: certificates on both sides and an ACL user. Reads have their own
+// connections, made from the client's options, and are woken by CLIENT UNBLOCK: a
+// BlockTime of minutes delays nothing.
 func TestTLS(t *testing.T) {
 	t.Parallel()
 	a := newAuthority(t)
@@ -177,23 +177,23 @@ func TestTLS(t *testing.T) {
 			next(t, messages).Nack()
 			next(t, messages).Nack()
 			eventually(t, func() bool { return stats(t, sub).Dead == 1 })
-			// Another topic joins the read, which must be woken for it.
+			// Another topic joins the read, which must be woken for that.
 			second := subscribe(t, sub, topic+"2")
 			third := subscribe(t, sub, topic+"3")
 			for i, messages := range []<-chan *message.Message{second, third} {
 				require.NoError(t, pub.Publish(fmt.Sprint(topic, i+2), numbered(1)...))
 				next(t, messages).Ack()
 			}
-			require.NoError(t, sub.Close()) // the reads under way would take minutes
+			require.NoError(t, sub.Close()) // the current reads would take minutes
 			assert.Empty(t, log.Errors())
-			assert.NotContains(t, strings.Join(log.Infos(), "\n"), "No right")
+			assert.NotContains(t, strings.Join(log.Infos(), "\n"), "No permission")
 		})
 	}
 }
 
-// eventuallyTold calls until the error is about the certificate. A server that refuses
-// the client's says so after the handshake, and closes: a request on its way may
-// meet the end of the connection first.
+// eventuallyTold repeats the call until its error is about the certificate. A
+// server that rejects the client's certificate reports it after the handshake, and
+// closes: a request on its way may see the end of the connection first.
 func eventuallyTold(t *testing.T, call func() error) {
 	t.Helper()
 	eventually(t, func() bool {
@@ -203,9 +203,10 @@ func eventuallyTold(t *testing.T, call func() error) {
 	})
 }
 
-// TestTLS_WrongCertificate: who has no certificate that the server, or the client,
-// trusts, is told so, and nothing is stored. A certificate that expires, or is
-// replaced by a wrong one, in mid-run is an outage: nothing is lost.
+// TestTLS_WrongCertificate: without a certificate that the server, or the client,
+// trusts, calls return that error, and nothing is stored. A certificate that
+// expires, or is replaced by a wrong one, at run time is an outage: nothing is
+// lost.
 func TestTLS_WrongCertificate(t *testing.T) {
 	t.Parallel()
 	a, stranger := newAuthority(t), newAuthority(t)

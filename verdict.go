@@ -11,24 +11,23 @@ import (
 	cenkalti "github.com/cenkalti/backoff/v5"
 )
 
-// This file is what Retry, DeadLetter and the subscription have in common: the
-// errors by which a handler says what shall become of its message, and the
-// verdict in which the middlewares write it down.
+// This file holds what Retry, DeadLetter and the subscription share: the errors by
+// which a handler decides what happens to its message, and the verdict in which the
+// middlewares record the decision.
 
-// Permanent marks an error: to try again is of no use, so that the message is
-// dead at once. The text stays err's. nil stays nil.
+// Permanent marks an error as permanent: retrying is pointless, so the message is
+// dead at once. The text is that of err. A nil err stays nil.
 //
-// It needs Retry's or DeadLetter's middleware, which see the handler's error.
-// Watermill's own Retry gives up at it too, and passes it on. Permanent wins over
-// RetryAfter and Snooze in the same error.
+// It needs the middleware Retry or DeadLetter, which see the handler's error.
+// Watermill's own Retry stops at it too, and returns it. Permanent takes precedence
+// over RetryAfter and Snooze in the same error.
 func Permanent(err error) error { return mark(err, ErrPermanent) }
 
-// RetryAfter marks an error: the message comes again after d instead of the
-// backoff's delay. The retry counts. A negative d is 0. The text stays err's.
-// nil stays nil.
+// RetryAfter marks an error so that the message is redelivered after d, instead of
+// after the backoff. It counts as a retry. A negative d counts as 0. The text is
+// that of err. A nil err stays nil.
 //
-// It needs Retry's or DeadLetter's middleware. Watermill's own Retry heeds it
-// too.
+// It needs the middleware Retry or DeadLetter. Watermill's own Retry honors it too.
 func RetryAfter(err error, d time.Duration) error {
 	if err == nil {
 		return nil
@@ -36,13 +35,13 @@ func RetryAfter(err error, d time.Duration) error {
 	return &delayedError{err: err, delay: max(d, 0)}
 }
 
-// Snooze marks an error: the message comes again after d, and this delivery does
-// not count, neither in Redis nor for any limit. That is for what is nobody's
-// failure: it is too early, or a service is known to be down. (With
-// MaxConcurrency 1 the topic waits meanwhile, as for every retry.) A negative d is 0.
-// The text stays err's. nil stays nil.
+// Snooze marks an error so that the message is redelivered after d, and this
+// delivery does not count: neither in Redis nor for any limit. Use it when nobody
+// is at fault: it is too early, or a service is known to be down. (With
+// MaxConcurrency 1 the following messages wait, as for every retry.) A negative d
+// counts as 0. The text is that of err. A nil err stays nil.
 //
-// It needs Retry's or DeadLetter's middleware.
+// It needs the middleware Retry or DeadLetter.
 func Snooze(err error, d time.Duration) error {
 	if err == nil {
 		return nil
@@ -50,11 +49,11 @@ func Snooze(err error, d time.Duration) error {
 	return &delayedError{err: err, delay: max(d, 0), snooze: true}
 }
 
-// IsDead reports whether err says that its message is dead: what Permanent
-// marked (cenkalti/backoff's PermanentError too), what Retry passes up when the
-// retries are used up, and what DeadLetter chose. It is for those who keep dead
-// letters elsewhere: Watermill's PoisonQueueWithFilter(pub, topic, IsDead)
-// outside Retry.
+// IsDead reports whether err makes its message dead: an error marked by Permanent
+// (or cenkalti/backoff's PermanentError), the error that Retry returns when the
+// message is out of retries, or one that DeadLetter chose. Use it to store dead
+// letters elsewhere: for example, Watermill's PoisonQueueWithFilter(pub, topic,
+// IsDead) outside of Retry.
 func IsDead(err error) bool {
 	var permanent *cenkalti.PermanentError
 	return errors.Is(err, ErrDead) || errors.As(err, &permanent)
@@ -76,7 +75,7 @@ type deadError struct {
 func (e *deadError) Unwrap() error        { return e.error }
 func (e *deadError) Is(target error) bool { return errors.Is(e.sentinel, target) }
 
-// As makes Watermill's Retry stop, without losing the mark.
+// As stops Watermill's Retry, without losing the mark.
 func (e *deadError) As(target any) bool {
 	p, ok := target.(**cenkalti.PermanentError)
 	if ok {
@@ -102,7 +101,7 @@ func (e *delayedError) As(target any) bool {
 	return ok
 }
 
-// delayOf returns the delay that err asks for, and whether it is a Snooze's.
+// delayOf returns the delay that err requests, and whether it is a Snooze.
 func delayOf(err error) (delay time.Duration, asked, snooze bool) {
 	var ours *delayedError
 	var theirs *cenkalti.RetryAfterError
@@ -115,34 +114,34 @@ func delayOf(err error) (delay time.Duration, asked, snooze bool) {
 	return 0, false, false
 }
 
-// errPanicked stands for a panic, which the middlewares see but do not recover.
+// errPanicked stands for a panic, which the middlewares notice but do not recover.
 var errPanicked = errors.New("goxstreams: the handler panicked")
 
-// fate is what becomes of a message whose handler failed.
+// fate is what happens to a message whose handler failed.
 type fate uint8
 
 const (
 	undecided   fate = iota // the subscription's config decides
-	again                   // it comes again, and that counts
-	snoozed                 // it comes again; this delivery does not count
-	dead                    // it goes to the dead-letter stream
-	interrupted             // no failure: the subscription closes, or the lease is lost
+	again                   // redelivered; this counts
+	snoozed                 // redelivered; this delivery does not count
+	dead                    // moved to the dead-letter stream
+	interrupted             // not a failure: the subscription closes, or the lease is lost
 )
 
-// verdict is what the middlewares have decided about a failed delivery. The
-// subscription acts on it if the message is nacked; an Ack acks, always. It is not
-// changed once it is stored, since the subscription may read it then.
+// verdict is the middlewares' decision about a failed delivery. The subscription
+// acts on it if the message is nacked; an Ack always acks. It is immutable once
+// stored, since the subscription may read it at any time after that.
 type verdict struct {
 	fate    fate
-	err     error // the handler's
+	err     error // the handler's error
 	kind    DeadKind
-	delay   time.Duration            // before it comes again; negative: the policy's
-	hook    func(int, time.Duration) // to be told of that
-	letters []DeadLetter             // that the error came through, to say where the dead letter goes
+	delay   time.Duration            // before the redelivery; negative: the policy's
+	hook    func(int, time.Duration) // called with the retry number and the delay
+	letters []DeadLetter             // that the error passed through; they choose the dead-letter stream
 }
 
-// deliveryOf returns the delivery that brought the message. It is nil for a
-// message that is not ours, and for a copy: what becomes of that decides nothing.
+// deliveryOf returns the delivery of the message. It returns nil for a message of
+// another library, and for a copy: the outcome of a copy decides nothing.
 func deliveryOf(msg *message.Message) *deliveryContext {
 	d, _ := msg.Context().Value(deliveryKey{}).(*deliveryContext)
 	if d == nil || d.msg != msg {
@@ -151,11 +150,11 @@ func deliveryOf(msg *message.Message) *deliveryContext {
 	return d
 }
 
-// judged calls the handler, and judge if it fails. judge returns the error to pass
-// up. A panic is a failure too; it is not recovered.
+// judged calls the handler, and judge if the handler fails. judge returns the error
+// to pass up. A panic is a failure too; it is not recovered.
 func (d *deliveryContext) judged(h message.HandlerFunc, judge func(*deliveryContext, error) error) (produced []*message.Message, err error) {
-	d.verdict.Store(nil)         // of an attempt before, within the same delivery
-	if d.handler.Load() == nil { // now, since a handler that is given up may still set the context when it is nacked
+	d.verdict.Store(nil)         // from an earlier attempt within the same delivery
+	if d.handler.Load() == nil { // now: an abandoned handler may still set the context while the message is nacked
 		name := message.HandlerNameFromCtx(d.msg.Context())
 		d.handler.Store(&name)
 	}
@@ -168,14 +167,14 @@ func (d *deliveryContext) judged(h message.HandlerFunc, judge func(*deliveryCont
 	produced, failure = h(d.msg)
 	failure = usable(failure)
 	if failure == nil {
-		d.verdict.Store(nil) // a failure further inside was overcome
+		d.verdict.Store(nil) // a middleware further inside recovered from the failure
 	}
 	return produced, failure
 }
 
-// consider returns the verdict so far, for the caller to complete and store, and
-// the error to pass up. The first to consider an error settles what does not
-// depend on a middleware's fields.
+// consider returns a copy of the verdict so far, for the caller to complete and
+// store, and the error to pass up. The first call for an error decides everything
+// that does not depend on a middleware's fields.
 func (d *deliveryContext) consider(err error) (*verdict, error) {
 	if v := d.verdict.Load(); v != nil {
 		c := *v
@@ -202,7 +201,7 @@ func (d *deliveryContext) consider(err error) (*verdict, error) {
 	return v, err
 }
 
-// end makes the message dead, of err if the handler's error is not known.
+// end makes the message dead. err is the reason if the handler's error is unknown.
 func (v *verdict) end(kind DeadKind, err error) *verdict {
 	v.fate, v.kind = dead, kind
 	if v.err == nil {
@@ -211,34 +210,38 @@ func (v *verdict) end(kind DeadKind, err error) *verdict {
 	return v
 }
 
-// shutdownNotice is how long a handler's context.Canceled is held up, for the
-// subscription to hear of the shutdown too: the handler may watch the signal,
-// while whoever closes the router is told by the same signal, a little later.
+// shutdownNotice is how long a handler's context.Canceled is held back, so that the
+// subscription can notice the shutdown too: the handler may watch the same signal
+// that closes the router, and the router passes it on a little later.
 const shutdownNotice = time.Second
 
-// interrupted reports whether the handler failed because of the end of its
-// subscription, or of its lease, and not by itself.
+// interrupted reports whether the handler failed because its subscription closes or
+// its lease is lost, and not on its own account.
 func (d *deliveryContext) interrupted(err error) bool {
-	if d.own.Err() != nil {
+	if d.Err() != nil {
 		return true
 	}
 	if !errors.Is(err, context.Canceled) {
 		return false
 	}
-	notice := time.NewTimer(shutdownNotice)
+	wait := shutdownNotice
+	if !d.returned.IsZero() {
+		wait -= time.Since(d.returned)
+	}
+	notice := time.NewTimer(wait)
 	defer notice.Stop()
 	select {
 	case <-d.sub.Closing():
 		return true
-	case <-d.own.Done():
+	case <-d.Done():
 		return true
 	case <-notice.C:
-		return false
+		return d.sub.IsClosing()
 	}
 }
 
-// bystander is what a middleware does with a message that no verdict can be
-// bound to: it passes, which is logged once.
+// bystander lets messages pass for which a middleware can record no verdict, and
+// logs that once.
 type bystander struct {
 	name string
 	once sync.Once
@@ -257,8 +260,8 @@ func (b *bystander) pass(msg *message.Message) {
 		fields := watermill.LogFields{
 			"message_uuid": msg.UUID, "topic": message.SubscribeTopicFromCtx(ctx), "handler_name": message.HandlerNameFromCtx(ctx),
 		}
-		// A router names the Subscriber in every message's context. Where no name
-		// is left, the copy was made after that.
+		// A router puts the Subscriber's name into every message's context. If the
+		// name is missing, the copy was made after that.
 		if name := message.SubscriberNameFromCtx(ctx); name == subscriberName || name == "" {
 			s.log.Error("The "+b.name+" middleware has no effect here", errCopied, fields)
 			return
@@ -267,4 +270,4 @@ func (b *bystander) pass(msg *message.Message) {
 	})
 }
 
-var errCopied = errors.New("the message is a copy of the one that was delivered, or has lost its context: put the middleware outside of what copies it")
+var errCopied = errors.New("the message is a copy of the delivered one, or has lost its context: put the middleware outside of the code that copies it")

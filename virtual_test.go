@@ -21,17 +21,17 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// Tests in virtual time: minutes of backoff, leases and timeouts take none, and
+// Tests in virtual time: minutes of backoff, leases and timeouts take no time, and
 // are exact. They prove timing, not Redis: the server is the embedded one, whose
-// XCLAIM ignores min-idle. What Redis does is tested on Redis.
+// XCLAIM ignores min-idle. Redis's behavior is tested on Redis.
 
-// virtually runs a test within a bubble of virtual time, against an embedded
-// server that is connected in memory.
+// virtually runs a test in a bubble of virtual time, with an embedded server that
+// is connected in memory.
 func virtually(t *testing.T, f func(t *testing.T, v *virtualServer)) {
 	synctest.Test(t, func(t *testing.T) {
 		v := &virtualServer{mini: miniredis.NewMiniRedis()}
 		require.NoError(t, v.mini.Start())
-		v.mini.Server().Close() // the listener is outside the bubble
+		v.mini.Server().Close() // the listener is outside of the bubble
 		defer v.mini.Close()
 		f(t, v)
 	})
@@ -42,10 +42,10 @@ type virtualServer struct {
 	down atomic.Bool // refuses new connections
 }
 
-// client returns a client of the server, which the test closes at its end.
+// client returns a client of the server, which is closed at the end of the test.
 func (v *virtualServer) client(hooks ...redis.Hook) *redis.Client {
 	client := redis.NewClient(&redis.Options{
-		Addr: "127.0.0.1:6379", // never dialled; a name would be looked up outside the bubble
+		Addr: "127.0.0.1:6379", // never dialed; a name would be looked up outside of the bubble
 		Dialer: func(context.Context, string, string) (net.Conn, error) {
 			if v.down.Load() {
 				return nil, &net.OpError{Op: "dial", Net: "memory", Err: errors.New("the server is down")}
@@ -150,8 +150,8 @@ func (v *virtualServer) open(t *testing.T, client *redis.Client, config goxstrea
 	return sub, messages
 }
 
-// roundTrips is what a few commands may take in virtual time: nothing, but for
-// the pauses of the reader's and claimer's own.
+// roundTrips is the virtual time that a few commands may take: none, except for the
+// pauses of the reader and the claimer.
 const roundTrips = 50 * time.Millisecond
 
 func TestVirtualBackoff(t *testing.T) {
@@ -213,8 +213,8 @@ func TestVirtualWaitFreesTheSlot(t *testing.T) {
 	})
 }
 
-// A lease is renewed every third of ClaimMinIdle, for as long as the handler
-// takes, and another consumer does not get the message meanwhile.
+// A lease is renewed every third of ClaimMinIdle, however long the handler takes,
+// and another consumer does not get the message meanwhile.
 func TestVirtualLease(t *testing.T) {
 	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
@@ -258,8 +258,9 @@ func TestVirtualLease(t *testing.T) {
 	})
 }
 
-// What a dead consumer held comes within 4/3 ClaimMinIdle + 2 ClaimInterval,
-// not before 4/3 ClaimMinIdle (two sightings), with a count of one more.
+// A dead consumer's messages come within 4/3 ClaimMinIdle + 2 ClaimInterval, not
+// before 4/3 ClaimMinIdle (they must be found idle twice), with a count of one
+// more.
 func TestVirtualTakeover(t *testing.T) {
 	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
@@ -268,7 +269,7 @@ func TestVirtualTakeover(t *testing.T) {
 		defer client.Close()
 		sub, messages := v.open(t, client, goxstreams.SubscriberConfig{ClaimMinIdle: minIdle, ClaimInterval: interval})
 		defer sub.Close()
-		msg := func() *message.Message { // in hand, so that the ghost gets the next ones
+		msg := func() *message.Message { // being handled, so that the ghost gets the next ones
 			publish(t, client, "topic", "first")
 			return <-messages
 		}()
@@ -289,6 +290,31 @@ func TestVirtualTakeover(t *testing.T) {
 		require.GreaterOrEqual(t, took, minIdle*4/3)
 		require.LessOrEqual(t, took, minIdle*4/3+2*interval+roundTrips)
 		msg.Ack()
+	})
+}
+
+// A dead consumer that left more entries than one XPENDING returns is found on the
+// embedded server, too: it does not know XPENDING's "(", and the subscription was in
+// an outage for good.
+func TestVirtualTakeover_Pages(t *testing.T) {
+	t.Parallel()
+	virtually(t, func(t *testing.T, v *virtualServer) {
+		const n = 1100 // two pages, and a part of one
+		client := v.client()
+		defer client.Close()
+		createGroup(t, client, "topic", testGroup)
+		publishN(t, client, "topic", n)
+		readAs(t, client, "topic", testGroup, "died", n)
+		sub, messages := v.open(t, client, goxstreams.SubscriberConfig{ClaimMinIdle: time.Minute})
+		defer sub.Close()
+		for range n {
+			select {
+			case msg := <-messages:
+				msg.Ack()
+			case <-time.After(time.Hour):
+				t.Fatalf("a message is not taken over: %+v", sub.Stats())
+			}
+		}
 	})
 }
 
@@ -358,7 +384,8 @@ func TestVirtualClose(t *testing.T) {
 			require.NotEqual(t, "released", pending[0].Consumer, "the handler may still be at work")
 		})
 	})
-	// A retry that waits is released at once, not slept out (FAULTS 8).
+	// A waiting retry is released at once, without waiting for its delay (FAULTS
+	// 8).
 	t.Run("DoesNotWaitForRetries", func(t *testing.T) {
 		for _, concurrency := range []int{1, 4} {
 			virtually(t, func(t *testing.T, v *virtualServer) {
@@ -380,8 +407,8 @@ func TestVirtualClose(t *testing.T) {
 	})
 }
 
-// requireReleased shows that the topic's only pending entry is released, with
-// the deliveries that are to count.
+// requireReleased requires that the topic's only pending entry is released, with
+// the given count.
 func requireReleased(t *testing.T, client *redis.Client, count int64) {
 	t.Helper()
 	pending, err := client.XPendingExt(context.Background(), &redis.XPendingExtArgs{
@@ -393,8 +420,8 @@ func requireReleased(t *testing.T, client *redis.Client, count int64) {
 	require.Equal(t, count, pending[0].RetryCount)
 }
 
-// While Redis is away the subscription tries about once a second, says so once,
-// and recovers.
+// While Redis is unavailable the subscription retries about once a second, logs
+// that once, and recovers.
 func TestVirtualOutage(t *testing.T) {
 	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {

@@ -22,8 +22,8 @@ import (
 
 var errNotUp = errors.New("nobody listens yet")
 
-// notUpYet is a server that is not there, or not ready, until it is told to be. A test
-// that needs a real one for that would wait for its start.
+// notUpYet is a server that is unreachable, or not ready, until it is told to be. A
+// real one would make the test wait for its start.
 type notUpYet struct {
 	up      atomic.Bool
 	loading bool // it answers, with LOADING
@@ -53,7 +53,7 @@ func (s *notUpYet) client(t testing.TB) *redis.Client {
 	return client
 }
 
-// opened is what became of a Subscribe in a goroutine of its own.
+// opened is the result of a Subscribe in a goroutine.
 type opened struct {
 	messages <-chan *message.Message
 	err      error
@@ -68,7 +68,7 @@ func subscribeSoon(ctx context.Context, sub *goxstreams.Subscriber, topic string
 	return done
 }
 
-// outcomeOf returns what became of it, and fails the test if it takes longer.
+// outcomeOf returns the result, and fails the test if it takes longer.
 func outcomeOf(t testing.TB, done <-chan opened, limit time.Duration) opened {
 	t.Helper()
 	select {
@@ -80,7 +80,8 @@ func outcomeOf(t testing.TB, done <-chan opened, limit time.Duration) opened {
 	}
 }
 
-// waiting waits until the Subscriber's only Subscribe waits for Redis, as Stats has it.
+// waiting waits until the Subscriber's only Subscribe waits for Redis, according to
+// Stats.
 func waiting(t testing.TB, sub *goxstreams.Subscriber, topic string, done <-chan opened) goxstreams.SubscriptionStats {
 	t.Helper()
 	var st goxstreams.SubscriptionStats
@@ -100,10 +101,10 @@ func waiting(t testing.TB, sub *goxstreams.Subscriber, topic string, done <-chan
 	return st
 }
 
-// A deployment starts all at once, Redis among the rest: Subscribe failed, the router's
-// Run with it, and the process ended after 0.8 s and was started again, until Redis was
-// there. With SubscriberConfig.WaitForRedis Subscribe waits so long for a Redis that
-// cannot be reached or is loading still, and says so.
+// A deployment starts everything at once, including Redis: Subscribe failed, and
+// the router's Run with it, and the process ended after 0.8 s and was restarted,
+// until Redis was ready. With SubscriberConfig.WaitForRedis Subscribe waits that
+// long for a Redis that is unreachable or still loading, and reports it.
 func TestFault61_RedisIsNotUpYet(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // ACL
@@ -125,7 +126,7 @@ func TestFault61_RedisIsNotUpYet(t *testing.T) {
 				if !loading {
 					assert.ErrorIs(t, st.Err, errNotUp)
 				}
-				// It tries again and again, and says so once.
+				// It retries, and logs that once.
 				tried := server.tries.Load()
 				eventually(t, func() bool { return server.tries.Load() >= tried+3 }, "it does not try again")
 				lines := slices.Concat(logs.Errors(), logs.Infos())
@@ -208,7 +209,7 @@ func TestFault61_RedisIsNotUpYet(t *testing.T) {
 		}
 	})
 
-	// What does not pass by itself is said at once.
+	// Errors that waiting cannot fix are returned at once.
 	t.Run("refused", func(t *testing.T) {
 		t.Parallel()
 		server := testserver.Private(t)
@@ -241,7 +242,7 @@ func TestFault61_RedisIsNotUpYet(t *testing.T) {
 		}
 	})
 
-	// A router waits likewise: its Run subscribes.
+	// A router waits in the same way: its Run subscribes.
 	t.Run("router", func(t *testing.T) {
 		t.Parallel()
 		server, topic := &notUpYet{}, topic(t)

@@ -7,48 +7,55 @@ import (
 	"fmt"
 	"maps"
 	"reflect"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/components/delay"
 	"github.com/ThreeDotsLabs/watermill/message"
 )
 
-// Worker handles the messages of a topic, decoded into an E. Its methods are
-// called concurrently if SubscriberConfig.MaxConcurrency is more than 1. A panic
-// in one of them is an error of that message. Their contexts end a second before
-// CloseTimeout, and when the message's lease is lost.
+// Worker handles the messages of a topic, decoded into an E. Its methods are called
+// concurrently if SubscriberConfig.MaxConcurrency is greater than 1. A panic counts
+// as an error of that message. The contexts end a second before CloseTimeout, and
+// when the message's lease is lost.
 type Worker[E any] interface {
-	// Process handles a message. nil: it is acked. An error: it comes again, as
-	// SubscriberConfig.Retry, Permanent, RetryAfter and Snooze say.
+	// Process handles a message. If it returns nil, the message is acked. After an
+	// error it is redelivered as SubscriberConfig.Retry, Permanent, RetryAfter and
+	// Snooze specify.
 	Process(ctx context.Context, msg Message[E]) error
 
-	// ProcessBroken handles an entry that the Unmarshaler rejects, or whose
-	// payload is no E. nil: it is acked and gone. ErrDead, or what wraps it: it
-	// moves to the dead-letter stream. Any other error: it comes again.
+	// ProcessBroken handles a malformed entry: one that the Unmarshaler rejects, or
+	// whose payload does not decode into an E. If it returns nil, the entry is
+	// acked and dropped. If it returns ErrDead, or an error that wraps it, the
+	// entry moves to the dead-letter stream. After any other error ProcessBroken is
+	// called again.
 	ProcessBroken(ctx context.Context, broken BrokenMessage) error
 
-	// ProcessDead handles a message that is dead: its retries are used up, or
-	// its error is Permanent. What it returns means the same as for
-	// ProcessBroken. A message that crashes three processes here is moved to
-	// the dead-letter stream unseen, if SubscriberConfig.Retry has a limit.
+	// ProcessDead handles a dead message: one that is out of retries, or whose
+	// error is Permanent. Its result means the same as ProcessBroken's. If
+	// SubscriberConfig.Retry has a limit, a message that crashes three processes in
+	// ProcessDead moves to the dead-letter stream without another call.
 	ProcessDead(ctx context.Context, dead Message[E]) error
 }
 
-// Message is a message as a Worker sees it.
+// Message is a message as a Worker receives it.
 type Message[E any] struct {
-	ID         string // the entry's
-	RetryCount int64  // deliveries before this one, by Redis's count
+	ID         string // the entry's ID
+	RetryCount int64  // earlier deliveries, as counted by Redis
 	Body       E
 	Metadata   message.Metadata
 
-	// Err is why the message is dead, for ProcessDead: the error of Process, for
-	// which errors.Is(Err, ErrRetriesExhausted) or ErrPermanent is true; without
-	// the error of Process where another process knew it. nil for Process.
+	// Err says why the message is dead: the error of Process, for which
+	// errors.Is(Err, ErrRetriesExhausted) or errors.Is(Err, ErrPermanent) is true.
+	// If another process saw the error of Process, only the sentinel remains. Set
+	// for ProcessDead only; nil for Process.
 	Err error
 }
 
-// Codec turns an event into a payload, and back. Its methods are called
-// concurrently. A panic in Decode makes the entry a broken one.
+// Codec converts an event to a payload and back. Its methods are called
+// concurrently. If Decode panics, the entry is malformed.
 type Codec interface {
 	Encode(event any) ([]byte, error)
 	Decode(payload []byte, event any) error // into the pointer event
@@ -65,8 +72,8 @@ func (jsonCodec) Decode(payload []byte, event any) error {
 	return redactedJSON(json.Unmarshal(payload, event))
 }
 
-// jsonError is an error of package json without what that quotes of a payload: it
-// is logged, and payloads are not. errors.As finds the whole one.
+// jsonError is an error of package json without the parts that quote the payload:
+// errors are logged, and payloads must not be. errors.As finds the original.
 type jsonError struct {
 	text string
 	err  error
@@ -75,9 +82,9 @@ type jsonError struct {
 func (e *jsonError) Error() string { return e.text }
 func (e *jsonError) Unwrap() error { return e.err }
 
-// redactedJSON keeps the texts that quote nothing, or one character. What a type's
-// own UnmarshalJSON or UnmarshalText returns is not among them: time.Time's, for
-// one, quotes what it could not read.
+// redactedJSON keeps error texts that quote at most one character of the payload.
+// It drops the texts that a type's own UnmarshalJSON or UnmarshalText returns:
+// time.Time, for one, quotes its input.
 func redactedJSON(err error) error {
 	switch e := err.(type) {
 	case nil, *json.SyntaxError, *json.InvalidUnmarshalError, *json.MarshalerError, *json.UnsupportedTypeError, *json.UnsupportedValueError:
@@ -89,33 +96,34 @@ func redactedJSON(err error) error {
 		}
 		return &jsonError{fmt.Sprintf("json: cannot unmarshal %s at byte %d into a value of type %v", kind, e.Offset, e.Type), err}
 	}
-	return &jsonError{fmt.Sprintf("json: a value is refused, by an error of type %T", err), err}
+	return &jsonError{fmt.Sprintf("json: error of type %T", err), err}
 }
 
-// ProducerConfig configures a Producer. Nothing in it is required.
+// ProducerConfig configures a Producer. No field is required.
 type ProducerConfig struct {
 	// Codec encodes events. Default: JSON.
 	Codec Codec
 
-	// Metadata returns what a message carries beside its event, such as the
-	// trace that ctx belongs to (goxstreams' WithCtxTransmmiter). Default: none.
+	// Metadata returns a message's metadata, such as the trace context of ctx
+	// (goxstreams' WithCtxTransmmiter). Default: no metadata.
 	Metadata func(ctx context.Context) message.Metadata
 
-	// UUID returns an event's own UUID, such as an order's number: with
+	// UUID returns an event's own UUID, such as an order number. With
 	// PublisherConfig.Idempotence an event that is produced again, after
-	// ErrOutcomeUnknown or a crash, is then stored once. Default: a new one each time.
+	// ErrOutcomeUnknown or a crash, is then stored once. Default: a new UUID for
+	// each call.
 	UUID func(ctx context.Context, event any) string
 }
 
-// Producer publishes events of type E through any Watermill Publisher. It may be
-// used by several goroutines at once.
+// Producer publishes events of type E through any Watermill Publisher. It is safe
+// for concurrent use.
 type Producer[E any] struct {
 	pub    message.Publisher
 	config ProducerConfig
 }
 
-// NewProducer returns a Producer. The Publisher stays the caller's; without one,
-// every call fails.
+// NewProducer returns a Producer. The caller owns pub; if it is nil, every call
+// fails.
 func NewProducer[E any](pub message.Publisher, config ProducerConfig) *Producer[E] {
 	if config.Codec == nil {
 		config.Codec = jsonCodec{}
@@ -124,16 +132,40 @@ func NewProducer[E any](pub message.Publisher, config ProducerConfig) *Producer[
 }
 
 // Produce publishes one event. See Publisher.Publish for the errors. If ctx has
-// ended, nothing is sent; its end later on is ignored.
+// already ended, nothing is sent; it is not checked again after that.
 func (p *Producer[E]) Produce(ctx context.Context, event E, topic string) error {
-	return p.produce(ctx, topic, event)
+	return p.produceIn(ctx, topic, 0, event)
 }
 
-// ProduceBatch publishes the events in their order: with this library's Publisher
-// all of them, or none. An event that cannot be encoded fails the call: the error
-// names its index, and nothing is stored. To produce nothing does nothing.
+// ProduceBatch publishes the events in order; with this library's Publisher, all of
+// them or none. If an event cannot be encoded, the call fails with an error that
+// names its index, and nothing is stored. Producing no events does nothing.
 func (p *Producer[E]) ProduceBatch(ctx context.Context, events []E, topic string) error {
-	return p.produce(ctx, topic, events...)
+	return p.produceIn(ctx, topic, 0, events...)
+}
+
+// ProduceAt publishes an event that is delivered at a given time, as a delayed message:
+// see Publisher.Publish. If at is in the past, the event is not delayed; the zero time is
+// an error. Other libraries' Publishers may ignore the delay.
+func (p *Producer[E]) ProduceAt(ctx context.Context, event E, topic string, at time.Time) error {
+	if at.IsZero() {
+		return p.failed(topic, errors.New("at is the zero time"))
+	}
+	return p.ProduceIn(ctx, event, topic, max(0, time.Until(at)))
+}
+
+// ProduceIn publishes an event that is delivered after a delay, as a delayed message:
+// see Publisher.Publish. 0 means no delay; a negative delay is an error. Other libraries'
+// Publishers may ignore the delay.
+func (p *Producer[E]) ProduceIn(ctx context.Context, event E, topic string, d time.Duration) error {
+	if d < 0 {
+		return p.failed(topic, fmt.Errorf("the delay is negative: %v", d))
+	}
+	return p.produceIn(ctx, topic, d, event)
+}
+
+func (p *Producer[E]) failed(topic string, err error) error {
+	return fmt.Errorf("goxstreams: produce to %q: %w", topic, err)
 }
 
 func (p *Producer[E]) uuid(ctx context.Context, event E) string {
@@ -143,59 +175,68 @@ func (p *Producer[E]) uuid(ctx context.Context, event E) string {
 	return p.config.UUID(ctx, event)
 }
 
-func (p *Producer[E]) produce(ctx context.Context, topic string, events ...E) error {
-	fail := func(err error) error { return fmt.Errorf("goxstreams: produce to %q: %w", topic, err) }
+func (p *Producer[E]) produceIn(ctx context.Context, topic string, d time.Duration, events ...E) error {
 	if p.pub == nil {
-		return fail(errors.New("NewProducer was given no Publisher"))
+		return p.failed(topic, errors.New("NewProducer got a nil Publisher"))
 	}
 	if err := ctx.Err(); err != nil {
-		return fail(err)
+		return p.failed(topic, err)
 	}
 	messages := make([]*message.Message, len(events))
 	for i, event := range events {
 		payload, err := p.config.Codec.Encode(event)
 		if err != nil {
-			return fail(fmt.Errorf("encode events[%d], of %d: %w", i, len(events), err))
+			return p.failed(topic, fmt.Errorf("encode events[%d] of %d: %w", i, len(events), err))
 		}
 		messages[i] = message.NewMessageWithContext(ctx, p.uuid(ctx, event), payload)
 		if p.config.Metadata != nil {
 			maps.Copy(messages[i].Metadata, p.config.Metadata(ctx))
+		}
+		if d > 0 {
+			delay.Message(messages[i], delay.For(d))
 		}
 	}
 	if len(messages) == 0 {
 		return nil
 	}
 	if err := p.pub.Publish(topic, messages...); err != nil {
-		return fail(err)
+		return p.failed(topic, err)
 	}
 	return nil
 }
 
 // ConsumerConfig configures a Consumer. Topic and Subscriber.Client are required,
-// and in most cases Subscriber.ConsumerGroup and Subscriber.Retry should be set.
+// and most programs should set Subscriber.ConsumerGroup and Subscriber.Retry.
 type ConsumerConfig struct {
-	// Subscriber is the configuration of the Consumer's Subscriber. OnBroken and
-	// OnDead cannot be set: they are the worker's ProcessBroken and ProcessDead.
+	// Subscriber configures the Consumer's Subscriber. OnBroken and OnDead cannot
+	// be set: the worker's ProcessBroken and ProcessDead take their place.
 	Subscriber SubscriberConfig
 
-	// Topic is what the worker handles.
+	// Topic is the topic that the worker handles.
 	Topic string
 
-	// Name is the handler's name in a router, and in dead letters. Default:
+	// Name is the handler's name in a router and in dead letters. Default:
 	// "group:topic".
 	Name string
 
-	// Codec decodes payloads. Default: JSON, the errors of which are logged without
-	// what they quote of a payload (errors.As finds all). Those of another Codec are
-	// logged, and stand in dead letters, as they are.
+	// Codec decodes payloads. Default: JSON, whose errors are logged without the
+	// parts that quote the payload (errors.As finds the original error). The errors
+	// of any other Codec are logged and stored in dead letters unchanged.
 	Codec Codec
 
-	// Context returns the context for Process and ProcessDead, derived from ctx,
-	// given the message's metadata (goxstreams' WithCtxReceiver). Default: ctx.
+	// Context derives the context for Process and ProcessDead from ctx and the
+	// message's metadata (goxstreams' WithCtxReceiver). Default: ctx.
 	Context func(ctx context.Context, metadata message.Metadata) context.Context
+
+	// Middlewares wrap the handling of a message, the first one outermost: for
+	// tracing and metrics, with or without a router. They are outside of
+	// Subscriber.Retry, so that OutcomeOf tells them what becomes of the message.
+	// What they return as produced messages is dropped. In a router they are inside
+	// of its middlewares: do not apply one in both places. Default: none.
+	Middlewares []message.HandlerMiddleware
 }
 
-// Consumer runs a Worker over a topic.
+// Consumer runs a Worker on a topic.
 type Consumer[E any] struct {
 	worker     Worker[E]
 	config     ConsumerConfig
@@ -204,21 +245,31 @@ type Consumer[E any] struct {
 	logger     watermill.LoggerAdapter
 }
 
-// NewConsumer returns a Consumer. Its error names every mistake in the config. A
-// nil logger logs nothing.
+// NewConsumer returns a Consumer. The error lists every mistake in the config. A
+// nil logger discards all logs.
 func NewConsumer[E any](worker Worker[E], config ConsumerConfig, logger watermill.LoggerAdapter) (*Consumer[E], error) {
 	errs := configErrors{typeName: "ConsumerConfig"}
 	if worker == nil {
 		errs.errs = append(errs.errs, errors.New("goxstreams: NewConsumer: a worker is required"))
 	}
+	return newConsumer(worker, config, errs, logger)
+}
+
+// newConsumer adds to the mistakes.
+func newConsumer[E any](worker Worker[E], config ConsumerConfig, errs configErrors, logger watermill.LoggerAdapter) (*Consumer[E], error) {
 	if config.Topic == "" {
 		errs.add("Topic", "is required")
 	}
 	if config.Subscriber.OnBroken != nil {
-		errs.add("Subscriber.OnBroken", "is the worker's ProcessBroken")
+		errs.add("Subscriber.OnBroken", "cannot be set: it is the worker's ProcessBroken")
 	}
 	if config.Subscriber.OnDead != nil {
-		errs.add("Subscriber.OnDead", "is the worker's ProcessDead")
+		errs.add("Subscriber.OnDead", "cannot be set: it is the worker's ProcessDead")
+	}
+	for i, m := range config.Middlewares {
+		if m == nil {
+			errs.add(fmt.Sprintf("Middlewares[%d]", i), "is nil")
+		}
 	}
 	if err := config.Subscriber.validate(); err != nil {
 		errs.errs = append(errs.errs, err)
@@ -241,52 +292,58 @@ func NewConsumer[E any](worker Worker[E], config ConsumerConfig, logger watermil
 		return nil, err
 	}
 	c := &Consumer[E]{worker: worker, config: config, subscriber: subscriber, logger: logger}
-	subscriber.typed = &typed{name: config.Name, decode: c.decode, dead: c.processDead}
+	subscriber.typed = &typed{name: config.Name, alone: len(config.Middlewares) == 0, decode: c.decode, dead: c.processDead}
 	c.handler = subscriber.config.Retry.Middleware(c.process)
+	for _, m := range slices.Backward(config.Middlewares) {
+		c.handler = m(c.handler)
+	}
 	return c, nil
 }
 
-// typed is what a Consumer adds to its Subscriber.
+// typed is the Consumer's part of a Subscriber.
 type typed struct {
 	name   string
-	decode func(payload []byte) (body any, err error) // body: an *E
+	alone  bool                                       // nobody else gets the messages: there are no Middlewares
+	decode func(payload []byte) (body any, err error) // body is an *E
 	dead   func(ctx context.Context, dead DeadMessage, err error) error
+
+	// Those of a BatchConsumer. batch returns an error for each message.
+	batch   func(ctx context.Context, batch []*batched, stop func() bool) []error
+	maxSize int
+	maxWait time.Duration
 }
 
-// Run handles messages until ctx ends, and returns when what was under way has
-// come to its end: see Subscriber.Subscribe for how that is bounded. It needs no
-// router. Its error says that it could not begin.
+// Run handles messages until ctx ends, and returns when the running handlers have
+// finished; Subscriber.Subscribe describes the bounds. It needs no router. An error
+// means that it could not subscribe.
 func (c *Consumer[E]) Run(ctx context.Context) error {
-	messages, err := c.subscriber.Subscribe(ctx, c.config.Topic)
+	sub, err := c.subscriber.subscribe(ctx, c.config.Topic, func(msg *message.Message) {
+		err := guard(func() error { // ShouldRetry may panic too
+			_, err := c.handler(msg)
+			return err
+		})
+		switch over := ctx.Err() != nil || msg.Context().Err() != nil; {
+		case err == nil:
+			msg.Ack()
+		case !over || !errors.Is(err, context.Canceled):
+			c.logger.Error("Process failed", err, watermill.LogFields{"topic": c.config.Topic, "handler_name": c.config.Name, "message_uuid": msg.UUID})
+		}
+	})
 	if err != nil {
 		return err
 	}
-	for msg := range messages {
-		go func() { // as many as MaxConcurrency
-			defer msg.Nack()            // which does nothing after an Ack; Process may end the goroutine
-			err := guard(func() error { // ShouldRetry may panic too
-				_, err := c.handler(msg)
-				return err
-			})
-			if err != nil {
-				if over := ctx.Err() != nil || msg.Context().Err() != nil; !over || !errors.Is(err, context.Canceled) {
-					c.logger.Error("Process failed", err, watermill.LogFields{"topic": c.config.Topic, "handler_name": c.config.Name, "message_uuid": msg.UUID})
-				}
-				return
-			}
-			msg.Ack()
-		}()
-	}
+	<-sub.done
 	return nil
 }
 
-// AddTo adds the Consumer to a Watermill router, in the place of Run: for its
-// middlewares, and to run several Consumers together. The policy for failed
-// messages stays that of SubscriberConfig.Retry, whatever Retry the router has;
-// but a middleware that swallows the error of a dead message acks it, and
-// ProcessDead does not see it. Watermill's Retry does not try again in place
-// after the last delivery, the error of which is marked already. The name must be
-// unique in the router, which panics if it is not.
+// AddTo adds the Consumer to a Watermill router, instead of Run: to use the
+// router's middlewares, or to run several Consumers together.
+// SubscriberConfig.Retry remains the policy for failed messages, whatever Retry
+// middleware the router has. But a middleware that swallows the error of a dead
+// message acks it, and ProcessDead is not called. Watermill's own Retry middleware
+// does not retry in place after the last delivery, since that error is already
+// marked as final. The Consumer's name must be unique in the router, otherwise the
+// router panics.
 func (c *Consumer[E]) AddTo(router *message.Router) *message.Handler {
 	return router.AddConsumerHandler(c.config.Name, c.config.Topic, c.subscriber, func(msg *message.Message) error {
 		_, err := c.handler(msg)
@@ -294,7 +351,7 @@ func (c *Consumer[E]) AddTo(router *message.Router) *message.Handler {
 	})
 }
 
-// Stats returns the state of each Run under way, and of the router's handler: see
+// Stats returns the state of each active Run, and of the router's handler: see
 // Subscriber.Stats.
 func (c *Consumer[E]) Stats() []SubscriptionStats { return c.subscriber.Stats() }
 
@@ -306,7 +363,7 @@ func (c *Consumer[E]) decode(payload []byte) (any, error) {
 	return body, nil
 }
 
-// process hands a message to the worker's Process.
+// process passes a message to the worker's Process.
 func (c *Consumer[E]) process(msg *message.Message) ([]*message.Message, error) {
 	body, err := c.bodyOf(msg)
 	if err != nil {
@@ -322,9 +379,9 @@ func (c *Consumer[E]) process(msg *message.Message) ([]*message.Message, error) 
 	})
 }
 
-// bodyOf returns the body that the subscription decoded. A second call for the
-// same delivery, by a middleware, decodes anew: what was done to the first body
-// stays there. So does a copy that a middleware made.
+// bodyOf returns the body that the subscription decoded. A second call for the same
+// delivery, made by a middleware, decodes again, so that changes to the first body
+// do not leak into it. A copy that a middleware made is decoded again too.
 func (c *Consumer[E]) bodyOf(msg *message.Message) (E, error) {
 	if d := deliveryOf(msg); d != nil {
 		if body := d.body.Swap(nil); body != nil {
@@ -338,7 +395,7 @@ func (c *Consumer[E]) bodyOf(msg *message.Message) (E, error) {
 	return *body.(*E), nil
 }
 
-// processDead hands a message to the worker's ProcessDead.
+// processDead passes a message to the worker's ProcessDead.
 func (c *Consumer[E]) processDead(ctx context.Context, dead DeadMessage, cause error) error {
 	body, err := c.decode(dead.Message.Payload)
 	if err != nil {

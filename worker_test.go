@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,8 +32,8 @@ type order struct {
 	Quantity int
 }
 
-// testWorker records what it is asked, and then does as its functions say; nil:
-// it returns nil.
+// testWorker records its calls, and then does what its functions say; nil: it
+// returns nil.
 type testWorker[E any] struct {
 	onProcess func(context.Context, goxstreams.Message[E]) error
 	onBroken  func(context.Context, goxstreams.BrokenMessage) error
@@ -79,7 +80,7 @@ func (w *testWorker[E]) counts() [3]int {
 	return [3]int{len(w.processed), len(w.broken), len(w.dead)}
 }
 
-// fails returns errors in their order, and then nil.
+// fails returns the errors in order, and then nil.
 func fails[T any](errs ...error) func(context.Context, T) error {
 	var n atomic.Int64
 	return func(context.Context, T) error {
@@ -99,7 +100,7 @@ func panics[T any](err error) func(context.Context, T) error {
 	}
 }
 
-// limited is the config of a worker's Subscriber with a limit and next to no
+// limited returns the config of a worker's Subscriber with a limit and hardly any
 // delay.
 func limited(client redis.UniversalClient, maxRetries int) goxstreams.SubscriberConfig {
 	config := grouped(client)
@@ -123,19 +124,22 @@ func newConsumer[E any](t testing.TB, worker goxstreams.Worker[E], config goxstr
 	return consumer
 }
 
-// running is a Consumer's Run under way.
+// runner is a Consumer or a BatchConsumer.
+type runner interface{ Run(context.Context) error }
+
+// running is its active Run.
 type running struct {
 	cancel context.CancelFunc
 	ended  chan struct{}
 }
 
-// run runs the Consumer until stop is called, or the test ends.
-func run[E any](t testing.TB, consumer *goxstreams.Consumer[E]) *running {
+// run runs a Consumer until stop is called, or the test ends.
+func run(t testing.TB, consumer runner) *running {
 	t.Helper()
 	return runWith(t, context.Background(), consumer)
 }
 
-func runWith[E any](t testing.TB, ctx context.Context, consumer *goxstreams.Consumer[E]) *running {
+func runWith(t testing.TB, ctx context.Context, consumer runner) *running {
 	t.Helper()
 	ctx, cancel := context.WithCancel(ctx)
 	r := &running{cancel, make(chan struct{})}
@@ -147,7 +151,7 @@ func runWith[E any](t testing.TB, ctx context.Context, consumer *goxstreams.Cons
 	return r
 }
 
-// start is run of a new Consumer.
+// start runs a new Consumer.
 func start[E any](t testing.TB, worker goxstreams.Worker[E], config goxstreams.ConsumerConfig) *running {
 	t.Helper()
 	return run(t, newConsumer(t, worker, config, nil))
@@ -163,7 +167,7 @@ func (r *running) stop(t testing.TB) {
 	}
 }
 
-// produce produces events by a Producer with the defaults.
+// produce produces events with a default Producer.
 func produce[E any](t testing.TB, client redis.UniversalClient, topic string, events ...E) {
 	t.Helper()
 	producer := goxstreams.NewProducer[E](newPublisher(t, client), goxstreams.ProducerConfig{})
@@ -196,7 +200,7 @@ func deadOf(t testing.TB, client redis.UniversalClient, topic string) []goxstrea
 }
 
 // eventuallyDone waits until the group has read everything and nothing of it is
-// pending any more.
+// pending.
 func eventuallyDone(t testing.TB, client redis.UniversalClient, topic string) {
 	t.Helper()
 	eventually(t, func() bool {
@@ -214,7 +218,7 @@ func TestWorker_Process(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	refused := errors.New("refused")
-	var counts []int64 // what Redis says while the worker has the message
+	var counts []int64 // Redis's state while the worker has the message
 	worker := &testWorker[order]{}
 	worker.onProcess = func(_ context.Context, msg goxstreams.Message[order]) error {
 		rows := pendingOf(t, client, topic, testGroup)
@@ -249,7 +253,7 @@ func TestWorker_Process(t *testing.T) {
 	require.Empty(t, deadOf(t, client, topic))
 }
 
-// errCode is a handler's own error, with something in it.
+// errCode is a handler's own error type, with data.
 type errCode int
 
 func (e errCode) Error() string { return fmt.Sprint("code ", int(e)) }
@@ -303,7 +307,7 @@ func TestWorker_ErrorsThatSayMore(t *testing.T) {
 		require.ErrorIs(t, dead[0].Err, errCode(410))
 		require.EqualError(t, dead[0].Err, "ship: code 410")
 	})
-	// Whoever says that it is permanent, and in which words: ProcessDead can ask.
+	// However the error was marked as permanent: ProcessDead can check it.
 	for name, tt := range map[string]struct {
 		err    error
 		change func(*goxstreams.Retry)
@@ -367,7 +371,7 @@ func TestWorker_ErrorsThatSayMore(t *testing.T) {
 	})
 }
 
-// What ProcessDead returns decides; Process has had its say.
+// The result of ProcessDead decides; Process is not called again.
 func TestWorker_ProcessDead(t *testing.T) {
 	t.Parallel()
 	other := errors.New("the archive is down")
@@ -438,7 +442,7 @@ func TestWorker_ProcessDead(t *testing.T) {
 	}
 }
 
-// The topic's Subscriber knows no handler's name; a Consumer does.
+// The topic's Subscriber does not know the handler's name; a Consumer does.
 func TestWorker_DeadLetterNamesTheHandler(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -456,8 +460,8 @@ func TestWorker_DeadLetterNamesTheHandler(t *testing.T) {
 	}
 }
 
-// A graceful restart while a dead message waits for its worker to have time for
-// it: the next Consumer goes on with ProcessDead, however often that happens.
+// A graceful restart while a dead message waits to be processed: the next Consumer
+// continues with ProcessDead, however often that happens.
 func TestWorker_ProcessDeadAfterRestart(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // releases by idle time
@@ -493,7 +497,7 @@ func TestWorker_ProcessDeadAfterRestart(t *testing.T) {
 				require.ErrorIs(t, dead[0].Err, tt.kind)
 
 				var counts []int64
-				for range 5 { // more than the crashes that ProcessDead is granted
+				for range 5 { // more than the crashes that ProcessDead may have
 					rows := pendingOf(t, client, topic, testGroup)
 					require.Len(t, rows, 1)
 					counts = append(counts, rows[0].RetryCount)
@@ -520,7 +524,7 @@ func TestWorker_ProcessDeadAfterRestart(t *testing.T) {
 	}
 }
 
-// ownMarshaler is an Unmarshaler that this library did not write.
+// ownMarshaler is an Unmarshaler of another package.
 type ownMarshaler struct{}
 
 func (ownMarshaler) Marshal(_ string, msg *message.Message) (map[string]any, error) {
@@ -535,8 +539,9 @@ func (ownMarshaler) Unmarshal(values map[string]any) (*message.Message, error) {
 	return message.NewMessage("", message.Payload(payload)), nil
 }
 
-// What crashes process after process is moved without being looked at any more.
-// The crashes are played: whoever had the message leaves it with a higher count.
+// A message that crashes process after process is moved without another call. The
+// crashes are simulated: each consumer of the message leaves it with a higher
+// count.
 func TestWorker_CrashesByCount(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
@@ -546,7 +551,7 @@ func TestWorker_CrashesByCount(t *testing.T) {
 		maxRetries + 2: {0, 0, 1},
 		maxRetries + 3: {0, 0, 1},
 		maxRetries + 4: {0, 0, 1},
-		maxRetries + 5: {0, 0, 0}, // three crashes since it was dead
+		maxRetries + 5: {0, 0, 0}, // three crashes since it died
 		maxRetries + 9: {0, 0, 0},
 	} {
 		t.Run(fmt.Sprint(count), func(t *testing.T) {
@@ -558,7 +563,7 @@ func TestWorker_CrashesByCount(t *testing.T) {
 			require.NoError(t, client.Do(t.Context(), "XCLAIM", topic, testGroup, "crashed", 0, id, "RETRYCOUNT", count, "JUSTID").Err())
 			worker := &testWorker[order]{}
 			config := limited(client, maxRetries)
-			config.ClaimMinIdle = minIdle // a sixth of which a suspect's turn may take to come
+			config.ClaimMinIdle = minIdle // a suspect may wait up to a sixth of that
 			start(t, worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: topic})
 			eventuallyDone(t, client, topic)
 			require.Equal(t, want, worker.counts(), "calls of Process, ProcessBroken, ProcessDead")
@@ -635,7 +640,8 @@ func TestWorker_ProcessBroken(t *testing.T) {
 	}
 }
 
-// Broken entries stop nothing: not while ProcessBroken fails, nor while it hangs.
+// Malformed entries stop nothing: not while ProcessBroken fails, nor while it
+// hangs.
 func TestWorker_BrokenStopsNothing(t *testing.T) {
 	t.Parallel()
 	for name, hang := range map[string]bool{"fails": false, "hangs": true} {
@@ -668,7 +674,8 @@ func TestWorker_BrokenStopsNothing(t *testing.T) {
 	}
 }
 
-// A ProcessBroken that never has time for its entry: the limit holds for that too.
+// A ProcessBroken that always fails to handle its entry: the limit applies to it
+// too.
 func TestWorker_ProcessBrokenWithoutEnd(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -698,7 +705,7 @@ func (c panickyCodec) Decode(payload []byte, event any) error {
 	return json.Unmarshal(payload, event)
 }
 
-// A panic is that message's error, by Run, which has no Recoverer.
+// A panic is that message's error, even in Run, which has no Recoverer.
 func TestWorker_Panics(t *testing.T) {
 	t.Parallel()
 	t.Run("Process", func(t *testing.T) {
@@ -763,6 +770,89 @@ func TestWorker_Panics(t *testing.T) {
 	})
 }
 
+// A Process that calls runtime.Goexit, as t.FailNow does, has failed. Run calls it in the
+// goroutine of a slot, which must not end with it.
+func TestWorker_Goexit(t *testing.T) {
+	t.Parallel()
+	for _, hang := range []bool{false, true} {
+		t.Run(fmt.Sprintf("after CloseTimeout=%t", hang), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t) // delivery counts set back
+			client, topic := newClient(t), topic(t)
+			worker := &testWorker[order]{}
+			begun, finish, exited := make(chan struct{}), make(chan struct{}), make(chan struct{})
+			worker.onProcess = func(_ context.Context, msg goxstreams.Message[order]) error {
+				if msg.Body.Article == "cup" || msg.RetryCount > 0 {
+					return nil
+				}
+				defer close(exited)
+				close(begun)
+				if hang {
+					<-finish
+				}
+				runtime.Goexit()
+				return nil
+			}
+			produce(t, client, topic, order{"bomb", 1}, order{"cup", 1})
+			config := limited(client, 1)
+			config.CloseTimeout = 500 * time.Millisecond
+			consumer := newConsumer(t, worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: topic}, nil)
+			r := run(t, consumer)
+			<-begun
+			if !hang {
+				eventually(t, func() bool { return worker.counts() == [3]int{3, 0, 0} })
+				eventuallyDone(t, client, topic)
+				processed, _, _ := worker.calls()
+				require.Equal(t, "bomb", processed[1].Body.Article, "it holds the order")
+				require.EqualValues(t, 1, processed[1].RetryCount)
+				require.EqualValues(t, 1, consumer.Stats()[0].Nacked)
+				return
+			}
+			r.stop(t)
+			close(finish)
+			<-exited
+			rows := pendingOf(t, client, topic, testGroup)
+			require.NotEmpty(t, rows)
+			require.Zero(t, rows[0].RetryCount)
+			require.NotEqual(t, "released", rows[0].Consumer, "its handler has it")
+		})
+	}
+}
+
+// A message that a middleware has acked is acked, although its handler hangs; and one whose
+// OnOutcome hangs as well does not hold up Run.
+func TestConsumer_AckedEarlyAndHangs(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	worker := &testWorker[order]{}
+	begun, finish := make(chan struct{}), make(chan struct{})
+	defer close(finish)
+	worker.onProcess = func(context.Context, goxstreams.Message[order]) error {
+		close(begun)
+		<-finish
+		return nil
+	}
+	told := make(chan goxstreams.Outcome, 1)
+	config := limited(client, 1)
+	config.CloseTimeout = 500 * time.Millisecond
+	config.OnOutcome = func(o goxstreams.Outcome) { told <- o; <-finish }
+	consumer := newConsumer(t, worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: topic, Middlewares: []message.HandlerMiddleware{
+		func(next message.HandlerFunc) message.HandlerFunc {
+			return func(msg *message.Message) ([]*message.Message, error) {
+				msg.Ack()
+				return next(msg)
+			}
+		},
+	}}, nil)
+	produce(t, client, topic, order{"cup", 1})
+	r := run(t, consumer)
+	<-begun
+	r.stop(t)
+	require.Equal(t, goxstreams.OutcomeAcked, (<-told).Kind)
+	require.Empty(t, pendingOf(t, client, topic, testGroup))
+}
+
 func TestConsumer_RunDrains(t *testing.T) {
 	testserver.RequireReal(t) // the embedded server's goroutines are this process's too
 	for _, concurrency := range []int{1, 5} {
@@ -801,7 +891,7 @@ func TestConsumer_RunDrains(t *testing.T) {
 			close(finish)
 			require.NoError(t, <-ended)
 
-			require.NoError(t, client.Close()) // nothing is under way any more
+			require.NoError(t, client.Close()) // nothing is in flight any more
 			goleak.VerifyNone(t, append(testserver.LeakOptions(), here)...)
 			require.Equal(t, concurrency, worker.counts()[0], "nothing new was begun")
 			groups, err := admin.XInfoGroups(t.Context(), topic).Result()
@@ -830,7 +920,8 @@ func TestConsumer_RunDrains(t *testing.T) {
 	}
 }
 
-// A worker that hangs holds Run no longer than CloseTimeout. It is told before.
+// A worker that hangs delays Run no longer than CloseTimeout. Its context ends
+// before that.
 func TestConsumer_RunIsBounded(t *testing.T) {
 	t.Parallel()
 	testserver.RequireReal(t) // delivery counts set back
@@ -846,7 +937,7 @@ func TestConsumer_RunIsBounded(t *testing.T) {
 				close(begun)
 				<-ctx.Done()
 				cause <- context.Cause(ctx)
-				<-finish // and does not care
+				<-finish // and ignores it
 				return nil
 			}
 			t.Cleanup(hung.Wait)
@@ -874,11 +965,12 @@ func TestConsumer_RunIsBounded(t *testing.T) {
 			require.GreaterOrEqual(t, time.Since(began), config.CloseTimeout)
 			require.ErrorIs(t, <-cause, goxstreams.ErrSubscriberClosed)
 			require.Len(t, pendingOf(t, client, topic, testGroup), 1, "it is kept")
-			finished() // too late: that acks nothing
+			finished() // too late: this acks nothing
 			hung.Wait()
 			require.Len(t, pendingOf(t, client, topic, testGroup), 1)
 
-			// Whoever comes next, when the lease has run out, goes on where that one was.
+			// The next consumer continues with the message when the lease has
+			// expired.
 			next := &testWorker[order]{}
 			config.ClaimMinIdle = minIdle
 			start(t, next, goxstreams.ConsumerConfig{Subscriber: config, Topic: topic})
@@ -918,7 +1010,7 @@ func TestConsumer_RunAgain(t *testing.T) {
 	eventually(t, func() bool { return worker.counts()[0] == 5 })
 	eventuallyDone(t, client, topic)
 
-	// What cannot begin says so.
+	// A Run that cannot start returns an error.
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	require.ErrorIs(t, consumer.Run(ended), context.Canceled)
@@ -927,7 +1019,7 @@ func TestConsumer_RunAgain(t *testing.T) {
 	require.ErrorContains(t, consumer.Run(t.Context()), "WRONGTYPE")
 }
 
-// startRouter runs a router, which the test's end closes.
+// startRouter runs a router, which is closed at the end of the test.
 func startRouter(t testing.TB, router *message.Router) {
 	t.Helper()
 	ended := make(chan struct{})
@@ -949,8 +1041,8 @@ func newRouter(t testing.TB) *message.Router {
 	return router
 }
 
-// Within a router, other middlewares do what they do. Watermill's Retry calls the
-// handler several times for one delivery: each time with a fresh body.
+// In a router, other middlewares work as usual. Watermill's Retry calls the handler
+// several times for one delivery: each time with a fresh body.
 func TestConsumer_AddTo(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -962,7 +1054,7 @@ func TestConsumer_AddTo(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		seen[article] = append(seen[article], msg.RetryCount)
-		clear(msg.Body) // what one attempt does is not seen by the next
+		clear(msg.Body) // changes by one attempt are not seen by the next
 		msg.Metadata.Set("attempts", msg.Metadata.Get("attempts")+"x")
 		switch {
 		case article == "bomb":
@@ -998,8 +1090,8 @@ func TestConsumer_AddTo(t *testing.T) {
 	defer mu.Unlock()
 	require.Equal(t, map[string][]int64{
 		"bomb":    {0, 0, 0, 1}, // a panic of Process is an error to Watermill's Retry
-		"unicorn": {0, 0, 0, 1}, // which gives up at what is dead: that of the last delivery
-		"gone":    {0},          // Watermill's Retry heeds Permanent
+		"unicorn": {0, 0, 0, 1}, // which stops at a dead message: the error of the last delivery
+		"gone":    {0},          // Watermill's Retry honors Permanent
 		"kettle":  {0, 0, 0},
 		"cup":     {0},
 	}, seen)
@@ -1010,7 +1102,7 @@ func TestConsumer_AddTo(t *testing.T) {
 	}
 }
 
-// A router's own Retry middleware of ours gives way to the Consumer's policy.
+// A router's own Retry middleware gives way to the Consumer's policy.
 func TestConsumer_AddToIsInnermost(t *testing.T) {
 	t.Parallel()
 	for name, outer := range map[string]goxstreams.Retry{
@@ -1034,6 +1126,57 @@ func TestConsumer_AddToIsInnermost(t *testing.T) {
 	}
 }
 
+// A Consumer's middlewares see each delivery, the first one outermost, and what becomes of
+// it; with a router and without. What they return as an error counts, and so does their panic.
+func TestConsumer_Middlewares(t *testing.T) {
+	t.Parallel()
+	for _, routed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("router=%v", routed), func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			var mu sync.Mutex
+			var seen []string
+			see := func(name string) message.HandlerMiddleware {
+				return func(h message.HandlerFunc) message.HandlerFunc {
+					return func(msg *message.Message) ([]*message.Message, error) {
+						_, err := h(msg)
+						mu.Lock()
+						defer mu.Unlock()
+						seen = append(seen, fmt.Sprintf("%s %d %s", name, delivery(t, msg).RetryCount(), goxstreams.OutcomeOf(msg, err)))
+						return []*message.Message{message.NewMessage("dropped", nil)}, err
+					}
+				}
+			}
+			panicsFirst := func(h message.HandlerFunc) message.HandlerFunc {
+				return func(msg *message.Message) ([]*message.Message, error) {
+					if delivery(t, msg).RetryCount() == 0 {
+						panic("a middleware's")
+					}
+					return h(msg)
+				}
+			}
+			worker := &testWorker[order]{onProcess: fails[goxstreams.Message[order]](errors.New("refused"), goxstreams.Permanent(errors.New("no")))}
+			consumer := newConsumer(t, worker, goxstreams.ConsumerConfig{
+				Subscriber: limited(client, 5), Topic: topic, Middlewares: []message.HandlerMiddleware{panicsFirst, see("outer"), see("inner")},
+			}, nil)
+			produce(t, client, topic, order{"cup", 4})
+			if routed {
+				router := newRouter(t)
+				consumer.AddTo(router)
+				startRouter(t, router)
+			} else {
+				run(t, consumer)
+			}
+			eventually(t, func() bool { return worker.counts()[2] == 1 })
+			eventuallyDone(t, client, topic)
+			require.Equal(t, [3]int{2, 0, 1}, worker.counts())
+			mu.Lock()
+			defer mu.Unlock()
+			require.Equal(t, []string{"inner 1 retried", "outer 1 retried", "inner 2 dead", "outer 2 dead"}, seen)
+		})
+	}
+}
+
 func TestNewConsumer_Errors(t *testing.T) {
 	worker := &testWorker[order]{}
 	client := redis.NewClient(&redis.Options{})
@@ -1049,8 +1192,8 @@ func TestNewConsumer_Errors(t *testing.T) {
 	for _, part := range []string{
 		"a worker is required",
 		"ConsumerConfig.Topic: is required",
-		"ConsumerConfig.Subscriber.OnBroken: is the worker's ProcessBroken",
-		"ConsumerConfig.Subscriber.OnDead: is the worker's ProcessDead",
+		"ConsumerConfig.Subscriber.OnBroken: cannot be set: it is the worker's ProcessBroken",
+		"ConsumerConfig.Subscriber.OnDead: cannot be set: it is the worker's ProcessDead",
 		"SubscriberConfig.Client: is required",
 		"SubscriberConfig.MaxConcurrency: is negative: -1",
 		"SubscriberConfig.StartID: ",
@@ -1063,8 +1206,11 @@ func TestNewConsumer_Errors(t *testing.T) {
 	require.Len(t, strings.Split(err.Error(), "\n"), 10, "%v", err)
 
 	for name, change := range map[string]func(*goxstreams.ConsumerConfig){
-		"ConsumerConfig.Topic":    func(c *goxstreams.ConsumerConfig) { c.Topic = "" },
-		"Subscriber.OnBroken":     func(c *goxstreams.ConsumerConfig) { c.Subscriber.OnBroken = worker.ProcessBroken },
+		"ConsumerConfig.Topic": func(c *goxstreams.ConsumerConfig) { c.Topic = "" },
+		"Subscriber.OnBroken":  func(c *goxstreams.ConsumerConfig) { c.Subscriber.OnBroken = worker.ProcessBroken },
+		"ConsumerConfig.Middlewares[1]: is nil": func(c *goxstreams.ConsumerConfig) {
+			c.Middlewares = []message.HandlerMiddleware{goxstreams.Retry{}.Middleware, nil}
+		},
 		"SubscriberConfig.Client": func(c *goxstreams.ConsumerConfig) { c.Subscriber.Client = nil },
 	} {
 		config := goxstreams.ConsumerConfig{Subscriber: grouped(client), Topic: "orders"}
@@ -1125,7 +1271,7 @@ type traceKey struct{}
 func TestConsumer_ContextAndMetadata(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
-	shared := message.Metadata{"service": "shop"} // the caller's, and the same for all
+	shared := message.Metadata{"service": "shop"} // the caller's map, shared by all
 	producer := goxstreams.NewProducer[order](newPublisher(t, client), goxstreams.ProducerConfig{
 		Metadata: func(ctx context.Context) message.Metadata {
 			if trace, ok := ctx.Value(traceKey{}).(string); ok {
@@ -1147,7 +1293,7 @@ func TestConsumer_ContextAndMetadata(t *testing.T) {
 		traces = append(traces, ctx.Value(traceKey{}))
 		_, ok := goxstreams.DeliveryFromContext(ctx)
 		assert.Equal(t, msg.Err == nil, ok, "Process knows its delivery")
-		msg.Metadata.Set("service", "changed") // the message's own
+		msg.Metadata.Set("service", "changed") // the message's own map
 	}
 	worker.onProcess = func(ctx context.Context, msg goxstreams.Message[order]) error {
 		look(ctx, msg)
@@ -1177,7 +1323,7 @@ func TestConsumer_ContextAndMetadata(t *testing.T) {
 	require.NotContains(t, processed[2].Metadata, "own", "two messages share their metadata")
 }
 
-// A Context that returns nil is a mistake. It is said, and costs no message.
+// A Context that returns nil is a mistake. It is reported, and costs no message.
 func TestConsumer_ContextReturnsNil(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -1205,7 +1351,7 @@ func TestConsumer_ContextReturnsNil(t *testing.T) {
 	eventuallyDone(t, client, topic)
 }
 
-// kindOfE sends the events, and what another program wrote, through a Consumer.
+// kindOfE passes the events, and entries of another program, through a Consumer.
 func kindOfE[E any](t *testing.T, want []E, raw ...string) {
 	t.Run(fmt.Sprintf("%T", *new(E)), func(t *testing.T) {
 		t.Parallel()
@@ -1303,8 +1449,8 @@ func TestProducer(t *testing.T) {
 	})
 	t.Run("no Publisher", func(t *testing.T) {
 		producer := goxstreams.NewProducer[order](nil, goxstreams.ProducerConfig{})
-		require.ErrorContains(t, producer.Produce(t.Context(), order{}, "topic"), "no Publisher")
-		require.ErrorContains(t, producer.ProduceBatch(t.Context(), []order{{}}, "topic"), "no Publisher")
+		require.ErrorContains(t, producer.Produce(t.Context(), order{}, "topic"), "nil Publisher")
+		require.ErrorContains(t, producer.ProduceBatch(t.Context(), []order{{}}, "topic"), "nil Publisher")
 	})
 	t.Run("what Publish refuses", func(t *testing.T) {
 		topic := topic(t)
@@ -1451,7 +1597,7 @@ func TestConsumer_MaxConcurrency(t *testing.T) {
 }
 
 // A dead-letter stream is a topic like any other. Its entries have their own
-// format, whatever that of the topic is.
+// format, whatever the topic's format is.
 func TestConsumer_OverDeadLetters(t *testing.T) {
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
@@ -1476,7 +1622,7 @@ func TestConsumer_OverDeadLetters(t *testing.T) {
 		}
 		return nil
 	}
-	second.onDead = func(context.Context, goxstreams.Message[order]) error { return goxstreams.ErrDead } // there is no further place
+	second.onDead = func(context.Context, goxstreams.Message[order]) error { return goxstreams.ErrDead } // there is no further stream
 	second.onBroken = func(context.Context, goxstreams.BrokenMessage) error { return goxstreams.ErrDead }
 	config.Topic = goxstreams.DeadLetterTopic(topic)
 	config.Subscriber.Retry = &goxstreams.Retry{MaxRetries: -1, InitialInterval: time.Millisecond, MaxInterval: time.Hour}
@@ -1499,8 +1645,8 @@ func TestConsumer_OverDeadLetters(t *testing.T) {
 	eventually(t, func() bool { return len(logLinesWith(log.Errors(), "died on a dead-letter stream")) == 2 }, log)
 }
 
-// goxstreamsEvent is what testdata/goxstreams.json was written with, by goxstreams
-// itself (v0 of October 2023, Produce and ProduceBatch, "ctx" by a Producer
+// goxstreamsEvent is the event type of testdata/goxstreams.json, which goxstreams
+// itself wrote (v0 of October 2023, Produce and ProduceBatch, "ctx" by a Producer
 // WithCtxTransmmiter): the raw fields of each entry.
 type goxstreamsEvent struct {
 	Message, Name string
@@ -1625,8 +1771,8 @@ func TestInterop_ForgottenBodyMarshaler(t *testing.T) {
 		reads  goxstreams.Unmarshaler
 		want   string
 	}{
-		"to read":  {goxstreams.BodyMarshaler{}, nil, `field "_watermill_message_uuid" is missing, but there is "body": BodyMarshaler reads what goxstreams wrote`},
-		"to write": {nil, goxstreams.BodyMarshaler{}, `field "body" is missing, but there is "_watermill_message_uuid": DefaultMarshaler reads that`},
+		"to read":  {goxstreams.BodyMarshaler{}, nil, `field "_watermill_message_uuid" is missing, but field "body" is present: use BodyMarshaler for the format of goxstreams`},
+		"to write": {nil, goxstreams.BodyMarshaler{}, `field "body" is missing, but field "_watermill_message_uuid" is present: use DefaultMarshaler for this format`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -11,8 +11,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// asynqBackend is asynq, a task queue over Redis lists: what one would take
-// instead. A topic is a queue.
+// asynqBackend is asynq, a task queue over Redis lists and an alternative to this
+// library. A topic is a queue.
 type asynqBackend struct {
 	redis     *redis.Client
 	client    *asynq.Client
@@ -21,8 +21,8 @@ type asynqBackend struct {
 	options   options
 }
 
-// asynqPoll is how often asynq looks where it is asked to be fast; its defaults
-// are 1s for new tasks and 5s for those to be retried.
+// asynqPoll is how often asynq polls with fastCheck and fastRetry; its defaults
+// are 1s for new tasks and 5s for retries.
 const asynqPoll = 10 * time.Millisecond
 
 func newAsynq(e *env, o options) (backend, error) {

@@ -13,9 +13,9 @@ import (
 
 // bare is the least that a Watermill Pub/Sub with our entries can do: a call is a
 // MULTI, a message goes over an unbuffered channel and its ack comes back, one at a
-// time, while the next batch is read. No retries, leases, contexts of its own. What
-// lies between it and raw is the price of Watermill's interface and of the entries,
-// what lies between it and ours that of this library.
+// time, while the next batch is read. No retries, leases, contexts of its own. Its
+// distance from raw is the price of Watermill's interface and of the entries, its
+// distance from ours the price of this library.
 type bare struct {
 	stream
 	watermillBackend
@@ -121,7 +121,7 @@ func (s *bareSubscriber) deliver(batches <-chan []redis.XMessage, output chan<- 
 	}
 }
 
-// ackAll acks what has gathered while the last call was under way.
+// ackAll acks what was collected during the last call.
 func (s *bareSubscriber) ackAll(topic string, acks <-chan string) {
 	for id := range acks {
 		ids := []string{id}
@@ -132,8 +132,8 @@ func (s *bareSubscriber) ackAll(topic string, acks <-chan string) {
 	}
 }
 
-// fail keeps the first error for Close, and ends the rest; what is under way while
-// closing fails.
+// fail keeps the first error for Close, and stops everything. Errors while closing
+// do not count.
 func (s *bareSubscriber) fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -38,8 +38,8 @@ func BenchmarkNacked(b *testing.B) {
 	b.Run("MC100", func(b *testing.B) { benchmark(b, "redelivery, MC 100") })
 }
 
-// benchmark runs a scenario with b.N messages for each of its systems. Only the
-// scenario's measured part is on the clock.
+// benchmark runs a scenario with b.N messages for each of its systems. The timer
+// runs only in the scenario's measured part.
 func benchmark(b *testing.B, name string) {
 	i := slices.IndexFunc(scenarios, func(s *scenario) bool { return s.name == name })
 	require.GreaterOrEqual(b, i, 0, name)

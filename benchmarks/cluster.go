@@ -19,13 +19,13 @@ import (
 const (
 	masters   = 3
 	slotCount = 16384
-	// A new Cluster serves once its masters have seen each other for as long as
-	// the node timeout; afterwards a busy machine must not exceed it.
+	// A new Cluster serves once its masters have seen each other for the node
+	// timeout; afterwards a busy machine must not exceed it.
 	formingTimeout = "2000" // ms
 	servingTimeout = "15000"
 )
 
-// spread is what the flags of `cluster` say.
+// spread has the flags of `cluster`.
 type spread struct {
 	binary                 string
 	topics, messages, call int
@@ -161,7 +161,7 @@ func (s spread) topicsOn(c *nodes, client *redis.ClusterClient, on int) ([]strin
 	return topics, nil
 }
 
-// flow publishes to all topics from a goroutine each and consumes all of them on
+// flow publishes to each topic from its own goroutine, and consumes all of them with
 // one Subscriber, until everything has arrived.
 func (s spread) flow(client *redis.ClusterClient, topics []string, each int) (err error) {
 	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
@@ -252,7 +252,7 @@ func (c *nodes) master(slot int) int {
 func (c *nodes) form() error {
 	ctx := context.Background()
 	for i, client := range c.clients {
-		// Different epochs from the start, or they would have to agree on them.
+		// Different epochs from the start, or the nodes would have to agree on them first.
 		if err := client.Do(ctx, "cluster", "set-config-epoch", i+1).Err(); err != nil {
 			return err
 		}

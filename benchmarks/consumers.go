@@ -22,17 +22,17 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 )
 
-// crowd is what the flags of `consumers` say.
+// crowd has the flags of `consumers`.
 type crowd struct {
 	target
-	consumers, clients, churn int // churn: leaving and joining a minute
+	consumers, clients, churn int // churn: how many leave and join in a minute
 	rate                      float64
 	pending                   []int
 	settle, time              time.Duration
 }
 
-// sweepCommands are those with which the group looks after itself: leases,
-// abandoned entries, names.
+// sweepCommands are what the group costs without messages: leases, abandoned entries,
+// names.
 var sweepCommands = []string{"xpending", "xinfo|groups", "xinfo|consumers", "xclaim", "eval", "evalsha"}
 
 // consumers measures what many consumers of one group cost the server.
@@ -114,7 +114,7 @@ func (c *crowd) measure(e *env, pending int, out io.Writer) (err error) {
 	if err := c.joining(t, p, pending, out); err != nil {
 		return err
 	}
-	if err := t.renew(topic, ids); err != nil { // or they look abandoned before the end
+	if err := t.renew(topic, ids); err != nil { // or they look abandoned before the end of the run
 		return err
 	}
 	return c.working(t, p, pending, out)
@@ -134,7 +134,7 @@ func (t *trial) renew(topic string, ids []string) error {
 	return nil
 }
 
-// joining reports what it costs that all consumers join at once.
+// joining reports the cost of all consumers joining at once.
 func (c *crowd) joining(t *trial, p *people, pending int, out io.Writer) error {
 	fmt.Fprintf(os.Stderr, "%d consumers join, %d entries are pending\n", c.consumers, pending)
 	return c.report(t, out, func() (string, error) {
@@ -144,7 +144,7 @@ func (c *crowd) joining(t *trial, p *people, pending int, out io.Writer) error {
 	})
 }
 
-// working reports what it costs that they work, while some leave and join.
+// working reports the cost of their work, while some leave and join.
 func (c *crowd) working(t *trial, p *people, pending int, out io.Writer) error {
 	fmt.Fprintf(os.Stderr, "messages for %v\n", c.time)
 	var delays metrics
@@ -256,7 +256,7 @@ func (p *people) join() error {
 
 func (p *people) handle(messages <-chan *message.Message) {
 	for msg := range messages {
-		_ = p.watch.handle(msg.Payload) // has no error
+		_ = p.watch.handle(msg.Payload) // never fails
 		msg.Ack()
 	}
 }
@@ -302,7 +302,7 @@ func writeShares(w io.Writer, before, after map[string]commandStat, took time.Du
 	used := make(map[string]commandStat)
 	for name, s := range after {
 		d := commandStat{s.calls - before[name].calls, s.usec - before[name].usec}
-		if d.calls > 0 && name != "info" { // that is the harness
+		if d.calls > 0 && name != "info" { // the harness's
 			used[name] = d
 		}
 	}
@@ -319,7 +319,7 @@ func writeShares(w io.Writer, before, after map[string]commandStat, took time.Du
 	fmt.Fprintf(w, "| sweeps and leases: %s | | %s |\n", cell(strings.Join(sweepCommands, " + ")), share(own, took))
 }
 
-// cell makes a text fit for a table.
+// cell escapes a text for a table.
 func cell(text string) string { return strings.ReplaceAll(text, "|", `\|`) }
 
 func share(usec float64, took time.Duration) string {

@@ -28,8 +28,8 @@ const (
 	pictureHeight = 550 * vg.Inch / 96
 )
 
-// looks are a line's colour and its points' shape: also told apart in black and
-// white.
+// looks are a line's colour and the shape of its points, so that they can be told apart
+// in black and white too.
 var looks = map[string]struct {
 	color color.Color
 	shape draw.GlyphDrawer
@@ -83,7 +83,7 @@ func (p picture) draw(data *growthData, s sweep, file string) error {
 	return save(canvas, file)
 }
 
-// canvas returns a plot with its words and looks, and nothing drawn yet.
+// canvas returns a plot with its labels and style, but no data.
 func (p picture) canvas(m machine) *plot.Plot {
 	canvas := plot.New()
 	sans := font.Font{Typeface: "Liberation", Variant: "Sans"}
@@ -115,8 +115,8 @@ func save(canvas *plot.Plot, file string) error {
 	return errors.Join(err, f.Close())
 }
 
-// curve returns the points of a system as they are drawn: both axes are
-// logarithmic, done here so that 0 has a place, too.
+// curve returns the points of a system as they are drawn. Both axes are logarithmic,
+// which is computed here so that there is a place for 0.
 func curve(data *growthData, s sweep, metric, system string) plotter.XYs {
 	var line plotter.XYs
 	for _, p := range data.Points {
@@ -127,7 +127,7 @@ func curve(data *growthData, s sweep, metric, system string) plotter.XYs {
 	return line
 }
 
-// position returns where an x is drawn; 0 is a decade left of the next.
+// position returns where an x is drawn; 0 is a decade left of the next one.
 func position(xs []int, x int) float64 {
 	if x == 0 {
 		return math.Log10(float64(xs[1])) - 1
@@ -152,7 +152,7 @@ func addCurve(canvas *plot.Plot, system string, xys plotter.XYs) error {
 	return nil
 }
 
-// xTicks are at what was measured.
+// xTicks are at the measured values.
 func xTicks(xs []int) plot.ConstantTicks {
 	var ticks plot.ConstantTicks
 	for _, x := range xs {

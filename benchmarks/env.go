@@ -17,7 +17,7 @@ type env struct {
 	addr  string
 	size  float64 // scales message counts and durations
 	admin *redis.Client
-	calls atomic.Int64 // commands that admin sent: not the measured system's
+	calls atomic.Int64 // commands that admin sent, which do not count
 	began func(*trial) // called just before the measured part
 	ended func(*trial) // and just after it
 }

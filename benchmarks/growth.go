@@ -21,7 +21,7 @@ type sweep struct {
 	name    string
 	xs      []int
 	systems []string
-	most    int // rounds at most; 0: as many as asked for
+	most    int // maximum number of rounds; 0: no maximum
 	// work returns the options, the number of messages and what to do for an x.
 	work func(system string, x int) (options, int, func(*trial) (metrics, error))
 	// pictures are what is drawn of it, by metric.
@@ -107,7 +107,7 @@ func growth(args []string) error {
 	return drawAll(file, *dir)
 }
 
-// keep adds the points of the sweeps that were not measured.
+// keep adds the old points of the sweeps that were not measured again.
 func (d *growthData) keep(file string, measured *regexp.Regexp) error {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -186,8 +186,8 @@ func (s *sweep) measure(e *env, x, rounds int) ([]point, error) {
 	return points, nil
 }
 
-// messagesFor returns a number of messages for about half a second: the systems'
-// rates at small payloads, less where it is the bytes that take the time.
+// messagesFor returns a number of messages for about half a second: by the systems'
+// rates with small payloads, and fewer where the bytes take the time.
 func messagesFor(system string, size int) int {
 	n := map[string]int{"ours": 100_000, "redisstream": 7_000, "raw": 200_000}[system]
 	const most = 128 << 20
@@ -237,7 +237,7 @@ func topicsGrow(system string, number int) (options, int, func(*trial) (metrics,
 		o.pool = number*2 + 100
 	}
 	return o, messagesFor(system, payloadSize), func(t *trial) (metrics, error) {
-		each := max(t.count(50), t.n/number) // or to subscribe is what is measured
+		each := max(t.count(50), t.n/number) // or subscribing would be measured
 		topics, err := fillTopics(t, number, each)
 		if err != nil {
 			return nil, err
@@ -258,7 +258,7 @@ func topicsGrow(system string, number int) (options, int, func(*trial) (metrics,
 	}
 }
 
-// consumersGrow lets so many Subscribers, with a client each, share a stream.
+// consumersGrow has that number of Subscribers, with a client each, share a stream.
 func consumersGrow(system string, number int) (options, int, func(*trial) (metrics, error)) {
 	return options{}, messagesFor(system, payloadSize), func(t *trial) (_ metrics, err error) {
 		topic, err := t.newTopic()
@@ -325,8 +325,8 @@ func pendingGrow(system string, pending int) (options, int, func(*trial) (metric
 	}
 }
 
-// hold fills a topic with n messages, scaled, and has a consumer read them that
-// does nothing. It returns how many.
+// hold fills a topic with n messages, scaled, and reads them for a consumer that does
+// nothing. It returns how many.
 func (t *trial) hold(topic, consumer string, n int) (int, error) {
 	if n == 0 {
 		return 0, nil
@@ -366,7 +366,7 @@ func (t *trial) read(topic, consumer string, n int) ([]string, error) {
 	return ids, nil
 }
 
-// leastClaimMinIdle bounds what scaling does: entries must be read within it.
+// leastClaimMinIdle is a minimum for scaled times: entries must be read within it.
 const leastClaimMinIdle = 3 * time.Second
 
 // claimWindow is how long claims are counted. It ends before the entries of the
@@ -374,8 +374,8 @@ const leastClaimMinIdle = 3 * time.Second
 const claimWindow = 15 * time.Second
 
 // claimGrow measures how fast entries are taken over that have been idle for an
-// hour. Theirs are the highest IDs: whoever looks for them has to pass those of
-// a living consumer.
+// hour. They have the highest IDs: a consumer that looks for them has to pass those
+// of a living one.
 func claimGrow(system string, pending int) (options, int, func(*trial) (metrics, error)) {
 	n := map[string]int{"ours": 10_000, "redisstream": 300}[system]
 	return options{}, n, func(t *trial) (metrics, error) {
@@ -421,7 +421,7 @@ func (t *trial) abandon(topic string, ids []string) error {
 	return nil
 }
 
-// claims returns the rate from the first message that is taken over on.
+// claims returns the rate, from the first message that is taken over.
 func (t *trial) claims(topic string) (metrics, error) {
 	arrived := newTally(t.n, 1)
 	var first atomic.Int64
@@ -444,7 +444,7 @@ func (t *trial) claims(topic string) (metrics, error) {
 	took := time.Since(epoch) - begin
 	m := metrics{rate: float64(arrived.total.Load()) / took.Seconds()}
 	if int(arrived.total.Load()) < t.n {
-		return m, nil // there was not the time for all
+		return m, nil // there was no time for all
 	}
 	return m, arrived.check()
 }

@@ -47,7 +47,7 @@ func TestShort(t *testing.T) {
 	}
 }
 
-// TestGrowth_Keep: what was not measured anew stays, what was is there once.
+// TestGrowth_Keep: points that were not measured again are kept; the others are there once.
 func TestGrowth_Keep(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "data.json")
 	old := growthData{Points: []point{{"payload-publish", rate, "ours", 16, 1}, {"topics", rate, "ours", 1, 2}}}

@@ -72,8 +72,8 @@ type stopwatch struct {
 
 func newStopwatch(n int) *stopwatch { return &stopwatch{newTally(n, 1), make([]time.Duration, n)} }
 
-// handle notes the time before the arrival: whoever waits for the last message
-// then finds all times.
+// handle notes the time before the arrival, so that all times are there when the last
+// message has arrived.
 func (s *stopwatch) handle(payload []byte) error {
 	took := time.Since(epoch) - sentAt(payload)
 	if i := number(payload); i >= 0 && i < len(s.took) {
@@ -98,8 +98,8 @@ func latency(t *trial, topics []string, perSecond float64, n int) (metrics, erro
 	return m, t.allSettled(topics)
 }
 
-// timed is latency with topics whose messages come to the stopwatch already; it
-// does not wait for the last acks.
+// timed is latency for topics that are subscribed with the stopwatch already; it does
+// not wait for the last acks.
 func timed(t *trial, watch *stopwatch, topics []string, perSecond float64) (metrics, error) {
 	if t.began != nil {
 		t.began(t)
@@ -125,8 +125,8 @@ func timed(t *trial, watch *stopwatch, topics []string, perSecond float64) (metr
 	}, nil
 }
 
-// pace publishes n stamped messages at a rate; what is due goes out in one call
-// for each topic. It returns the rate that it kept.
+// pace publishes n stamped messages at a rate: one call for each topic, with the
+// messages that are due. It returns the actual rate.
 func pace(t *trial, topics []string, perSecond float64, n int) (float64, error) {
 	start := time.Now()
 	for next := 0; next < n; {
@@ -156,8 +156,8 @@ func quantile(sorted []time.Duration, q float64) time.Duration {
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// inTurn hands messages to whatever the scenario is at: topics stay subscribed
-// while one measurement follows the other.
+// inTurn hands messages to the measurement under way: topics stay subscribed while one
+// follows the other.
 type inTurn struct {
 	mu  sync.RWMutex
 	now handler

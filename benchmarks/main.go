@@ -1,6 +1,5 @@
-// Command benchmarks compares watermill-goxstreams with what one would take
-// instead, side by side in one process and on one Redis. README.md says what it
-// can do.
+// Command benchmarks compares watermill-goxstreams with its alternatives, side by
+// side in one process and on one Redis. README.md says what it can do.
 package main
 
 import (
@@ -20,7 +19,7 @@ import (
 )
 
 func main() {
-	redis.SetLogger(silent{}) // it logs what closing a client breaks off; errors are returned too
+	redis.SetLogger(silent{}) // it logs calls that end because a client is closed; they return errors too
 	if err := command(os.Args[1:], os.Stdout); err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "benchmarks:", err)
 		os.Exit(1)
@@ -41,12 +40,14 @@ func command(args []string, out io.Writer) error {
 			return consumers(args[1:], out)
 		case "cluster":
 			return cluster(args[1:], out)
+		case "delayed":
+			return delayed(args[1:], out)
 		}
 	}
 	return compare(args, out)
 }
 
-// target is where Redis is, as the flags say it.
+// target has the flags that say where Redis is.
 type target struct{ binary, addr string }
 
 func (t *target) flags(f *flag.FlagSet) {
@@ -54,8 +55,8 @@ func (t *target) flags(f *flag.FlagSet) {
 	f.StringVar(&t.addr, "addr", "", "`address` of a running server to use instead")
 }
 
-// open starts a server if none is named. close ends it; so does a signal, by the
-// end of this process.
+// open starts a server unless the flags name one. closeAll ends it, and so does a
+// signal to this process.
 func (t *target) open(size float64) (e *env, closeAll func(), err error) {
 	addr, stop := t.addr, func() {}
 	if addr == "" {
@@ -91,7 +92,7 @@ func onceOrSignal(stop func()) func() {
 	}
 }
 
-// comparison is what the flags of the comparison say.
+// comparison has the flags of the comparison.
 type comparison struct {
 	target
 	run      *regexp.Regexp
@@ -177,8 +178,7 @@ func (c *comparison) check(rest []string, run string) (err error) {
 	return nil
 }
 
-// measure runs round after round, and in each round of a scenario the systems in
-// turn.
+// measure runs all rounds, and in each round of a scenario the systems in turn.
 func (c *comparison) measure(e *env) (*results, error) {
 	m, err := e.machine()
 	if err != nil {

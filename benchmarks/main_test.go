@@ -15,7 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Tests assert that results are there, never that anything is fast.
+// Tests assert that there are results, never that anything is fast.
 
 var testTarget target // REDIS_ADDR, else a server of our own
 
@@ -34,7 +34,7 @@ func withServer(m *testing.M) int {
 	return m.Run()
 }
 
-// smallest is what tests scale by: e.count makes 20 messages of it.
+// smallest is the scale of tests: with it e.count returns 20.
 const smallest = 0.0001
 
 func testEnv(t testing.TB, size float64) *env {
@@ -118,7 +118,7 @@ func TestRatioIsWithinARound(t *testing.T) {
 		r.Measurements = append(r.Measurements,
 			measurement{s.name, "ours", round, metrics{rate: v[0]}}, measurement{s.name, "raw", round, metrics{rate: v[1]}})
 	}
-	assert.InDelta(t, 3, r.ratio(s, "raw"), 1e-9) // of 2, 10, 3; the warm-up does not count
+	assert.InDelta(t, 3, r.ratio(s, "raw"), 1e-9) // the median of 2, 10 and 3; the warm-up does not count
 	assert.Equal(t, "-", format(r.ratio(s, "ours")))
 }
 

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// memory measures what a subscription holds while its handler blocks.
+// memory measures the heap of a subscription whose handler blocks.
 func memory(t *trial) (metrics, error) {
 	topic, err := t.newTopic()
 	if err != nil {
@@ -21,7 +21,7 @@ func memory(t *trial) (metrics, error) {
 		t.began(t)
 	}
 	open := sync.OnceFunc(func() { close(gate) })
-	defer open() // or what is blocked never ends
+	defer open() // or the blocked handlers never end
 	err = t.backend.consume(topic, func(payload []byte) error {
 		<-gate
 		arrived.got(payload)
@@ -49,7 +49,7 @@ func memory(t *trial) (metrics, error) {
 // heapInUse returns what lives on the heap, in bytes.
 func heapInUse() float64 {
 	runtime.GC()
-	runtime.GC() // what had a finalizer, or was in a sync.Pool, goes the second time
+	runtime.GC() // objects with finalizers, or in a sync.Pool, are freed by the second one
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	return float64(mem.HeapAlloc)

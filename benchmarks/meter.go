@@ -29,7 +29,7 @@ const (
 // metrics are the results of one measurement.
 type metrics map[string]float64
 
-// usage is what has been used up to a moment.
+// usage has counters as of some moment.
 type usage struct {
 	at       time.Time
 	mallocs  uint64
@@ -64,7 +64,7 @@ func (e *env) serverUsage(u *usage) (err error) {
 	if u.server, err = serverCPU(e.admin); err != nil {
 		return err
 	}
-	// What the server reports does not count this INFO; e.calls does.
+	// The server's numbers do not include this INFO, e.calls does.
 	before := e.calls.Load()
 	fields, err := info(e.admin, "stats")
 	if err != nil {
@@ -84,7 +84,7 @@ func processCPU() time.Duration {
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
-// measure runs f, which handles n messages, and returns what a message took.
+// measure runs f, which handles n messages, and returns the cost of a message.
 func (t *trial) measure(n int, f func() error) (metrics, error) {
 	runtime.GC()
 	before, err := t.usage(true)

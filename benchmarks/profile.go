@@ -10,9 +10,9 @@ import (
 	"strings"
 )
 
-// profiles writes pprof profiles of the measured part of each system and
-// scenario, of the last round: <scenario>.<system>.cpu and so on. All but the
-// CPU's count from the program's start, so that there is one from before, too:
+// profiles writes pprof profiles of the measured part of the last round, for each
+// system and scenario: <scenario>.<system>.cpu and so on. All but the CPU's count
+// from the program's start, so there is also one from before:
 //
 //	go tool pprof -base x.allocs.before x.allocs
 type profiles struct {
@@ -62,7 +62,7 @@ func (p *profiles) snapshots(t *trial, suffix string) {
 
 var notInNames = regexp.MustCompile(`[^a-z0-9]+`)
 
-// create returns nil if the kind is not asked for.
+// create returns nil if this kind of profile was not requested.
 func (p *profiles) create(kind string, t *trial, suffix string) *os.File {
 	dir := p.dirs[kind]
 	if dir == "" {

@@ -10,8 +10,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// raw is go-redis by hand, the limit of what a library over it can reach: no
-// messages, no retries, no leases.
+// raw is go-redis by hand, the upper bound for any library over it: no messages,
+// retries or leases.
 type raw struct {
 	stream
 	client  *redis.Client
@@ -52,7 +52,7 @@ func (b *raw) batch(topic string, payloads [][]byte) func() error {
 	}
 }
 
-// A gatherer puts the calls that come while a pipeline is under way into the
+// A gatherer collects the calls that arrive while a pipeline is in flight, for the
 // next one.
 type gatherer struct {
 	client *redis.Client
@@ -73,7 +73,7 @@ func (g *gatherer) publish(args *redis.XAddArgs) error {
 	first := !g.flying
 	g.flying = true
 	g.mu.Unlock()
-	if first { // the others wait for this one, or for whom it hands over to
+	if first { // the others wait for this one, or for the one after it
 		g.fly()
 	}
 	return <-call.done
@@ -104,8 +104,8 @@ func (g *gatherer) pipeline(calls []*gathered) {
 	}
 }
 
-// handOver goes on in a goroutine of its own if calls have come meanwhile, so
-// that the first caller's Publish returns.
+// handOver continues in a new goroutine if calls have arrived meanwhile, so that the
+// first caller's Publish returns.
 func (g *gatherer) handOver() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -186,7 +186,7 @@ func (b *raw) handleAll(topic string, entries []redis.XMessage, h handler) {
 	b.ack(topic, ids)
 }
 
-// ackAll acks what has gathered while the last call was under way.
+// ackAll acks what was collected during the last call.
 func (b *raw) ackAll(topic string, acks <-chan string) {
 	for id := range acks {
 		ids := []string{id}
@@ -206,7 +206,7 @@ func (b *raw) ack(topic string, ids []string) {
 	}
 }
 
-// fail keeps the first error for close; what is under way while closing fails.
+// fail keeps the first error for close. Errors while closing do not count.
 func (b *raw) fail(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

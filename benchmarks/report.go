@@ -21,7 +21,7 @@ type measurement struct {
 	Metrics  metrics `json:"metrics"`
 }
 
-// A machine is what the numbers depend on.
+// A machine describes where the numbers were measured.
 type machine struct {
 	CPU   string `json:"cpu"`
 	Cores int    `json:"cores"`
@@ -30,7 +30,7 @@ type machine struct {
 	Date  string `json:"date"`
 }
 
-// results are what a run measured; -json writes them.
+// results has everything that a run measured, as -json writes it.
 type results struct {
 	Machine      machine       `json:"machine"`
 	Measurements []measurement `json:"measurements"`
@@ -159,7 +159,7 @@ func median(values []float64) float64 {
 	return (values[(n-1)/2] + values[n/2]) / 2
 }
 
-// format writes a number with three digits that matter.
+// format writes a number with three significant digits.
 func format(x float64) string {
 	switch {
 	case math.IsNaN(x):

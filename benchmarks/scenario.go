@@ -2,17 +2,18 @@ package main
 
 import (
 	"errors"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
 
-// A scenario is one thing that is measured for several systems.
+// A scenario is a measurement that several systems take part in.
 type scenario struct {
 	group   *scenarioGroup
 	name    string
 	options options
-	// systems are those that can do it, with the number of messages that takes
-	// about a second.
+	// systems are those that can do it, with the number of messages for about
+	// a second.
 	systems map[string]int
 	measure func(*trial) (metrics, error)
 }
@@ -22,7 +23,7 @@ type scenarioGroup struct {
 	name, note string
 	columns    []string
 	ratio      string // the column whose ratios are reported
-	most       int    // rounds at most; 0: as many as asked for
+	most       int    // maximum number of rounds; 0: no maximum
 }
 
 var throughput = []string{rate, allocs, clientCPU, serverCPUs, commands}
@@ -36,6 +37,8 @@ var (
 		note: "A Watermill router with a handler that does nothing. gochannel's messages are published meanwhile, one at a time. asynq has a server of its own instead of the router."}
 	slowGroup = &scenarioGroup{name: "Slow handlers", columns: throughput, ratio: rate,
 		note: "5 ms each, 100 at once; redisstream's are one at a time."}
+	keysGroup = &scenarioGroup{name: "Order per key", columns: throughput,
+		note: "OrderingKey, MaxConcurrency 100: handlers that do nothing, with 10,000 keys and without any; and 10,000 messages whose handlers take 0 to 5 ms at random."}
 	latencyGroup = &scenarioGroup{name: "Latency", columns: []string{p50, p99, sent}, ratio: p50,
 		note: "From the call of Publish to the handler. Half of the maximum: of what publisher and subscriber together reached just before, 50,000/s at most. " +
 			"asynq looks for tasks once a second by default; \"polling fast\" is every 10 ms."}
@@ -61,10 +64,21 @@ var scenarios = []*scenario{
 	{subscribeGroup, "subscribe, MC 100", options{concurrency: 100}, counts(200_000, 0, 400_000, 0, 0, 0), consume},
 	{subscribeGroup, "subscribe, MC 100, 100 goroutines", options{concurrency: 100, workers: 100}, counts(200_000, 0, 300_000, 0, 0, 0), consume},
 
+	{subscribeGroup, "worker, MC 1", options{worker: true}, counts(200_000, 0, 400_000, 0, 0, 0), consume},
+	{subscribeGroup, "worker, MC 100", options{worker: true, concurrency: 100}, counts(200_000, 0, 0, 0, 0, 0), consume},
+
+	{subscribeGroup, "worker, batches of 100", options{worker: true, batch: 100}, counts(400_000, 0, 400_000, 0, 0, 0), consume},
+
 	{routerGroup, "router, MC 1", options{router: true}, counts(100_000, 12_000, 0, 100_000, 3_000, 100_000), consume},
 	{routerGroup, "router, MC 100", options{router: true, concurrency: 100}, counts(100_000, 0, 0, 0, 10_000, 0), consume},
 
 	{slowGroup, "5 ms handlers, MC 100", options{concurrency: 100, workers: 100}, counts(20_000, 200, 20_000, 0, 10_000, 0), slowly},
+
+	{keysGroup, "no keys", options{concurrency: 100, workers: 100}, counts(200_000, 0, 0, 0, 0, 0), consume},
+	{keysGroup, "10,000 keys", options{concurrency: 100, workers: 100, keys: 10_000}, counts(200_000, 0, 0, 0, 0, 0), consume},
+	{keysGroup, "0 to 5 ms, 1,000 keys", options{concurrency: 100, workers: 100, keys: 1_000}, counts(10_000, 0, 0, 0, 0, 0), variously},
+	{keysGroup, "0 to 5 ms, 20 keys", options{concurrency: 100, workers: 100, keys: 20}, counts(10_000, 0, 0, 0, 0, 0), variously},
+	{keysGroup, "0 to 5 ms, 1 key", options{concurrency: 100, workers: 100, keys: 1}, counts(10_000, 0, 0, 0, 0, 0), variously},
 
 	{latencyGroup, "latency at 200/s", options{}, counts(600, 600, 600, 0, 600, 0), latencySlow},
 	{latencyGroup, "latency at 200/s, polling fast", options{fastCheck: true}, counts(0, 0, 0, 0, 600, 0), latencySlow},
@@ -88,7 +102,7 @@ func counts(n ...int) map[string]int {
 	return m
 }
 
-// publish measures calls of so many messages from so many goroutines.
+// publish measures calls with size messages each, from a number of goroutines.
 func publish(size, goroutines int) func(*trial) (metrics, error) {
 	return func(t *trial) (metrics, error) {
 		topic, err := t.newTopic()
@@ -104,7 +118,7 @@ func publish(size, goroutines int) func(*trial) (metrics, error) {
 			return nil, err
 		}
 		if err := atOnce(goroutines, func(int) error { return t.backend.batch(warm, payloads(0, size, payloadSize))() }); err != nil {
-			return nil, err // with this they are connected
+			return nil, err // this also connects them
 		}
 		m, err := t.measure(t.n, func() error {
 			return atOnce(goroutines, func(i int) error { return callAll(calls[i]) })
@@ -116,8 +130,8 @@ func publish(size, goroutines int) func(*trial) (metrics, error) {
 	}
 }
 
-// publishing returns the calls that publish n messages: one call many times,
-// and a smaller one if n is no multiple of size.
+// publishing returns the calls that publish n messages: the same call many times, and
+// a smaller one if n is no multiple of size.
 func publishing(t *trial, topic string, size, n int) []func() error {
 	whole := t.backend.batch(topic, payloads(0, size, payloadSize))
 	calls := make([]func() error, n/size, n/size+1)
@@ -167,9 +181,17 @@ func slowly(t *trial) (metrics, error) {
 	})
 }
 
+// variously is consume with handlers of 0 to 5 ms.
+func variously(t *trial) (metrics, error) {
+	return consuming(t, 1, func(int32) error {
+		time.Sleep(time.Duration(rand.IntN(5_000)) * time.Microsecond)
+		return nil
+	})
+}
+
 var errOnce = errors.New("nacked once")
 
-// nacked is consume with handlers that fail for the first time.
+// nacked is consume with handlers that fail at the first delivery.
 func nacked(t *trial) (metrics, error) {
 	return consuming(t, 2, func(times int32) error {
 		if times == 1 {
@@ -179,8 +201,8 @@ func nacked(t *trial) (metrics, error) {
 	})
 }
 
-// consuming fills a topic and measures until every message has been handled as
-// often as said, and acked. work is told how often its message has come.
+// consuming fills a topic and measures until every message has been handled the given
+// number of times and acked. work gets the number of deliveries of its message.
 func consuming(t *trial, times int, work func(int32) error) (metrics, error) {
 	topic, err := t.newTopic()
 	if err != nil {

@@ -23,8 +23,8 @@ type server struct {
 	stop func()
 }
 
-// keeper starts a server and ends it, by its PID, when its own standard input
-// ends: so the server goes with this program, however that ends.
+// keeper is a shell script that starts a server, and ends it when its standard input
+// ends: so the server ends with this program, however that ends.
 const keeper = `dir=$1; shift
 "$@" & pid=$!
 trap 'kill $pid; wait $pid; rm -rf "$dir"' EXIT
@@ -51,7 +51,7 @@ func startServer(binary string, args ...string) (*server, error) {
 	cmd := exec.Command("sh", command...)
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C ends this program, which ends the server
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C ends this program, which ends the server
 	stdin, err := cmd.StdinPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -83,8 +83,8 @@ func freePort() (int, error) {
 	return 0, fmt.Errorf("no free port below 22000")
 }
 
-// awaitServer waits for the server that works in dir: if another program was
-// faster to take the port, it may be a server, too.
+// awaitServer waits for the server that works in dir: if another program has taken
+// the port, that may be a server too.
 func awaitServer(addr, dir string) error {
 	client := redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1})
 	defer client.Close()

@@ -15,31 +15,34 @@ import (
 // group is the consumer group of every measurement.
 const group = "bench"
 
-// options say how a system is to be used.
+// options say how a system is used.
 type options struct {
 	concurrency int  // messages unsettled at once
 	workers     int  // goroutines that handle them, where the system does not start its own
 	router      bool // through a Watermill router
+	keys        int  // messages are handled in the order of so many keys; 0: none
+	worker      bool // by the methods of a typed worker, without a router
+	batch       int  // that worker gets so many messages at once; 0: one
 	pool        int  // the client's PoolSize; 0: the default
-	fastRetry   bool // nacked messages come again at once, or as soon as the system can
+	fastRetry   bool // nacked messages are redelivered at once, or as soon as the system can
 	fastCheck   bool // polling systems poll often
 
 	claimMinIdle time.Duration // 0: the default
 }
 
-// A handler gets a message's payload. An error means that it shall come again.
+// A handler gets a message's payload. After an error the message is redelivered.
 type handler func(payload []byte) error
 
-// A backend is a system at work in one measurement.
+// A backend is a system in one measurement.
 type backend interface {
-	// batch returns a function that publishes the payloads in one call. What can
-	// be made once, messages for example, is made here.
+	// batch returns a function that publishes the payloads in one call. It prepares
+	// what can be reused, messages for example.
 	batch(topic string, payloads [][]byte) func() error
-	// prepare makes what a consumer needs, the group for example.
+	// prepare creates what a consumer needs, such as the group.
 	prepare(topic string) error
 	consume(topic string, h handler) error
-	// left returns how many messages were taken and are not settled, stored how
-	// many the topic holds.
+	// left returns how many messages were delivered and are not settled, stored how
+	// many the topic has.
 	left(topic string) (int64, error)
 	stored(topic string) (int64, error)
 	remove(topic string) error

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// stalled is how long nothing may arrive before a measurement has failed.
+// stalled is how long nothing may arrive before a measurement fails.
 const stalled = 30 * time.Second
 
 // A tally notes which messages have arrived. A payload begins with the message's
@@ -17,7 +17,7 @@ type tally struct {
 	total   atomic.Int64
 	want    int64
 	foreign atomic.Int64
-	done    chan struct{} // closed when as many have arrived as are wanted
+	done    chan struct{} // closed when all have arrived
 }
 
 // newTally expects n messages, each of them the given number of times.

@@ -73,7 +73,7 @@ func severalTopics(t *trial, n int, one metrics) (metrics, error) {
 	return m, t.allSettled(topics)
 }
 
-// fillTopics makes n topics with so many messages each, numbered over all.
+// fillTopics makes n topics with a number of messages each, numbered across topics.
 func fillTopics(t *trial, n, each int) ([]string, error) {
 	topics := make([]string, n)
 	for i := range topics {
@@ -95,8 +95,8 @@ func fillTopics(t *trial, n, each int) ([]string, error) {
 	return topics, nil
 }
 
-// backlogged measures until all that waits in the topics, so many messages in
-// each, has been handled.
+// backlogged measures until all messages that wait in the topics, so many in each, have
+// been handled.
 func backlogged(t *trial, topics []string, each int, now *inTurn) (metrics, error) {
 	arrived := newTally(len(topics)*each, 1)
 	now.set(func(p []byte) error { arrived.got(p); return nil })
@@ -117,8 +117,8 @@ func backlogged(t *trial, topics []string, each int, now *inTurn) (metrics, erro
 	return m, arrived.check()
 }
 
-// idle measures what it costs to wait, and how many connections wait: those
-// beyond the ones that were there before.
+// idle measures the cost of waiting, and the number of connections that wait, without
+// those that were open before.
 func idle(t *trial, m metrics, before int) error {
 	client := processCPU()
 	server, err := serverCPU(t.admin)

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-const payloadSize = 100 // bytes, if a scenario does not say otherwise
+const payloadSize = 100 // bytes, unless a scenario has others
 
 // A trial is one measurement of one system.
 type trial struct {
@@ -46,8 +46,7 @@ func (t *trial) open(o options) (err error) {
 	return err
 }
 
-// reopen lets a scenario measure with other options, or a second time, from a
-// fresh start.
+// reopen lets a scenario measure with other options, or start again from scratch.
 func (t *trial) reopen(o options) error {
 	if err := t.close(); err != nil {
 		return err
@@ -135,7 +134,7 @@ func (t *trial) filled(topic string, n int) error {
 // settled waits until nothing of the topic is pending.
 func (t *trial) settled(topic string) error { return t.settledBut(topic, 0) }
 
-// settledBut waits until so many are pending, which somebody else holds.
+// settledBut waits until only rest entries are pending, those of another consumer.
 func (t *trial) settledBut(topic string, rest int64) error {
 	for deadline := time.Now().Add(stalled); ; time.Sleep(time.Millisecond) {
 		left, err := t.backend.left(topic)

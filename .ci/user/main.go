@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"strings"
@@ -19,6 +21,7 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/plugin/goxotel"
 	"github.com/goxstreams/watermill-goxstreams/plugin/goxprom"
+	"github.com/goxstreams/watermill-goxstreams/plugin/goxui"
 )
 
 func main() {
@@ -39,6 +42,9 @@ func run(command string) error {
 	client := redis.NewClient(&redis.Options{Addr: server.Addr()})
 	defer client.Close()
 	if err := deliver(ctx, client); err != nil {
+		return err
+	}
+	if err := look(client); err != nil {
 		return err
 	}
 	topics, err := exec.CommandContext(ctx, command, "--url", "redis://"+server.Addr(), "topics").CombinedOutput()
@@ -82,6 +88,21 @@ func deliver(ctx context.Context, client redis.UniversalClient) error {
 	}
 	msg.Ack()
 	return collect(subscriber)
+}
+
+// look looks at the operations page.
+func look(client redis.UniversalClient) error {
+	pages, err := goxui.New(goxui.Config{Client: client})
+	if err != nil {
+		return err
+	}
+	defer pages.Close()
+	answer := httptest.NewRecorder()
+	pages.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/", nil))
+	if !strings.Contains(answer.Body.String(), "orders") {
+		return fmt.Errorf("the operations page answers %d, without the topic", answer.Code)
+	}
+	return nil
 }
 
 func collect(subscriber *goxstreams.Subscriber) error {

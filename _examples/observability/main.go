@@ -60,10 +60,11 @@ func (s *shop) watch(spans sdktrace.SpanExporter, handler message.HandlerFunc) e
 	s.tracing = sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans))
 	otel.SetTracerProvider(s.tracing)
 	otel.SetTextMapPropagator(propagation.TraceContext{})
-	telemetry, err := goxotel.New(goxotel.Config{})
+	telemetry, err := goxotel.New(goxotel.Config{Client: s.client})
 	if err != nil {
 		return err
 	}
+	s.client.AddHook(telemetry.Hook()) // to measure acks
 
 	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: s.client}, nil)
 	if err != nil {
@@ -82,11 +83,6 @@ func (s *shop) watch(spans sdktrace.SpanExporter, handler message.HandlerFunc) e
 	if s.router, err = message.NewRouter(message.RouterConfig{}, watermill.NopLogger{}); err != nil {
 		return err
 	}
-	s.router.AddPublisherDecorators(telemetry.Publisher)
-	s.router.AddMiddleware(
-		telemetry.Middleware, // first, so that it sees what the others return
-		goxstreams.Retry{MaxRetries: 1, InitialInterval: 50 * time.Millisecond}.Middleware,
-	)
 
 	// Watermill's metrics of publishers, subscribers and handlers, and ours, on
 	// one registry.
@@ -94,9 +90,20 @@ func (s *shop) watch(spans sdktrace.SpanExporter, handler message.HandlerFunc) e
 	metrics.NewPrometheusMetricsBuilder(s.registry, "", "").AddPrometheusRouterMetrics(s.router)
 	collector := goxprom.NewCollector(goxprom.Config{})
 	collector.Add(subscriber)
+	s.router.AddPublisherDecorators(collector.Publisher)
+	s.router.AddMiddleware(collector.Middleware) // before Retry, so that it sees what that returns
+	if s.publisher, err = collector.Publisher(s.publisher); err != nil {
+		return err
+	}
 	if err := s.registry.Register(collector); err != nil {
 		return err
 	}
+
+	s.router.AddPublisherDecorators(telemetry.Publisher)
+	s.router.AddMiddleware(
+		telemetry.Middleware, // first, so that it sees what the others return
+		goxstreams.Retry{MaxRetries: 1, InitialInterval: 50 * time.Millisecond}.Middleware,
+	)
 
 	s.router.AddHandler("invoice", s.orders, subscriber, s.invoices, publisher, handler)
 	return nil
@@ -153,15 +160,20 @@ send orders: hopeless
 
 // wantMetrics are the lines of the scrape that must be there.
 var wantMetrics = []string{
-	`goxstreams_acked_total{group="billing",topic="orders"} 2`,
-	`goxstreams_dead_total{group="billing",topic="orders"} 1`,
-	`goxstreams_delivered_total{group="billing",topic="orders"} 5`,
-	`goxstreams_nacked_total{group="billing",topic="orders"} 3`,
-	`goxstreams_retried_total{group="billing",topic="orders"} 2`,
-	`goxstreams_topic_dead_letters{group="billing",topic="orders"} 1`,
-	`goxstreams_topic_length{group="billing",topic="orders"} 3`,
-	`goxstreams_topic_pending{group="billing",topic="orders"} 0`,
-	`goxstreams_up{group="billing",topic="orders"} 1`,
+	`goxstreams_messages_acked_total{group="billing",topic="orders"} 2`,
+	`goxstreams_messages_dead_lettered_total{group="billing",topic="orders"} 1`,
+	`goxstreams_messages_delivered_total{group="billing",topic="orders"} 5`,
+	`goxstreams_messages_nacked_total{group="billing",topic="orders"} 3`,
+	`goxstreams_messages_redelivered_total{group="billing",topic="orders"} 2`,
+	`goxstreams_topic_dead_letters{dead_letter_topic="orders.dead{orders}",topic="orders"} 1`,
+	`goxstreams_topic_entries{topic="orders"} 3`,
+	`goxstreams_group_pending_entries{group="billing",topic="orders"} 0`,
+	`goxstreams_subscriptions_failing{group="billing",topic="orders"} 0`,
+	`goxstreams_handler_duration_seconds_count{group="billing",success="false",topic="orders"} 3`,
+	`goxstreams_handler_duration_seconds_count{group="billing",success="true",topic="orders"} 2`,
+	`goxstreams_message_latency_seconds_count{group="billing",topic="orders"} 2`,
+	`goxstreams_publisher_messages_total{outcome="stored",topic="invoices"} 2`,
+	`goxstreams_publisher_messages_total{outcome="stored",topic="orders"} 3`,
 	`handler_execution_time_seconds_count{handler_name="invoice",success="false"} 3`,
 	`handler_execution_time_seconds_count{handler_name="invoice",success="true"} 2`,
 	`publish_time_seconds_count{handler_name="invoice",publisher_name="goxstreams.Publisher",success="true"} 2`,

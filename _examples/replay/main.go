@@ -57,7 +57,7 @@ type Order struct {
 	Currency string
 }
 
-var orders = []Order{{1, "EUR"}, {2, "CHF"}, {3, "EUR"}, {4, "CHF"}, {5, "XXX"}, {6, "CHF"}}
+var orders = []Order{{1, "EUR"}, {2, "CHF"}, {3, "EUR"}, {4, "CHF"}, {5, "ZZZ"}, {6, "CHF"}}
 
 var (
 	errCurrency = errors.New("unknown currency")

@@ -11,14 +11,14 @@ func Example() {
 	//   order 3, delivery 1: paid in EUR
 	//   order 4, delivery 1: unknown currency CHF
 	//   order 4, delivery 2: unknown currency CHF
-	//   order 5, delivery 1: unknown currency XXX
-	//   order 5, delivery 2: unknown currency XXX
+	//   order 5, delivery 1: unknown currency ZZZ
+	//   order 5, delivery 2: unknown currency ZZZ
 	//   order 6, delivery 1: unknown currency CHF
 	//   order 6, delivery 2: unknown currency CHF
 	// 2. The bug is fixed. What died of it is replayed, the rest is deleted.
 	//   1/4 replay: {"Number":2,"Currency":"CHF"}, exhausted: unknown currency CHF
 	//   2/4 replay: {"Number":4,"Currency":"CHF"}, exhausted: unknown currency CHF
-	//   3/4 delete: {"Number":5,"Currency":"XXX"}, exhausted: unknown currency XXX
+	//   3/4 delete: {"Number":5,"Currency":"ZZZ"}, exhausted: unknown currency ZZZ
 	//   4/4 replay: {"Number":6,"Currency":"CHF"}, exhausted: unknown currency CHF
 	// 3. The shop again. A replayed order is counted anew.
 	//   order 2, delivery 1: paid in CHF

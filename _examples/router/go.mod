@@ -6,6 +6,7 @@ require (
 	github.com/ThreeDotsLabs/watermill v1.5.2
 	github.com/alicebob/miniredis/v2 v2.40.0
 	github.com/goxstreams/watermill-goxstreams v0.1.0
+	github.com/goxstreams/watermill-goxstreams/goxstreamstest v0.1.0
 	github.com/redis/go-redis/v9 v9.23.0
 )
 

@@ -22,10 +22,10 @@ func (a *app) deadCommand() *cobra.Command {
 		Short: "Find, understand, replay and delete dead letters",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usagef("which: dead summary, list, show, replay or delete?")
+			return usagef("which: dead summary, list, show, replay, delete, export or import?")
 		},
 	}
-	dead.AddCommand(a.summaryCommand(), a.listCommand(), a.showCommand(), a.replayCommand(), a.deleteCommand())
+	dead.AddCommand(a.summaryCommand(), a.listCommand(), a.showCommand(), a.replayCommand(), a.deleteCommand(), a.exportCommand(), a.importCommand())
 	return dead
 }
 
@@ -79,7 +79,7 @@ type selection struct {
 	topic string
 	queue *goxstreams.DeadLetterQueue
 
-	ids   []entryID // these, whatever the filters say; else those that match
+	ids   []entryID // these, whatever the filters say; nil: those that match
 	limit int       // of those that match; 0: all
 
 	pattern      *regexp.Regexp
@@ -91,18 +91,9 @@ type selection struct {
 	more    bool  // the limit left some out
 }
 
-// choose makes a selection of the flags and of IDs, if any. It does not yet ask Redis for them.
-func (a *app) choose(ctx context.Context, topic string, f letterFilter, ids []string, limit int) (*selection, error) {
-	s := &selection{letterFilter: f, topic: topic, limit: limit}
-	for _, id := range ids {
-		parsed, err := parseID(id)
-		if err != nil {
-			return nil, err
-		}
-		if !slices.Contains(s.ids, parsed) {
-			s.ids = append(s.ids, parsed)
-		}
-	}
+// choose makes a selection of the flags, or of IDs unless they are nil. It does not yet ask Redis for them.
+func (a *app) choose(ctx context.Context, topic string, f letterFilter, ids []entryID, limit int) (*selection, error) {
+	s := &selection{letterFilter: f, topic: topic, limit: limit, ids: ids}
 	if err := s.prepare(time.Now()); err != nil {
 		return nil, err
 	}
@@ -178,7 +169,7 @@ func parseAge(s string) (time.Duration, error) {
 // is about that letter alone, one without ends the loop.
 func (s *selection) all(ctx context.Context) iter.Seq2[goxstreams.DeadMessage, error] {
 	s.seen, s.skipped, s.more = 0, 0, false
-	if len(s.ids) > 0 {
+	if s.ids != nil {
 		return s.byID(ctx)
 	}
 	return func(yield func(goxstreams.DeadMessage, error) bool) {
@@ -230,26 +221,54 @@ func (s *selection) matches(d goxstreams.DeadMessage, err error) bool {
 // errGone is about an ID that is not in the dead-letter stream.
 var errGone = errors.New("not found: it was replayed or deleted before, or never was there")
 
+// byID reads on from one ID to a greater one for as long as a page of the library's is: from
+// standard input may come thousands that follow each other.
 func (s *selection) byID(ctx context.Context) iter.Seq2[goxstreams.DeadMessage, error] {
 	return func(yield func(goxstreams.DeadMessage, error) bool) {
+		w := walk{stop: func() {}}
+		defer func() { w.stop() }()
 		for _, id := range s.ids {
 			s.seen++
-			d, err := s.one(ctx, id)
-			if !yield(d, err) || err != nil && d.ID == "" {
+			for n := 0; w.next != nil && w.at.compare(id) < 0 && n < batch; n++ {
+				w.step()
+			}
+			if w.next == nil || w.at.compare(id) != 0 {
+				w.stop()
+				w.next, w.stop = iter.Pull2(s.queue.All(ctx, id.previous().String()))
+				w.step()
+			}
+			d, err := w.letter, w.err
+			switch {
+			case err != nil && d.ID == "":
+				yield(d, err)
+				return
+			case w.next == nil || w.at != id:
+				d, err = goxstreams.DeadMessage{ID: id.String()}, errGone
+			}
+			if !yield(d, err) {
 				return
 			}
 		}
 	}
 }
 
-func (s *selection) one(ctx context.Context, id entryID) (goxstreams.DeadMessage, error) {
-	for d, err := range s.queue.All(ctx, id.previous().String()) {
-		if err != nil && d.ID == "" || d.ID == id.String() {
-			return d, err
-		}
-		break
+// walk is a loop over dead letters that stands at one of them.
+type walk struct {
+	next func() (goxstreams.DeadMessage, error, bool) // nil at the end
+	stop func()
+
+	letter goxstreams.DeadMessage
+	err    error
+	at     entryID // the letter's
+}
+
+func (w *walk) step() {
+	var ok bool
+	if w.letter, w.err, ok = w.next(); !ok {
+		w.next = nil
+		return
 	}
-	return goxstreams.DeadMessage{ID: id.String()}, errGone
+	w.at, _ = parseID(w.letter.ID)
 }
 
 // note says what the last loop over all left out.

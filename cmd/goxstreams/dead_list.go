@@ -37,43 +37,42 @@ func (a *app) listCommand() *cobra.Command {
 }
 
 func (a *app) list(ctx context.Context, s *selection) error {
-	table := a.newLetterTable()
+	listing := a.newLetterListing()
+	none := true
 	for d, err := range s.all(ctx) {
 		if err == nil {
-			err = a.printLetter(table, d, "")
+			err = listing.letter(d, "")
 		}
 		if err != nil {
 			return err
 		}
+		none = false
 	}
-	if err := table.Flush(); err != nil {
+	if err := listing.flush(); err != nil {
 		return err
 	}
-	if table.rows == 0 && !a.json {
+	if none && !a.forScripts() {
 		s.noteNone(a)
 	}
 	s.note(a)
 	return nil
 }
 
-func (a *app) newLetterTable() *table {
-	return newTable(a.out, "ID", "AGE", "KIND", "GROUP", "HANDLER", "DELIVERIES", "REPLAYS", "REASON")
+func (a *app) newLetterListing() *listing {
+	return a.newListing(letterRow{}, "ID", "AGE", "KIND", "GROUP", "HANDLER", "DELIVERIES", "REPLAYS", "REASON")
 }
 
-// printLetter prints a line about a letter: what it is, or, in JSON, with what is done to it.
-func (a *app) printLetter(table *table, d goxstreams.DeadMessage, result string) error {
-	if a.json {
-		row := newLetterRow(d)
-		row.Result = result
-		return a.printJSON(row)
-	}
-	return table.row(d.ID, ago(time.Since(timeOf(d.ID))), dash(string(d.Kind)), dash(d.Group), dash(d.Handler), d.Deliveries, d.Replays, short(d.Reason, 80))
+// letter prints a row about a letter: what it is, and, for scripts, what is done to it.
+func (l *listing) letter(d goxstreams.DeadMessage, result string) error {
+	row := newLetterRow(d)
+	row.Result = result
+	return l.row(row, d.ID, ago(time.Since(timeOf(d.ID))), dash(string(d.Kind)), dash(d.Group), dash(d.Handler), d.Deliveries, d.Replays, short(d.Reason, 80))
 }
 
 // dash is s for a table, cut to 40 characters, and never empty.
 func dash(s string) string { return cmp.Or(short(s, 40), "-") }
 
-// letterRow is a dead letter in JSON.
+// letterRow is a dead letter for scripts.
 type letterRow struct {
 	ID         string          `json:"id"`
 	Result     string          `json:"result,omitempty"` // of replay and delete
@@ -156,11 +155,15 @@ func (a *app) summary(ctx context.Context, s *selection) error {
 		bar.set(s.seen)
 	}
 	bar.end()
-	if a.json {
+	if a.forScripts() {
+		listing := a.newListing(causeRow{})
 		for _, row := range sum.sorted() {
-			if err := a.printJSON(row); err != nil {
+			if err := listing.row(row); err != nil {
 				return err
 			}
+		}
+		if err := listing.flush(); err != nil {
+			return err
 		}
 	} else if err := a.printSummary(a.out, sum, 0); err != nil {
 		return err

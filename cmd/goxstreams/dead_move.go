@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -17,15 +16,12 @@ import (
 
 // mover replays or deletes dead letters.
 type mover struct {
-	a              *app
+	tally
 	s              *selection
-	verb, verbed   string
+	verb           string
 	question       string // after the number and the topic
 	do             func(ctx context.Context, ids ...string) (int, error)
 	dryRun, assent bool
-
-	done, failed, unknown int64
-	bar                   *bar
 }
 
 // moveFlags are what replay and delete have in common.
@@ -46,31 +42,36 @@ func (f *moveFlags) addTo(cmd *cobra.Command) {
 
 // mover checks the flags and arguments.
 func (f *moveFlags) mover(ctx context.Context, a *app, args []string) (*mover, error) {
-	ids := args[1:]
+	named := len(args) > 1
 	switch {
-	case len(ids) > 0 && (f.all || f.isSet() || f.limit != 0):
+	case named && (f.all || f.isSet() || f.limit != 0):
 		return nil, usagef("IDs, or filters: not both")
 	case f.all && f.isSet():
 		return nil, usagef("--all, or filters: not both")
-	case len(ids) == 0 && !f.all && !f.isSet():
+	case !named && !f.all && !f.isSet():
 		return nil, usagef("which ones: IDs, filters, or --all?")
-	case !f.dryRun && !f.yes && !a.asks:
-		return nil, usagef("there is no terminal to ask on: --yes, or --dry-run to see what would be done")
+	}
+	if err := a.mayAsk(f.dryRun, f.yes, fromInput(args[1:])); err != nil {
+		return nil, err
+	}
+	ids, err := a.readIDs(ctx, args[1:])
+	if err != nil {
+		return nil, err
 	}
 	s, err := a.choose(ctx, args[0], f.letterFilter, ids, f.limit)
-	return &mover{a: a, s: s, dryRun: f.dryRun, assent: f.yes}, err
+	return &mover{tally: tally{a: a}, s: s, dryRun: f.dryRun, assent: f.yes}, err
 }
 
 func (a *app) replayCommand() *cobra.Command {
 	var f moveFlags
 	var toAll bool
 	cmd := &cobra.Command{
-		Use:   "replay TOPIC [ID...]",
+		Use:   "replay TOPIC [ID...|-]",
 		Short: "Put dead letters back into their topic, for the group in which they died",
 		Long: `Put dead letters back into their topic, at its end, for the group in which they died: by ID, by
 filters, or with --all. Each is moved in one step, so that this may be interrupted, and run again.
 What dies while it runs is not touched.
-` + filterHelp,
+` + idsHelp + filterHelp,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: a.completeTopic,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -93,9 +94,9 @@ What dies while it runs is not touched.
 func (a *app) deleteCommand() *cobra.Command {
 	var f moveFlags
 	cmd := &cobra.Command{
-		Use:               "delete TOPIC [ID...]",
+		Use:               "delete TOPIC [ID...|-]",
 		Short:             "Delete dead letters for good",
-		Long:              "Delete dead letters for good: by ID, by filters, or with --all.\n" + filterHelp,
+		Long:              "Delete dead letters for good: by ID, by filters, or with --all.\n" + idsHelp + filterHelp,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: a.completeTopic,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -123,28 +124,12 @@ func (m *mover) run(ctx context.Context) error {
 	}
 	err := m.move(ctx)
 	m.s.note(m.a)
-	summary := fmt.Sprintf("%s %s", number(m.done), m.verbed)
-	if m.failed > 0 {
-		summary += fmt.Sprintf(", %d failed", m.failed)
-	}
-	if m.unknown > 0 {
-		summary += fmt.Sprintf(", of %d it is not known", m.unknown)
-	}
-	m.a.notef("%s.", summary)
-	switch {
-	case ctx.Err() != nil:
-		return errors.New("interrupted: run it again for the rest")
-	case err != nil:
-		return fmt.Errorf("stopped; run it again for the rest: %w", err)
-	case m.failed > 0:
-		return errPartly
-	}
-	return nil
+	return m.end(ctx, err, number(m.done))
 }
 
 // pretend is run with --dry-run.
 func (m *mover) pretend(ctx context.Context) error {
-	table := m.a.newLetterTable()
+	m.listing = m.a.newLetterListing()
 	var chosen, failed int64
 	for d, err := range m.s.all(ctx) {
 		switch err := m.problem(d, err); {
@@ -157,12 +142,12 @@ func (m *mover) pretend(ctx context.Context) error {
 			}
 		default:
 			chosen++
-			if err := m.a.printLetter(table, d, "would be "+m.verbed); err != nil {
+			if err := m.listing.letter(d, "would be "+m.verbed); err != nil {
 				return err
 			}
 		}
 	}
-	if err := table.Flush(); err != nil {
+	if err := m.listing.flush(); err != nil {
 		return err
 	}
 	m.s.note(m.a)
@@ -195,28 +180,13 @@ func (m *mover) ask(ctx context.Context) error {
 	if len(sum) == 0 {
 		return nil // and move says so
 	}
-	if len(m.s.ids) == 0 {
+	if m.s.ids == nil {
 		m.s.until = last.next()
 	}
 	if err := m.a.printSummary(m.a.err, sum, 10); err != nil {
 		return err
 	}
-	_, _ = fmt.Fprint(m.a.err, safe(fmt.Sprintf("%s %s of %q %s? [y/N] ", strings.ToUpper(m.verb[:1])+m.verb[1:], number(sum.total()), m.s.topic, m.question)))
-	answer := make(chan string, 1)
-	go func() { // a read does not heed the context; it ends with the process
-		line, _ := bufio.NewReader(m.a.in).ReadString('\n')
-		answer <- strings.ToLower(strings.TrimSpace(line))
-	}()
-	select {
-	case <-ctx.Done():
-		m.a.notef("")
-		return errors.New("interrupted: nothing is done")
-	case line := <-answer:
-		if line != "y" && line != "yes" {
-			return errors.New("nothing is done")
-		}
-	}
-	return nil
+	return m.a.confirm(ctx, "%s %s of %q %s?", capital(m.verb), number(sum.total()), m.s.topic, m.question)
 }
 
 // batch is how many letters are moved in one call: a page of the library's.
@@ -228,6 +198,7 @@ func (m *mover) move(ctx context.Context) error {
 		return err
 	}
 	defer m.bar.end()
+	m.listing = m.a.newListing(moveRow{})
 	ids := make([]string, 0, batch)
 	for d, err := range m.s.all(ctx) {
 		if ctx.Err() != nil {
@@ -330,54 +301,29 @@ func outcomes(err error, ids []string) (failed map[string]error, stop error) {
 	return failed, stop
 }
 
-// report says what became of a letter: in JSON of each, else of the first that failed.
-func (m *mover) report(id, result string, err error) error {
-	const most = 50
-	if m.a.json {
-		row := moveRow{ID: id, Result: result}
-		if err != nil {
-			row.Error = text(explain(err))
-		}
-		return m.a.printJSON(row)
-	}
-	if err != nil && m.failed+m.unknown <= most {
-		m.bar.clear()
-		m.a.notef("%s: %s", id, explain(err))
-		if m.failed+m.unknown == most {
-			m.a.notef("Further ones are only counted.")
-		}
-	}
-	return nil
-}
-
-// moveRow is a line of replay and delete.
-type moveRow struct {
-	ID     string `json:"id"`
-	Result string `json:"result"`
-	Error  text   `json:"error,omitempty"`
-}
-
 // bar is a progress bar, or nothing where nobody would see it.
 type bar struct{ *progressbar.ProgressBar }
 
 // newBar returns a bar of the letters that are looked at.
 func (a *app) newBar(ctx context.Context, s *selection, what string) (*bar, error) {
-	if !a.draws {
-		return &bar{}, nil
-	}
 	total := int64(len(s.ids))
-	if total == 0 {
+	if a.draws && s.ids == nil {
 		var err error
 		if total, err = s.queue.Count(ctx); err != nil {
 			return nil, err
 		}
 	}
-	if total <= batch {
-		return &bar{}, nil // it would not be seen
+	return a.barOf(total, what), nil
+}
+
+// barOf returns a bar that ends at total.
+func (a *app) barOf(total int64, what string) *bar {
+	if !a.draws || total <= batch {
+		return &bar{} // it would not be seen
 	}
 	return &bar{progressbar.NewOptions64(total, progressbar.OptionSetWriter(a.err), progressbar.OptionSetDescription(what),
 		progressbar.OptionShowCount(), progressbar.OptionSetPredictTime(true), progressbar.OptionThrottle(100*time.Millisecond),
-		progressbar.OptionClearOnFinish())}, nil
+		progressbar.OptionClearOnFinish())}
 }
 
 func (b *bar) set(n int64) {

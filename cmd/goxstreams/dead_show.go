@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill/message"
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/spf13/cobra"
 )
@@ -15,14 +16,19 @@ import (
 func (a *app) showCommand() *cobra.Command {
 	var f letterFilter
 	cmd := &cobra.Command{
-		Use:   "show TOPIC ID...",
+		Use:   "show TOPIC ID...|-",
 		Short: "Show all of a dead letter",
 		Long: `Show all of dead letters: how they died, and the message, JSON with line breaks, what is no text
-as a hex dump. What a terminal would obey is escaped.`,
+as a hex dump. What a terminal would obey is escaped.
+` + idsHelp,
 		Args:              cobra.MinimumNArgs(2),
 		ValidArgsFunction: a.completeTopic,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := a.choose(cmd.Context(), args[0], f, args[1:], 0)
+			ids, err := a.readIDs(cmd.Context(), args[1:])
+			if err != nil {
+				return err
+			}
+			s, err := a.choose(cmd.Context(), args[0], f, ids, 0)
 			if err != nil {
 				return err
 			}
@@ -34,6 +40,7 @@ as a hex dump. What a terminal would obey is escaped.`,
 }
 
 func (a *app) show(ctx context.Context, s *selection) error {
+	listing := a.newListing(letterRow{})
 	missing := false
 	shown := 0
 	for d, err := range s.all(ctx) {
@@ -45,13 +52,13 @@ func (a *app) show(ctx context.Context, s *selection) error {
 			missing = true
 			continue
 		}
-		if a.json {
+		if a.forScripts() {
 			row := newLetterRow(d)
 			row.Fields = fieldPairs(d.Fields)
 			if err != nil {
 				row.Error = text(err.Error())
 			}
-			if err := a.printJSON(row); err != nil {
+			if err := listing.row(row); err != nil {
 				return err
 			}
 			continue
@@ -61,6 +68,9 @@ func (a *app) show(ctx context.Context, s *selection) error {
 		}
 		a.showLetter(d, err)
 	}
+	if err := listing.flush(); err != nil {
+		return err
+	}
 	if missing {
 		return errPartly
 	}
@@ -68,45 +78,61 @@ func (a *app) show(ctx context.Context, s *selection) error {
 }
 
 func (a *app) showLetter(d goxstreams.DeadMessage, err error) {
-	line := func(title, value string) {
-		if value != "" {
-			a.printf("%-12s%s\n", title, safe(value))
-		}
-	}
-	line("ID", d.ID)
-	line("Stored", fmt.Sprintf("%s (%s ago)", timeOf(d.ID).Format(time.RFC3339), ago(time.Since(timeOf(d.ID)))))
+	a.showID(d.ID)
 	if err != nil {
-		line("Problem", err.Error())
+		a.showLine("Problem", err.Error())
 		a.showFields(d.Fields)
 		return
 	}
-	line("Died", d.DiedAt.Format(time.RFC3339Nano))
-	line("Kind", string(d.Kind))
-	line("Reason", d.Reason)
-	line("Topic", d.Topic)
-	line("Group", d.Group)
-	line("Handler", d.Handler)
-	line("Consumer", d.Consumer)
-	line("Entry ID", d.EntryID)
-	line("Deliveries", fmt.Sprint(d.Deliveries))
-	line("Replays", fmt.Sprint(d.Replays))
+	a.showLine("Died", d.DiedAt.Format(time.RFC3339Nano))
+	a.showLine("Kind", string(d.Kind))
+	a.showLine("Reason", d.Reason)
+	a.showLine("Topic", d.Topic)
+	a.showLine("Group", d.Group)
+	a.showLine("Handler", d.Handler)
+	a.showLine("Consumer", d.Consumer)
+	a.showLine("Entry ID", d.EntryID)
+	a.showLine("Deliveries", fmt.Sprint(d.Deliveries))
+	a.showLine("Replays", fmt.Sprint(d.Replays))
 	if d.Message == nil {
 		a.showFields(d.Fields)
 		return
 	}
-	line("UUID", d.Message.UUID)
-	if len(d.Message.Metadata) > 0 {
+	a.showMessage(d.Message, d.Fields)
+}
+
+// showLine prints a line, unless the value is empty.
+func (a *app) showLine(title, value string) {
+	if value != "" {
+		a.printf("%-12s%s\n", title, safe(value))
+	}
+}
+
+func (a *app) showID(id string) {
+	a.showLine("ID", id)
+	a.showLine("Stored", fmt.Sprintf("%s (%s ago)", timeOf(id).Format(time.RFC3339), ago(time.Since(timeOf(id)))))
+}
+
+// showMessage shows a message, and the names of the fields that it was made of.
+func (a *app) showMessage(msg *message.Message, fields []string) {
+	a.showLine("UUID", msg.UUID)
+	a.showContents(msg, fields)
+}
+
+// showContents is showMessage without the UUID.
+func (a *app) showContents(msg *message.Message, fields []string) {
+	if len(msg.Metadata) > 0 {
 		a.printf("Metadata\n")
-		for _, name := range slices.Sorted(maps.Keys(d.Message.Metadata)) {
-			a.printf("  %s: %s\n", safe(name), safe(d.Message.Metadata[name]))
+		for _, name := range slices.Sorted(maps.Keys(msg.Metadata)) {
+			a.printf("  %s: %s\n", safe(name), safe(msg.Metadata[name]))
 		}
 	}
-	a.printf("Payload, %d bytes\n%s\n", len(d.Message.Payload), block(d.Message.Payload))
-	var fields []string
-	for i := 0; i+1 < len(d.Fields); i += 2 {
-		fields = append(fields, fmt.Sprintf("%s (%d bytes)", safe(short(d.Fields[i], 80)), len(d.Fields[i+1])))
+	a.printf("Payload, %d bytes\n%s\n", len(msg.Payload), block(msg.Payload))
+	var sizes []string
+	for i := 0; i+1 < len(fields); i += 2 {
+		sizes = append(sizes, fmt.Sprintf("%s (%d bytes)", safe(short(fields[i], 80)), len(fields[i+1])))
 	}
-	line("Fields", strings.Join(fields, ", "))
+	a.showLine("Fields", strings.Join(sizes, ", "))
 }
 
 // showFields shows an entry that is no message.

@@ -166,21 +166,32 @@ func TestHostileLetters(t *testing.T) {
 	require.NoError(t, client.XGroupCreate(t.Context(), body, evil, "0").Err())
 	require.NoError(t, client.XReadGroup(t.Context(), &redis.XReadGroupArgs{Group: evil, Consumer: evil, Streams: []string{body, ">"}}).Err())
 	ids := deadOf(t, client, topic)
+	entry := stored(t, client, body)[0].ID
 
 	for _, args := range [][]string{
+		{"get", body, entry}, {"get", topic, stored(t, client, topic)[0].ID}, {"consumers", body, evil}, {"pending", "ack", body, evil, "--all", "--dry-run"},
 		{"dead", "list", topic}, {"dead", "list", topic, "--foreign"}, {"dead", "summary", topic}, append([]string{"dead", "show", topic}, ids...),
 		{"dead", "delete", topic, "--all", "--dry-run"}, {"tail", topic}, {"tail", body}, {"tail", goxstreams.DeadLetterTopic(topic)},
 		{"groups", body}, {"pending", body, evil}, {"dead", "list", topic, "--reason", evil}, {"topics", topic + "*"},
 	} {
-		for _, args := range [][]string{args, append(args, "--json")} {
+		for _, args := range [][]string{args, slices.Concat(args, []string{"--json"}), slices.Concat(args, []string{"-o", "csv"})} {
 			out, notes := ran(t, 0, args...)
 			assert.Equal(t, safeLines(out), out, "%v", args)
 			assert.Equal(t, safeLines(notes), notes, "%v", args)
 			assert.NotContains(t, out, "\nroot", "%v: a line of the attacker's", args)
 		}
 	}
-	_, notes := ran(t, exitFailed, "pending", body, "no"+evil)
-	assert.Equal(t, safeLines(notes), notes)
+	for _, args := range [][]string{
+		{"pending", body, "no" + evil}, {"consumers", body, "no" + evil}, {"group", "reset", body, "no" + evil, "--to", "end", "--yes"},
+		{"group", "delete", body + evil, evil, "--yes"}, {"pending", "ack", body, "no" + evil, "--all", "--yes"},
+	} {
+		_, notes := ran(t, exitFailed, args...)
+		assert.Equal(t, safeLines(notes), notes, "%v", args)
+	}
+	c := onTest(t)
+	c.in = "n\n"
+	assert.Equal(t, exitFailed, c.run("pending", "release", body, evil, "--all"))
+	assert.Equal(t, safeLines(c.err.String()), c.err.String())
 	row := parsed(t, "tail", body)[0]
 	assert.Contains(t, row["fields"], safe(evil))
 }
@@ -194,7 +205,7 @@ func TestReplayOfSome(t *testing.T) {
 
 	_, notes := ran(t, exitPartly, "dead", "replay", topic, "--yes", "1-1", gone, here)
 	assert.Contains(t, notes, "1-1: not found")
-	assert.Contains(t, notes, fmt.Sprintf("%s: group \"gone\" of topic %q does not exist any more\n", gone, topic))
+	assert.Contains(t, notes, fmt.Sprintf("%s: group \"gone\" of topic %q no longer exists\n", gone, topic))
 	assert.Contains(t, notes, "1 dead letter replayed, 2 failed.\n")
 	assert.Equal(t, []string{gone}, deadOf(t, client, topic))
 	assert.Equal(t, []string{"2"}, received(t, client, topic, "here", 1))
@@ -274,7 +285,7 @@ func TestForeignLetters(t *testing.T) {
 	assert.Contains(t, notes, "1 dead letter replayed.")
 	_, notes = ran(t, exitPartly, "dead", "replay", mine, "--yes", planted, junk)
 	assert.Contains(t, notes, fmt.Sprintf("%s: it died in topic %q", planted, other))
-	assert.Contains(t, notes, "is no dead letter of this library")
+	assert.Contains(t, notes, "is not a dead letter of this library")
 	assert.Len(t, stored(t, client, other), 1)
 
 	assert.Equal(t, []string{planted, junk}, column(parsed(t, "dead", "list", mine, "--foreign"), "id"))

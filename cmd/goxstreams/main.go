@@ -22,7 +22,7 @@ import (
 const (
 	exitFailed      = 1   // nothing or not all is done, and the message says why
 	exitUsage       = 2   // wrong arguments; nothing is done
-	exitPartly      = 3   // some dead letters could not be replayed or deleted; the others are
+	exitPartly      = 3   // some entries were not found, or could not be changed; the others are
 	exitInterrupted = 130 // by Ctrl-C, as a shell reports it
 )
 
@@ -33,7 +33,23 @@ func main() {
 		in: os.Stdin, out: os.Stdout, err: os.Stderr,
 		asks:  term.IsTerminal(int(os.Stdin.Fd())),
 		draws: term.IsTerminal(int(os.Stderr.Fd())),
+		size:  sizeOf(os.Stdout),
 	}))
+}
+
+// sizeOf returns what tells a terminal's size, and nil if the file is none.
+func sizeOf(f *os.File) func() (width, height int) {
+	fd := int(f.Fd())
+	if !term.IsTerminal(fd) {
+		return nil
+	}
+	return func() (width, height int) {
+		width, height, err := term.GetSize(fd)
+		if err != nil || width <= 0 || height <= 0 {
+			return 80, 24
+		}
+		return width, height
+	}
 }
 
 // streams are where the command reads and writes.
@@ -42,6 +58,8 @@ type streams struct {
 	out, err io.Writer
 	asks     bool // in is a terminal: somebody can be asked
 	draws    bool // err is a terminal: a progress bar can be seen
+
+	size func() (width, height int) // of the terminal that out is; nil: it is none
 }
 
 // app is one run of the command.
@@ -49,14 +67,15 @@ type app struct {
 	streams
 	out    *bufio.Writer // over streams.out
 	conn   connection
-	json   bool
+	format string                // of the output
+	json   bool                  // the flag that is short for one
 	client redis.UniversalClient // nil until it is needed
 
 	began bool // the arguments were right
 }
 
-// errPartly says that some of the dead letters could not be dealt with, each of which was named.
-var errPartly = errors.New("some dead letters could not be dealt with")
+// errPartly says that some entries do not exist or could not be changed, each of which was named.
+var errPartly = errors.New("some do not exist, or could not be changed")
 
 // usageError is a mistake in the arguments that only the command itself finds.
 type usageError struct{ error }
@@ -75,20 +94,33 @@ func runWith(ctx context.Context, client redis.UniversalClient, args []string, s
 	root.SetIn(s.in)
 	root.SetOut(s.out)
 	root.SetErr(s.err)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	if a.client != nil {
 		_ = a.client.Close()
 	}
 	err = errors.Join(err, a.out.Flush())
+	var plugin status
+	if errors.As(err, &plugin) {
+		return int(plugin)
+	}
 	code := a.exitCode(ctx, err)
 	switch {
 	case code == 0:
 	case code == exitUsage:
-		a.notef("goxstreams: %v\nSee goxstreams --help.", err)
+		a.notef("goxstreams: %v\n%s", err, advice(cmd))
 	default:
 		a.notef("goxstreams: %s", explain(err))
 	}
 	return code
+}
+
+// advice says where the right arguments of a command can be looked up.
+func advice(cmd *cobra.Command) string {
+	see := fmt.Sprintf("See %s --help.", cmd.CommandPath())
+	if cmd.HasSubCommands() {
+		return see
+	}
+	return fmt.Sprintf("Usage: %s\n%s", cmd.UseLine(), see)
 }
 
 func (a *app) exitCode(ctx context.Context, err error) int {
@@ -116,9 +148,9 @@ func explain(err error) string {
 	}
 	switch reply := reply.Error(); {
 	case strings.HasPrefix(reply, "NOPERM"):
-		return text + "\nThe user of REDIS_URL lacks a right: see \"Rights\" in the command's README."
+		return text + "\nThe user of the connection lacks a right: see \"Rights\" in the command's README."
 	case strings.HasPrefix(reply, "NOAUTH"):
-		return text + "\nGive the password in REDIS_URL: redis://user:password@host:port"
+		return text + "\nGive the password in REDIS_URL, redis://user:password@host:port, or in a profile."
 	case strings.HasPrefix(reply, "MOVED"):
 		return text + "\nThe server is part of a Redis Cluster: use --cluster."
 	}
@@ -139,25 +171,27 @@ func (a *app) root() *cobra.Command {
 		Use:   "goxstreams",
 		Short: "Look at Redis Streams and their consumer groups, and deal with dead letters",
 		Long: `goxstreams shows the streams that watermill-goxstreams reads and writes, and looks
-after their dead letters. All commands only read, but for "dead replay" and "dead delete".
+after their dead letters. What changes something shows it with --dry-run, and asks before.
 
-The server is that of --url or REDIS_URL, such as rediss://user:password@host:6379/0. A
-Redis Cluster is noticed.
+The server is that of --profile, --url or REDIS_URL, such as rediss://user:password@host:6379/0, or
+redis+sentinel://user:password@host1,host2/master/0. A Redis Cluster is noticed.
 
-Exit codes: 0 all is done; 1 failed; 2 wrong arguments; 3 some dead letters could not be
-replayed or deleted, the others are; 130 interrupted.`,
+Exit codes: 0 all is done; 1 failed; 2 wrong arguments; 3 some entries were not found, or could
+not be changed, the others are; 130 interrupted. Those of check are a monitoring plugin's.`,
 		Version:       version(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		PersistentPreRun: func(*cobra.Command, []string) {
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			a.began = true
+			return a.checkOutput(cmd)
 		},
 	}
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
-	flags := root.PersistentFlags()
-	flags.BoolVar(&a.json, "json", false, "one JSON object per line, for scripts")
-	a.conn.addTo(flags)
-	root.AddCommand(a.topicsCommand(), a.groupsCommand(), a.pendingCommand(), a.tailCommand(), a.deadCommand())
+	a.conn.addTo(root)
+	a.addOutput(root)
+	root.AddCommand(a.topicsCommand(), a.groupsCommand(), a.groupCommand(), a.consumersCommand(), a.pendingCommand(),
+		a.tailCommand(), a.getCommand(), a.publishCommand(), a.delayedCommand(), a.deadCommand(), a.trimCommand(),
+		a.topCommand(), a.checkCommand(), a.exporterCommand(), a.uiCommand())
 	return root
 }
 

@@ -34,10 +34,10 @@ func TestTopicsGroupsPending(t *testing.T) {
 	require.Len(t, row, 1, "the dead-letter stream is no row of its own")
 	assert.Equal(t, map[string]any{
 		"topic": topic, "length": 4.0, "groups": 1.0, "pending": 2.0, "max_lag": 1.0, "dead_letters": 1.0,
-		"dead_letter_topic": goxstreams.DeadLetterTopic(topic),
+		"dead_letter_topic": goxstreams.DeadLetterTopic(topic), "delayed": 0.0, "overdue_seconds": 0.0,
 	}, row[0])
 	out, _ := ran(t, 0, "topics", topic+"*")
-	assert.Regexp(t, `^TOPIC +LENGTH +GROUPS +PENDING +LAG +DEAD\n`+topic+` +4 +1 +2 +1 +1\n$`, out)
+	assert.Regexp(t, `^TOPIC +LENGTH +GROUPS +PENDING +LAG +DEAD +DELAYED +OVERDUE\n`+topic+` +4 +1 +2 +1 +1 +0 +-\n$`, out)
 	require.NoError(t, client.XTrimMaxLen(t.Context(), topic, 3).Err())
 
 	entries := stored(t, client, topic)
@@ -68,7 +68,6 @@ func TestTopicsGroupsPending(t *testing.T) {
 
 // More is pending than one answer of Redis's holds.
 func TestPendingPages(t *testing.T) {
-	testserver.RequireReal(t) // the embedded server knows no exclusive start
 	client, topic := testserver.Client(t), topic(t)
 	const n = 2345
 	_, err := client.Pipelined(t.Context(), func(pipe redis.Pipeliner) error {
@@ -154,6 +153,12 @@ func TestPasswordIsNotPrinted(t *testing.T) {
 		"user:" + secret + "@127.0.0.1:6379",
 		secret + "@127.0.0.1:6379",
 		"http://user:" + secret + "@127.0.0.1:6379",
+		"redis+sentinel://user:" + secret + "@127.0.0.1:1/master",
+		"redis+sentinel://127.0.0.1:1/master?sentinel_password=" + secret,
+		"redis+sentinel://user:12/" + secret + "@127.0.0.1:1/master",
+		"redis+sentinel://user:1?" + secret + "@127.0.0.1:1/master",
+		"redis+sentinel://user:%" + secret + "@127.0.0.1:1/master",
+		"redis+sentinel://user:" + secret + "@127.0.0.1:x/master",
 	} {
 		t.Setenv("REDIS_URL", url)
 		for _, args := range [][]string{{"topics"}, {"topics", "--cluster"}, {"dead", "list", "orders"}, {"__complete", "groups", ""}} {
@@ -227,18 +232,58 @@ func TestRights(t *testing.T) {
 	}
 	ids := deadOf(t, client, topic)
 	reads := "+xlen +xrange +xrevrange"
+	delayed := "+eval +zrange +zrank +zscore +zcount +zrangebyscore +hmget"
+	export, _ := exportOf(t, topic)
+	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: ids[0], Values: []string{"body", "b"}}).Err())
+	read := &redis.XReadGroupArgs{Group: "a", Consumer: "c1", Streams: []string{topic, ">"}}
+	require.NoError(t, client.XReadGroup(t.Context(), read).Err())
+	for _, uuid := range []string{"d1", "d2"} {
+		ran(t, 0, "publish", topic, "x", "--in", "1h", "--uuid", uuid)
+	}
+	messages := filepath.Join(t.TempDir(), "messages")
+	require.NoError(t, os.WriteFile(messages, []byte(`{"payload": "1"}`+"\n"+`{"payload": "2"}`), 0o600))
 	for _, tt := range []struct {
 		rights string
 		args   []string
 	}{
-		{"+scan +xlen +xinfo|groups", []string{"topics", topic + "*"}},
-		{"+xinfo|groups +xpending", []string{"groups", topic}},
+		{"+scan +xlen +xinfo|groups +zcard +zrange", []string{"topics", topic + "*"}},
+		{"+xinfo|groups +xpending +hgetall", []string{"groups", topic}},
 		{"+xpending", []string{"pending", topic, "a"}},
 		{"+xrevrange", []string{"tail", topic}},
+		{"+xrange", []string{"get", topic, ids[0]}},
+		{"+xinfo|consumers", []string{"consumers", topic, "a"}},
+		{"+xadd", []string{"publish", topic, "x"}},
+		{"+eval +time +zscore +zadd +hget +hset +zrange", []string{"publish", topic, "x", "--in", "1h"}},
+		{delayed, []string{"delayed", "list", topic}},
+		{"+eval +zscore +hmget", []string{"delayed", "show", topic, "d1"}},
+		{"+eval +zscore +hmget", []string{"delayed", "cancel", topic, "d1", "--dry-run"}},
+		{"+eval +zscore +zadd", []string{"delayed", "reschedule", topic, "2h", "d1", "--yes"}},
+		{"+eval +zrem +hdel", []string{"delayed", "cancel", topic, "d1", "--yes"}},
+		{"+xadd +multi +exec", []string{"publish", topic, "--json-lines", "--file", messages}},
+		{"+xpending", []string{"pending", "ack", topic, "a", "--all", "--dry-run"}},
+		{"+xpending +eval +xclaim", []string{"pending", "release", topic, "a", "--all", "--yes"}},
+		{"+xpending +eval +xclaim", []string{"pending", "claim", topic, "a", "--to", "c", "--all", "--yes"}},
+		{"+xpending +eval +xack", []string{"pending", "ack", topic, "a", "--all", "--yes"}},
+		{"+xinfo|stream +xrange +xgroup|create", []string{"group", "create", topic, "new", "--from", "1h", "--yes"}},
+		{"+xinfo|stream +xinfo|groups +xrange", []string{"group", "reset", topic, "new", "--to", "2h", "--dry-run"}},
+		{"+xinfo|stream +xinfo|groups +xrange +eval +xgroup|setid", []string{"group", "reset", topic, "new", "--to", "end", "--yes"}},
+		{"+xinfo|groups", []string{"group", "pause", topic, "new", "--dry-run"}},
+		{"+xinfo|groups +eval +time +hget +hset", []string{"group", "pause", topic, "new", "--yes"}},
+		{"+xinfo|groups +eval +hget +hset", []string{"group", "resume", topic, "new", "--yes"}},
+		{"+xinfo|groups", []string{"group", "delete", topic, "new", "--dry-run"}},
+		{"+xinfo|groups +eval +xgroup|destroy", []string{"group", "delete", topic, "new", "--yes"}},
+		{"+eval +time +xlen +xinfo|groups +xpending +xrange +hgetall", []string{"trim", topic, "--keep-last", "1000", "--hard-max-len", "1000", "--dry-run"}},
+		{"+eval +time +xlen +xinfo|groups +xpending +xrange +hgetall +xtrim +hset +hincrby", []string{"trim", topic, "--keep-for", "1h", "--hard-max-len", "1000", "--yes"}},
 		{reads, []string{"dead", "list", topic}},
 		{reads, []string{"dead", "summary", topic}},
 		{reads, []string{"dead", "show", topic, ids[0]}},
 		{reads, []string{"dead", "replay", topic, "--all", "--dry-run"}},
+		{reads, []string{"dead", "export", topic}},
+		{"+xrange", []string{"dead", "import", topic, export, "--dry-run"}},
+		{"+xrange +xinfo|stream +watch +unwatch +multi +exec +xadd", []string{"dead", "import", topic, export, "--stream", topic + "-copy"}},
+		{"+xlen +xinfo|groups +xpending", []string{"check", topic, "--max-lag", "1000", "--max-oldest", "1h", "--max-dead", "1000"}},
+		{"+xlen +xinfo|groups +zcard +zrange", []string{"check", topic, "--max-overdue", "1h"}},
+		{"+scan +xlen +xinfo|groups +xinfo|stream +xpending +zcard +zrange +hgetall", []string{"top", topic + "*", "--count", "1"}},
 		{reads + " +xdel", []string{"dead", "delete", topic, "--yes", ids[0]}},
 		{reads + " +xdel +xadd +xinfo|groups +eval", []string{"dead", "replay", topic, "--yes", ids[1]}},
 	} {
@@ -251,6 +296,27 @@ func TestRights(t *testing.T) {
 	c := allow("+xlen")
 	assert.Equal(t, exitFailed, c.run("groups", topic))
 	assert.Contains(t, c.err.String(), "lacks a right")
+	c = allow("+xlen")
+	assert.Equal(t, exitFailed, c.run("delayed", "list", topic))
+	assert.Contains(t, c.err.String(), "lacks a right")
+
+	// Without the rights to delayed messages they are unknown, and the rest is known.
+	c = allow("+scan +xlen +xinfo|groups")
+	assert.Zero(t, c.run("topics", topic, "--json"))
+	assert.Contains(t, c.err.String(), "Some numbers are not known")
+	row := lines(t, c.out.String())[0]
+	assert.Nil(t, row["delayed"])
+	assert.Nil(t, row["overdue_seconds"])
+	assert.NotNil(t, row["length"])
+	c = allow("+xlen +xinfo|groups +xpending")
+	assert.Equal(t, int(statusUnknown), c.run("check", topic, "--max-overdue", "1h"))
+	assert.Regexp(t, "overdue is not known, .*lacks a right.*'overdue'=U\n$", c.out.String())
+	url, stop := startExporter(t, redis.NewClient(&redis.Options{Addr: testserver.Addr(t), Username: user, Password: "secret"}), topic)
+	await(t, func() bool {
+		return scrape(t, url+"/metrics")[`group_stats_success{group="a",topic="`+topic+`"}`] == "1"
+	})
+	assert.NotContains(t, scrape(t, url+"/metrics"), `topic_delayed_messages{topic="`+topic+`"}`)
+	assert.Zero(t, stop())
 }
 
 func TestCluster(t *testing.T) {
@@ -272,6 +338,7 @@ func TestCluster(t *testing.T) {
 	}
 	rows := command(0, "topics", prefix+"*")
 	assert.Len(t, rows, len(names))
+	assert.Len(t, command(0, "top", prefix+"*", "--count", "1"), len(names))
 	for _, row := range rows {
 		name := row["topic"].(string)
 		assert.True(t, names[name])
@@ -280,14 +347,31 @@ func TestCluster(t *testing.T) {
 		assert.Len(t, command(0, "groups", name), 1)
 		assert.Empty(t, command(0, "pending", name, "a"))
 		assert.Len(t, command(0, "tail", name), 1)
+		export, err := json.Marshal(command(0, "dead", "export", name)[0])
+		require.NoError(t, err)
+		assert.Equal(t, []string{"present"}, column(command(0, "dead", "import", name, fileOf(t, string(export))), "result"))
+		assert.Equal(t, []string{"imported"}, column(command(0, "dead", "import", name, fileOf(t, string(export)), "--stream", name+"-copy"), "result"))
 		assert.Len(t, command(0, "dead", "replay", name, "--all", "--yes"), 1)
 		assert.Equal(t, []string{name}, received(t, client, name, "a", 1))
+		id := pend(t, client, name, "c1", 1)[0] // in group g
+		assert.Len(t, command(0, "consumers", name, "g"), 1)
+		assert.Len(t, command(0, "get", name, id), 1)
+		assert.Len(t, command(0, "pending", "release", name, "g", "--all", "--yes"), 3)
+		assert.Len(t, command(0, "pending", "ack", name, "g", id, "--yes"), 1)
+		assert.Len(t, command(0, "group", "reset", name, "g", "--to", "start", "--yes"), 1)
+		assert.Len(t, command(0, "group", "delete", name, "g", "--yes"), 1)
+		assert.Len(t, command(0, "publish", name, "later", "--in", "1h", "--uuid", "d"), 1)
+		assert.Len(t, command(0, "delayed", "list", name), 1)
+		assert.Equal(t, 1.0, command(0, "topics", name)[0]["delayed"])
+		assert.Len(t, command(0, "delayed", "show", name, "d"), 1)
+		assert.Len(t, command(0, "delayed", "reschedule", name, "2h", "d", "--yes"), 1)
+		assert.Len(t, command(0, "delayed", "cancel", name, "d", "--yes"), 1)
 	}
 }
 
 // With --json each line is one object, also of commands that have nothing to say.
 func TestJSONOfNothing(t *testing.T) {
-	for _, args := range [][]string{{"dead", "list", topic(t)}, {"dead", "summary", topic(t)}, {"tail", topic(t)}, {"topics", topic(t)}} {
+	for _, args := range [][]string{{"dead", "list", topic(t)}, {"dead", "summary", topic(t)}, {"delayed", "list", topic(t)}, {"tail", topic(t)}, {"topics", topic(t)}} {
 		assert.Empty(t, parsed(t, args...))
 	}
 }
@@ -317,4 +401,20 @@ func FuzzSafe(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestAdvice: a mistake in the arguments shows how the command in question is called.
+func TestAdvice(t *testing.T) {
+	for args, want := range map[string]string{
+		"groups":            "Usage: goxstreams groups TOPIC [flags]\nSee goxstreams groups --help.\n",
+		"topics --no-such":  "Usage: goxstreams topics [PATTERN] [flags]\nSee goxstreams topics --help.\n",
+		"dead":              "See goxstreams dead --help.\n",
+		"no-such":           "See goxstreams --help.\n",
+		"dead replay topic": "Usage: goxstreams dead replay TOPIC [ID...|-] [flags]\nSee goxstreams dead replay --help.\n",
+	} {
+		c := &command{}
+		require.Equal(t, exitUsage, c.run(strings.Fields(args)...), args)
+		_, advice, _ := strings.Cut(c.err.String(), "\n")
+		require.Equal(t, want, advice, args)
+	}
 }

@@ -5,12 +5,10 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
-	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -102,12 +100,50 @@ func (t text) MarshalJSON() ([]byte, error) {
 	return json.Marshal(map[string]string{"base64": base64.StdEncoding.EncodeToString([]byte(t))})
 }
 
-// printJSON prints v on a line of its own. Package json leaves some of what a terminal obeys
-// as it is; all of that stands in strings, where it can be escaped.
-func (a *app) printJSON(v any) error {
+// UnmarshalJSON is MarshalJSON's inverse. It refuses what would become other text: halves of a
+// UTF-16 pair, which package json replaces.
+func (t *text) UnmarshalJSON(data []byte) error {
+	var plain *string
+	if json.Unmarshal(data, &plain) == nil && plain != nil {
+		if strings.Count(*plain, "\ufffd") != replacements(data) {
+			return errors.New("half of a UTF-16 pair")
+		}
+		*t = text(*plain)
+		return nil
+	}
+	var binary struct {
+		Base64 *string `json:"base64"`
+	}
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	decoder.DisallowUnknownFields()
+	if decoder.Decode(&binary) != nil || binary.Base64 == nil {
+		return errors.New(`want a string, or {"base64": ".."}`)
+	}
+	raw, err := base64.StdEncoding.DecodeString(*binary.Base64)
+	*t = text(raw)
+	return err
+}
+
+// replacements returns how often a JSON string has U+FFFD, as it is or as \ufffd.
+func replacements(data []byte) int {
+	n := bytes.Count(data, []byte("\ufffd"))
+	for i := 0; i < len(data); i++ {
+		if data[i] == '\\' {
+			i++ // what it escapes is no backslash
+			if len(data) >= i+5 && strings.EqualFold(string(data[i:i+5]), "ufffd") {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// jsonLine returns v as JSON. Package json leaves some of what a terminal obeys as it is; all of
+// that stands in strings, where it can be escaped.
+func jsonLine(v any) ([]byte, error) {
 	data, err := json.Marshal(v)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var line []byte
 	for _, r := range string(data) {
@@ -121,45 +157,7 @@ func (a *app) printJSON(v any) error {
 			line = fmt.Appendf(line, `\u%04x`, r)
 		}
 	}
-	_, err = a.out.Write(append(line, '\n'))
-	return err
-}
-
-// table prints columns. It holds its rows until flush.
-type table struct {
-	*tabwriter.Writer
-	titles []any
-	rows   int
-}
-
-// newTable returns a table that begins with its titles when it has a row.
-func newTable(w io.Writer, titles ...any) *table {
-	return &table{Writer: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0), titles: titles}
-}
-
-// tablePage is how many rows are held at most. Columns may differ in width from page to page.
-const tablePage = 500
-
-func (t *table) row(cells ...any) error {
-	if t.rows == 0 {
-		t.line(t.titles)
-	}
-	t.line(cells)
-	if t.rows++; t.rows%tablePage == 0 {
-		return t.Flush()
-	}
-	return nil
-}
-
-func (t *table) line(cells []any) {
-	format := strings.Repeat("\t%v", len(cells))[1:] + "\n"
-	cells = slices.Clone(cells)
-	for i, cell := range cells {
-		if s, ok := cell.(string); ok {
-			cells[i] = safe(s)
-		}
-	}
-	_, _ = fmt.Fprintf(t, format, cells...) // its error is Flush's
+	return line, nil
 }
 
 // count is a number that may be unknown.

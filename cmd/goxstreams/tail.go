@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -12,6 +13,7 @@ import (
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/redis/go-redis/v9"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // tailOptions are what tail shows, and how it decodes.
@@ -29,7 +31,7 @@ func (a *app) tailCommand() *cobra.Command {
 		Long: `Show a stream's last messages, decoded: ID, time, UUID, metadata, payload. It joins no group, and
 takes nothing from anybody. Entries of watermill-redisstream's format, which is the default, and of
 goxstreams' (BodyMarshaler) are told apart by their fields; of others the fields are shown.
-On a line a payload is cut to 500 characters; --json has all of it.`,
+On a line a payload is cut to 500 characters; json and csv have all of it.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completeTopic,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -42,9 +44,13 @@ On a line a payload is cut to 500 characters; --json has all of it.`,
 	flags := cmd.Flags()
 	flags.Int64VarP(&o.lines, "lines", "n", 10, "how many of those that are there")
 	flags.BoolVarP(&o.follow, "follow", "f", false, "go on with what comes, until Ctrl-C")
-	flags.StringVar(&o.body.Field, "body-field", "body", "BodyMarshaler's field")
-	flags.StringVar(&o.body.MetadataField, "metadata-field", "", "BodyMarshaler's metadata field")
+	addBody(flags, &o.body)
 	return cmd
+}
+
+func addBody(flags *pflag.FlagSet, body *goxstreams.BodyMarshaler) {
+	flags.StringVar(&body.Field, "body-field", "body", "BodyMarshaler's field")
+	flags.StringVar(&body.MetadataField, "metadata-field", "", "BodyMarshaler's metadata field")
 }
 
 func (a *app) tail(ctx context.Context, topic string, o tailOptions) error {
@@ -68,13 +74,14 @@ func (a *app) tail(ctx context.Context, topic string, o tailOptions) error {
 	if o.lines == 0 {
 		newest = nil
 	}
+	listing := a.newListing(messageRow{})
 	for {
 		for _, e := range newest {
-			if err := a.printEntry(topic, e, o.body); err != nil {
+			if err := a.printEntry(listing, e, o.body); err != nil {
 				return err
 			}
 		}
-		if err := a.out.Flush(); err != nil || !o.follow || ctx.Err() != nil {
+		if err := cmp.Or(listing.flush(), a.out.Flush()); err != nil || !o.follow || ctx.Err() != nil {
 			return err
 		}
 		// A read that waits does not heed the context: it must be short.
@@ -93,7 +100,7 @@ func (a *app) tail(ctx context.Context, topic string, o tailOptions) error {
 	}
 }
 
-// messageRow is a line of tail.
+// messageRow is a row of tail for scripts.
 type messageRow struct {
 	ID       string          `json:"id"`
 	Time     time.Time       `json:"time"`
@@ -104,7 +111,7 @@ type messageRow struct {
 	Error    text            `json:"error,omitempty"`  // why not
 }
 
-func (a *app) printEntry(topic string, e redis.XMessage, body goxstreams.BodyMarshaler) error {
+func (a *app) printEntry(listing *listing, e redis.XMessage, body goxstreams.BodyMarshaler) error {
 	row := messageRow{ID: e.ID, Time: timeOf(e.ID)}
 	msg, err := decode(e.Values, body)
 	if err == nil {
@@ -117,8 +124,8 @@ func (a *app) printEntry(topic string, e redis.XMessage, body goxstreams.BodyMar
 			row.Fields[safe(name)] = text(s)
 		}
 	}
-	if a.json {
-		return a.printJSON(row)
+	if a.forScripts() {
+		return listing.row(row)
 	}
 	parts := []string{row.ID, row.Time.Format("2006-01-02T15:04:05.000Z")}
 	if row.Payload == nil {

@@ -16,10 +16,11 @@ import (
 func (a *app) topicsCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "topics [PATTERN]",
-		Short: "List streams: length, groups, pending, lag, dead letters",
+		Short: "List streams: length, groups, pending, lag, dead letters, delayed messages",
 		Long: `List the streams of the database, or of all of a Cluster, by SCAN. PATTERN is one of Redis's,
 such as 'orders*'. PENDING is the sum over the groups, LAG the greatest of them; "-" is what
-Redis does not know. Dead letters are those in the topic's stream of the default name.`,
+Redis does not know. Dead letters are those in the topic's stream of the default name. DELAYED messages are not
+in the stream yet, OVERDUE is how long the first of them has been due.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.topics(cmd.Context(), strings.Join(args, ""))
@@ -36,6 +37,9 @@ type topicRow struct {
 	MaxLag      count `json:"max_lag"`
 	DeadLetters count `json:"dead_letters"`
 	DeadTopic   text  `json:"dead_letter_topic"`
+	Delayed     count `json:"delayed"`
+
+	Overdue *float64 `json:"overdue_seconds"`
 }
 
 func (a *app) topics(ctx context.Context, pattern string) error {
@@ -47,7 +51,7 @@ func (a *app) topics(ctx context.Context, pattern string) error {
 	if err != nil {
 		return err
 	}
-	table := newTable(a.out, "TOPIC", "LENGTH", "GROUPS", "PENDING", "LAG", "DEAD")
+	listing := a.newListing(topicRow{}, "TOPIC", "LENGTH", "GROUPS", "PENDING", "LAG", "DEAD", "DELAYED", "OVERDUE")
 	var denied error
 	for page := range slices.Chunk(names, 100) {
 		rows, err := topicRows(ctx, client, page)
@@ -58,12 +62,8 @@ func (a *app) topics(ctx context.Context, pattern string) error {
 			denied = err
 		}
 		for _, r := range rows {
-			if a.json {
-				err = a.printJSON(r)
-			} else {
-				err = table.row(string(r.Topic), r.Length, r.Groups, r.Pending, r.MaxLag, r.DeadLetters)
-			}
-			if err != nil {
+			delayed, overdue := delayedState{r.Delayed, r.Overdue}.cells()
+			if err := listing.row(r, string(r.Topic), r.Length, r.Groups, r.Pending, r.MaxLag, r.DeadLetters, delayed, overdue); err != nil {
 				return err
 			}
 		}
@@ -71,7 +71,7 @@ func (a *app) topics(ctx context.Context, pattern string) error {
 	if denied != nil {
 		a.notef("Some numbers are not known: %s", explain(denied))
 	}
-	return table.Flush()
+	return listing.flush()
 }
 
 // streamNames returns the sorted names of streams, without those dead-letter streams whose
@@ -124,20 +124,24 @@ func topicRows(ctx context.Context, client redis.UniversalClient, names []string
 	type answers struct {
 		length, dead *redis.IntCmd
 		groups       *redis.XInfoGroupsCmd
+		delayed      delayedQuestion
 	}
 	asked := make([]answers, len(names))
 	_, _ = client.Pipelined(ctx, func(pipe redis.Pipeliner) error {
 		for i, name := range names {
-			asked[i] = answers{pipe.XLen(ctx, name), pipe.XLen(ctx, goxstreams.DeadLetterTopic(name)), pipe.XInfoGroups(ctx, name)}
+			asked[i] = answers{pipe.XLen(ctx, name), pipe.XLen(ctx, goxstreams.DeadLetterTopic(name)), pipe.XInfoGroups(ctx, name), askDelayed(ctx, pipe, name)}
 		}
 		return nil
 	}) // the error is one of theirs
 	var first error
+	fail := func(err error) {
+		if first == nil || !refused(err) {
+			first = err
+		}
+	}
 	number := func(cmd *redis.IntCmd) count {
 		if err := cmd.Err(); err != nil {
-			if first == nil || !refused(err) {
-				first = err
-			}
+			fail(err)
 			return unknown
 		}
 		return count(cmd.Val())
@@ -162,10 +166,13 @@ func topicRows(ctx context.Context, client redis.UniversalClient, names []string
 			continue
 		default:
 			r.Groups, r.Pending, r.MaxLag = unknown, unknown, unknown
-			if first == nil || !refused(err) {
-				first = err
-			}
+			fail(err)
 		}
+		delayed, err := q.delayed.answer()
+		if err != nil {
+			fail(err)
+		}
+		r.Delayed, r.Overdue = delayed.delayed, delayed.overdue
 		rows = append(rows, r)
 	}
 	if first != nil && !refused(first) {
@@ -181,7 +188,8 @@ func (a *app) groupsCommand() *cobra.Command {
 		Use:   "groups TOPIC",
 		Short: "List a topic's consumer groups",
 		Long: `List a topic's consumer groups. LAG is how many entries a group has not read yet, "-" where
-Redis does not know it. OLDEST is the age of the oldest entry that is pending.`,
+Redis does not know it. OLDEST is the age of the oldest entry that is pending. PAUSED is yes for a group that
+was paused ("group pause").`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completeTopic,
 		RunE:              func(cmd *cobra.Command, args []string) error { return a.groups(cmd.Context(), args[0]) },
@@ -197,6 +205,7 @@ type groupRow struct {
 	Lag           count  `json:"lag"`
 	LastDelivered string `json:"last_delivered_id"`
 	OldestPending string `json:"oldest_pending_id,omitempty"`
+	Paused        *int   `json:"paused"` // 1: the group is paused
 }
 
 func (a *app) groups(ctx context.Context, topic string) error {
@@ -208,9 +217,13 @@ func (a *app) groups(ctx context.Context, topic string) error {
 	if err != nil {
 		return topicError(err, topic)
 	}
-	table := newTable(a.out, "GROUP", "CONSUMERS", "PENDING", "LAG", "LAST DELIVERED", "OLDEST")
+	control := client.HGetAll(ctx, controlKey(topic))
+	if err := control.Err(); err != nil && !refused(err) {
+		return err
+	}
+	listing := a.newListing(groupRow{}, "GROUP", "CONSUMERS", "PENDING", "LAG", "LAST DELIVERED", "OLDEST", "PAUSED")
 	for _, g := range groups {
-		r := groupRow{text(topic), text(g.Name), g.Consumers, g.Pending, count(g.Lag), g.LastDeliveredID, ""}
+		r := groupRow{text(topic), text(g.Name), g.Consumers, g.Pending, count(g.Lag), g.LastDeliveredID, "", pausedIn(control, g.Name)}
 		oldest := "-"
 		if g.Pending > 0 {
 			summary, err := client.XPending(ctx, topic, g.Name).Result()
@@ -222,17 +235,12 @@ func (a *app) groups(ctx context.Context, topic string) error {
 				oldest = ago(time.Since(timeOf(summary.Lower)))
 			}
 		}
-		if a.json {
-			err = a.printJSON(r)
-		} else {
-			err = table.row(g.Name, r.Consumers, r.Pending, r.Lag, r.LastDelivered, oldest)
-		}
-		if err != nil {
+		if err := listing.row(r, g.Name, r.Consumers, r.Pending, r.Lag, r.LastDelivered, oldest, yesNo(r.Paused)); err != nil {
 			return err
 		}
 	}
 	if len(groups) == 0 {
 		a.notef("%q has no groups.", topic)
 	}
-	return table.Flush()
+	return listing.flush()
 }

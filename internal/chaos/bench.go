@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -28,7 +29,7 @@ const (
 const (
 	// startTimeout is for all servers together, and for one to come back.
 	startTimeout = 2 * time.Minute
-	// patience is how long nothing may change before a run's end is given up. A run that goes on, however slowly, is waited for.
+	// patience is how long a run may make no progress at its end. A run that makes some, however slowly, is waited for.
 	patience = time.Minute
 )
 
@@ -45,7 +46,7 @@ type Bench struct {
 	publisher  *goxstreams.Publisher // for what faults publish
 	began      time.Duration
 
-	servers  sync.Mutex // held by a fault for which the servers must be well
+	servers  sync.Mutex // held by a fault that needs healthy servers
 	moving   sync.Mutex // held while keys move from server to server: that connection must not be cut
 	printing sync.Mutex
 }
@@ -55,6 +56,10 @@ func runFaults(ctx context.Context, settings Settings, faults []*Fault, dir stri
 	b, err := newBench(ctx, settings, dir, out)
 	if err != nil {
 		return Outcome{}, err
+	}
+	if settings.trims() { // retention takes what a destroyed group had pending for acked
+		fmt.Fprintln(out, "retention: the last 20, and what is not acked; no group-destroy")
+		faults = slices.DeleteFunc(slices.Clone(faults), func(f *Fault) bool { return f.Name == "group-destroy" })
 	}
 	outcome, err := b.run(ctx, schedule(settings, faults))
 	return outcome, errors.Join(err, b.close())
@@ -84,7 +89,7 @@ func newBench(ctx context.Context, settings Settings, dir string, out io.Writer)
 func startDeployment(ctx context.Context, settings Settings, dir string) (deploy.Deployment, error) {
 	config := deploy.Config{AOF: deploy.Always, Dir: dir}
 	if settings.Idempotence {
-		// As the docs of Idempotence say, for streams that are deleted and made again by a subscriber.
+		// As Idempotence's documentation says for streams that are deleted and recreated by a subscriber.
 		config.Args = []string{"--stream-idmp-duration", "600", "--stream-idmp-maxsize", "10000"}
 	}
 	switch settings.Deployment {
@@ -176,9 +181,11 @@ func (b *Bench) printf(format string, args ...any) {
 	fmt.Fprintf(b.out, "%8.2fs  %s\n", (monotonic() - b.began).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// run is the whole story: load, faults, the end of the load, all worked off, the end of the consumers.
+// run is a run from start to end: load, faults, the end of the load, the rest of the work, the end of the consumers.
 func (b *Bench) run(ctx context.Context, strikes []Strike) (Outcome, error) {
 	b.began = monotonic()
+	// All servers are on this machine, and have its clock.
+	b.journal.write(rules.Event{Kind: rules.Clocked, Clock: time.Duration(time.Now().UnixNano()) - monotonic()})
 	if err := b.startPlaces(append(b.consumers, b.producers...)); err != nil {
 		return Outcome{}, err
 	}
@@ -230,7 +237,7 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// strikeAll works off all lanes at once. The first error ends them all.
+// strikeAll runs all lanes concurrently. The first error ends them all.
 func (b *Bench) strikeAll(ctx context.Context, strikes []Strike) error {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -285,7 +292,7 @@ func (b *Bench) strike(ctx context.Context, s Strike) error {
 	return nil
 }
 
-// settle waits until everything is worked off, or nothing changes any more: what is left then, the checker finds.
+// settle waits until everything is handled, or nothing changes any more. The checker finds what is left then.
 func (b *Bench) settle(ctx context.Context) {
 	b.printf("the producers have ended; waiting until everything is worked off")
 	var last string
@@ -312,11 +319,13 @@ func (b *Bench) progress(ctx context.Context) (text string, done bool) {
 	done = true
 	for _, topic := range topics {
 		p, err := progressOf(ctx, b.deployment.Client(), topic.Name)
-		text += fmt.Sprintf(" %s: %d pending, delivered up to %q", topic.Name, p.pending, p.delivered)
+		waiting, waitingErr := waitingIn(ctx, b.deployment.Client(), topic.Name)
+		err = errors.Join(err, waitingErr)
+		text += fmt.Sprintf(" %s: %d pending, delivered up to %q, %d not due yet", topic.Name, p.pending, p.delivered, len(waiting))
 		if err != nil {
 			text += fmt.Sprintf(" (%v)", err)
 		}
-		done = done && err == nil && p.done
+		done = done && err == nil && p.done && len(waiting) == 0
 	}
 	return text, done
 }
@@ -337,11 +346,14 @@ func (b *Bench) outcome(ctx context.Context) (Outcome, error) {
 	if err != nil {
 		return Outcome{}, err
 	}
+	if b.settings.trims() {
+		events = append(events, trimmed(events, final)...)
+	}
 	evidence := rules.Sift(b.settings.rules(), events, final)
 	return Outcome{b.settings, evidence, rules.Check(evidence)}, nil
 }
 
-// runInScratch makes a run with its logs in a folder that stays only if somebody has to look into it.
+// runInScratch makes a run in a temporary folder, which it keeps only if the run failed or broke a rule.
 func runInScratch(ctx context.Context, settings Settings, faults []*Fault, out io.Writer) (Outcome, error) {
 	dir, err := os.MkdirTemp("", "chaos")
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// endTimeout is how long a child may take to end by itself; on a busy machine, after a fault, that is more than its CloseTimeout.
+// endTimeout is how long a child may take to end by itself. On a busy machine, after a fault, it needs more than its CloseTimeout.
 const endTimeout = time.Minute
 
 // hash spreads a name and a number over the seeds.
@@ -26,7 +26,7 @@ func hash(name string, number int) uint64 {
 	return h.Sum64()
 }
 
-// A Place is a child's, for one process after the other.
+// A Place is where one child process runs after the other.
 type Place struct {
 	role    Role
 	journal *Journal
@@ -34,8 +34,8 @@ type Place struct {
 	mu       sync.Mutex
 	process  *os.Process
 	gone     chan struct{} // closed when the process has ended and that is logged
-	expected bool          // its end is our doing
-	revival  *time.Timer   // the start of a process in the place of one that ended by itself
+	expected bool          // we ended it
+	revival  *time.Timer   // starts the successor of a process that ended by itself
 	err      error         // of that start
 }
 
@@ -85,10 +85,10 @@ func (p *Place) reap(event rules.Event, wait <-chan error, gone chan struct{}) {
 	close(gone)
 }
 
-// revivalDelay is what a supervisor takes to notice that a process is gone.
+// revivalDelay is how long a supervisor takes to notice that a process is gone.
 const revivalDelay = 200 * time.Millisecond
 
-// revive starts a process in the place of one that ended by itself, unless it is the end of the place.
+// revive starts the successor of a process that ended by itself, unless somebody has ended the place meanwhile.
 func (p *Place) revive() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -97,8 +97,8 @@ func (p *Place) revive() {
 	}
 }
 
-// spawn starts the process on a thread that stays until the process has ended: the death that kills it too (Pdeathsig) is that
-// of the thread.
+// spawn starts the process on a thread that lives until the process has ended: Pdeathsig kills the process when that thread
+// dies, which may be before this program does.
 func (r Role) spawn() (*exec.Cmd, <-chan error, error) {
 	role, err := json.Marshal(r)
 	if err != nil {
@@ -142,7 +142,7 @@ func (p *Place) runningLocked() bool {
 	}
 }
 
-// signal sends sig to the process, if it runs, and logs that before. ends: the process is meant to end of it.
+// signal sends sig to the process if one runs, and logs it first. ends says that the process is to end, without a successor.
 func (p *Place) signal(sig syscall.Signal, kind rules.Kind, ends bool) (gone <-chan struct{}, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -181,7 +181,7 @@ func (p *Place) thaw() error {
 	return err
 }
 
-// close lets the process end by itself.
+// close sends SIGTERM, and SIGKILL if the process has not ended in time.
 func (p *Place) close() error {
 	gone, err := p.signal(syscall.SIGTERM, rules.Closing, true)
 	if err != nil || gone == nil {

@@ -26,7 +26,7 @@ var (
 	errDeadly = errors.New("the task ends its process")
 )
 
-// consume handles all topics until it is told to end. While Redis cannot be reached, a router cannot begin: it tries again.
+// consume handles all topics until its context ends. A router does not start while Redis cannot be reached, so it tries again.
 func (c child) consume(ctx context.Context) error {
 	var runs atomic.Int64
 	for {
@@ -51,8 +51,12 @@ func (c child) route(ctx context.Context, runs *atomic.Int64) error {
 	router.AddMiddleware(c.retry().Middleware)
 	var subscribers []*goxstreams.Subscriber
 	defer func() {
+		began := monotonic()
 		for _, subscriber := range subscribers {
-			_ = subscriber.Close() // the router has closed those that it began with
+			_ = subscriber.Close() // the router has closed those that it started
+		}
+		if ctx.Err() == nil {
+			c.journal.write(rules.Event{Kind: rules.Reopened, Took: monotonic() - began})
 		}
 	}()
 	for _, topic := range topics {
@@ -81,6 +85,7 @@ func (c child) subscriberConfig(topic rules.Topic) goxstreams.SubscriberConfig {
 		BlockTime:    time.Second, // so that a read's own deadline, 10 s later, is within reach of a fault
 		ClaimMinIdle: c.role.Settings.ClaimMinIdle, ClaimInterval: c.role.Settings.ClaimInterval,
 		Retry: &retry, CloseTimeout: subscriberCloseTimeout, ConsumerTimeout: time.Minute,
+		Retention: c.role.Settings.retention(),
 		OnDead: func(_ context.Context, dead goxstreams.DeadMessage) {
 			c.journal.write(rules.Event{
 				Kind: rules.Dead, Topic: dead.Topic, ID: dead.EntryID, UUID: rules.UUIDOf(dead),
@@ -91,10 +96,13 @@ func (c child) subscriberConfig(topic rules.Topic) goxstreams.SubscriberConfig {
 	if topic.Named {
 		config.Consumer = c.role.Process
 	}
+	if topic.Keys > 0 {
+		config.OrderingKey = func(msg *message.Message) string { return rules.KeyOf(msg.UUID, topic.Keys) }
+	}
 	return config
 }
 
-// handle does the message's task. It ends with its context: then somebody else may have the message.
+// handle does the message's task. It stops when its context ends, because another consumer may have the message then.
 func (c child) handle(msg *message.Message, run int64) error {
 	delivery, ok := goxstreams.DeliveryFromContext(msg.Context())
 	if !ok {
@@ -124,7 +132,7 @@ func (c child) handle(msg *message.Message, run int64) error {
 	return err
 }
 
-// crash ends the process as a bug would, or as the kernel would for lack of memory.
+// crash ends the process as a bug does, or as the kernel does when memory runs out.
 func (c child) crash(count int64) {
 	if count%2 == 0 {
 		os.Exit(2)

@@ -16,21 +16,21 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// A Fault is something that happens, and passes.
+// A Fault is something that goes wrong for a while.
 type Fault struct {
 	Name string
 	on   []string // the deployments that can have it; nil: all
 	// hold is how long it lasts.
 	hold func(Settings, *rand.Rand) time.Duration
-	// servers: it is about a server as a whole, or needs them to be well. One such fault is under way at a time.
+	// servers is set for faults that affect a whole server or need healthy ones. One of them is under way at a time.
 	servers bool
-	// takes is about how long it takes to inject and to heal, if that is long.
+	// takes is roughly how long injecting and healing take, if that is long.
 	takes time.Duration
-	// inject makes it happen. It says by effect what it is about to do, before it does it, and returns what makes it pass.
+	// inject makes it happen, and calls effect first with what that may do. It returns a function that heals it.
 	inject func(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (heal func(context.Context) error, err error)
 }
 
-// between returns a time of that many ClaimMinIdles.
+// between returns a random time, in multiples of ClaimMinIdle.
 func between(least, most float64) func(Settings, *rand.Rand) time.Duration {
 	return func(s Settings, dice *rand.Rand) time.Duration {
 		return time.Duration((least + (most-least)*dice.Float64()) * float64(s.ClaimMinIdle))
@@ -58,7 +58,7 @@ func allFaults() []*Fault {
 		{Name: "redis-kill-always", servers: true, hold: between(0.1, 2), inject: killRedis(deploy.Always)},
 		{Name: "redis-kill-everysec", servers: true, hold: between(0.1, 2), inject: killRedis(deploy.EverySec)},
 		{Name: "redis-freeze-short", servers: true, hold: between(0.2, 0.9), inject: freezeRedis},
-		// Longer than ClaimMinIdle and the clients' timeouts, a read that blocks included.
+		// Longer than ClaimMinIdle and the clients' timeouts, including that of a blocking read.
 		{Name: "redis-freeze-long", servers: true, hold: between(6, 6.5), inject: freezeRedis},
 		{Name: "redis-disconnect", on: []string{container}, servers: true, hold: between(0.2, 3), inject: disconnectRedis},
 		{Name: "flushall", hold: atOnce, inject: flushAll},
@@ -76,7 +76,7 @@ func allFaults() []*Fault {
 	return faults
 }
 
-// topologyFaults are the deployment's own: they take as long as they take.
+// topologyFaults are those of a deployment. How long they last is up to the servers.
 func topologyFaults() []*Fault {
 	return []*Fault{
 		{Name: "failover", on: []string{sentinel}, servers: true, hold: atOnce, takes: 4 * time.Second,
@@ -85,7 +85,7 @@ func topologyFaults() []*Fault {
 			inject: change(rules.Everything, sentinelOf((*deploy.SentinelDeployment).KillMaster))},
 		{Name: "master-freeze", on: []string{sentinel}, servers: true, hold: atOnce, takes: 5 * time.Second,
 			inject: change(rules.Everything, sentinelOf((*deploy.SentinelDeployment).FreezeMaster))},
-		// By agreement, and so without loss; as is the move of a slot.
+		// By agreement, and so without loss, like the move of a slot.
 		{Name: "shard-failover", on: []string{cluster}, servers: true, hold: atOnce, takes: 1 * time.Second,
 			inject: change(nil, clusterOf((*deploy.ClusterDeployment).Failover))},
 		{Name: "slot-move", on: []string{cluster}, servers: true, hold: atOnce, takes: 1 * time.Second,
@@ -126,7 +126,7 @@ func sentinelOf(f func(*deploy.SentinelDeployment, context.Context) error) chang
 	}
 }
 
-// moveSlot is called again when it was broken off.
+// moveSlot moves the slot again if a move was interrupted.
 func moveSlot(ctx context.Context, b *Bench, key string) error {
 	b.moving.Lock()
 	defer b.moving.Unlock()
@@ -174,8 +174,8 @@ func rollingRestart(_ context.Context, b *Bench, _ Strike, effect func(rules.Eff
 	return healed, nil
 }
 
-// loses returns what Redis may lose by a fault of one of its servers: nothing, if it is alone and writes to disk first what it
-// acknowledges; else a replica that has not got everything yet may be the next master.
+// loses returns what may be lost by a fault of one of the servers: nothing if it is alone and writes to disk before it
+// answers. Otherwise a replica that does not have everything yet may be the next master.
 func (b *Bench) loses(aof deploy.AOF) []string {
 	alone := b.settings.Deployment == single || b.settings.Deployment == container
 	if alone && aof == deploy.Always {
@@ -195,7 +195,7 @@ func (b *Bench) setAOF(ctx context.Context, aof deploy.AOF) error {
 func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
 	return func(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		node := pick(strike, b.deployment.Nodes())
-		// An orderly end loses nothing, whatever appendfsync is, where nobody takes over.
+		// A clean shutdown loses nothing, whatever appendfsync is, unless a replica takes over.
 		effect(rules.Effect{Target: []string{node.Name}, Loses: b.loses(deploy.Always), Breaks: true})
 		if err := b.setAOF(ctx, aof); err != nil {
 			return nil, err
@@ -204,7 +204,7 @@ func restartRedis(aof deploy.AOF) func(context.Context, *Bench, Strike, func(rul
 	}
 }
 
-// restartEverything does with one after the other what an upgrade of everything does.
+// restartEverything restarts one after the other, as an upgrade of everything does.
 func restartEverything(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	effect(rules.Effect{Loses: b.loses(deploy.Always), Breaks: true})
 	for _, place := range slices.Concat(b.consumers, b.producers) {
@@ -224,13 +224,13 @@ func restartEverything(ctx context.Context, b *Bench, _ Strike, effect func(rule
 	return healed, nil
 }
 
-// publishDeadly publishes a message that ends each process that handles it, and waits until nobody has it any more.
+// publishDeadly publishes a message that ends each process that handles it, and waits until it is dead-lettered.
 func publishDeadly(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
 	effect(rules.Effect{Target: []string{topic}, Local: true})
 	for try := 1; ; try++ {
 		uuid := fmt.Sprintf("%s-%d-%d", rules.Deadly, strike.Number, try)
-		kind, err := publish(b.journal, b.publisher, b.settings, topic, []string{uuid}, false)
+		kind, err := publish(b.journal, b.publisher, b.settings, &call{topic: topic, uuids: []string{uuid}})
 		if kind != rules.Refused {
 			break
 		}
@@ -239,12 +239,12 @@ func publishDeadly(ctx context.Context, b *Bench, strike Strike, effect func(rul
 		}
 	}
 	return func(ctx context.Context) error {
-		return insist(ctx, func(ctx context.Context) error { return b.buried(ctx, topic) })
+		return insist(ctx, func(ctx context.Context) error { return b.allDead(ctx, topic) })
 	}, nil
 }
 
-// buried returns an error while the topic has a deadly message that is not dead.
-func (b *Bench) buried(ctx context.Context, topic string) error {
+// allDead returns an error while the topic has a deadly message that is not dead-lettered.
+func (b *Bench) allDead(ctx context.Context, topic string) error {
 	pending, err := pendingOf(ctx, b.deployment.Client(), topic)
 	if err != nil {
 		return err
@@ -308,11 +308,11 @@ func flushAll(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)
 
 func deleteStream(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
-	effect(rules.Effect{Target: []string{topic}, Loses: []string{topic}, Destroys: true})
+	effect(rules.Effect{Target: []string{topic}, Loses: []string{topic}, Destroys: true, Stream: true})
 	return healed, insist(ctx, func(ctx context.Context) error { return b.deployment.Client().Del(ctx, topic).Err() })
 }
 
-// destroyGroup notes who holds what, because what dead holders held is not pending any more, and nobody puts it back.
+// destroyGroup notes the holders of pending entries, because nobody restores those of dead consumers.
 func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	topic := pick(strike, topics).Name
 	client := b.deployment.Client()
@@ -331,7 +331,7 @@ func destroyGroup(ctx context.Context, b *Bench, strike Strike, effect func(rule
 	effect(rules.Effect{Target: []string{topic}, Loses: []string{topic}, Group: true, Held: held})
 	return healed, insist(ctx, func(ctx context.Context) error {
 		err := client.XGroupDestroy(ctx, topic, group).Err()
-		if noGroup(err) { // another fault was faster
+		if noGroup(err) { // another fault has destroyed it
 			return nil
 		}
 		return err
@@ -349,7 +349,7 @@ func killClients(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effe
 	})
 }
 
-// fillMemory sets the limit to what is in use: what needs memory is refused, reading and acking are not.
+// fillMemory sets maxmemory to the used memory: commands that need memory are refused, reading and acking are not.
 func fillMemory(ctx context.Context, b *Bench, _ Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	effect(rules.Effect{})
 	limit := func(bytes func(*deploy.Node) (string, error)) func(context.Context) error {
@@ -384,7 +384,7 @@ func usedMemory(ctx context.Context, client *redis.Client) (string, error) {
 	return "", errors.New("INFO memory has no used_memory")
 }
 
-// partition lets nothing through between one consumer and all servers, in either direction; its connections stay.
+// partition blocks all traffic between one consumer and all servers, in both directions; its connections stay open.
 func partition(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	process := []string{b.consumer(strike).name()}
 	effect(rules.Effect{Target: process, Isolates: process, Breaks: true})
@@ -396,7 +396,7 @@ func nothing(direction string) toxic {
 	return toxic{Name: "nothing-" + direction, Type: "timeout", Stream: direction, Toxicity: 1, Attributes: map[string]any{"timeout": 0}}
 }
 
-// slowDown lets 1 KB a second through between one consumer and the servers: too little for its reads, so it is cut off.
+// slowDown lets 1 KB/s through between one consumer and the servers: too little for its reads, so it is cut off.
 func slowDown(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 	process := []string{b.consumer(strike).name()}
 	effect(rules.Effect{Target: process, Isolates: process, Breaks: true})
@@ -408,7 +408,7 @@ func slowDown(_ context.Context, b *Bench, strike Strike, effect func(rules.Effe
 
 const cutRate = 0.1
 
-// cutReplies closes the connections of all processes, at one reply of ten.
+// cutReplies closes connections of all processes, at one reply in ten.
 func cutReplies(place string) func(context.Context, *Bench, Strike, func(rules.Effect)) (func(context.Context) error, error) {
 	return func(_ context.Context, b *Bench, strike Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
 		processes := append(names(b.consumers), names(b.producers)...)

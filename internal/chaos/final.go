@@ -16,7 +16,7 @@ import (
 
 const page = 1000
 
-// finalState reads everything.
+// finalState reads all topics: entries, dead letters, pending entries.
 func finalState(ctx context.Context, client redis.UniversalClient) (map[string]rules.TopicState, error) {
 	states := make(map[string]rules.TopicState)
 	for _, topic := range topics {
@@ -31,9 +31,40 @@ func finalState(ctx context.Context, client redis.UniversalClient) (map[string]r
 		if state.Dead, err = lettersOf(ctx, client, topic.Name); err != nil {
 			return nil, err
 		}
+		if state.Waiting, err = waitingIn(ctx, client, topic.Name); err != nil {
+			return nil, err
+		}
 		states[topic.Name] = state
 	}
 	return states, nil
+}
+
+// trimmed returns an event for each entry that somebody had and that is not there any more. Only one that was handled, or is dead,
+// may be missing: the rules see to that.
+func trimmed(events []rules.Event, final map[string]rules.TopicState) []rules.Event {
+	type place struct{ topic, id string }
+	seen := make(map[place]string)
+	last := time.Duration(0)
+	for _, e := range events {
+		if last = max(last, e.Mono); e.Kind == rules.Started || e.Kind == rules.Dead {
+			seen[place{e.Topic, e.ID}] = e.UUID
+		}
+	}
+	for topic, state := range final {
+		for _, letter := range state.Dead {
+			seen[place{topic, letter.EntryID}] = letter.UUID
+		}
+	}
+	for topic, state := range final {
+		for _, entry := range state.Entries {
+			delete(seen, place{topic, entry.ID})
+		}
+	}
+	var all []rules.Event
+	for at, uuid := range seen {
+		all = append(all, rules.Event{Kind: rules.Trimmed, Mono: last, Topic: at.topic, ID: at.id, UUID: uuid})
+	}
+	return all
 }
 
 func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) ([]rules.Entry, error) {
@@ -57,7 +88,7 @@ func entriesOf(ctx context.Context, client redis.UniversalClient, topic string) 
 	}
 }
 
-// pendingOf returns nothing where there is no group: nothing is pending there.
+// pendingOf returns nothing if there is no group.
 func pendingOf(ctx context.Context, client redis.UniversalClient, topic string) ([]rules.Pending, error) {
 	var pending []rules.Pending
 	for from := "-"; ; {
@@ -80,6 +111,22 @@ func pendingOf(ctx context.Context, client redis.UniversalClient, topic string) 
 func noGroup(err error) bool {
 	var reply redis.Error
 	return errors.As(err, &reply) && (strings.HasPrefix(err.Error(), "NOGROUP") || strings.Contains(err.Error(), "no such key"))
+}
+
+// waitingIn returns the delayed messages that are not moved yet. In the end there must be none: none is delayed for longer than
+// the end is waited for.
+func waitingIn(ctx context.Context, client redis.UniversalClient, topic string) (uuids []string, err error) {
+	schedule, err := goxstreams.NewSchedule(client, topic)
+	if err != nil {
+		return nil, err
+	}
+	for delayed, err := range schedule.All(ctx) {
+		if delayed.UUID == "" {
+			return nil, fmt.Errorf("delayed messages of %s: %w", topic, err)
+		}
+		uuids = append(uuids, delayed.UUID)
+	}
+	return uuids, nil
 }
 
 func lettersOf(ctx context.Context, client redis.UniversalClient, topic string) ([]rules.Letter, error) {
@@ -110,7 +157,7 @@ func timeOf(id string) time.Time {
 	return time.UnixMilli(ms)
 }
 
-// progress is how far a group has got; done, when there is nothing left for it.
+// progress is how far a group is; done: nothing is left for it.
 type progress struct {
 	done      bool
 	pending   int64
@@ -128,9 +175,9 @@ func progressOf(ctx context.Context, client redis.UniversalClient, topic string)
 		if g.Name != group {
 			continue
 		}
-		// Not by its lag, which Redis does not always know.
+		// Not by the lag, which Redis does not always know.
 		rest, err := client.XRangeN(ctx, topic, "("+g.LastDeliveredID, "+", 1).Result()
 		return progress{g.Pending == 0 && len(rest) == 0, g.Pending, g.LastDeliveredID}, err
 	}
-	return progress{}, nil // the group is to be made again
+	return progress{}, nil // the group has yet to be recreated
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// monotonic returns the time of the machine's clock that only goes forward. Unlike time.Time's it has a meaning in all processes.
+// monotonic returns the time of the machine's monotonic clock. Unlike time.Time's it can be compared between processes.
 func monotonic() time.Duration {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
@@ -22,8 +22,8 @@ func monotonic() time.Duration {
 	return time.Duration(now.Nano())
 }
 
-// A Journal is the log of one process. A line is one write to a file opened for appending: what was written before a SIGKILL is
-// in the file, whole.
+// A Journal is the log of one process. Each line is one write to a file opened for appending, so a SIGKILL loses no line and
+// tears none.
 type Journal struct {
 	file    *os.File
 	process string
@@ -38,8 +38,8 @@ func openJournal(dir, process string, life int) (*Journal, error) {
 	return &Journal{file, process, life}, nil
 }
 
-// write adds the event, with its time and, unless it is about another process, its process. A process that cannot log what it
-// does must not do it: it panics.
+// write adds the event with its time, and with this process unless it is about another one. It panics if it cannot: a process
+// must not do what it cannot log.
 func (j *Journal) write(e rules.Event) rules.Event {
 	e.Wall, e.Mono = time.Now().Round(0), monotonic()
 	if e.Process == "" {

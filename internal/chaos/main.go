@@ -27,7 +27,7 @@ func main() {
 	}
 }
 
-// command does what the arguments say, and tells whether everything was as it should be.
+// command does what the arguments say, and reports whether no rule was broken.
 func command(ctx context.Context, args []string, out io.Writer) (passed bool, err error) {
 	settings := defaultSettings()
 	flags := flag.NewFlagSet("chaos", flag.ExitOnError)
@@ -37,6 +37,7 @@ func command(ctx context.Context, args []string, out io.Writer) (passed bool, er
 	flags.IntVar(&settings.Consumers, "consumers", settings.Consumers, "processes that consume")
 	flags.IntVar(&settings.Producers, "producers", settings.Producers, "processes that publish")
 	flags.Float64Var(&settings.Rate, "rate", settings.Rate, "calls of Publish a second, of each producer")
+	flags.DurationVar(&settings.MaxDelay, "delay", settings.MaxDelay, "the longest delay of a message; 0: none is delayed")
 	flags.IntVar(&settings.Overlap, "overlap", settings.Overlap, "`faults` under way at once")
 	flags.BoolVar(&settings.Repeat, "repeat", false, "calls of Publish whose outcome is unknown are made again")
 	flags.BoolVar(&settings.Idempotence, "idempotence", false, "with PublisherConfig.Idempotence, and -repeat; the servers must have it (8.6.2)")
@@ -76,7 +77,7 @@ func command(ctx context.Context, args []string, out io.Writer) (passed bool, er
 	return outcome.passed(), nil
 }
 
-// oneByOne makes a run for each fault, which strikes again and again in it.
+// oneByOne makes a run for each fault, with this fault repeated.
 func oneByOne(ctx context.Context, settings Settings, faults []*Fault, out io.Writer) (passed bool, err error) {
 	passed = true
 	var rows []Row

@@ -22,7 +22,7 @@ import (
 
 // A Network has a proxy from each process to each server, so that one process can be cut off as well as all.
 type Network struct {
-	server *toxiproxy.ApiServer // only what proxies need of it: it does not listen
+	server *toxiproxy.ApiServer // proxies need one; it does not listen
 
 	mu     sync.Mutex
 	lanes  map[string][]*toxiproxy.Proxy // by process
@@ -38,7 +38,7 @@ func newNetwork() *Network {
 	}
 }
 
-// routes makes the process's proxies and returns where it reaches each server.
+// routes makes the process's proxies, and returns their addresses by server.
 func (n *Network) routes(process string, servers []string) (map[string]string, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -60,7 +60,7 @@ const (
 	proxyPorts     = 1000
 )
 
-// proxyLocked takes a port that stays the proxy's, because cure leaves it for a moment.
+// proxyLocked claims the proxy's port, because cure does not listen on it for a moment.
 func (n *Network) proxyLocked(process, server string) (*toxiproxy.Proxy, error) {
 	for {
 		port, claim, err := deploy.ReservePort(firstProxyPort, proxyPorts, 0)
@@ -69,7 +69,7 @@ func (n *Network) proxyLocked(process, server string) (*toxiproxy.Proxy, error) 
 		}
 		n.claims = append(n.claims, claim)
 		proxy := toxiproxy.NewProxy(n.server, process+"-"+server, fmt.Sprintf("127.0.0.1:%d", port), server)
-		// In use: by a program that knows of no claims. The claim stays, so that the next try is another port.
+		// A program that knows nothing of claims uses it. Keep the claim, so that the next try gets another port.
 		if err := proxy.Start(); !errors.Is(err, syscall.EADDRINUSE) {
 			return proxy, err
 		}
@@ -91,7 +91,7 @@ func (n *Network) close() {
 	}
 }
 
-// A toxic is what a proxy does to the data, in toxiproxy's JSON.
+// A toxic is what a proxy does to the data, as toxiproxy's JSON.
 type toxic struct {
 	strike     int            // whose it is
 	Name       string         `json:"name"`
@@ -130,8 +130,8 @@ func addToxics(proxy *toxiproxy.Proxy, all []toxic) error {
 	return errors.Join(errs...)
 }
 
-// cure takes the strike's toxics off. It puts new proxies, with what others still do to them, in the place of the processes' old
-// ones: to take toxics off connections that are stuck may take for ever, and in those connections data are missing anyway.
+// cure removes the strike's toxics. It replaces the processes' proxies by new ones, which have the toxics of other strikes: to
+// remove toxics from stuck connections may take forever, and data are missing in those anyway.
 func (n *Network) cure(s Strike, processes []string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -148,8 +148,8 @@ func (n *Network) cure(s Strike, processes []string) error {
 	return errors.Join(errs...)
 }
 
-// startAgain starts a proxy at the port of another one that has stopped. It waits for children of ours that have been forked and
-// do not run their program yet: until then they have the socket too.
+// startAgain starts a proxy at the port of one that has stopped. It waits for children that have been forked and do not run
+// their program yet: until then they have the socket too.
 func startAgain(proxy *toxiproxy.Proxy) error {
 	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		err := proxy.Start()
@@ -168,10 +168,10 @@ const (
 
 const cutType = "goxstreams_cut"
 
-// A cutToxic closes connections at some of the replies: the request has been carried out.
+// A cutToxic closes connections at some of the replies, after the command has run.
 type cutToxic struct {
 	Place string  `json:"place"`
-	Rate  float64 `json:"rate"` // the part of the replies
+	Rate  float64 `json:"rate"` // the fraction of replies
 }
 
 func init() { toxics.Register(cutType, new(cutToxic)) }
@@ -195,7 +195,7 @@ func (t *cutToxic) Pipe(stub *toxics.ToxicStub) {
 				stub.Output <- &stream.StreamChunk{Data: rest, Timestamp: reply.Timestamp}
 			}
 			stub.Close()
-			for reply != nil { // or who writes to us would wait for ever
+			for reply != nil { // or the writer would wait forever
 				reply = <-stub.Input
 			}
 			return

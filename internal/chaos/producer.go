@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
+	"github.com/ThreeDotsLabs/watermill/components/delay"
 	"github.com/ThreeDotsLabs/watermill/message"
 	"github.com/redis/go-redis/v9"
 
@@ -32,7 +34,20 @@ const (
 	burst      = 20
 	// repeatDelay is the time from a call of unknown outcome to its repetition.
 	repeatDelay = 20 * time.Millisecond
+	// One message in delayEvery is delayed.
+	delayEvery = 10
 )
+
+// A call is one of Publish's, and its repetitions.
+type call struct {
+	topic  string
+	uuids  []string
+	delays map[string]time.Duration // by UUID
+	// since is when the delays began: a repetition has the same messages, down to their metadata. Zero: with the first call.
+	since time.Time
+	// unknown: the outcome of an earlier call of the same is.
+	unknown bool
+}
 
 // newPublisher returns a Publisher whose broken messages are broken.
 func newPublisher(settings Settings, client redis.UniversalClient, logger watermill.LoggerAdapter) (*goxstreams.Publisher, error) {
@@ -71,11 +86,15 @@ func (c child) produce(ctx context.Context) error {
 			if c.dice.IntN(3) == 0 || calls > 1 {
 				uuids = make([]string, 2+c.dice.IntN(largestBatch-1))
 			}
+			delays := make(map[string]time.Duration)
 			for i := range uuids {
 				number++
 				uuids[i] = fmt.Sprintf("%s-%s-%d-%d", c.nature(), c.role.Process, c.role.Life, number)
+				if c.role.Settings.MaxDelay > 0 && c.dice.IntN(delayEvery) == 0 {
+					delays[uuids[i]] = time.Duration(c.dice.Int64N(int64(c.role.Settings.MaxDelay)))
+				}
 			}
-			if err := c.publish(publisher, topic, uuids, false); err != nil {
+			if err := c.publish(publisher, &call{topic: topic, uuids: uuids, delays: delays}); err != nil {
 				return err
 			}
 		}
@@ -88,16 +107,19 @@ func (c child) goOn(publisher *goxstreams.Publisher) error {
 	if err != nil {
 		return err
 	}
-	var last rules.Event
+	var first, last rules.Event // of the last call
 	for _, e := range events {
-		if len(e.UUIDs) > 0 {
-			last = e
+		if len(e.UUIDs) == 0 {
+			continue
+		}
+		if last = e; !slices.Equal(first.UUIDs, e.UUIDs) {
+			first = e
 		}
 	}
 	if last.Kind != rules.Publishing && last.Kind != rules.Unknown {
 		return nil
 	}
-	return c.publish(publisher, last.Topic, last.UUIDs, true)
+	return c.publish(publisher, &call{last.Topic, last.UUIDs, first.Delays, first.Wall, true})
 }
 
 func (c child) nature() string {
@@ -138,37 +160,49 @@ func makeMessage(settings Settings, uuid string) *message.Message {
 
 // publish publishes the messages, and again until that succeeds where calls are repeated and the outcome was unknown once. Its
 // error is one that no repetition helps against.
-func (c child) publish(publisher *goxstreams.Publisher, topic string, uuids []string, unknown bool) error {
+func (c child) publish(publisher *goxstreams.Publisher, call *call) error {
 	for {
-		kind, err := publish(c.journal, publisher, c.role.Settings, topic, uuids, unknown)
+		kind, err := publish(c.journal, publisher, c.role.Settings, call)
 		if errors.Is(err, goxstreams.ErrUnsupported) {
 			return err
 		}
-		unknown = kind == rules.Unknown
-		if !unknown || !c.role.Settings.Repeat {
+		call.unknown = kind == rules.Unknown
+		if !call.unknown || !c.role.Settings.Repeat {
 			return nil
 		}
 		time.Sleep(repeatDelay)
 	}
 }
 
-// publish makes one call and logs what came of it. unknown: the outcome of an earlier call of the same is.
-func publish(journal *Journal, publisher *goxstreams.Publisher, settings Settings, topic string, uuids []string, unknown bool) (rules.Kind, error) {
-	messages := make([]*message.Message, len(uuids))
-	for i, uuid := range uuids {
-		messages[i] = makeMessage(settings, uuid)
+// publish makes one call and logs what came of it.
+func publish(journal *Journal, publisher *goxstreams.Publisher, settings Settings, call *call) (rules.Kind, error) {
+	event := rules.Event{Kind: rules.Publishing, Topic: call.topic, UUIDs: call.uuids, Delays: call.delays}
+	if began := journal.write(event).Wall; call.since.IsZero() {
+		call.since = began
 	}
-	event := rules.Event{Kind: rules.Publishing, Topic: topic, UUIDs: uuids}
-	journal.write(event)
-	err := publisher.Publish(topic, messages...)
+	messages := make([]*message.Message, len(call.uuids))
+	for i, uuid := range call.uuids {
+		messages[i] = makeMessage(settings, uuid)
+		if d, ok := call.delays[uuid]; ok {
+			delayMessage(messages[i], call.since, d)
+		}
+	}
+	event.Delays = nil
+	err := publisher.Publish(call.topic, messages...)
 	switch {
 	case err == nil:
 		event.Kind = rules.Published
-	case unknown || errors.Is(err, goxstreams.ErrOutcomeUnknown):
+	case call.unknown || errors.Is(err, goxstreams.ErrOutcomeUnknown):
 		event.Kind, event.Error = rules.Unknown, err.Error()
 	default:
 		event.Kind, event.Error = rules.Refused, err.Error()
 	}
 	journal.write(event)
 	return event.Kind, err
+}
+
+// delayMessage is delay.Message at an earlier time.
+func delayMessage(msg *message.Message, since time.Time, d time.Duration) {
+	delay.Message(msg, delay.For(d))
+	msg.Metadata.Set(delay.DelayedUntilKey, since.Add(d).UTC().Format(time.RFC3339))
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// TestRecovery ends when each consumer has been given something; what other faults take meanwhile is not the first one's.
+// TestRecovery: a fault's recovery ends when each consumer has received something; the time of other faults does not count.
 func TestRecovery(t *testing.T) {
 	var events []rules.Event
 	runs := int64(0)

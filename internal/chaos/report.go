@@ -14,6 +14,7 @@ func report(out io.Writer, o Outcome) {
 	v := o.Verdict
 	fmt.Fprintf(out, "\nmessages: %d acknowledged, %d of them after their outcome was unknown; %d of unknown outcome, %d refused\n",
 		v.Published, v.Repeated, v.Unknown, v.Refused)
+	fmt.Fprintf(out, "delayed: %d of these messages\n", v.Delayed)
 	fmt.Fprintf(out, "handled: %d; dead: %d; handled again: %d; at once by a holder that was away, or whose lease Redis lost: %d\n",
 		v.Handled, v.Dead, len(v.Duplicates), v.ExcusedOverlaps)
 	fmt.Fprintf(out, "processes ended by a message: %d; innocent, but in flight by itself in each of their crashes: %d\n", v.Crashes, v.Victims)
@@ -35,7 +36,7 @@ func report(out io.Writer, o Outcome) {
 // stories is how many violations are told in full: the first ones explain the others.
 const stories = 10
 
-// story prints all that the logs say of the violation's entry, and what happened to the processes and to Redis around it.
+// story prints everything in the logs about the violation's entry, and what happened to processes and Redis around that time.
 func (o Outcome) story(out io.Writer, v rules.Violation) {
 	e := o.Evidence
 	about := func(event rules.Event) bool {
@@ -94,7 +95,7 @@ func printEvent(out io.Writer, e *rules.Evidence, event rules.Event) {
 	fmt.Fprintf(out, " %s\n", event.Error)
 }
 
-// A Row is what became of the messages under one fault.
+// A Row sums up the messages under one fault.
 type Row struct {
 	Deployment string
 	Fault      string
@@ -103,7 +104,7 @@ type Row struct {
 	Lost       int // violations: what Redis kept
 	ByRedis    int
 	Duplicates int
-	Recovery   time.Duration // the longest; unmeasured: others were under way at the end of each
+	Recovery   time.Duration // the longest; unmeasured: other faults were under way whenever it ended
 	Others     int           // violations that are no losses
 }
 
@@ -116,7 +117,7 @@ func (r Row) recovery() string {
 	return fmt.Sprintf("%.1f s", r.Recovery.Seconds())
 }
 
-// empty tells whether nothing but the load before a fault is in the row.
+// empty reports whether the row has only the load before a fault.
 func (r Row) empty() bool { return r.Times == 0 && r.Lost+r.Others+r.ByRedis+r.Duplicates == 0 }
 
 func (o Outcome) rows() []Row {
@@ -181,7 +182,7 @@ func faultAt(e *rules.Evidence, t time.Duration) string {
 	return name
 }
 
-// lastHeard returns when the violation's entry was last heard of.
+// lastHeard returns when the violation's entry was last in a log.
 func lastHeard(e *rules.Evidence, v rules.Violation) time.Duration {
 	var last time.Duration
 	for _, event := range e.Events {
@@ -192,9 +193,9 @@ func lastHeard(e *rules.Evidence, v rules.Violation) time.Duration {
 	return last
 }
 
-// recovery returns the time from the fault's end until each consumer that lives on has been given a message again, and a
-// message published since has been handled. Of faults that overlap it is the last one's. A consumer that had nothing to do
-// until the next fault began does not wait for the end of that: the time of other faults does not count.
+// recovery returns the time from the fault's end until each surviving consumer has received a message again, and a message
+// published since has been handled. Of overlapping faults the last one to end has it. The time of other faults does not count:
+// a consumer that had nothing to do before the next fault does not make this one's recovery longer.
 func recovery(e *rules.Evidence, w *rules.Window) time.Duration {
 	if slices.ContainsFunc(e.Faults, func(other *rules.Window) bool { return other.From <= w.To && other.To > w.To }) {
 		return unmeasured
@@ -229,7 +230,7 @@ func recovery(e *rules.Evidence, w *rules.Window) time.Duration {
 	return longest
 }
 
-// calm returns how much of the time from one moment to another no fault was under way that began in it.
+// calm returns how much of a span was free of faults that began within it.
 func calm(e *rules.Evidence, from, to time.Duration) time.Duration {
 	var calm time.Duration
 	at := from

@@ -28,7 +28,7 @@ const (
 	consumerRole = "consumer"
 )
 
-// A Role is what a child is to do.
+// A Role says what a child does.
 type Role struct {
 	Role     string
 	Process  string
@@ -47,7 +47,7 @@ type Redis struct {
 	Routes map[string]string
 }
 
-// The timeouts of children are short, so that runs are. go-redis resends three times what may be sent twice.
+// The timeouts of children are short, to keep runs short. go-redis retries three times what may be sent twice.
 const clientTimeout = time.Second
 
 func (r Redis) client() redis.UniversalClient {
@@ -64,7 +64,7 @@ func (r Redis) client() redis.UniversalClient {
 	})
 }
 
-// playRole does what the process was started for, if it is a child, and tells whether it was.
+// playRole does what a child was started for, and reports whether this process is one.
 func playRole() bool {
 	text := os.Getenv(roleEnv)
 	if text == "" {
@@ -80,7 +80,7 @@ func playRole() bool {
 	return true
 }
 
-// quiet keeps go-redis from printing what every fault makes it see.
+// quiet keeps go-redis from logging the errors that every fault causes.
 type quiet struct{}
 
 func (quiet) Printf(context.Context, string, ...any) {}
@@ -120,7 +120,7 @@ func (r Role) play() error {
 	return c.consume(ctx)
 }
 
-// A child is what all roles have.
+// A child is what all roles have in common.
 type child struct {
 	role    Role
 	journal *Journal
@@ -130,7 +130,7 @@ type child struct {
 }
 
 // watchTime logs when the process did not run for a while. SIGSTOP is not the only reason: on a busy machine a process waits
-// for its turn, and what it fails to renew then is no fault of the library's.
+// for the CPU, and a lease that it does not renew meanwhile is not the library's fault.
 func (c child) watchTime(ctx context.Context) {
 	ticker := time.NewTicker(50 * time.Millisecond)
 	defer ticker.Stop()

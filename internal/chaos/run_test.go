@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -25,17 +26,17 @@ func TestMain(m *testing.M) {
 		return
 	}
 	flag.Parse()
-	// A run takes a third of a processor, and waits most of the time.
+	// A run uses a third of a processor.
 	if err := flag.Set("test.parallel", "4"); err != nil {
 		fail(err)
 	}
 	os.Exit(m.Run())
 }
 
-// testSettings are those of short runs, with less load, because the race detector is in the children too.
+// testSettings are those of short runs, with less load because children run with the race detector too.
 func testSettings() Settings {
 	settings := defaultSettings()
-	settings.Rate, settings.Gap = 4, time.Second
+	settings.Rate, settings.Gap, settings.MaxDelay = 4, time.Second, 3*time.Second
 	return settings
 }
 
@@ -85,6 +86,52 @@ func TestRepeatedWithoutIdempotence(t *testing.T) {
 	assert.Equal(t, []string{rules.RuleStoredTwice}, testRun(t, settings, cutFaults).Verdict.Broken())
 }
 
+// TestDelayedAreChecked: the checker sees delayed messages that come early, twice or never.
+func TestDelayedAreChecked(t *testing.T) {
+	settings := testSettings()
+	settings.For, settings.Rate, settings.Gap, settings.MaxDelay = 4*time.Second, 20, 200*time.Millisecond, 5*time.Second
+	for name, test := range map[string]struct {
+		comes, stays bool
+		broken       []string
+	}{
+		"early":           {true, false, []string{rules.RuleEarly}},
+		"early and twice": {true, true, []string{rules.RuleEarly, rules.RuleStoredTwice}},
+		"never":           {false, false, []string{rules.RuleVanished, rules.RuleTorn}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			sabotage := &Fault{Name: "sabotage", hold: atOnce, inject: func(ctx context.Context, b *Bench, s Strike, effect func(rules.Effect)) (func(context.Context) error, error) {
+				topic := pick(s, topics).Name
+				effect(rules.Effect{Target: []string{topic}})
+				schedule, err := goxstreams.NewSchedule(b.deployment.Client(), topic)
+				if err != nil {
+					return nil, err
+				}
+				for delayed, err := range schedule.All(ctx) {
+					if err != nil {
+						return nil, err
+					}
+					if time.Until(delayed.Due) < 3*time.Second { // more than the rule's tolerance
+						continue
+					}
+					if test.comes {
+						err = b.deployment.Client().XAdd(ctx, &redis.XAddArgs{Stream: topic, Values: delayed.Fields}).Err()
+					}
+					if !test.stays {
+						err = errors.Join(err, schedule.Cancel(ctx, delayed.UUID))
+					}
+					return healed, err
+				}
+				return healed, nil
+			}}
+			outcome, err := runFaults(t.Context(), settings, []*Fault{sabotage}, t.TempDir(), t.Output())
+			requireServer(t, err)
+			require.NoError(t, err)
+			assert.Subset(t, outcome.Verdict.Broken(), test.broken)
+		})
+	}
+}
+
 // requireServer skips a test that has no redis-server, unless there must be one.
 func requireServer(t *testing.T, err error) {
 	t.Helper()
@@ -97,8 +144,7 @@ func requireServer(t *testing.T, err error) {
 	t.Skipf("it needs a redis-server in the PATH: %v", err)
 }
 
-// TestGoOn: a producer begins with the call that the one before it in its place did not come to know the outcome of, and with the
-// same messages.
+// TestGoOn: a producer begins with the call whose outcome its predecessor never learned, with the same messages.
 func TestGoOn(t *testing.T) {
 	d, err := deploy.Single(t.Context(), deploy.Config{})
 	requireServer(t, err)
@@ -172,7 +218,7 @@ func TestOverlap(t *testing.T) {
 	assert.NotZero(t, atOnce)
 }
 
-// TestNetwork: what one fault does to a process's connections ends with it, and what another one does goes on.
+// TestNetwork: a fault's effect on a process's connections ends with the fault, and that of another one continues.
 func TestNetwork(t *testing.T) {
 	server, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -215,7 +261,7 @@ func TestNetwork(t *testing.T) {
 	assert.True(t, echoes(long))
 }
 
-// TestSchedule: a seed is a run's faults, and each fault comes before one comes again.
+// TestSchedule: the seed decides a run's faults, and all of them come before one is repeated.
 func TestSchedule(t *testing.T) {
 	settings := defaultSettings()
 	settings.For = time.Hour
@@ -259,7 +305,7 @@ func TestChooseFaults(t *testing.T) {
 	assert.Empty(t, none)
 }
 
-// TestJournal: two processes of one place write to one file; all is read, in the order of time.
+// TestJournal: two processes of one place write to one file; all events are read, in the order of time.
 func TestJournal(t *testing.T) {
 	dir := t.TempDir()
 	first, err := openJournal(dir, "consumer-1", 1)

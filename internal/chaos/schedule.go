@@ -13,7 +13,7 @@ type Strike struct {
 	Number int
 	Lane   int // strikes of one lane come one after the other
 	Fault  *Fault
-	Offset time.Duration // from the beginning of the load
+	Offset time.Duration // after the start of the load
 	Hold   time.Duration // from the injection to the healing
 	Dice   uint64        // whom it strikes
 }
@@ -21,7 +21,7 @@ type Strike struct {
 // pick returns the strike's choice among things.
 func pick[T any](s Strike, things []T) T { return things[s.Dice%uint64(len(things))] }
 
-// schedule is the same for the same settings. Every fault comes once before the first one comes again.
+// schedule depends only on the settings. Every fault comes once before one is repeated.
 func schedule(s Settings, faults []*Fault) []Strike {
 	if len(faults) == 0 {
 		return nil
@@ -29,7 +29,7 @@ func schedule(s Settings, faults []*Fault) []Strike {
 	dice := rand.New(rand.NewPCG(s.Seed, hash("schedule", 0)))
 	var strikes []Strike
 	var deck []*Fault
-	free := slices.Repeat([]time.Duration{s.ClaimMinIdle}, max(s.Overlap, 1)) // from when on each lane is
+	free := slices.Repeat([]time.Duration{s.ClaimMinIdle}, max(s.Overlap, 1)) // when each lane is free
 	var serversFree time.Duration
 	for {
 		offset := slices.Min(free)

@@ -16,7 +16,7 @@ import (
 // samples is how many samples a soak takes of each process, and of Redis.
 const samples = 60
 
-// soak makes a run in which everything is measured again and again. It fails if something has grown.
+// soak makes a run that measures everything regularly. It fails if something has grown.
 func soak(ctx context.Context, settings Settings, faults []*Fault, out io.Writer) (passed bool, err error) {
 	settings.SampleEvery = max(settings.For/samples, time.Second)
 	outcome, err := runInScratch(ctx, settings, faults, out)
@@ -77,9 +77,9 @@ func (b *Bench) sampleRedis(ctx context.Context) (s rules.Sample, err error) {
 	return s, err
 }
 
-// A trend is a size at first and in the end. At first is not the beginning, when pools fill and batches adapt, but the second
-// fifth of the time; the end is the last fifth. Each is the median there, because a single sample may hit a burst. What leaks
-// grows with the messages, that is by half or more between the two; slack keeps small numbers from failing by one or two.
+// A trend is a size early in a run and at its end. Early is the second fifth, because pools fill and batches adapt in the first;
+// the end is the last fifth. Each is a median, because a single sample may hit a burst. A leak grows with the messages, that is
+// by half or more between the two; slack keeps small numbers from failing by one or two.
 type trend struct {
 	name                 string
 	first, last, allowed float64
@@ -89,7 +89,7 @@ const growth = 1.25
 
 func (t trend) flat() bool { return t.last <= t.allowed }
 
-// trendsOf returns the trends of all that was sampled, those with too few samples left out.
+// trendsOf returns the trends of everything that was sampled often enough.
 func trendsOf(events []rules.Event) []trend {
 	series := make(map[string][]float64)
 	slack := make(map[string]float64)

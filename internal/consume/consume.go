@@ -1,6 +1,6 @@
-// Package consume is one subscription: it reads entries, hands them to slots, sees to their
-// leases, and drains. What an entry means, and what becomes of it, its Work decides. It
-// knows no messages.
+// Package consume runs one subscription: it reads entries, passes them to slots,
+// maintains their leases, and drains. A Work decides what an entry means and what
+// happens to it. The package knows nothing about messages.
 package consume
 
 import (
@@ -21,64 +21,78 @@ import (
 )
 
 const (
-	// maxGrace is the time before CloseTimeout in which handlers are told to
-	// come to an end.
+	// maxGrace is how long before CloseTimeout the handlers' contexts are canceled.
 	maxGrace = time.Second
 
-	// lastWords is the time after CloseTimeout in which Redis can be told what
-	// was abandoned. A command that has no answer by then is not sent again.
+	// lastWords is how long after CloseTimeout commands about abandoned entries may
+	// take. A command without an answer by then is not repeated.
 	lastWords = time.Second
 
-	// minPatience is for how long a subscription takes nothing new, at first, for the
-	// sake of a message that must be alone: see ledger.Config. Most handlers end within
-	// that.
+	// minPatience is how long, at first, a subscription takes no new entries while
+	// a message waits to run alone: see ledger.Config. Most handlers finish within
+	// that time.
 	minPatience = 5 * time.Second
 
-	// maxCallers bounds how many calls of CallBroken can hang.
+	// maxCallers is the maximum number of concurrent calls of CallBroken, some of
+	// which may hang.
 	maxCallers = 16
 )
 
-// Work is what is done with entries. It brings each to its outcome, by a method of
+// Work processes entries. It must bring each entry to its outcome, by a method of
 // Subscription that ends it: Settle, Drop, Again, Snooze, Aside, GiveBack, Broken,
-// MoveFailed, NotOurs or Abandoned; or by HandOver where that returns false.
+// MoveFailed, NotOurs or Abandoned; or by a HandOver that returns false.
 type Work interface {
-	// Handle is called in a slot, with an entry that is ours and has its fields, or has died
-	// already and waits to be moved.
-	Handle(*Task)
-	// CallBroken is called, beside the slots, with what Broken was called with before.
+	// Handle is called in a slot, with an entry that is ours and has its fields, or
+	// that is already dead and waits to be moved; or with a batch of the former. The
+	// slice is the slot's.
+	Handle([]Task)
+	// CallBroken is called outside of the slots, with an entry that was passed to
+	// Broken.
 	CallBroken(*Task)
+	// MoveAgain is called with a dead entry whose last move had no answer, when the
+	// subscription closes. It moves the entry if that has not happened.
+	MoveAgain(*Task) error
+	// Key returns the key of an entry that is ours and has its fields; "" if it has no
+	// order. It is called in the order of the stream, for what was read.
+	Key(*Task) string
 }
 
-// Config is what a subscription goes by. Its fields are those of SubscriberConfig,
-// checked and with their defaults, but for these.
+// Config configures a subscription. The first group of fields is
+// SubscriberConfig's, validated and with defaults.
 type Config struct {
 	Topic, Group    string
 	StartID         string
-	MaxConcurrency  int
+	MaxConcurrency  int           // batches, if MaxBatch is set
+	MaxBatch        int           // entries that are handled together; 0: they are handled one by one
+	MaxWait         time.Duration // how long a batch waits until it is full
 	BatchSize       int
 	WaitForRedis    time.Duration
 	NoAck           bool
 	DeleteAcked     bool
+	Retention       *xstream.Retention // nil: nothing is trimmed
+	KeepDeadLetters time.Duration      // 0: dead letters are not trimmed
 	ClaimMinIdle    time.Duration
 	ClaimInterval   time.Duration
 	CloseTimeout    time.Duration
 	ConsumerTimeout time.Duration
 
 	DeadLetters string        // the topic's dead-letter stream
-	Suspect     int64         // the delivery from which on a claimed message may be what crashed its holder; 0: none is
-	Last        int64         // the last delivery that is granted; 0: there is no limit
-	TakeAgain   time.Duration // the pause after an entry could not be taken for its retry
-	LeaseLost   error         // the cause of a context that ends because its lease is lost
-	Closed      error         // because the subscription closes
+	Suspect     int64         // the delivery count from which a claimed message may have crashed its consumer; 0: none
+	Keyed       bool          // entries have keys, each of which preserves the order
+	Last        int64         // the last allowed delivery count; 0: no limit
+	TakeAgain   time.Duration // the pause after a failed attempt to take an entry for its retry
+	LeaseLost   error         // the cause of contexts that end because the lease is lost
+	Closed      error         // the cause of contexts that end because the subscription closes
 
 	Log    watermill.LoggerAdapter
-	Fields watermill.LogFields // of every line
+	Fields watermill.LogFields // of every log line
 }
 
-// Subscription is the goroutines of one call of Subscribe, and what they share. Which
-// entries it has, and what is to be done next, the ledger knows. The poller adds to it,
-// the finder offers it what dead consumers left; slots take from it, and the keeper
-// looks after the leases. All of them have ended when Done is closed.
+// Subscription is one call of Subscribe: its goroutines and what they share. The
+// ledger knows the entries and what to do next. The poller adds entries to it, and
+// the finder offers it what dead consumers left; the slots take entries from it,
+// and the keeper maintains their leases. All goroutines have ended when Done is
+// closed.
 type Subscription struct {
 	cfg    Config
 	work   Work
@@ -91,40 +105,41 @@ type Subscription struct {
 	reader   *reader
 	mode     mode
 	health   health
+	pause    *pause
 	life     life
 	loops    loops
 	slots    slots
-	overflow sync.Once // something of ours is pending that the ledger has not, which was said
+	crowded  sync.Once // logs once that too many entries wait for others of their keys
+	overflow sync.Once // logs once that an entry is pending for us without room in the ledger
 
-	claimed, lost atomic.Int64
+	claimed, lost, trimmed atomic.Int64
 }
 
-// life is the contexts and the end of a subscription.
+// life holds the contexts of a subscription, and the stages of its end.
 type life struct {
-	parent  context.Context // Subscribe's
-	base    context.Context // of parent the values, without its end
-	calling context.Context // of base, for the user's functions beside the slots: ends when they are to come to an end
-	ctx     context.Context // for commands; it ends lastWords after CloseTimeout
+	parent  context.Context // Subscribe's context
+	base    context.Context // parent's values, never canceled
+	calling context.Context // derived from base, for the user's functions outside of the slots; canceled when they should finish
+	ctx     context.Context // for commands; ends lastWords after CloseTimeout
 
 	endCalls  context.CancelCauseFunc
 	cancelCtx context.CancelFunc
 
-	closing chan struct{} // nothing new is taken
-	abandon chan struct{} // CloseTimeout is over
-	done    chan struct{} // all has ended
+	closing chan struct{} // closed: take nothing new
+	abandon chan struct{} // closed: CloseTimeout has passed
+	done    chan struct{} // closed: everything has ended
 
 	closeOnce sync.Once
-	giveUp    func()      // closes abandon
-	drained   atomic.Bool // nothing more comes from the reader
+	giveUp    func() // closes abandon
 }
 
-// New returns a subscription that is to be opened and started. It is not the end of ctx
-// that its messages' contexts have, but its values.
+// New returns a subscription, to be opened and started. The contexts of its
+// messages carry ctx's values, but not its cancellation.
 func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscription {
 	s := &Subscription{
 		cfg: cfg, work: work, shared: shared,
 		stream: xstream.Stream{Client: shared.client, Via: shared.pipe, Key: cfg.Topic, Group: cfg.Group},
-		loops:  newLoops(),
+		loops:  newLoops(), pause: newPause(),
 		life: life{
 			parent: ctx, base: context.WithoutCancel(ctx),
 			closing: make(chan struct{}), abandon: make(chan struct{}), done: make(chan struct{}),
@@ -143,13 +158,13 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	}
 	s.cfg.Fields = cfg.Fields.Add(watermill.LogFields{"consumer_uuid": s.stream.Consumer})
 	s.ledger = ledger.New(ledger.Config{
-		Slots: cfg.MaxConcurrency, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
+		Slots: cfg.MaxConcurrency, Batch: cfg.MaxBatch, Wait: cfg.MaxWait, Keyed: cfg.Keyed, Compare: xstream.CompareIDs, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
 		Patience: max(minPatience, cfg.ClaimMinIdle/6), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
 	})
-	s.keeper = lease.New(lease.Config{Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever, Log: cfg.Log, Fields: s.cfg.Fields})
+	s.keeper = lease.New(lease.Config{Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever, Trims: cfg.Retention != nil, Log: cfg.Log, Fields: s.cfg.Fields})
 	s.finder = takeover.New(takeover.Config{
 		Stream: &s.stream, Ledger: s.ledger, Keeper: s.keeper, Bounds: shared.Bounds,
-		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency),
+		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
 		Timeout: cfg.ConsumerTimeout, Log: cfg.Log, Fields: s.cfg.Fields,
 	})
 	s.slots.running = make(map[*slot]struct{})
@@ -158,8 +173,8 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	return s
 }
 
-// Open does what must be done before Subscribe returns, and waits for Redis if the config
-// says so. Where it fails, the subscription has ended.
+// Open does what must happen before Subscribe returns, and waits for Redis if the
+// config says so. After an error the subscription has ended.
 func (s *Subscription) Open(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -189,12 +204,12 @@ func (s *Subscription) Open(ctx context.Context) error {
 	}
 }
 
-// checkDeadLetters refuses a dead-letter stream that entries cannot be moved to
-// in one step.
+// checkDeadLetters rejects a dead-letter stream to which entries cannot be moved
+// atomically.
 func (s *Subscription) checkDeadLetters(ctx context.Context) error {
 	letters := s.cfg.DeadLetters
 	if letters == "" || letters == s.cfg.Topic {
-		return fmt.Errorf("SubscriberConfig.DeadLetterTopic: returned %q for this topic", letters)
+		return fmt.Errorf("SubscriberConfig.DeadLetterTopic returned %q for this topic", letters)
 	}
 	err := s.shared.client.OneServer(ctx, s.cfg.Topic, letters)
 	if errors.Is(err, redisx.ErrTwoServers) {
@@ -204,37 +219,36 @@ func (s *Subscription) checkDeadLetters(ctx context.Context) error {
 	return err
 }
 
-const needsAckDel = "SubscriberConfig.DeleteAcked on a topic with several groups needs XACKDEL (Redis 8.2)"
-
-// checkDeleteAcked asks the server whether it has XACKDEL.
-func (s *Subscription) checkDeleteAcked(ctx context.Context) error {
-	positions := xstream.PositionsKey(s.cfg.Topic)
-	if err := s.shared.client.OneServer(ctx, s.cfg.Topic, positions); err != nil {
-		return fmt.Errorf("SubscriberConfig.DeleteAcked: the positions of fan-outs, %q: %w", positions, err)
-	}
-	err := s.stream.HasAckAndDelete(ctx)
-	if err == nil {
-		s.keeper.SetDeletes(xstream.DeleteByServer)
+// checkRetention chooses how acked entries are deleted: by the server where it can, or
+// by a script, which can where there is one group. The rest is trimmed.
+func (s *Subscription) checkRetention(ctx context.Context) error {
+	if s.cfg.Retention == nil {
 		return nil
 	}
-	if !redisx.IsDenied(err) {
+	if err := s.stream.OneSlot(ctx); err != nil {
+		return fmt.Errorf("SubscriberConfig.Retention and DeleteAcked: what is stored beside the topic, %q: %w", xstream.RetentionKey(s.cfg.Topic), err)
+	}
+	if !s.cfg.DeleteAcked {
+		return nil
+	}
+	err := s.stream.HasAckAndDelete(ctx)
+	switch {
+	case err == nil:
+		s.keeper.SetDeletes(xstream.DeleteByServer)
+	case redisx.IsDenied(err):
+		s.keeper.SetDeletes(xstream.DeleteByScript)
+	default:
 		return err
 	}
-	groups, err := s.stream.Groups(ctx)
-	if err != nil {
-		return err
-	}
-	if groups > 1 {
-		return s.stream.Unsupported(ctx, needsAckDel)
-	}
-	s.keeper.SetDeletes(xstream.DeleteByScript)
 	return nil
 }
 
-// Start runs the subscription until its parent ends or Close is called.
+// Start runs the subscription until its parent context ends or Close is called.
 func (s *Subscription) Start() {
 	go s.reader.run()
 	s.mode.start()
+	s.loops.start(s.tickLoop)
+	s.startRetention()
 	go func() {
 		select {
 		case <-s.life.parent.Done():
@@ -245,7 +259,7 @@ func (s *Subscription) Start() {
 	}()
 }
 
-// Close begins the end; Done tells when it is over.
+// Close starts the drain. Done is closed when it has finished.
 func (s *Subscription) Close() {
 	s.life.closeOnce.Do(func() {
 		s.ledger.Stop()
@@ -253,8 +267,9 @@ func (s *Subscription) Close() {
 	})
 }
 
-// IsClosing is asked of failures: it knows of the end of Subscribe's context
-// before Close has run, since a handler may see that end as soon.
+// IsClosing reports whether the subscription is closing. Failures are judged by it,
+// so it also looks at Subscribe's context: a handler may notice the end of that
+// context before Close has run.
 func (s *Subscription) IsClosing() bool {
 	select {
 	case <-s.life.closing:
@@ -273,14 +288,14 @@ func (s *Subscription) isAbandoned() bool {
 	}
 }
 
-// cancelHandlers ends the contexts of what the user's code has in hand.
+// cancelHandlers cancels the contexts of the user's running functions.
 func (s *Subscription) cancelHandlers() {
 	s.life.endCalls(s.cfg.Closed)
 	s.ledger.CancelAll(s.cfg.Closed)
 }
 
-// drain is the way from Close to Done: stop reading, release what
-// nobody has in hand, let handlers finish, see their acks off.
+// drain leads from Close to Done: stop reading, release the entries that no handler
+// has, let the handlers finish, and send their acks.
 func (s *Subscription) drain() {
 	s.cfg.Log.Debug("Closing subscription", s.cfg.Fields)
 	grace := min(maxGrace, s.cfg.CloseTimeout/2)
@@ -291,17 +306,16 @@ func (s *Subscription) drain() {
 	go s.noticeClosed()
 
 	s.reader.leave()
-	s.life.drained.Store(true)
 	s.releaseAll()
 	s.awaitSlots()
-	// A slot may be asked for, and not have begun: it finds nothing any more.
-	s.lost.Add(int64(s.ledger.End(time.Now())))
+	// A slot may be requested but not yet running: it will find nothing.
+	s.mode.ended(s.ledger.End(time.Now()))
 	s.awaitSlots()
 	s.waitCalls()
 	s.loops.end()
 	if n := s.ledger.EndAcks(); n > 0 {
 		s.cfg.Log.Error("Closed before all acks reached Redis; their messages will be handled again",
-			fmt.Errorf("%d acks did not arrive within CloseTimeout", n), s.cfg.Fields)
+			fmt.Errorf("%d acks did not reach Redis within CloseTimeout", n), s.cfg.Fields)
 	}
 	s.reader.seat.Release()
 	s.leave()
@@ -311,8 +325,8 @@ func (s *Subscription) drain() {
 	close(s.life.done)
 }
 
-// noticeClosed ends the drain at once if the client was closed before the Subscriber:
-// nothing can be acked or released any more.
+// noticeClosed ends the drain at once if the client was closed before the
+// Subscriber: then nothing can be acked or released.
 func (s *Subscription) noticeClosed() {
 	err := s.mode.ping(s.life.ctx)
 	if redisx.IsClosed(err) {
@@ -320,8 +334,8 @@ func (s *Subscription) noticeClosed() {
 	}
 }
 
-// leave takes back what Redis knows of the subscription. Close does not wait for a Redis
-// that is away on account of that.
+// leave removes the subscription's state from Redis. It does not make Close wait
+// for an unavailable Redis.
 func (s *Subscription) leave() {
 	if _, outage := s.health.outage(); outage == nil && !s.isAbandoned() {
 		s.mode.leave(s.life.ctx)
@@ -341,44 +355,48 @@ func (s *Subscription) waitCalls() {
 // Done is closed when the subscription has ended.
 func (s *Subscription) Done() <-chan struct{} { return s.life.done }
 
-// Closing is closed when nothing new is taken any more, and Abandon when CloseTimeout is
-// over, or the client is closed.
+// Closing is closed when the subscription takes no new entries. Abandon is closed
+// when CloseTimeout has passed, or the client is closed.
 func (s *Subscription) Closing() <-chan struct{} { return s.life.closing }
 func (s *Subscription) Abandon() <-chan struct{} { return s.life.abandon }
 
-// Base has the values of Subscribe's context, and no end. Calling is derived from it, for
-// functions of the user's beside the slots: it ends a second before CloseTimeout.
+// Base carries the values of Subscribe's context and is never canceled. Calling is
+// derived from it, for the user's functions outside of the slots; it is canceled a
+// second before CloseTimeout.
 func (s *Subscription) Base() context.Context    { return s.life.base }
 func (s *Subscription) Calling() context.Context { return s.life.calling }
 
-// Consumer returns the consumer's name; empty in fan-out.
+// Consumer returns the consumer's name; empty for fan-out.
 func (s *Subscription) Consumer() string { return s.stream.Consumer }
 
-// Retries reports whether an entry that fails comes again.
+// Retries reports whether a failed entry is redelivered.
 func (s *Subscription) Retries() bool { return s.mode.retries() }
 
-// IsLost reports whether the entry is another consumer's, or nobody's any more.
+// IsLost reports whether another consumer has the entry, or the entry is gone.
 func (s *Subscription) IsLost(t *Task) bool { return t.Lost() || s.ledger.IsGone(t.Entry) }
 
-// Fields is what a log line says of an entry.
+// Fields returns the log fields of an entry.
 func (s *Subscription) Fields(t *Task) watermill.LogFields {
 	return s.cfg.Fields.Add(watermill.LogFields{"xid": t.ID, "deliveries": t.Count()})
 }
 
-// Stats is what a subscription has, and has done; the outage under way, and since when.
+// Stats holds the counters of a subscription, and the current outage and its start.
 type Stats struct {
 	InFlight, Waiting       int
 	Claimed, Released, Lost int64
+	Trimmed                 int64
 	Since                   time.Time
 	Err                     error
+	PausedSince             time.Time
 }
 
-// Stats returns them.
+// Stats returns the current Stats.
 func (s *Subscription) Stats() Stats {
 	st := Stats{
 		Claimed: s.claimed.Load(), Released: s.keeper.GivenBack.Load(),
-		Lost: s.lost.Load() + s.keeper.Lost.Load() + s.finder.Lost.Load(),
+		Lost: s.lost.Load() + s.keeper.Lost.Load() + s.finder.Lost.Load(), Trimmed: s.trimmed.Load(),
 	}
+	st.PausedSince = s.pause.state.Load().since
 	st.InFlight, st.Waiting = s.ledger.Counts()
 	st.Since, st.Err = s.health.outage()
 	return st

@@ -4,32 +4,32 @@ import (
 	"time"
 )
 
-// This file is the way of dead entries to their stream.
+// This file moves dead entries to their stream.
 
-// maxMovePause is the longest pause before a move is tried again.
+// maxMovePause is the longest pause between attempts to move an entry.
 const maxMovePause = 30 * time.Second
 
-// KeepsDead reports whether there is a stream for dead entries: there is in a group
+// KeepsDead reports whether dead entries are moved to a stream: they are in a group
 // that acks.
 func (s *Subscription) KeepsDead() bool { return s.mode.deadLetters() }
 
-// Recount has Redis count so many deliveries of the entry, and returns its fields as the
-// stream has them; nil if it is not ours.
+// Recount sets the entry's delivery count in Redis, and returns its fields as
+// stored in the stream; nil if the entry is not ours.
 func (s *Subscription) Recount(t *Task, count int64) ([]string, error) {
 	return s.keeper.Recount(s.life.ctx, t.Entry, count)
 }
 
-// Move moves an entry to a dead-letter stream, and returns the letter's ID there; "" if
-// the entry is not ours: see lease.Keeper.Move. It does not end the entry.
+// Move moves an entry to a dead-letter stream, and returns its ID there; "" if the
+// entry is not ours: see lease.Keeper.Move. It does not end the entry.
 func (s *Subscription) Move(t *Task, topic string, unsure bool, marks, letter []string) (string, error) {
 	return s.keeper.Move(s.life.ctx, t.Entry, topic, unsure, marks, letter)
 }
 
-// MoveEnded notes that Redis was asked about a dead entry and has answered.
+// MoveEnded notes that Redis has answered a command about a dead entry.
 func (s *Subscription) MoveEnded() { s.markHealthy(dutyDeadLetter) }
 
-// MoveFailed keeps a dead entry whose move failed so many times, to be tried again; its
-// handler does not see it again.
+// MoveFailed keeps a dead entry whose move has failed the given number of times,
+// and schedules another attempt; its handler is not called again.
 func (s *Subscription) MoveFailed(t *Task, tries int, err error) {
 	s.markFailed(dutyDeadLetter, err)
 	if s.IsClosing() {
@@ -39,8 +39,8 @@ func (s *Subscription) MoveFailed(t *Task, tries int, err error) {
 	s.Aside(t, jitter(min(minBackoff<<min(tries, 11), maxMovePause)))
 }
 
-// NotOurs ends an entry that was to be moved and is not ours, or has it tried again: the
-// group was lost, and it is put back.
+// NotOurs ends an entry that was to be moved but is not ours. If the group was lost
+// and the entry is being restored, the move is tried again.
 func (s *Subscription) NotOurs(t *Task) {
 	s.MoveEnded()
 	if s.ledger.Owned(t.Entry) {
@@ -48,5 +48,5 @@ func (s *Subscription) NotOurs(t *Task) {
 		return
 	}
 	s.Drop(t)
-	s.cfg.Log.Info("A dead message was settled or claimed elsewhere before it could be moved", s.Fields(t))
+	s.cfg.Log.Info("A dead message was settled or claimed elsewhere before it was moved", s.Fields(t))
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// What the subscription does that can fail by itself.
+// The duties of the subscription that can fail independently.
 const (
 	dutyOpen       = "open"
 	dutyRead       = "read"
@@ -19,9 +19,13 @@ const (
 	dutyClaim      = "claim"
 	dutyLook       = "look for abandoned messages"
 	dutyDeadLetter = "dead-letter"
+	dutyDelayed    = "move delayed messages"
+	dutyPause      = "pause or resume"
+	dutyTrim       = "trim the stream"
+	dutyTrimDead   = "trim the dead-letter stream"
 )
 
-// health is what Stats says of an outage, which is logged once, however many
+// health tracks the current outage for Stats, and logs it once, however many
 // goroutines notice it.
 type health struct {
 	mu      sync.Mutex
@@ -29,8 +33,8 @@ type health struct {
 	since   time.Time
 }
 
-// markFailed notes that something failed. If it was for want of the group, that is made
-// again; where that fails too, the next failure has it tried again.
+// markFailed notes that a duty failed. If the group is missing, it is recreated; if
+// that fails too, the next failure tries again.
 func (s *Subscription) markFailed(duty string, err error) {
 	s.shared.client.Refresh(err)
 	if xstream.GroupLost(err) {
@@ -48,10 +52,10 @@ func (s *Subscription) markFailed(duty string, err error) {
 	h.failing[duty] = err
 	h.mu.Unlock()
 	if redisx.IsClosed(err) && s.IsClosing() {
-		s.life.giveUp() // it never serves again
+		s.life.giveUp() // a closed client never recovers
 	}
 	if first && !s.IsClosing() {
-		s.cfg.Log.Error("Redis does not serve the subscription; trying again", err, s.cfg.Fields)
+		s.cfg.Log.Error("Redis is unavailable to the subscription; retrying", err, s.cfg.Fields)
 	}
 }
 
@@ -64,11 +68,11 @@ func (s *Subscription) markHealthy(duty string) {
 	since := h.since
 	h.mu.Unlock()
 	if recovered {
-		s.cfg.Log.Info("Redis serves the subscription again after "+time.Since(since).Round(time.Millisecond).String(), s.cfg.Fields)
+		s.cfg.Log.Info("Redis is available to the subscription again after "+time.Since(since).Round(time.Millisecond).String(), s.cfg.Fields)
 	}
 }
 
-// outage returns when the outage under way began, and its errors.
+// outage returns when the current outage started, and its errors.
 func (h *health) outage() (time.Time, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -76,7 +80,7 @@ func (h *health) outage() (time.Time, error) {
 		return time.Time{}, nil
 	}
 	var errs []error
-	for _, duty := range []string{dutyOpen, dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyDeadLetter} {
+	for _, duty := range []string{dutyOpen, dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyDeadLetter, dutyDelayed, dutyPause, dutyTrim, dutyTrimDead} {
 		if err := h.failing[duty]; err != nil {
 			errs = append(errs, err)
 		}

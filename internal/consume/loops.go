@@ -11,19 +11,19 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 )
 
-// This file is the goroutines that see to it that what the ledger wants is done, but
-// for the slots and the reader.
+// This file holds the goroutines, other than the slots and the reader, that carry
+// out what the ledger asks for.
 
-// loops are they.
+// loops holds their state.
 type loops struct {
-	ack, look chan struct{} // there is something to do
+	ack, look chan struct{} // signal that there is work
 	first     sync.WaitGroup
-	last      sync.WaitGroup // these go on until the handlers have ended
+	last      sync.WaitGroup // these run until the handlers have ended
 	stop      chan struct{}
 
 	mu    sync.Mutex
-	timer *time.Timer // for what is due next; nil: none was needed yet
-	at    time.Time   // when it runs out; zero: it has
+	timer *time.Timer // for the next due entry; nil until first needed
+	at    time.Time   // when the timer fires; zero: it has fired
 }
 
 func newLoops() loops {
@@ -33,7 +33,7 @@ func newLoops() loops {
 func (l *loops) start(run func())     { l.first.Go(run) }
 func (l *loops) startLast(run func()) { l.last.Go(run) }
 
-// end waits for all of them.
+// end waits for all loops.
 func (l *loops) end() {
 	close(l.stop)
 	l.mu.Lock()
@@ -52,10 +52,19 @@ func poke(c chan struct{}) {
 	}
 }
 
-// apply does what a change of the ledger has made necessary.
+// apply carries out what a change of the ledger requires.
 func (s *Subscription) apply(fx ledger.Effects) {
 	if fx.Slots > 0 {
 		s.startSlot()
+	}
+	if fx.Key {
+		go s.slots.one(s).key()
+	}
+	if fx.Crowded {
+		s.crowded.Do(func() {
+			s.cfg.Log.Error("Too many messages wait for others with the same ordering key; until these are handled, nothing more is read",
+				errors.New("MaxConcurrency or the retries of few keys limit the topic"), s.cfg.Fields)
+		})
 	}
 	if fx.Callers > 0 {
 		s.slots.calls.Go(s.callBroken)
@@ -70,15 +79,19 @@ func (s *Subscription) apply(fx ledger.Effects) {
 		poke(s.loops.look)
 	}
 	if !fx.Timer.IsZero() {
-		s.loops.arm(fx.Timer, s.update)
+		s.loops.arm(fx.Timer, s.fired)
 	}
 }
 
-// update does what is to be done now.
+// update carries out what is due now.
 func (s *Subscription) update() { s.apply(s.ledger.Effects(time.Now())) }
 
-// arm has run called at that time. It was called for an earlier one, maybe, by somebody
-// whose change was later.
+// fired carries out what is due now, and arms the timer for what is due next.
+func (s *Subscription) fired() { s.apply(s.ledger.Fired(time.Now())) }
+
+// arm schedules run for that time. An earlier time that is already set remains:
+// concurrent callers may arrive in either order. One who arrives late can replace a
+// later time, so run must arm the timer again.
 func (l *loops) arm(at time.Time, run func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -98,14 +111,15 @@ func (l *loops) arm(at time.Time, run func()) {
 	})
 }
 
-// ackLinger: several acks in one batch say that more are coming. To wait this long for
-// them, a few round trips to a near server, saves a fast handler every second
-// XACK (measured: a tenth of its rate), and delays nobody: the work is done.
+// ackLinger is how long a batch of several acks waits for more. It is a few round
+// trips to a nearby server. It saves a fast handler every second XACK (measured: a
+// tenth of its rate), and delays nobody, since the work is done.
 const ackLinger = 200 * time.Microsecond
 
-// ackLoop acks until stop is closed and all has arrived, or CloseTimeout is over. A
-// batch is what has gathered while the last one was under way, and a moment longer: a
-// single ack goes at once, and under load one command carries many.
+// ackLoop acks until stop is closed and all acks have arrived, or until
+// CloseTimeout. A batch consists of the acks that arrived while the previous batch
+// was in flight, and shortly after: a single ack is sent at once, and under load
+// one command carries many.
 func (s *Subscription) ackLoop() {
 	pause := backoff{}
 	stop, linger := s.loops.stop, false
@@ -143,9 +157,10 @@ func (s *Subscription) ackLoop() {
 	}
 }
 
-// renewLoop renews leases until stop is closed: messages are in hand while the
-// subscription drains. What was confirmed in the last sixth of ClaimMinIdle is left for
-// the next round, so that each lease is renewed within a third.
+// renewLoop renews leases until stop is closed, also while the subscription drains,
+// since handlers still have messages. A lease that was confirmed within the last
+// sixth of ClaimMinIdle waits for the next round, so each lease is renewed within a
+// third of ClaimMinIdle.
 func (s *Subscription) renewLoop() {
 	every := s.cfg.ClaimMinIdle / (2 * takeover.RenewalsPerLease)
 	pause := backoff{}
@@ -164,7 +179,7 @@ func (s *Subscription) renewLoop() {
 		} else {
 			pause.reset()
 			s.markHealthy(dutyRenew)
-			if s.ledger.IsIdle() { // what could not be claimed, or moved, is nobody's business here any more
+			if s.ledger.IsIdle() { // entries that could not be claimed or moved have left this subscription
 				s.markHealthy(dutyClaim)
 				s.markHealthy(dutyDeadLetter)
 			}
@@ -174,8 +189,8 @@ func (s *Subscription) renewLoop() {
 	}
 }
 
-// lookLoop looks at the group, and for what dead consumers left in it, until the
-// subscription closes.
+// lookLoop looks at the group, and for entries that dead consumers left in it,
+// until the subscription closes.
 func (s *Subscription) lookLoop() {
 	defer s.finder.Forget()
 	timer := time.NewTimer(0)
@@ -189,7 +204,7 @@ func (s *Subscription) lookLoop() {
 		}
 		fx, err := s.finder.Look(s.life.ctx)
 		s.apply(fx)
-		if err = errors.Join(err, s.keeper.Trim(s.life.ctx)); err != nil {
+		if err != nil {
 			s.markFailed(dutyLook, err)
 		} else {
 			s.markHealthy(dutyLook)
@@ -198,8 +213,8 @@ func (s *Subscription) lookLoop() {
 	}
 }
 
-// backoff is the pause after a failure: it doubles up to a second, with jitter,
-// so that consumers that failed together do not come back together.
+// backoff is the pause after a failure. It doubles up to a second, with jitter, so
+// that consumers that failed together do not retry together.
 type backoff struct{ d time.Duration }
 
 const (
@@ -214,7 +229,7 @@ func (b *backoff) next() time.Duration {
 	return jitter(b.d)
 }
 
-// wait returns false if stop was closed before the pause was over.
+// wait returns false if stop was closed during the pause.
 func (b *backoff) wait(stop <-chan struct{}) bool {
 	t := time.NewTimer(b.next())
 	defer t.Stop()
@@ -226,7 +241,7 @@ func (b *backoff) wait(stop <-chan struct{}) bool {
 	}
 }
 
-// jitter spreads a duration over [d/2, 3d/2).
+// jitter returns a random duration from [d/2, 3d/2).
 func jitter(d time.Duration) time.Duration {
 	if d <= 0 {
 		return 0

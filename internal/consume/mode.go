@@ -5,49 +5,61 @@ import (
 	"errors"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill"
+
 	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// mode is how a subscription's entries are read, kept and ended: in a group, with a
-// lease or without (NoAck), or in fan-out. It is chosen once; nothing else asks which.
+// mode is how a subscription reads, keeps and ends its entries: in a group with
+// leases, in a group without them (NoAck), or as a fan-out. It is chosen once; no
+// other code asks which.
 type mode interface {
-	// open does what must be done before Subscribe returns.
+	// open does what must happen before Subscribe returns.
 	open(ctx context.Context) error
-	// start begins what goes on beside reading and handling.
+	// start starts the background loops.
 	start()
-	// ping asks Redis for something small.
+	// ping sends a cheap command to Redis.
 	ping(ctx context.Context) error
 
-	// read returns those of the entries that are to be handled.
+	// read returns the entries that are to be handled.
 	read(entries []xstream.Entry) []xstream.Entry
-	// late ends entries that came when nobody takes them any more.
+	// late ends entries that arrived after the subscription stopped taking any.
 	late(entries []*ledger.Entry)
-	// reconnect is said before reading is tried again.
+	// ended counts entries that were read and will not be handled.
+	ended(n int)
+	// reconnect is called before reading is tried again.
 	reconnect(ctx context.Context)
 
-	// offer returns what ends the offer of a message that nobody has taken: the
-	// subscription's end, and that of its context.
+	// offer returns channels that end the offer of a message that nobody has
+	// received yet: one for the end of the subscription, one for the end of the
+	// message's context.
 	offer(ctx context.Context) (withdraw, ended <-chan struct{})
-	// withdrawn ends the entry of such a message.
+	// withdrawn ends the entry of a withdrawn message.
 	withdrawn(h *Task)
-	// handedOut is said once somebody has taken it.
+	// pausable reports whether the subscription can be paused.
+	pausable() bool
+	// held is called with the entry of a message that must not be handed over, since the
+	// group is paused. It returns true if the message is to be offered after all, or false if
+	// the entry is somebody else's concern now.
+	held(h *Task, resumed <-chan struct{}) bool
+	// handedOut is called once a message has been received.
 	handedOut(h *Task)
 
-	// retries reports whether a message that fails comes again.
+	// retries reports whether a failed message is redelivered.
 	retries() bool
 	// postponed prepares an entry that waits for its next delivery.
 	postponed(h *Task)
-	// deadLetters reports whether there is a dead-letter stream for what is dead.
+	// deadLetters reports whether dead entries are moved to a dead-letter stream.
 	deadLetters() bool
 
-	// release gives entries back.
+	// release releases entries.
 	release(ctx context.Context, give []lease.Counted) error
-	// abandoned leaves an entry that may be handled still.
+	// abandoned leaves an entry whose handler may still be running.
 	abandoned(h *Task)
-	// leave takes back what Redis knows of the subscription.
+	// leave removes the subscription's state from Redis.
 	leave(ctx context.Context)
 }
 
@@ -61,7 +73,7 @@ func modeOf(s *Subscription) mode {
 	return leased{grouped{s}}
 }
 
-// grouped is what both kinds of groups have in common.
+// grouped is the common part of both group modes.
 type grouped struct{ *Subscription }
 
 func (m grouped) open(ctx context.Context) error {
@@ -72,15 +84,22 @@ func (m grouped) open(ctx context.Context) error {
 	if err := m.checkDeadLetters(ctx); err != nil {
 		return err
 	}
-	if _, err := m.stream.CreateGroup(ctx, m.cfg.StartID); err != nil {
+	made, err := m.stream.CreateGroup(ctx, m.cfg.StartID)
+	if err == nil && made {
+		err = m.stream.Hold(ctx, m.cfg.ClaimMinIdle) // others may still have what was pending in a lost one
+	}
+	if err != nil {
 		return err
 	}
-	if m.cfg.DeleteAcked {
-		if err := m.checkDeleteAcked(ctx); err != nil {
-			return err
-		}
+	if err := m.checkRetention(ctx); err != nil {
+		return err
 	}
-	// The others count the consumers, to share what sweeping may cost.
+	control, err := m.stream.Control(ctx)
+	if err != nil && !redisx.IsDenied(err) {
+		return err
+	}
+	m.obey(control, err)
+	// Other consumers count the group's consumers, to share the cost of sweeps.
 	if err := m.stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
 		return err
 	}
@@ -92,23 +111,27 @@ func (m grouped) start() {
 	m.loops.start(m.lookLoop)
 }
 
+func (grouped) pausable() bool { return true }
+
+func (m grouped) reconnect(ctx context.Context) { m.askPaused(ctx) }
+
 func (m grouped) ping(ctx context.Context) error {
 	_, err := m.stream.PendingSummary(ctx)
 	return err
 }
 
-// leave takes the consumer's name out of the group, unless other subscriptions of the
-// topic have it or something is pending under it.
+// leave removes the consumer's name from the group, unless other subscriptions of
+// the topic use it or entries are pending for it.
 func (m grouped) leave(ctx context.Context) {
 	if m.shared.poller.Has(m.cfg.Topic) {
 		return
 	}
 	if err := m.stream.RemoveConsumer(ctx); err != nil {
-		m.cfg.Log.Debug("The consumer's name stays in the group: "+err.Error(), m.cfg.Fields)
+		m.cfg.Log.Debug("The consumer's name was not removed from the group: "+err.Error(), m.cfg.Fields)
 	}
 }
 
-// leased: entries stay pending until they are acked.
+// leased keeps entries pending until they are acked.
 type leased struct{ grouped }
 
 func (m leased) start() {
@@ -125,19 +148,22 @@ func (m leased) read(entries []xstream.Entry) []xstream.Entry {
 func (m leased) late(entries []*ledger.Entry) {
 	give := make([]lease.Counted, len(entries))
 	for i, e := range entries {
-		give[i] = lease.Counted{Entry: e}
+		give[i] = lease.Counted{Entry: e, Count: max(e.Count()-1, 0)}
 	}
 	m.Subscription.release(give)
 }
 
-// reconnect: if the group is another one by now, that is to be seen before anything is
-// read from it.
+// reconnect checks whether the group was recreated, before anything is read from
+// it.
 func (m leased) reconnect(ctx context.Context) {
 	if err := m.keeper.Renew(ctx, 0); err != nil {
 		m.markFailed(dutyRenew, err)
 	}
+	m.grouped.reconnect(ctx)
 	m.update()
 }
+
+func (leased) ended(int) {}
 
 func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
@@ -145,7 +171,15 @@ func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 
 func (m leased) withdrawn(h *Task) { m.GiveBack(h, h.Count()-1) }
 
-// handedOut: the fields can be read again.
+// held queues the entry again, to be released with what was read ahead.
+func (m leased) held(h *Task, _ <-chan struct{}) bool {
+	if !m.ledger.HoldBack(time.Now(), h.Entry) {
+		m.withdrawn(h)
+	}
+	return false
+}
+
+// handedOut drops the fields: they can be read again.
 func (m leased) handedOut(h *Task) { h.Fields = nil }
 
 func (leased) retries() bool     { return true }
@@ -157,33 +191,51 @@ func (m leased) release(ctx context.Context, give []lease.Counted) error {
 	return m.keeper.Release(ctx, give)
 }
 
-// abandoned: the entry stays in this consumer's name until its lease has run out. This
-// delivery does not count.
+// abandoned leaves the entry pending for this consumer until its lease expires.
+// This delivery does not count.
 func (m leased) abandoned(h *Task) {
-	m.shared.poller.Disown(m.cfg.Topic, h.ID) // it is no orphan while its handler is at work
+	m.shared.poller.Disown(m.cfg.Topic, h.ID) // not an orphan while its handler runs
 	if err := m.keeper.Abandon(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
-		m.cfg.Log.Error("The message keeps a delivery that was not to count", err, m.Fields(h))
+		m.cfg.Log.Error("The abandoned delivery counts as a retry: its count could not be restored", err, m.Fields(h))
 	}
 }
 
-// unleased: nothing is pending, so that nothing comes again and nothing can be given
-// back.
+// unleased has nothing pending, so nothing can be redelivered or released.
 type unleased struct{ grouped }
 
 func (unleased) read(entries []xstream.Entry) []xstream.Entry { return entries }
 
 func (m unleased) late(entries []*ledger.Entry) { m.lost.Add(int64(len(entries))) }
-func (unleased) reconnect(context.Context)      {}
 
-// offer: there is no lease to be lost, and a second left before CloseTimeout.
+func (m unleased) ended(n int) {
+	if m.lost.Add(int64(n)); n > 0 {
+		m.cfg.Log.Error("Messages lost", errors.New("NoAck: read, and not handled when the subscription closed"),
+			m.cfg.Fields.Add(watermill.LogFields{"entries": n}))
+	}
+}
+
+// offer withdraws at CloseTimeout only: there is no lease to lose.
 func (m unleased) offer(context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.abandon, nil
 }
 
-func (m unleased) withdrawn(h *Task) {
+func (m unleased) withdrawn(h *Task) { m.drop(h, "not received before CloseTimeout") }
+
+func (m unleased) drop(h *Task, why string) {
 	m.lost.Add(1)
-	m.cfg.Log.Error("Message lost", errors.New("NoAck: nobody took it before CloseTimeout"), m.Fields(h))
+	m.cfg.Log.Error("Message lost", errors.New("NoAck: "+why), m.Fields(h))
 	m.ledger.Remove(time.Now(), h.Entry)
+}
+
+// held waits: there is nothing to release.
+func (m unleased) held(h *Task, resumed <-chan struct{}) bool {
+	select {
+	case <-resumed:
+		return true
+	case <-m.life.closing:
+		m.drop(h, "the group was paused when the subscription closed")
+		return false
+	}
 }
 
 func (unleased) handedOut(*Task)                                {}
@@ -193,14 +245,16 @@ func (unleased) deadLetters() bool                              { return false }
 func (unleased) release(context.Context, []lease.Counted) error { return nil }
 func (unleased) abandoned(*Task)                                {}
 
-// fanOut: the subscription reads by itself, and nothing is stored about it but how far it
-// is.
+// fanOut is a subscription without a group. Redis stores only its read position.
 type fanOut struct {
 	*Subscription
 	position *position
 }
 
 func (m fanOut) open(ctx context.Context) error {
+	if err := m.checkRetention(ctx); err != nil {
+		return err
+	}
 	after := m.cfg.StartID
 	info, err := m.stream.Info(ctx)
 	if redisx.IsDenied(err) && after != "$" {
@@ -227,8 +281,8 @@ func (m fanOut) ping(ctx context.Context) error {
 	return err
 }
 
-// read returns the entries in memory of their own: they are kept until they are acked,
-// and what was read is a part of its whole reply.
+// read copies the entries' fields: entries are kept until they are acked, and the
+// originals would keep the whole reply in memory.
 func (m fanOut) read(entries []xstream.Entry) []xstream.Entry {
 	entries = m.position.unseen(entries)
 	for i, e := range entries {
@@ -237,8 +291,11 @@ func (m fanOut) read(entries []xstream.Entry) []xstream.Entry {
 	return entries
 }
 
-func (fanOut) late([]*ledger.Entry)      {}
-func (fanOut) reconnect(context.Context) {}
+func (fanOut) pausable() bool                   { return false }
+func (fanOut) held(*Task, <-chan struct{}) bool { return true }
+func (fanOut) late([]*ledger.Entry)             {}
+func (m fanOut) ended(n int)                    { m.lost.Add(int64(n)) }
+func (fanOut) reconnect(context.Context)        {}
 
 func (m fanOut) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
 	return m.life.closing, ctx.Done()
@@ -248,7 +305,7 @@ func (m fanOut) withdrawn(h *Task) { m.ledger.Remove(time.Now(), h.Entry) }
 func (fanOut) handedOut(*Task)     {}
 func (fanOut) retries() bool       { return true }
 
-// postponed counts the next delivery, which nobody else does.
+// postponed counts the next delivery, since Redis does not.
 func (fanOut) postponed(h *Task) { h.SetCount(h.Next, h.Next+1) }
 
 func (fanOut) deadLetters() bool                              { return false }

@@ -14,42 +14,42 @@ import (
 )
 
 const (
-	// positionTTL is for how long Redis remembers how far a fan-out has come that
-	// does not say so again: its process is dead then.
+	// positionTTL is how long Redis keeps the position of a fan-out that does not
+	// update it: its process is dead.
 	positionTTL = time.Minute
 
-	// positionTick is how often a fan-out says how far it has come.
+	// positionTick is how often a fan-out updates its position.
 	positionTick = time.Second
 
-	// positionRest is how often it does if it has not gone on.
+	// positionRest is how often it does so if the position has not changed.
 	positionRest = 5 * time.Second
 
-	// maxRecent bounds the IDs that a fan-out remembers between two looks.
+	// maxRecent limits the IDs that a fan-out remembers between two looks.
 	maxRecent = 10_000
 )
 
-// position is how far a fan-out has come in its stream. It tells Redis, so that
-// consumers with DeleteAcked do not delete what it has not read; and it finds out
-// when the stream was deleted and began anew: a read after an ID of the old one would
-// pass over what has a smaller one.
+// position is how far a fan-out has read its stream. It reports that to Redis, so
+// that retention does not trim unread entries. It also detects
+// that the stream was deleted and recreated: a read after an ID of the old stream
+// would skip entries with smaller IDs.
 type position struct {
 	s    *Subscription
 	name string // in the stream's positions
 
-	denied    bool      // the right to say so is missing, or was, which was said
-	notBefore time.Time // it is tried again
+	denied    bool      // the missing permission is logged already
+	notBefore time.Time // no update before that time
 
 	mu     sync.Mutex
-	last   xstream.Mark      // the last entry that was read; at first StartID
+	last   xstream.Mark      // the last entry read; at first StartID
 	any    bool              // something was read
-	first  xstream.Mark      // the first one that was read since the last look
-	recent map[string]uint64 // the prints of what was read since then, up to maxRecent
-	replay map[string]uint64 // of what was read already of a stream that is read again
+	first  xstream.Mark      // the first entry read since the last look
+	recent map[string]uint64 // fingerprints of the entries read since then, up to maxRecent
+	replay map[string]uint64 // entries that a stream which is being reread had already delivered
 
-	// Of the last look.
+	// State of the last look.
 	info   xstream.Info
-	mark   xstream.Mark // last
-	before xstream.Mark // the mark before that
+	mark   xstream.Mark // last, at that time
+	before xstream.Mark // the previous value of mark
 	at     time.Time
 }
 
@@ -57,21 +57,21 @@ func newPosition(s *Subscription) *position {
 	return &position{s: s, name: watermill.NewUUID(), recent: make(map[string]uint64)}
 }
 
-// begin says where the fan-out begins, before Subscribe returns.
+// begin reports the start position, before Subscribe returns.
 func (p *position) begin(ctx context.Context, after string, info xstream.Info) {
 	p.last, p.info, p.at = xstream.Mark{ID: after}, info, time.Now()
 	p.mark = p.last
-	p.say(ctx, after)
+	p.report(ctx, after)
 }
 
-// say tells Redis that all up to the ID was read.
-func (p *position) say(ctx context.Context, id string) {
+// report tells Redis that everything up to the ID was read.
+func (p *position) report(ctx context.Context, id string) {
 	s := p.s
 	if time.Now().Before(p.notBefore) {
 		return
 	}
 	ms, seq := xstream.SplitID(id)
-	id = fmt.Sprintf("%d-%d", ms, seq) // as scripts compare it
+	id = fmt.Sprintf("%d-%d", ms, seq) // the form that scripts compare
 	err := s.stream.SetPosition(ctx, p.name, id, positionTTL)
 	if redisx.IsDenied(err) || redisx.ReplyHas(err, "CROSSSLOT", "can't access non local key", "READONLY You can't write against a read only replica") {
 		p.notBefore = time.Now().Add(positionRest)
@@ -79,12 +79,12 @@ func (p *position) say(ctx context.Context, id string) {
 			return
 		}
 		p.denied = true
-		s.cfg.Log.Info("No right to say how far a fan-out has come; consumers with DeleteAcked may delete what it has not read: "+err.Error(), s.cfg.Fields)
+		s.cfg.Log.Info("No permission to store the read position of a fan-out; retention and DeleteAcked may delete entries that it has not read: "+err.Error(), s.cfg.Fields)
 	}
 }
 
-// unseen returns the entries without those that came before, from a stream that is
-// read again.
+// unseen drops the entries that were already delivered, from a stream that is being
+// reread.
 func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -119,7 +119,7 @@ func (p *position) run() {
 	}
 }
 
-// look finds out whether the stream began anew, and says how far the fan-out is.
+// look checks whether the stream was recreated, and reports the position.
 func (p *position) look(ctx context.Context) {
 	s := p.s
 	p.mu.Lock()
@@ -134,11 +134,11 @@ func (p *position) look(ctx context.Context) {
 	if err == nil && was.differs(info) {
 		again, err = p.survivor(ctx, was, info)
 	}
-	if redisx.IsDenied(err) { // then without knowing
+	if redisx.IsDenied(err) { // continue without the check
 		info.Added, err = -1, nil
 	}
 	if err != nil {
-		return // the reader notices an outage
+		return // the reader reports the outage
 	}
 	p.at = time.Now()
 	p.mu.Lock()
@@ -150,7 +150,8 @@ func (p *position) look(ctx context.Context) {
 		if idle {
 			p.replay = nil
 		}
-		// What was read while the server was asked may be among what it has counted.
+		// Entries that were read during the call may be among those that the server
+		// has counted.
 		p.recent = p.afterLocked(info.Last)
 	}
 	if was.last != p.mark {
@@ -160,17 +161,17 @@ func (p *position) look(ctx context.Context) {
 	p.mu.Unlock()
 	if again != "" {
 		s.reader.seat.Rewind(again)
-		s.cfg.Log.Error("The stream was deleted and began anew, or a failover has lost the end of it; reading it again from where it changed",
+		s.cfg.Log.Error("The stream was deleted and recreated, or a failover lost its end; rereading it from where it changed",
 			errors.New("stream changed"), s.cfg.Fields.Add(watermill.LogFields{"start_id": again}))
 	}
-	p.say(ctx, was.last.ID)
+	p.report(ctx, was.last.ID)
 }
 
-// seen is what a look knows of the stream.
+// seen is what a look knows about the stream.
 type seen struct {
-	xstream.Info                // of the last look; Added is the least that there must be
-	last         xstream.Mark   // that was read; of StartID nobody knows whether it is there
-	marks        []xstream.Mark // entries that were there, the latest first
+	xstream.Info                // as of the last look; Added is a lower bound
+	last         xstream.Mark   // the last entry read; StartID may not exist as an entry
+	marks        []xstream.Mark // entries that existed, the latest first
 }
 
 func (p *position) seenLocked() seen {
@@ -184,7 +185,7 @@ func (p *position) seenLocked() seen {
 		was.Last = p.last.ID
 	}
 	if was.First == "0-0" && p.first.ID != "" {
-		was.First, was.FirstPrint = p.first.ID, "" // of an empty stream the first that came
+		was.First, was.FirstPrint = p.first.ID, "" // the stream was empty: the first entry that was added
 	}
 	if was.Added >= 0 {
 		was.Added += int64(len(p.afterLocked(p.info.Last)))
@@ -192,7 +193,8 @@ func (p *position) seenLocked() seen {
 	return was
 }
 
-// afterLocked returns what was read since the last look and came after the ID.
+// afterLocked returns the entries that were read since the last look and follow the
+// ID.
 func (p *position) afterLocked(id string) map[string]uint64 {
 	later := make(map[string]uint64)
 	for recent, print := range p.recent {
@@ -203,9 +205,9 @@ func (p *position) afterLocked(id string) map[string]uint64 {
 	return later
 }
 
-// differs reports whether the stream is not the one that it was. One that goes on never
-// has a smaller last ID, or fewer entries, or an older first one, or another one of the
-// same ID. (That an entry is missing means nothing: it may be trimmed.)
+// differs reports whether this is not the same stream. The last ID, the number of
+// added entries and the first ID of a stream never decrease, and an ID keeps its
+// entry. (A missing entry means nothing: it may be trimmed.)
 func (was seen) differs(now xstream.Info) bool {
 	switch {
 	case xstream.CompareIDs(now.Last, was.Last) < 0, was.Added >= 0 && now.Added >= 0 && now.Added < was.Added:
@@ -218,9 +220,9 @@ func (was seen) differs(now xstream.Info) bool {
 	return xstream.CompareIDs(now.First, was.First) < 0
 }
 
-// survivor returns after which entry the stream is to be read again: the latest that
-// was read and is still there, if a failover has lost the end of the stream; "0-0" if it
-// was deleted and began anew.
+// survivor returns the entry after which to reread the stream: the latest one that
+// was read and still exists, if a failover has lost the end of the stream; "0-0" if
+// the stream was deleted and recreated.
 func (p *position) survivor(ctx context.Context, was seen, now xstream.Info) (string, error) {
 	if now.First == was.First && was.FirstPrint != "" && now.FirstPrint != was.FirstPrint {
 		return "0-0", nil
@@ -233,7 +235,7 @@ func (p *position) survivor(ctx context.Context, was seen, now xstream.Info) (st
 	return "0-0", nil
 }
 
-// remove takes the position back.
+// remove deletes the position from Redis.
 func (p *position) remove() {
 	_ = p.s.stream.RemovePosition(p.s.life.ctx, p.name)
 }

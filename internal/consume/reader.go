@@ -11,24 +11,25 @@ import (
 )
 
 const (
-	// The prefetch doubles while as much is consumed within prefetchFast, and halves
-	// when that takes longer than prefetchSlow: what is read ahead, twice the
-	// prefetch at most, is then 50 to 200 ms of work. More would
-	// keep it from consumers that have nothing to do; less would make a fast
-	// handler wait for the server.
+	// The prefetch doubles while that many entries are consumed within
+	// prefetchFast, and halves when they take longer than prefetchSlow. The entries
+	// read ahead, at most twice the prefetch, are then 50 to 200 ms of work. More
+	// would keep entries from idle consumers; less would make a fast handler wait
+	// for the server.
 	prefetchFast = 25 * time.Millisecond
 	prefetchSlow = 100 * time.Millisecond
 
-	// maxRead is about how many bytes one read takes, and twice that is read ahead,
-	// where it is more than one entry.
+	// maxRead is the approximate maximum of bytes per read. At most twice that is
+	// read ahead, unless a single entry is larger.
 	maxRead = 1 << 20
 
-	// sharedPrefetch is the prefetch of a fast handler whose topic is read with others.
+	// sharedPrefetch is the prefetch of a fast handler whose topic shares its reads
+	// with others.
 	sharedPrefetch = 2
 )
 
-// reader is the subscription's side of its poller (a poll.Member), and the goroutine
-// that sees to it when reading fails.
+// reader is the subscription's side of its poller (a poll.Member), and the
+// goroutine that reconnects after read errors.
 type reader struct {
 	s    *Subscription
 	seat *poll.Seat
@@ -36,10 +37,10 @@ type reader struct {
 
 	mu       sync.Mutex
 	prefetch int
-	last     time.Time // of the last read
-	asked    int       // entries; 0: with other streams, of which one entry is read at a time
+	last     time.Time // time of the last read
+	asked    int       // entries requested; 0: a read of several streams, one entry each
 	got      int
-	size     int // of an entry of the last read, in bytes
+	size     int // average entry size of the last read, in bytes
 }
 
 func newReader(s *Subscription) *reader { return &reader{s: s, done: make(chan struct{})} }
@@ -56,7 +57,7 @@ func (r *reader) run() {
 			return
 		}
 		if time.Since(began) > 2*maxBackoff {
-			pause.reset() // it has worked meanwhile
+			pause.reset() // reading has worked in between
 		}
 		s.markFailed(dutyRead, err)
 		if !pause.wait(s.life.closing) {
@@ -66,7 +67,7 @@ func (r *reader) run() {
 	}
 }
 
-// Room returns how many entries the reader may read now.
+// Room returns how many entries may be read now.
 func (r *reader) Room() int {
 	r.mu.Lock()
 	prefetch := r.prefetch
@@ -81,7 +82,7 @@ func (r *reader) Room() int {
 	return min(r.s.ledger.Room(prefetch), r.s.cfg.BatchSize, fits)
 }
 
-// Take enqueues what was read.
+// Take adds a batch to the ledger.
 func (r *reader) Take(b poll.Batch) {
 	s, entries := r.s, b.Entries
 	size := 0
@@ -107,13 +108,13 @@ func (r *reader) Take(b poll.Batch) {
 		}
 	}
 	fx, ok := s.ledger.Add(b.At, b.Sent, add)
-	if s.apply(fx); !ok { // an answer that Close did not wait for
+	if s.apply(fx); !ok { // a reply that Close did not wait for
 		s.mode.late(add)
 	}
 }
 
-// own returns the fields in memory of their own: what was read is a part of its whole
-// reply, and would keep that for as long as it waits.
+// own copies the fields: the originals are parts of a whole reply, and would keep
+// it in memory as long as an entry waits.
 func own(fields []string) []string {
 	clones := make([]string, len(fields))
 	for i, f := range fields {
@@ -122,29 +123,30 @@ func own(fields []string) []string {
 	return clones
 }
 
-// Holds reports whether the entry is in this subscription's hands.
+// Holds reports whether this subscription has the entry.
 func (r *reader) Holds(id string) bool { return r.s.ledger.Owns(id) }
 
-// Reading notes that reading works, or that there is no need to.
+// Reading notes that reading works, or that there is nothing to read for.
 func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 
-// Orphans takes what is pending in the consumer's name and in nobody's hands: the
-// answer to a command that took it was lost. Its delivery has reached nobody.
+// Orphans takes entries that are pending for this consumer but unknown to its
+// subscriptions: the answer to the command that read or claimed them was lost, so
+// their delivery has reached nobody.
 func (r *reader) Orphans(rows []xstream.Pending) bool {
 	s := r.s
 	orphans := make([]*ledger.Entry, len(rows))
 	for i, p := range rows {
-		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(max(p.Count, 1), max(p.Count, 1)) // 0: snoozed, or given back
+		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(max(p.Count, 1), max(p.Count, 1)) // 0: snoozed, or released
 	}
 	s.apply(s.ledger.Offer(time.Now(), orphans, false))
 	return !s.IsClosing()
 }
 
-// fits returns how many entries like the last ones are read at a time, and ahead.
+// fits returns how many entries of the current size fit into one read.
 func (r *reader) fits() int { return max(1, maxRead/max(1, r.size)) }
 
-// adapted returns the prefetch for the next read. It is asked when there is room for a
-// read again.
+// adapted returns the prefetch for the next read. It is called when there is room
+// again.
 func (r *reader) adapted() int {
 	prefetch, batchSize := r.prefetch, r.s.cfg.BatchSize
 	if r.last.IsZero() {
@@ -158,15 +160,15 @@ func (r *reader) adapted() int {
 	case r.got == r.asked:
 		prefetch = min(max(1, 2*prefetch), batchSize)
 	case r.asked == 0:
-		// One entry says little; but a topic with room for the next one needs not
-		// leave its connection and wake it to come back.
+		// One entry says little. But a topic that has room for the next one need
+		// not leave its connection and wake it up to return.
 		prefetch = min(max(prefetch, sharedPrefetch), batchSize)
 	}
 	r.last = time.Time{}
 	return prefetch
 }
 
-// leave ends the reading, before abandon if the server answers.
+// leave ends reading: before CloseTimeout if the server answers.
 func (r *reader) leave() {
 	r.seat.Leave()
 	select {

@@ -13,30 +13,30 @@ import (
 )
 
 const (
-	// subscriberConns: a command that takes long must not hold up the others.
+	// subscriberConns is 2, so that a slow command does not hold up the others.
 	subscriberConns = 2
 )
 
-// Shared is what the subscriptions of a Subscriber have in common: a pipeline for
-// commands, the connections that wait for entries, a consumer's name, and bounds.
+// Shared is what the subscriptions of a Subscriber share: a pipeline for commands,
+// the blocking connections, the consumer's name, and limits.
 type Shared struct {
 	client   redisx.Client
-	pipe     *pipeline.Pipeline // for all but reads that block
+	pipe     *pipeline.Pipeline // for all commands except blocking reads
 	poller   *poll.Poller
 	consumer string
 
-	// The looks at all topics come at the same time, to share a pipeline.
+	// The looks at all topics happen at the same time, to share a pipeline.
 	epoch time.Time
 	tick  time.Duration
 
 	Bounds *ledger.Bounds
 }
 
-// SharedConfig has the fields of SubscriberConfig.
+// SharedConfig holds fields of SubscriberConfig.
 type SharedConfig struct {
 	Client        redisx.Client
 	Group         string
-	Consumer      string // how its name begins
+	Consumer      string // prefix of the name
 	NoAck         bool
 	BlockTime     time.Duration
 	BatchSize     int
@@ -44,7 +44,7 @@ type SharedConfig struct {
 	Log           watermill.LoggerAdapter
 }
 
-// NewShared opens no connection yet.
+// NewShared returns a Shared. It opens no connections.
 func NewShared(c SharedConfig) *Shared {
 	client, log := c.Client, c.Log
 	s := &Shared{
@@ -56,18 +56,18 @@ func NewShared(c SharedConfig) *Shared {
 		Client: client, Pipeline: s.pipe, Group: c.Group, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
 		Unwakable: func() {
 			if client.Wrapped() {
-				log.Info("The client is not one of go-redis's own: its topics share one connection of its pool, and take it for 0.1s at a time", nil)
+				log.Info("The client's type is not one of go-redis's: its topics share one connection of its pool, for 0.1s at a time", nil)
 				return
 			}
-			log.Info("No right to CLIENT ID and CLIENT UNBLOCK: Close waits for the read under way, 1s at most; "+
-				"of topics that share a connection one may be noticed 0.1s late", nil)
+			log.Info("No permission for CLIENT ID and CLIENT UNBLOCK: Close waits up to 1s for the current read; "+
+				"topics that share a connection may be noticed 0.1s late", nil)
 		},
 	})
 	return s
 }
 
-// consumerName is a name that no one else has: two processes on one host, or two
-// hosts of one name, differ in the suffix.
+// consumerName returns a unique name: two processes on one host, or two hosts with
+// the same name, differ in the suffix.
 func consumerName(prefix string) string {
 	if prefix == "" {
 		if host, err := os.Hostname(); err == nil {

@@ -1,6 +1,7 @@
 package consume
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -10,31 +11,37 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 )
 
-// slot is a goroutine that takes one entry at a time all the way to its outcome, while
-// there are any. There are MaxConcurrency of them at most: that is the bound on
-// unsettled messages, and with one, the order.
+// slot is a goroutine that takes entries from the ledger and brings each to its
+// outcome, one or one batch at a time, until there are none left. At most
+// MaxConcurrency slots run: this bounds the unsettled messages, and with one slot it
+// preserves the order.
 type slot struct {
 	s     *Subscription
 	state atomic.Int32
-	entry atomic.Pointer[ledger.Entry] // in hand
-	task  Task
+	entry *ledger.Entry   // that the user's function is about, in slotCalls
+	taken []*ledger.Entry // what Take returned
+	tasks []Task          // those of taken that are handled
+
+	keys bool   // it runs key
+	left func() // gives up on the message's handler; set before slotHandles
 }
 
-// slots are those of a subscription, and the calls of its user's functions outside of
-// them.
+// slots are the slots of a subscription, and the calls of the user's functions
+// outside of them.
 type slots struct {
 	mu      sync.Mutex
 	running map[*slot]struct{}
-	free    []*slot       // that have run, for the next to start
-	none    chan struct{} // closed when none runs; nil: nobody waits for that
+	free    []*slot       // ended slots, for reuse
+	none    chan struct{} // closed when none runs; nil while nobody waits
 	calls   sync.WaitGroup
 }
 
-// A slot that is in a function of the user's when CloseTimeout is over is detached:
-// nobody waits for it, and it ends when that function returns.
+// A slot that is in a user's function when CloseTimeout has passed is detached:
+// nobody waits for it, and it ends when the function returns.
 const (
 	slotRuns int32 = iota
 	slotCalls
+	slotHandles // the function is the message's handler: see Task.Direct
 	slotDetached
 )
 
@@ -60,37 +67,143 @@ func (sl *slot) run() {
 	s := sl.s
 	ended := false
 	defer func() {
-		// A function of the user's has ended its goroutine (t.FailNow does): it failed.
-		if e := sl.entry.Load(); e != nil && sl.state.Load() == slotCalls {
-			s.GiveBack(&Task{Entry: e}, e.Count())
-		}
-		if !ended {
+		if sl.exited(); !ended {
 			s.ledger.SlotEnded()
 			s.update()
 		}
 		s.slots.mu.Lock()
 		defer s.slots.mu.Unlock()
 		if s.slots.forget(sl); ended {
+			clear(sl.taken[:cap(sl.taken)])
 			s.slots.free = append(s.slots.free, sl)
 		}
 	}()
 	for {
-		e, fx := s.ledger.Take(time.Now())
-		if ended = e == nil; ended {
+		var fx ledger.Effects
+		sl.taken, fx = s.ledger.Take(time.Now(), sl.taken[:0])
+		if ended = len(sl.taken) == 0; ended {
 			s.apply(fx)
 			return
 		}
 		s.apply(fx)
-		sl.entry.Store(e)
-		sl.task = Task{e, sl}
-		if e.Death != nil || s.acquire(&sl.task) {
-			s.work.Handle(&sl.task)
+		if sl.acquire(); len(sl.tasks) > 0 {
+			s.work.Handle(sl.tasks)
 		}
-		sl.entry.Store(nil)
 	}
 }
 
-// forget is called with the mutex held.
+// exited releases what the slot has, if a user's function called runtime.Goexit (as
+// t.FailNow does): it failed.
+func (sl *slot) exited() {
+	if sl.state.Load() != slotCalls {
+		return // or detached
+	}
+	for _, e := range sl.s.ledger.Running(sl.taken) {
+		count := e.Count()
+		if e != sl.entry {
+			count-- // the rest of a batch
+		}
+		sl.s.GiveBack(&Task{Entry: e}, count)
+	}
+}
+
+// acquire makes tasks of what is ours, and first of its key. The entries of a batch are
+// fetched at the same time: one that Redis does not answer must not delay the others.
+func (sl *slot) acquire() {
+	s := sl.s
+	clear(sl.tasks)
+	sl.tasks = sl.tasks[:0]
+	for _, e := range sl.taken {
+		sl.tasks = append(sl.tasks, Task{e, sl})
+	}
+	if len(sl.tasks) == 1 {
+		if t := &sl.tasks[0]; t.Death == nil && !(s.acquire(t) && s.first(t)) {
+			sl.tasks = sl.tasks[:0]
+		}
+		return
+	}
+	ours := make([]bool, len(sl.tasks))
+	var fetching sync.WaitGroup
+	for i := range sl.tasks {
+		t := &sl.tasks[i]
+		if ours[i] = t.Fields != nil; !ours[i] {
+			fetching.Go(func() { ours[i] = s.acquire(t) })
+		}
+	}
+	fetching.Wait()
+	kept := sl.tasks[:0]
+	for i, t := range sl.tasks {
+		if ours[i] && s.first(&sl.tasks[i]) {
+			kept = append(kept, t)
+		}
+	}
+	sl.tasks = kept
+}
+
+// first reports whether no other entry comes before this one, because of its key.
+func (s *Subscription) first(t *Task) bool {
+	if !s.cfg.Keyed || t.HasKey() {
+		return true
+	}
+	ok, late, fx := s.ledger.Line(time.Now(), t.Entry, s.work.Key(t))
+	s.apply(fx)
+	if late {
+		s.GiveBack(t, t.Count()-1)
+	}
+	return ok
+}
+
+// keyBatch is how many entries the keyer takes at a time: enough to take the ledger's mutex
+// rarely, and few enough for the first one to start soon.
+const keyBatch = 64
+
+// key is what the keyer runs: it computes the keys of what was read, in stream order, until
+// there is nothing left. It counts as a slot, since it calls the user's functions.
+func (sl *slot) key() {
+	s := sl.s
+	sl.keys = true
+	ended := false
+	var batch []*ledger.Entry
+	done := 0
+	defer func() {
+		if !ended { // the user's function called runtime.Goexit: it failed
+			if sl.state.Load() == slotCalls {
+				s.GiveBack(&Task{Entry: sl.entry}, sl.entry.Count())
+			}
+			if late := s.ledger.KeyerEnded(slices.Delete(batch, done, done+1)); len(late) > 0 {
+				s.mode.late(late)
+			}
+			s.update()
+		}
+		sl.keys = false
+		s.slots.mu.Lock()
+		defer s.slots.mu.Unlock()
+		if s.slots.forget(sl); ended {
+			s.slots.free = append(s.slots.free, sl)
+		}
+	}()
+	keys := make([]string, keyBatch)
+	for {
+		batch, done = s.ledger.TakeUnkeyed(keyBatch), 0
+		if ended = len(batch) == 0; ended {
+			return
+		}
+		for i, e := range batch {
+			sl.tasks = append(sl.tasks[:0], Task{e, sl})
+			if keys[i] = ""; s.acquire(&sl.tasks[0]) {
+				keys[i] = s.work.Key(&sl.tasks[0])
+			}
+			done++
+		}
+		late, fx := s.ledger.Keyed(time.Now(), batch, keys)
+		s.apply(fx)
+		if len(late) > 0 {
+			s.mode.late(late)
+		}
+	}
+}
+
+// forget must be called with the mutex locked.
 func (ss *slots) forget(sl *slot) {
 	delete(ss.running, sl)
 	if len(ss.running) == 0 && ss.none != nil {
@@ -99,12 +212,12 @@ func (ss *slots) forget(sl *slot) {
 	}
 }
 
-// detachPause is how often slots are looked at that did not end with CloseTimeout.
-// Those that are not in a function of the user's do so by themselves.
+// detachPause is how often to check on slots that are still running after
+// CloseTimeout. Those that are not in a user's function end soon.
 const detachPause = 10 * time.Millisecond
 
-// awaitSlots waits until no slot runs. After CloseTimeout it leaves those behind that
-// are in a function of the user's.
+// awaitSlots waits until no slot runs. After CloseTimeout it detaches slots that
+// are in a user's function.
 func (s *Subscription) awaitSlots() {
 	abandon := s.life.abandon
 	var again <-chan time.Time
@@ -135,21 +248,33 @@ func (s *Subscription) detachSlots() {
 	n := 0
 	s.slots.mu.Lock()
 	var left []string
+	var handled []func()
 	for sl := range s.slots.running {
-		if sl.state.CompareAndSwap(slotCalls, slotDetached) {
-			s.slots.forget(sl)
+		switch {
+		case sl.state.CompareAndSwap(slotHandles, slotDetached):
+			handled = append(handled, sl.left)
+		case sl.state.CompareAndSwap(slotCalls, slotDetached):
 			n++
-			if e := sl.entry.Load(); e != nil {
+			left = append(left, sl.entry.ID)
+			for _, e := range s.ledger.Running(sl.taken) {
 				left = append(left, e.ID)
 			}
+		default:
+			continue
 		}
+		s.slots.forget(sl)
 	}
 	s.slots.mu.Unlock()
 	for _, id := range left {
-		s.shared.poller.Disown(s.cfg.Topic, id) // it is no orphan while the function is at work
+		s.shared.poller.Disown(s.cfg.Topic, id) // not an orphan while the function runs
 	}
+	var leaving sync.WaitGroup
+	for _, leave := range handled {
+		leaving.Go(leave)
+	}
+	leaving.Wait()
 	if n > 0 {
-		s.cfg.Log.Info("A function of the config did not return within CloseTimeout; its message is handled again once its lease has run out",
+		s.cfg.Log.Info("A function of the config did not return within CloseTimeout; its message will be redelivered when its lease expires",
 			s.cfg.Fields.Add(watermill.LogFields{"entries": n}))
 	}
 }

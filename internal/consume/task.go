@@ -11,24 +11,26 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// This file is what a Work can do with an entry.
+// This file holds what a Work can do with an entry.
 
-// Task is an entry in the hands of a slot; without one: of a goroutine beside them.
+// Task is an entry that is being processed, by a slot or by another goroutine.
 type Task struct {
 	*ledger.Entry
 	slot *slot
 }
 
-// Call calls a function of the user's, which recovers its panics. It does not return if
-// the subscription has ended meanwhile.
+// Call calls a user's function, which must recover its own panics. It does not
+// return if the subscription has ended in the meantime.
 func (t *Task) Call(f func()) {
 	sl := t.slot
-	if sl == nil { // a goroutine of its own
+	if sl == nil { // not in a slot
 		f()
 		return
 	}
+	sl.entry = t.Entry
 	sl.state.Store(slotCalls)
 	f()
 	if !sl.state.CompareAndSwap(slotCalls, slotRuns) {
@@ -36,19 +38,19 @@ func (t *Task) Call(f func()) {
 	}
 }
 
-// Go runs a function of the user's beside the slots. The drain waits for it until
+// Go runs a user's function outside of the slots. The drain waits for it until
 // CloseTimeout.
 func (s *Subscription) Go(f func()) { s.slots.calls.Go(f) }
 
-// acquire makes sure that the entry is ours, with its fields: it takes what was not
-// read just now. It returns false if the entry is somebody else's business, or comes
-// later.
+// acquire makes sure that the entry is ours and has its fields: an entry that was
+// not just read is claimed first. It returns false if another consumer has the
+// entry, or if it has to wait.
 func (s *Subscription) acquire(t *Task) bool {
 	if t.Fields != nil {
 		return true
 	}
 	claim := t.Owner != ""
-	if claim { // the Subscriber's other subscriptions of the topic have the same name
+	if claim { // the Subscriber's other subscriptions of the topic use the same consumer name
 		if !s.shared.poller.Reserve(s.cfg.Topic, t.ID, s.reader) {
 			s.Drop(t)
 			return false
@@ -57,11 +59,21 @@ func (s *Subscription) acquire(t *Task) bool {
 	}
 	own := t.Owner == s.stream.Consumer
 	if own && !s.shared.poller.Disowned(s.cfg.Topic, t.ID) {
-		t.Next = t.Count() // the answer to what took it was lost: it has reached nobody
+		t.Next = t.Count() // the answer to the command that claimed it was lost: it has reached nobody
 	}
 	taken, err := s.keeper.Take(s.life.ctx, t.Entry)
+	withdrawn := claim && s.ledger.WasWithdrawn(t.Entry)
+	if withdrawn || t.slot != nil && t.slot.keys { // later it would come after its successors
+		for pause := (backoff{}); (unavailable(err) || withdrawn && xstream.GroupLost(err)) && pause.wait(s.life.closing); taken, err = s.keeper.Take(s.life.ctx, t.Entry) {
+			if xstream.GroupLost(err) { // it is to be restored
+				s.ledger.Own(t.Entry)
+				withdrawn, claim = false, false
+			}
+			s.markFailed(dutyClaim, err)
+		}
+	}
 	switch {
-	case err != nil && claim: // it may have happened: then it is an orphan
+	case err != nil && claim: // it may be claimed: then it is an orphan
 		s.markFailed(dutyLook, err)
 		s.Drop(t)
 		s.shared.poller.Unsure(s.cfg.Topic)
@@ -74,7 +86,7 @@ func (s *Subscription) acquire(t *Task) bool {
 			s.claimed.Add(1)
 		}
 		return true
-	case !claim && s.ledger.Owned(t.Entry): // the group was lost, and it is put back
+	case !claim && s.ledger.Owned(t.Entry): // the group was lost, and the entry is being restored
 		s.Again(t, minBackoff)
 	default:
 		s.markHealthy(dutyClaim)
@@ -83,16 +95,35 @@ func (s *Subscription) acquire(t *Task) bool {
 	return false
 }
 
-// HandOver sends an entry's message to whoever takes it. It returns false, and the entry has
-// come to its outcome, if the subscription closes before, or the lease is lost, which ends
-// ctx.
+// unavailable reports whether Redis did not answer, or not yet.
+func unavailable(err error) bool {
+	return err != nil && (!redisx.IsReply(err) || redisx.NotReady(err)) && !redisx.IsClosed(err)
+}
+
+// HandOver sends an entry's message to the channel. It returns false if the
+// subscription closes first, if the group is paused, or if the lease is lost, which
+// ends ctx; then somebody else has the entry, or it has come to its outcome.
 func HandOver[M any](ctx context.Context, s *Subscription, t *Task, to chan<- M, message M) bool {
-	select {
-	case to <- message:
-	default:
+	for {
+		state := s.pause.state.Load()
+		if state.isPaused() {
+			if !s.mode.held(t, state.over) {
+				return false
+			}
+			continue
+		}
+		select {
+		case to <- message:
+			s.mode.handedOut(t)
+			return true
+		default:
+		}
 		withdraw, ended := s.mode.offer(ctx)
 		select {
 		case to <- message:
+			s.mode.handedOut(t)
+			return true
+		case <-state.over:
 		case <-withdraw:
 			s.mode.withdrawn(t)
 			return false
@@ -101,23 +132,68 @@ func HandOver[M any](ctx context.Context, s *Subscription, t *Task, to chan<- M,
 			return false
 		}
 	}
+}
+
+// Begin is HandOver for a handler that is called in the slot itself: see Direct. It
+// returns false if the subscription closes, or if the group is paused.
+func (s *Subscription) Begin(t *Task) bool {
+	for state := s.pause.state.Load(); state.isPaused(); state = s.pause.state.Load() {
+		if !s.mode.held(t, state.over) {
+			return false
+		}
+	}
+	withdraw, _ := s.mode.offer(s.life.ctx)
+	select {
+	case <-withdraw:
+		s.mode.withdrawn(t)
+		return false
+	default:
+	}
 	s.mode.handedOut(t)
 	return true
 }
 
-// Settle is the end of an entry that nobody needs any more: it is acked.
+// Direct is Call for the handler of a message, or of the slot's batch. If CloseTimeout passes first, left is called,
+// by another goroutine, and Direct does not return. If the handler calls runtime.Goexit, as
+// t.FailNow does, exited is called, and Direct does not return.
+func (t *Task) Direct(handler, left, exited func()) {
+	sl, returned := t.slot, false
+	sl.left = left
+	sl.state.Store(slotHandles)
+	defer func() {
+		if !returned && sl.state.CompareAndSwap(slotHandles, slotRuns) {
+			exited()
+		}
+	}()
+	handler()
+	returned = true
+	if !sl.state.CompareAndSwap(slotHandles, slotRuns) {
+		runtime.Goexit()
+	}
+}
+
+// Settle ends an entry that is done: it is acked.
 func (s *Subscription) Settle(t *Task) { s.apply(s.ledger.Acked(time.Now(), t.Entry)) }
 
-// Drop ends an entry that is not ours any more, or was never kept.
+// SettleAll is Settle for entries of a batch.
+func (s *Subscription) SettleAll(tasks []*Task) {
+	entries := make([]*ledger.Entry, len(tasks))
+	for i, t := range tasks {
+		entries[i] = t.Entry
+	}
+	s.apply(s.ledger.Acked(time.Now(), entries...))
+}
+
+// Drop ends an entry that is no longer ours, or was never pending.
 func (s *Subscription) Drop(t *Task) { s.ledger.Remove(time.Now(), t.Entry) }
 
-// Again has the entry come again after the delay.
+// Again schedules the entry's redelivery after the delay.
 func (s *Subscription) Again(t *Task, delay time.Duration) { s.schedule(t, false, delay) }
 
-// Snooze has the entry come again after the delay, with the count that it has: this
-// delivery does not count. It does not in Redis either from now on, so that a crash until
-// then, which counts one, leaves it as many as it had. (Where Redis does not answer, that
-// crash uses one up.)
+// Snooze schedules the entry's redelivery after the delay with an unchanged count:
+// this delivery does not count. The count in Redis is lowered at once, so that a
+// crash in the meantime, which counts as a delivery, uses up no retry. (If Redis
+// does not answer, such a crash does.)
 func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 	count := t.Count()
 	if s.mode.deadLetters() && !s.IsClosing() {
@@ -127,7 +203,7 @@ func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 	s.Again(t, delay)
 }
 
-// Aside has the entry come again after the delay, without holding up the order.
+// Aside is like Again, but successors do not wait for the entry.
 func (s *Subscription) Aside(t *Task, delay time.Duration) { s.schedule(t, true, delay) }
 
 func (s *Subscription) schedule(t *Task, aside bool, delay time.Duration) {
@@ -139,15 +215,15 @@ func (s *Subscription) schedule(t *Task, aside bool, delay time.Duration) {
 	now := time.Now()
 	dropped, ok := s.ledger.Retry(now, t.Entry, now.Add(delay), aside)
 	switch {
-	case !ok: // Close came in between
+	case !ok: // Close came first
 		s.GiveBack(t, t.Next-1)
 	case dropped != nil:
 		s.gaveUp(dropped)
 	}
 }
 
-// Broken has CallBroken called with the entry, outside of the slots and of the order: one
-// that hangs stops nothing.
+// Broken has CallBroken called with the entry, outside of the slots and of the
+// order, so that a call that hangs blocks nothing.
 func (s *Subscription) Broken(t *Task) {
 	switch full, ok := s.ledger.Broken(time.Now(), t.Entry); {
 	case !ok: // the subscription closes
@@ -157,12 +233,12 @@ func (s *Subscription) Broken(t *Task) {
 	}
 }
 
-// callBroken calls CallBroken while there is something for it. There are maxCallers of
-// these goroutines at most.
+// callBroken calls CallBroken while there are entries for it. At most maxCallers of
+// these goroutines run.
 func (s *Subscription) callBroken() {
 	ended := false
 	defer func() {
-		if !ended { // the user's function has ended its goroutine
+		if !ended { // the user's function called runtime.Goexit
 			s.ledger.CallerEnded()
 		}
 		s.update()
@@ -173,49 +249,66 @@ func (s *Subscription) callBroken() {
 		if ended = e == nil; ended {
 			return
 		}
-		if t := (&Task{Entry: e}); s.acquire(t) {
+		t, again := &Task{Entry: e}, e.Fields == nil
+		switch {
+		case !s.acquire(t):
+		case again && s.pause.state.Load().isPaused(): // since it was claimed
+			s.Broken(t)
+		default:
 			s.work.CallBroken(t)
 		}
 	}
 }
 
-// gaveUp leaves an entry, for which there is no room among those that wait, to its lease.
+// gaveUp drops an entry because too many are waiting. It is redelivered when its
+// lease expires.
 func (s *Subscription) gaveUp(e *ledger.Entry) {
 	s.shared.poller.Disown(s.cfg.Topic, e.ID)
 	s.overflow.Do(func() {
-		s.cfg.Log.Error("Very many messages wait for a retry", errors.New(
-			"those that wait longest come again when their leases have run out, whenever they are due"), s.cfg.Fields)
+		s.cfg.Log.Error("Too many messages wait for a retry", errors.New(
+			"those with the longest waits are redelivered when their leases expire, whenever they are due"), s.cfg.Fields)
 	})
 }
 
-// Abandoned leaves an entry that may be handled still, after CloseTimeout. This delivery
-// does not count.
+// Abandoned leaves an entry whose handler may still be running after CloseTimeout.
+// This delivery does not count.
 func (s *Subscription) Abandoned(t *Task) {
 	s.mode.abandoned(t)
 	s.Drop(t)
 }
 
-// GiveBack releases an entry, with the deliveries that are to count.
+// GiveBack releases an entry with the given delivery count.
 func (s *Subscription) GiveBack(t *Task, count int64) {
 	s.release([]lease.Counted{{Entry: t.Entry, Count: s.releaseCount(t.Entry, count)}})
 }
 
-// releaseAll gives back everything that no slot has in hand: prefetched entries as if
-// they had never been read, waiting ones with their count.
+// releaseAll releases all entries that no slot is handling: prefetched entries as
+// if they had never been read, waiting ones with their count.
 func (s *Subscription) releaseAll() {
 	queued, retries := s.ledger.Close(time.Now())
 	give := make([]lease.Counted, 0, len(queued)+len(retries))
 	for _, e := range queued {
 		give = append(give, lease.Counted{Entry: e, Count: max(e.Count()-1, 0)})
 	}
+	answers := true
 	for _, e := range retries {
+		if answers && s.ledger.IsMoving(e) {
+			// Another consumer would not know that it may have been moved. After an
+			// error there is no time to try this with every entry.
+			t := &Task{Entry: e}
+			answers = s.work.MoveAgain(t) == nil
+			if s.ledger.IsMoved(e) {
+				s.Drop(t)
+				continue
+			}
+		}
 		give = append(give, lease.Counted{Entry: e, Count: s.releaseCount(e, e.Next-1)})
 	}
 	s.release(give)
 }
 
-// release gives entries back; where that fails, they come again when their leases have
-// run out.
+// release releases entries. If that fails, they are redelivered when their leases
+// expire.
 func (s *Subscription) release(give []lease.Counted) {
 	if len(give) == 0 {
 		return
@@ -228,15 +321,15 @@ func (s *Subscription) release(give []lease.Counted) {
 	s.ledger.Releasing(now, entries...)
 	if !s.isAbandoned() {
 		if err := s.tryRelease(give); err != nil {
-			s.cfg.Log.Error("Release failed; the messages come again when their leases have run out", err,
+			s.cfg.Log.Error("Release failed; the messages will be redelivered when their leases expire", err,
 				s.cfg.Fields.Add(watermill.LogFields{"entries": len(give)}))
 		}
 	}
 	s.ledger.Remove(now, entries...)
 }
 
-// releaseTries: after a cut each connection that lies in the pool fails once, and who waits
-// for the leases to run out waits long.
+// releaseTries allows for several stale connections: after a cut, each connection
+// in the pool fails once, and it would take long for the leases to expire.
 const releaseTries = 5
 
 func (s *Subscription) tryRelease(give []lease.Counted) (err error) {
@@ -250,8 +343,9 @@ func (s *Subscription) tryRelease(give []lease.Counted) (err error) {
 	return err
 }
 
-// releaseCount keeps a dead entry that could not be moved dead for whoever claims
-// it, which counts as no more than this delivery of it.
+// releaseCount returns the count with which to release an entry. A dead entry that
+// could not be moved keeps a count that makes it dead for whichever consumer claims
+// it; a claim adds no more than the current delivery.
 func (s *Subscription) releaseCount(e *ledger.Entry, count int64) int64 {
 	if e.Death != nil && s.cfg.Last != 0 {
 		return max(e.Count()-1, s.cfg.Last)

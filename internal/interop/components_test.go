@@ -33,14 +33,14 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Watermill's components, used as they are, on our Publisher and Subscriber.
-// Each meets failures: that is what it is here for.
+// Watermill's components, unchanged, on our Publisher and Subscriber, each with
+// failures.
 
-// Our dead letters are what Watermill's requeuer reads: topic_poisoned says where
-// they came from.
+// Watermill's requeuer reads our dead letters: topic_poisoned says where they came
+// from.
 func TestComponents_Requeuer(t *testing.T) {
 	s := newSystem(t)
-	s.expectErrors("Broken entry")
+	s.expectErrors("Malformed entry")
 	orders, hospital := s.topic("orders"), s.topic("hospital")
 	dead := goxstreams.DeadLetterTopic(orders)
 
@@ -61,13 +61,13 @@ func TestComponents_Requeuer(t *testing.T) {
 	brokenID := s.client.XAdd(t.Context(), &redis.XAddArgs{Stream: orders, Values: fields}).Val()
 	s.requireDead(orders, 3)
 
-	// The first attempt to publish each of them fails: they are not lost by it.
+	// The first attempt to publish each of them fails, which loses none.
 	recovered.Store(true)
 	hospitalRouter := s.router()
 	_, err := requeuer.NewRequeuer(requeuer.Config{
 		Subscriber: s.subscriber(func(c *goxstreams.SubscriberConfig) {
 			c.ConsumerGroup = "requeuer"
-			c.DeleteAcked = true // what is requeued is no dead letter any more
+			c.DeleteAcked = true // a requeued message is not a dead letter any more
 			c.Retry = nil
 		}),
 		SubscribeTopic: dead,
@@ -99,14 +99,14 @@ func TestComponents_Requeuer(t *testing.T) {
 	// SubscriberConfig.Retry sees a Nack only: the error's text needs a middleware.
 	require.Equal(t, goxstreams.ErrRetriesExhausted.Error(), got.msg.Metadata[middleware.ReasonForPoisonedKey])
 
-	// To a broken one the handler can say no by its kind; nothing of it is lost.
+	// The handler can reject a broken one by its kind; nothing of it is lost.
 	broken := handled.last(brokenID)
 	require.Equal(t, goxstreams.Broken.String(), broken.msg.Metadata[goxstreams.DeadKindKey])
 	was, err := goxstreams.UnpackFields(broken.msg.Payload)
 	require.NoError(t, err)
 	require.Equal(t, fields, was)
 
-	// The hopeless one has died three times by now, and its story is that of the last.
+	// The hopeless one has died three times by now; its metadata is about the last time.
 	end := s.entries(hospital)[0]
 	require.Equal(t, "hopeless", end.UUID)
 	require.Equal(t, "3", end.Metadata[requeuer.RetriesKey])
@@ -114,12 +114,11 @@ func TestComponents_Requeuer(t *testing.T) {
 	require.Equal(t, handled.last("hopeless").delivery.ID, end.Metadata[goxstreams.DeadEntryIDKey])
 }
 
-// A dead letter that the requeuer refuses stays where it is, pending, and stops
-// no other if there is a limit: without, it would be tried again before its
-// successors.
+// A dead letter that the requeuer refuses stays pending. With a retry limit it stops
+// no other; without one it would be retried before its successors.
 func TestComponents_RequeuerRefuses(t *testing.T) {
 	s := newSystem(t)
-	s.expectErrors("A message died on a dead-letter stream; it stays pending there", "Broken entry")
+	s.expectErrors("A message died on a dead-letter stream; it stays pending there", "Malformed entry")
 	orders := s.topic("orders")
 	dead := goxstreams.DeadLetterTopic(orders)
 	billing := s.router()
@@ -166,8 +165,8 @@ func TestComponents_RequeuerRefuses(t *testing.T) {
 	require.Equal(t, fields, letter.Fields)
 }
 
-// An outbox: what the decorated publisher has sent reaches its topic in order,
-// though every second attempt to forward fails, and some of them after the deed.
+// An outbox: messages of the decorated publisher reach their topic in order, although
+// every second attempt to forward one fails, and some fail after it was published.
 func TestComponents_Forwarder(t *testing.T) {
 	s := newSystem(t)
 	outbox, topics := s.topic("outbox"), []string{s.topic("a"), s.topic("b")}
@@ -182,7 +181,7 @@ func TestComponents_Forwarder(t *testing.T) {
 		msg := newMessage(fmt.Sprint(i), []byte(fmt.Sprint("payload ", i)), message.Metadata{"i": fmt.Sprint(i)})
 		require.NoError(t, decorated.Publish(topic, msg))
 		want[topic] = append(want[topic], msg)
-		if i%5 == 0 { // its answer gets lost: twice, next to each other
+		if i%5 == 0 { // its answer gets lost, so it is there twice in a row
 			want[topic] = append(want[topic], msg)
 		}
 	}
@@ -218,12 +217,12 @@ func TestComponents_Forwarder(t *testing.T) {
 	require.Contains(t, letter.Reason, "cannot unwrap message")
 }
 
-// Several topics into one, with one Subscriber and one Publisher for all. FanIn
-// takes no middleware, and its handler never fails, the publishing does: that is
-// SubscriberConfig.Retry's.
+// Several topics into one, with one Subscriber and one Publisher for all. FanIn takes
+// no middlewares, and only its publishing fails, never its handler: that is a case
+// for SubscriberConfig.Retry.
 func TestComponents_FanIn(t *testing.T) {
 	s := newSystem(t)
-	s.expectErrors("Broken entry")
+	s.expectErrors("Malformed entry")
 	sources, target := []string{s.topic("a"), s.topic("b")}, s.topic("target")
 
 	want := map[string][]string{}
@@ -395,8 +394,8 @@ func TestComponents_CQRS(t *testing.T) {
 			require.EqualValues(t, 4, s.length(events))
 			s.requireSettled(events, "statistics", "projections", "strict")
 
-			// Each group on its own: what fails in one is acked in the others. A
-			// group's handlers share the message, and so its failure.
+			// Groups are independent: what fails in one is acked in the others. The
+			// handlers of a group share a message, and its failure.
 			require.Equal(t, map[string]int{
 				"book 101": 2, "book 102": 2, "book 103": 1, "cancel 104": 1, "book 105": 3,
 				"lenient 101": 1, "lenient 102": 1, "lenient 103": 1, "lenient 105": 1,
@@ -431,7 +430,7 @@ func TestComponents_CQRS(t *testing.T) {
 				require.Equal(t, "no handler found for event interop.roomCanceled", unknown.Reason)
 			}
 
-			// A replay is for its group, all handlers of it, and no one else.
+			// A replay reaches all handlers of its group, and no other group.
 			recovered.Store(true)
 			queue, err := goxstreams.NewDeadLetterQueue(s.client, goxstreams.DeadLetterTopic(events))
 			require.NoError(t, err)
@@ -452,9 +451,9 @@ type (
 	quotient struct{ Q int }
 )
 
-// Replies come by fan-out, one subscription for each command that waits for one.
-// Every failed delivery is answered; the subscription ends with the caller's
-// context, although nobody calls Close.
+// Replies arrive by fan-out, with a subscription for each command that waits for one.
+// Every failed delivery is answered. The subscription ends with the caller's context,
+// although nobody calls Close.
 func TestComponents_RequestReply(t *testing.T) {
 	s := newSystem(t)
 	commands, replies := s.topic("commands"), s.topic("replies")
@@ -545,11 +544,11 @@ func TestComponents_RequestReply(t *testing.T) {
 	})
 }
 
-// Metrics wait for every message's outcome, in a goroutine each: retries, dead
-// messages, and the one that Close gives up on must all have one.
+// Metrics wait for every message's outcome, in a goroutine each: retries, dead messages,
+// and one that Close gives up on must all get one.
 func TestComponents_Metrics(t *testing.T) {
-	testserver.Addr(t) // so that the shared server is not in its count
-	// What watermill-redisstream leaves for half a second is other tests'.
+	testserver.Addr(t) // so that its goroutines are not counted as leaks
+	// Goroutines that watermill-redisstream leaves for half a second belong to other tests.
 	leaks := append(testserver.LeakOptions(), goleak.IgnoreCurrent())
 	t.Cleanup(func() { goleak.VerifyNone(t, leaks...) }) // after the clients are closed
 
@@ -605,7 +604,7 @@ func TestComponents_Metrics(t *testing.T) {
 		"filtered": goxstreams.Filtered, "exhausted": goxstreams.Exhausted, "permanent": goxstreams.PermanentFailure,
 	}, kinds)
 
-	// A handler that does not heed the end of its context.
+	// A handler that ignores the end of its context.
 	s.publish(in, message.NewMessage("stuck", nil))
 	<-stuck
 	stopped := make(chan struct{})
@@ -638,22 +637,26 @@ func TestComponents_Metrics(t *testing.T) {
 		map[string]string{"success": "true", "handler_name": "<no handler>", "publisher_name": "goxstreams.Publisher"})
 }
 
-// Redis Streams know no delay: a message with Watermill's delay comes at once, and
-// keeps the metadata through retries and death.
+// A message with Watermill's delay is delivered when it is due, and keeps the metadata
+// through retries and dead-lettering.
 func TestComponents_Delay(t *testing.T) {
 	s := newSystem(t)
 	topic := s.topic("topic")
 	pub, err := delay.NewPublisher(s.publisher(), delay.PublisherConfig{
-		DefaultDelayGenerator: func(delay.DefaultDelayGeneratorParams) (delay.Delay, error) { return delay.For(time.Hour), nil },
+		DefaultDelayGenerator: func(delay.DefaultDelayGeneratorParams) (delay.Delay, error) {
+			return delay.For(300 * time.Millisecond), nil
+		},
 	})
 	require.NoError(t, err)
 	msg := newMessage("delayed", []byte("payload"), message.Metadata{"key": "value"})
+	published := time.Now()
 	require.NoError(t, pub.Publish(topic, msg))
-	require.Equal(t, "1h0m0s", msg.Metadata[delay.DelayedForKey])
+	require.Equal(t, "300ms", msg.Metadata[delay.DelayedForKey])
 
 	messages := subscribe(t, s.subscriber(), topic)
 	for range quickRetry.MaxRetries + 1 {
 		got := receive(t, messages)
+		require.GreaterOrEqual(t, time.Since(published), 300*time.Millisecond)
 		requireSame(t, msg, got)
 		got.Nack()
 	}
@@ -664,8 +667,8 @@ func TestComponents_Delay(t *testing.T) {
 // quickRetry is the policy of these tests.
 var quickRetry = goxstreams.Retry{MaxRetries: 2, InitialInterval: time.Millisecond, MaxInterval: 2 * time.Millisecond}
 
-// system is one test's application: topics of its own, one client for all, and a
-// log. What it makes is closed when the test is over.
+// system is the application of one test, with its own topics, one client and a log. It
+// closes what it makes at the end of the test.
 type system struct {
 	t        *testing.T
 	name     string
@@ -689,11 +692,10 @@ func newSystem(t *testing.T) *system {
 
 func (s *system) topic(name string) string { return s.name + "." + name }
 
-// expectErrors names the errors that the library is to log, beside which there
-// must be none.
+// expectErrors names the errors that the library must log. Any other one fails the test.
 func (s *system) expectErrors(texts ...string) { s.expected = texts }
 
-// requireNoErrors also sees a middleware that has lost its message.
+// requireNoErrors also fails if a middleware has lost its message.
 func (s *system) requireNoErrors() {
 	s.t.Helper()
 	var logged []string
@@ -745,7 +747,7 @@ type daemon interface {
 	Close() error
 }
 
-// run returns when it is running. stop may be called again.
+// run starts d and returns when it is running. stop may be called twice.
 func (s *system) run(d daemon) (stop func()) {
 	s.t.Helper()
 	done := make(chan error, 1)
@@ -782,7 +784,7 @@ func (s *system) pending(topic, group string) int64 {
 	return p.Count
 }
 
-// requireSettled waits until each group has read all, and has nothing pending.
+// requireSettled waits until each group has read everything and has nothing pending.
 func (s *system) requireSettled(topic string, groups ...string) {
 	s.t.Helper()
 	s.eventually("all of "+topic+" is settled", func() bool {
@@ -801,7 +803,7 @@ func (s *system) requireSettled(topic string, groups ...string) {
 	})
 }
 
-// requireDead returns the topic's dead letters, for which it waits.
+// requireDead waits for n dead letters of the topic and returns them.
 func (s *system) requireDead(topic string, n int) []goxstreams.DeadMessage {
 	s.t.Helper()
 	dead := goxstreams.DeadLetterTopic(topic)
@@ -853,8 +855,8 @@ func (s *system) requireMetric(registry *prometheus.Registry, want int, name str
 	require.Equal(s.t, want, value())
 }
 
-// failing is a Publisher that fails for some messages, in some attempts; stores:
-// although it has published them.
+// failing is a Publisher that fails for some messages, in some attempts; with stores,
+// after it has published them.
 type failing struct {
 	message.Publisher
 	fails    func(attempt int, uuid string) bool
@@ -918,7 +920,7 @@ func (b *book) counts() map[string]int {
 	return counts
 }
 
-// last is of a key that is there.
+// last returns the last one of a key that exists.
 func (b *book) last(key string) sighting {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -1,4 +1,4 @@
-// Package interop holds goxstreams against the real watermill-redisstream. It
-// has tests only, in a module of its own, so that those who use goxstreams do
-// not get watermill-redisstream among their dependencies.
+// Package interop tests goxstreams together with the real watermill-redisstream
+// and Watermill's components. It is a module of its own, so that users of
+// goxstreams do not get these as dependencies.
 package interop

@@ -28,8 +28,8 @@ func TestMain(m *testing.M) {
 const (
 	group = "group"
 
-	// maxIdle is after how much idle time either of the two takes a pending
-	// message for abandoned.
+	// maxIdle is the idle time after which either library considers a pending
+	// message abandoned.
 	maxIdle  = time.Second
 	patience = 20 * time.Second
 )
@@ -77,8 +77,8 @@ func TestLive_NackedComesAgain(t *testing.T) {
 	})
 }
 
-// What a migration without downtime is: publishers and consumers of both kinds
-// at work on one stream, in one group. Each message is handled by exactly one.
+// A migration without downtime: publishers and consumers of both libraries work on
+// one stream, in one group. Each message is handled by exactly one of them.
 func TestLive_OneGroup(t *testing.T) {
 	s := newStream(t)
 	var (
@@ -108,7 +108,7 @@ func TestLive_OneGroup(t *testing.T) {
 
 	oldPub, newPub := oldOne.publisher(s), newOne.publisher(s)
 	patient := s
-	patient.maxIdle = time.Minute // claims are the next tests' subject
+	patient.maxIdle = time.Minute // the next tests are about claims
 	var consumers sync.WaitGroup
 	defer consumers.Wait()
 	for name, sub := range map[string]message.Subscriber{"old": oldOne.subscriber(patient, group), "new": newOne.subscriber(patient, group)} {
@@ -141,7 +141,7 @@ func TestLive_OneGroup(t *testing.T) {
 	t.Logf("%d messages: %v", len(sent), by)
 }
 
-// A message whose holder is gone for good is taken over by the other kind.
+// A message of a dead consumer is taken over by one of the other library.
 func TestLive_TakeOver(t *testing.T) {
 	bothWays(t, func(t *testing.T, from, to implementation) {
 		s := newStream(t)
@@ -160,8 +160,8 @@ func TestLive_TakeOver(t *testing.T) {
 	})
 }
 
-// A rolling restart from one kind to the other: what the closed consumer had
-// read and not handled is handled by the other one.
+// A rolling restart from one library to the other: what the closed consumer had read
+// and not handled is handled by the other one.
 func TestLive_Close(t *testing.T) {
 	bothWays(t, func(t *testing.T, from, to implementation) {
 		s := newStream(t)
@@ -176,7 +176,7 @@ func TestLive_Close(t *testing.T) {
 			done[got.UUID] = true
 			got.Ack()
 		}
-		// One is in the handler's hands when the process is told to stop.
+		// One is being handled when the process is told to stop.
 		var failing sync.WaitGroup
 		failing.Go(func() {
 			for msg := range before {
@@ -203,8 +203,8 @@ func TestLive_Close(t *testing.T) {
 	})
 }
 
-// watermill-redisstream takes what has been idle for MaxIdleTime, whoever has
-// it. Renewals keep it off a slow handler of ours.
+// watermill-redisstream takes whatever has been idle for MaxIdleTime. Renewals protect
+// a slow handler of ours.
 func TestLive_OldLeavesSlowNewAlone(t *testing.T) {
 	s := newStream(t)
 	require.NoError(t, newOne.publisher(s).Publish(s.topic, randomMessages(1)...))
@@ -255,7 +255,7 @@ func (s stream) requireAllAcked(entries int) {
 type implementation struct {
 	publisher  func(stream) message.Publisher
 	subscriber func(s stream, group string) message.Subscriber
-	losesAcks  bool // of what is acked as Close begins
+	losesAcks  bool // of messages that are acked as Close begins
 }
 
 var oldOne = implementation{
@@ -303,8 +303,7 @@ var newOne = implementation{
 	},
 }
 
-// killable ends as a process does that loses its power: without a word to
-// Redis.
+// killable ends as in a power failure: it sends nothing more to Redis.
 type killable struct {
 	message.Subscriber
 	client *redis.Client
@@ -313,7 +312,7 @@ type killable struct {
 func (k killable) kill() error { return k.client.Close() }
 
 func closed(t *testing.T, sub message.Subscriber) message.Subscriber {
-	t.Cleanup(func() { _ = sub.Close() }) // what it says after a kill is no concern here
+	t.Cleanup(func() { _ = sub.Close() }) // its error after a kill does not matter
 	return sub
 }
 

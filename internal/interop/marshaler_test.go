@@ -16,8 +16,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams"
 )
 
-// What is written for the interfaces of one needs only its spelling changed for
-// those of the other.
+// Code for the interfaces of one library needs only another spelling for those of the
+// other.
 var (
 	_ goxstreams.Marshaler     = redisstream.Marshaller(nil)
 	_ redisstream.Marshaller   = goxstreams.Marshaler(nil)
@@ -44,9 +44,8 @@ func TestReservedKeyIsTheSame(t *testing.T) {
 	}
 }
 
-// With at most one key there is one encoding, and it is the same; with more,
-// watermill-redisstream writes the keys in a random order, and we write them
-// sorted.
+// With at most one key the encodings are the same; with more, watermill-redisstream
+// writes the keys in random order, and this library sorts them.
 func TestSameBytes(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	check := func(metadata message.Metadata) {
@@ -84,7 +83,7 @@ func TestSameMessages(t *testing.T) {
 		require.NoError(t, err)
 		requireSame(t, msg, got)
 
-		var decoded map[string]string // by whom metadata of another origin may be read
+		var decoded map[string]string // decoded by a third library
 		if packed := stored(t, ours, msg)["metadata"].(string); packed != "" {
 			require.NoError(t, msgpack5.Unmarshal([]byte(packed), &decoded))
 			require.Equal(t, map[string]string(msg.Metadata), decoded)
@@ -103,9 +102,9 @@ func TestSameMessages(t *testing.T) {
 	}
 }
 
-// Whatever metadata watermill-redisstream reads, we read as the same; what it
-// rejects, we reject. The exception is a map within an extension type, which
-// its library skips the header of, and no version of it writes.
+// Metadata that watermill-redisstream reads is read the same way here, and what it
+// rejects is rejected. The exception is a map within an extension type: its library
+// skips that header, and no version of it writes one.
 func FuzzSameMetadata(f *testing.F) {
 	f.Add([]byte("\x81\xa3key\xa5value"))
 	f.Add([]byte("\xde\x00\x02\xd9\x01k\xda\x00\x01v\xdb\x00\x00\x00\x01l\xc0 and more"))
@@ -165,8 +164,8 @@ func randomMetadata(random *rand.Rand, keys int) message.Metadata {
 	return metadata
 }
 
-// randomString has lengths on both sides of where the encoding changes, and any
-// bytes.
+// randomString returns any bytes, of lengths around those at which the encoding
+// changes.
 func randomString(random *rand.Rand) string {
 	limits := []int{0, 1, 8, 8, 8, 8, 8, 40, 40, 300}
 	b := make([]byte, random.IntN(limits[random.IntN(len(limits))]+1))

@@ -25,14 +25,14 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// Our middlewares on a router with other people's Subscribers: GoChannel, which
-// stands for Kafka and the like, and watermill-redisstream. What is not ours
-// passes: the message, the error, and as many failures as there are.
+// Our middlewares on a router with foreign Subscribers: GoChannel, in place of Kafka and
+// the like, and watermill-redisstream. They pass foreign messages and errors through,
+// however many failures there are.
 func TestRouter_ForeignMessagesPass(t *testing.T) {
 	s := newSystem(t)
 	ours, old, bridge := s.topic("ours"), s.topic("old"), s.topic("bridge")
 	const kafkaTopic = "kafka"
-	// With the context of who publishes: our delivery's, for what crosses the
+	// With the publisher's context, which is that of our delivery for what crosses the
 	// bridge. It is another message all the same.
 	kafka := gochannel.NewGoChannel(gochannel.Config{PreserveContext: true}, s.log)
 	oldSub, err := redisstream.NewSubscriber(redisstream.SubscriberConfig{Client: testserver.Client(t), ConsumerGroup: group}, nil)
@@ -61,7 +61,7 @@ func TestRouter_ForeignMessagesPass(t *testing.T) {
 		quickRetry.Middleware,
 		goxstreams.DeadLetter{ShouldDeadLetter: func(err error) bool { return errors.Is(err, errFiltered) }}.Middleware,
 	)
-	// Each fails five times, in all the ways that would be the end of ours.
+	// Each fails five times, in all ways that would make a message of ours dead.
 	failures := []error{errFiltered, goxstreams.Permanent(errOnce), errOnce, goxstreams.Snooze(errOnce, time.Hour), errOnce}
 	var handled book
 	handle := func(msg *message.Message) error {
@@ -121,7 +121,7 @@ func TestRouter_ForeignMessagesPass(t *testing.T) {
 	require.Zero(t, s.length(goxstreams.DeadLetterTopic(bridge)))
 	require.Zero(t, s.length(goxstreams.DeadLetterTopic(old)))
 
-	// Said once: by each of the middlewares in each of the handlers.
+	// Logged once by each middleware in each handler.
 	var said []any
 	for _, m := range s.log.Captured()[watermill.InfoLogLevel] {
 		if strings.Contains(m.Msg, "has no effect") {
@@ -136,9 +136,8 @@ var (
 	errFiltered = errors.New("filtered")
 )
 
-// A signal closes the router while handlers are at work: what they produce is
-// published, what they have done is acked. Who gives up because of the signal has
-// failed in nothing.
+// A signal closes the router while handlers run: what they produce is published, what
+// they have handled is acked. Giving up because of the signal is no failure.
 func TestRouter_CloseWithHandlersUnderWay(t *testing.T) {
 	s := newSystem(t)
 	in, out := s.topic("in"), s.topic("out")
@@ -166,7 +165,7 @@ func TestRouter_CloseWithHandlersUnderWay(t *testing.T) {
 	}
 
 	stop := start(proceed, plugin.SignalsHandler)
-	defer signal.Reset(syscall.SIGTERM, syscall.SIGINT) // the plugin never does
+	defer signal.Reset(syscall.SIGTERM, syscall.SIGINT) // the plugin does not do this
 	for _, uuid := range []string{"1", "gives up", "2", "comes too late"} {
 		s.publish(in, message.NewMessage(uuid, nil))
 	}
@@ -245,7 +244,7 @@ func TestRouter_HandlersComeAndGo(t *testing.T) {
 	<-a.Stopped()
 	<-waiting.Stopped()
 	s.eventually("one subscription is left", func() bool { return len(sub.Stats()) == 1 })
-	send("b", "flaky b2") // read, and published, by what the router has closed for the others
+	send("b", "flaky b2") // read, and published, although the router has closed both for the others
 	requireOut("flaky b2")
 	require.Equal(t, 1, handled.count("under way"))
 	require.Equal(t, 1, handled.count("waits"))
@@ -270,7 +269,7 @@ func TestRouter_HandlersComeAndGo(t *testing.T) {
 	require.EqualValues(t, 8, s.length(out))
 }
 
-// logged returns how often the text was.
+// logged returns how often the text was logged.
 func (s *system) logged(text string) (n int) {
 	for _, messages := range s.log.Captured() {
 		for _, m := range messages {

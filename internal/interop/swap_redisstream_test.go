@@ -20,9 +20,9 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// The steps of docs/from-watermill-redisstream.md, there and back, while a
-// producer never stops. Nothing is lost; twice is handled what a stopping old
-// process holds, and nothing else.
+// The steps of docs/from-watermill-redisstream.md, there and back, while a producer
+// never stops. Nothing is lost, and only what a stopping old process has in hand is
+// handled twice.
 func TestSwap_Redisstream(t *testing.T) {
 	live := newLiveStream(t)
 	live.produce(live.oldPublisher())
@@ -35,7 +35,7 @@ func TestSwap_Redisstream(t *testing.T) {
 	live.requireAtWork("old-1", "old-2", "new-1")
 	live.start("new-2", live.newConsumer)
 
-	// Step 3: the old ones stop, one by one. What they leave is taken over.
+	// Step 3: the old ones stop, one by one. What they leave pending is taken over.
 	for _, name := range []string{"old-1", "old-2"} {
 		live.stop(name)
 		live.requireAtWork("new-1", "new-2")
@@ -69,8 +69,8 @@ func TestSwap_Redisstream(t *testing.T) {
 	live.requireAllHandled()
 	require.Zero(t, live.client.XLen(t.Context(), goxstreams.DeadLetterTopic(live.topic)).Val())
 
-	// Acks under way as an old one stops do not arrive. Which of the three that it
-	// holds are handled all the same is its goroutines' race; the first is.
+	// Acks in flight when an old one stops do not arrive. It has three messages: the
+	// first is handled, and a race of its goroutines decides about the others.
 	twice := live.twice()
 	require.Len(t, twice, 2)
 	for _, name := range []string{"old-1", "old-2"} {
@@ -78,8 +78,8 @@ func TestSwap_Redisstream(t *testing.T) {
 	}
 }
 
-// Why ClaimMinIdle is to be three times what an old handler takes: entries wait
-// in the old process behind the one in hand, unrenewed.
+// Why ClaimMinIdle must be three times what an old handler takes: entries wait in the
+// old process behind the one in hand, and are not renewed.
 func TestSwap_RedisstreamHoldsThree(t *testing.T) {
 	s := newStream(t)
 	s.maxIdle = longIdle
@@ -92,28 +92,28 @@ func TestSwap_RedisstreamHoldsThree(t *testing.T) {
 	require.EqualValues(t, 3, pending())
 }
 
-// longIdle is more than any machine pauses: no living process loses a message.
-// What shall be that old is made so by timePasses.
+// longIdle is longer than any pause of a machine, so no living process loses a
+// message. timePasses makes entries that old.
 const longIdle = 30 * time.Second
 
 // liveStream is a topic with producers that do not stop, and processes that
 // handle it: a router and a client each.
 type liveStream struct {
 	stream
-	producers []func()            // each one's stop
+	producers []func()            // stop one each
 	processes map[string]*process // by their names
 
 	mu      sync.Mutex
 	sent    []string            // UUIDs
-	handled map[string][]string // a message's UUID: who handled it
+	handled map[string][]string // by UUID: the processes that handled it
 	failed  map[string]bool
 }
 
 type process struct {
 	seen    int           // guarded by liveStream.mu
-	holds   bool          // likewise: it keeps the next message in hand until it is told to stop
+	holds   bool          // likewise: it does not finish the next message until it is told to stop
 	inHand  chan struct{} // closed when it has
-	stopped chan struct{} // closed when it is told to stop, if it heeds that: see stop
+	stopped chan struct{} // closed when it is told to stop, unless it ignores that: see stop
 	stop    func()
 }
 
@@ -146,7 +146,7 @@ func (l *liveStream) newConsumer(string) message.Subscriber {
 	return sub
 }
 
-// produce begins to publish, one message after the other.
+// produce starts a producer, which publishes one message after the other.
 func (l *liveStream) produce(pub message.Publisher) {
 	done, stop := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -173,7 +173,7 @@ func (l *liveStream) publish(pub message.Publisher, n int) {
 	l.sent = append(l.sent, uuids(messages)...)
 }
 
-// retire ends a producer, counted in the order of their beginning.
+// retire ends a producer; they are numbered in the order of their start.
 func (l *liveStream) retire(producer int) { l.producers[producer]() }
 
 // start runs a process.
@@ -189,16 +189,16 @@ func (l *liveStream) start(name string, consumer func(name string) message.Subsc
 	p.stop = sync.OnceFunc(func() {
 		assert.NoError(l.t, router.Close())
 		assert.NoError(l.t, <-ended)
-		_ = sub.Close() // the old one has closed its client by now, and says so
+		_ = sub.Close() // an old one returns an error: it has closed its client already
 	})
 	l.processes[name] = p
 	l.t.Cleanup(p.stop)
 	<-router.Running()
 }
 
-// stop ends a process as SIGTERM would: with a message in hand, and others
-// waiting. The handler goes on to its good end: of an old process when its
-// message's context has ended, of a new one before.
+// stop ends a process as SIGTERM would, with a message in hand and others waiting. The
+// handler then succeeds: in an old process after its message's context has ended, in a
+// new one before.
 func (l *liveStream) stop(name string) {
 	l.t.Helper()
 	p := l.processes[name]
@@ -217,7 +217,7 @@ func (l *liveStream) stop(name string) {
 	p.stop()
 }
 
-// handle fails for some messages at first.
+// handle fails at the first delivery of some messages.
 func (l *liveStream) handle(name string, p *process, msg *message.Message) error {
 	l.mu.Lock()
 	p.seen++
@@ -241,7 +241,7 @@ func (l *liveStream) handle(name string, p *process, msg *message.Message) error
 	return nil
 }
 
-// twice returns how many messages were handled twice, by who was first.
+// twice returns how many messages were handled twice, by the first process.
 func (l *liveStream) twice() map[string]int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -256,7 +256,7 @@ func (l *liveStream) twice() map[string]int {
 	return twice
 }
 
-// requireAtWork waits until each of the processes has handled messages from now on.
+// requireAtWork waits until each of the processes has handled a new message.
 func (l *liveStream) requireAtWork(names ...string) {
 	l.t.Helper()
 	count := func(name string) int {
@@ -270,7 +270,7 @@ func (l *liveStream) requireAtWork(names ...string) {
 	}
 }
 
-// requireAllHandled waits until all that was sent by now is handled, and acked.
+// requireAllHandled waits until everything sent so far is handled and acked.
 func (l *liveStream) requireAllHandled() {
 	l.t.Helper()
 	last := l.client.XRevRangeN(l.t.Context(), l.topic, "+", "-", 1).Val()[0].ID
@@ -298,9 +298,8 @@ func older(a, b string) bool {
 	return errA == nil && errB == nil && (x.ms < y.ms || x.ms == y.ms && x.seq <= y.seq)
 }
 
-// timePasses makes what a stopped consumer has pending an hour old, so that the
-// test need not wait for it, and living ones have all the time they want. It
-// returns the entries' IDs.
+// timePasses makes the pending entries of a stopped consumer an hour old, so that the
+// test need not wait, and living ones have plenty of time. It returns the entries' IDs.
 func (l *liveStream) timePasses(consumer string) (left []string) {
 	l.t.Helper()
 	for _, p := range l.pending("-", "+", consumer) {

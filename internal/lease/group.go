@@ -13,18 +13,19 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// progress is how far the group has come, as far as this subscription knows: where
-// to go on if the group is lost, and by which entries to know the stream again.
+// progress is how far the group has read, as far as this subscription knows: where
+// to resume if the group is lost, and by which entries to recognize the stream.
 type progress struct {
-	read  xstream.Mark // the greatest that was read here
+	read  xstream.Mark // the greatest entry read here
 	known string       // the group's last-delivered-id when last seen
-	older xstream.Mark // one that was read some time before
-	at    time.Time    // since when
+	older xstream.Mark // an entry that was read some time earlier
+	at    time.Time    // when older was set
 
-	active time.Time // when the server last saw the consumer take or renew something
+	active time.Time // when the server last saw the consumer take or renew an entry
 }
 
-// progressAge is how much older that is: what a failover loses is younger.
+// progressAge is the minimum age difference between read and older: what a failover
+// loses is younger.
 const progressAge = 10 * time.Second
 
 // SawEntry remembers the last entry of a read.
@@ -45,7 +46,7 @@ func (k *Keeper) SawEntry(e xstream.Entry) {
 	p.read = m
 }
 
-// SawGroup remembers how far the group has got.
+// SawGroup remembers the group's last-delivered-id.
 func (k *Keeper) SawGroup(lastDelivered string) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
@@ -58,7 +59,7 @@ func (k *Keeper) wasActive() {
 	k.progress.active = time.Now()
 }
 
-// Probe asks for a write that changes nothing.
+// Probe sends a write that changes nothing.
 func (k *Keeper) Probe(ctx context.Context) error {
 	err := k.cfg.Stream.Probe(ctx)
 	if err == nil {
@@ -67,15 +68,16 @@ func (k *Keeper) Probe(ctx context.Context) error {
 	return err
 }
 
-// consumerIsNew reports whether the group does not know the consumer, or has seen it take
-// nothing: then it is another group with the same name, or the consumer was removed. By
-// clocks it is also asked whether that was more than a second after the consumer was last
-// active, as far as is known here: an answer that was lost, or is late, looks like that too.
+// consumerIsNew reports whether the group does not know the consumer, or has never
+// seen it take an entry. Then the group was recreated, or the consumer was removed.
+// With byClocks, it also counts if the server saw the consumer active only more
+// than a second before it was last active as far as is known here. That alone
+// proves nothing, since a lost or late answer looks the same.
 func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error) {
 	active := k.progressNow().active
 	consumers, err := k.cfg.Stream.Consumers(ctx)
 	if redisx.IsDenied(err) {
-		return true, nil // to put back what was acked elsewhere does less harm than to lose it
+		return true, nil // restoring entries that were acked elsewhere does less harm than losing them
 	}
 	for _, c := range consumers {
 		if c.Name == k.cfg.Stream.Consumer {
@@ -91,9 +93,8 @@ func (k *Keeper) progressNow() progress {
 	return k.progress
 }
 
-// beganAnew reports whether the stream is another one than that which was read: it
-// was deleted, and made again. Its IDs may be smaller than those of the old one, or
-// even the same.
+// beganAnew reports whether the stream is not the one that was read: it was deleted
+// and recreated. Its IDs may be smaller than the old ones, or even equal.
 func (k *Keeper) beganAnew(ctx context.Context) (anew bool, info xstream.Info, err error) {
 	p, s := k.progressNow(), k.cfg.Stream
 	info, err = s.Info(ctx)
@@ -109,16 +110,16 @@ func (k *Keeper) beganAnew(ctx context.Context) (anew bool, info xstream.Info, e
 		return false, info, err
 	case e != nil:
 		return e.Mark() != p.read, info, nil
-	case xstream.CompareIDs(info.Last, p.read.ID) < 0: // or a failover has lost the last ones
+	case xstream.CompareIDs(info.Last, p.read.ID) < 0: // or a failover has lost the last entries
 	case info.First == "0-0", xstream.CompareIDs(info.First, p.read.ID) > 0, xstream.CompareIDs(info.MaxDeleted, p.read.ID) >= 0:
-		return false, info, nil // trimmed or deleted: nothing that is there was read
+		return false, info, nil // trimmed or deleted: no entry that was read is left
 	}
 	there, err := s.Has(ctx, p.older)
 	return !there && err == nil, info, err
 }
 
-// Regroup makes the group again after it was lost, and puts what is ours back into it.
-// Another consumer may be faster, or the loss was another server's.
+// Regroup recreates a lost group, and restores our entries in it. Another consumer
+// may have recreated it first, or the group may be lost on another server only.
 func (k *Keeper) Regroup(ctx context.Context) error {
 	if err := k.begin(ctx); err != nil {
 		return err
@@ -142,41 +143,50 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 		start = read
 	}
 	if start == "" || info.Last != "" && xstream.CompareIDs(info.Last, start) < 0 {
-		start = "0" // all that is in it is new, or may be
+		start = "0" // everything in it is, or may be, new
+	}
+	if err := k.hold(ctx); err != nil {
+		return err
 	}
 	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info)
 	if err != nil {
 		return err
 	}
 	if made {
-		k.cfg.Log.Error("The consumer group was lost and is made again; what dead consumers held is not pending any more",
+		k.cfg.Log.Error("The consumer group was lost and has been recreated; pending entries of crashed consumers are lost",
 			errors.New("group lost"), k.cfg.Fields.Add(watermill.LogFields{"start_id": start}))
 	}
 	return k.restore(ctx)
 }
 
-// forgetAll gives up what is ours of a stream that is gone. Handlers may finish; what
-// they settle is not acked, since the ID may be another entry's by now.
+// hold keeps what was acked in the stream until all consumers have renewed, and so have
+// restored what they had.
+func (k *Keeper) hold(ctx context.Context) error { return k.cfg.Stream.Hold(ctx, k.cfg.MinIdle) }
+
+// forgetAll drops our entries of a stream that is gone. Handlers may finish, but
+// their messages are not acked, since the ID may belong to another entry now.
 func (k *Keeper) forgetAll(now time.Time) {
 	k.seen.Lock()
 	k.progress = progress{active: k.progress.active}
 	k.seen.Unlock()
+	k.cfg.Ledger.Reclaim()
 	n := k.cfg.Ledger.Gone(now, k.cfg.Ledger.Ours()...)
 	if n == 0 {
 		return
 	}
 	k.Lost.Add(int64(n))
-	k.cfg.Log.Error("Messages lost", errors.New("the stream was deleted, and began anew, while they were pending"),
+	k.cfg.Log.Error("Messages lost", errors.New("the stream was deleted and recreated while they were pending"),
 		k.cfg.Fields.Add(watermill.LogFields{"entries": n}))
 }
 
-// restore puts what is ours back among the pending entries, but for what is to be
-// acked: that might come after its XACK.
+// restore makes our entries pending again, with those that a pause has released, except
+// those that are to be acked: the restore might arrive after their XACK.
 func (k *Keeper) restore(ctx context.Context) error {
 	if !k.cfg.Ledger.Leased() {
 		return nil
 	}
 	k.partly = true
+	k.cfg.Ledger.Reclaim()
 	ours := slices.DeleteFunc(k.cfg.Ledger.Ours(), func(e *ledger.Entry) bool { return !k.cfg.Ledger.Owned(e) })
 	for chunk := range slices.Chunk(ours, xstream.MaxOwned) {
 		counted := make([]xstream.Counted, len(chunk))
@@ -189,15 +199,68 @@ func (k *Keeper) restore(ctx context.Context) error {
 			return err
 		}
 		others := make(map[*ledger.Entry]xstream.Standing)
+		var restored []*ledger.Entry
 		for _, e := range chunk {
 			if how := standings[e.ID]; how != "" {
 				others[e] = how
 			} else {
-				k.cfg.Ledger.Renewed(sent, e)
+				restored = append(restored, e)
 			}
 		}
+		k.cfg.Ledger.Restored(sent, restored...)
 		k.stand(others)
 	}
 	k.partly = false
+	return nil
+}
+
+// CheckReleased looks after entries that a pause has released: nobody takes them until it
+// ends, so if they are not pending any more, the group was lost, and recreated by somebody
+// who did not know of them. Then they are restored. During a pause that everybody obeys, all
+// entries that are passed must be missing for that; while others may take some, surely is
+// false, and the group must also have forgotten this consumer. Entries that others have are
+// dropped.
+func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, surely bool) error {
+	if err := k.begin(ctx); err != nil {
+		return err
+	}
+	defer k.end()
+	released := *k.cfg.Stream
+	released.Consumer = Released
+	var taken []*ledger.Entry
+	settled := 0
+	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
+		ids := make([]string, len(chunk))
+		for i, e := range chunk {
+			ids[i] = e.ID
+		}
+		standings, err := released.Renew(ctx, ids)
+		if err != nil {
+			return err
+		}
+		for _, e := range chunk {
+			switch how := standings[e.ID]; how {
+			case "":
+				continue
+			case xstream.Settled:
+				settled++
+			case xstream.Trimmed:
+				k.lost(1, e)
+			}
+			taken = append(taken, e)
+		}
+	}
+	lost := surely && settled == len(entries)
+	if settled > 0 && !surely {
+		isNew, err := k.consumerIsNew(ctx, false)
+		if err != nil {
+			return err
+		}
+		lost = isNew
+	}
+	if lost {
+		return k.remade(ctx)
+	}
+	k.cfg.Ledger.Remove(time.Now(), taken...)
 	return nil
 }

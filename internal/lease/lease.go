@@ -1,6 +1,7 @@
-// Package lease keeps the leases of what a subscription has: it renews them, acks,
-// gives back, and puts back what a lost group has lost. It asks the ledger for work, and
-// tells it what the server said. It starts no goroutine, and knows no messages.
+// Package lease maintains the leases of a subscription's entries: it renews, acks
+// and releases them, and restores them in a group that was lost. It asks the ledger
+// for work, and tells it the server's answers. It starts no goroutines, and knows
+// nothing about messages.
 package lease
 
 import (
@@ -18,54 +19,45 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
-// Released is the consumer in whose name is what was given back. No process reads in
-// it; takeover looks there first.
+// Released is the consumer that owns released entries. No process reads as this
+// consumer; takeover looks at its entries first.
 const Released = "released"
 
-// MaxAck bounds one XACK: 1,000 IDs take the server 0.6 ms.
+// MaxAck is the maximum number of IDs per XACK: 1,000 IDs take the server 0.6 ms.
 const MaxAck = 1000
 
-// Config is what a Keeper needs.
+// Config configures a Keeper.
 type Config struct {
 	Stream  *xstream.Stream
 	Ledger  *ledger.Ledger
-	MinIdle time.Duration  // after which others may claim what was not renewed
-	Timeout time.Duration  // after which they may remove a consumer; 0: they do not
-	Deletes xstream.Delete // what becomes of what is acked
+	MinIdle time.Duration  // idle time after which others may claim an entry that was not renewed
+	Timeout time.Duration  // idle time after which others may remove a consumer; 0: never
+	Deletes xstream.Delete // what happens to acked entries
+	Trims   bool           // the subscription trims the stream: acked entries leave it
 	Log     watermill.LoggerAdapter
 	Fields  watermill.LogFields
 }
 
-// Keeper is the leases of a subscription.
+// Keeper maintains the leases of a subscription.
 type Keeper struct {
-	cfg     Config
-	kept    atomic.Bool // DeleteAcked may have kept something for a fan-out
-	several sync.Once   // groups, which was said
-	denied  sync.Once   // to trim, likewise
+	cfg Config
 
-	// Sums, for whoever counts.
+	// Counters.
 	Lost, GivenBack atomic.Int64
 
-	round    chan struct{} // holds one: one renewal, or repair of the group, at a time
-	partly   bool          // a repair has begun, and not ended: what is missing is to be put back
+	round    chan struct{} // capacity 1: one renewal, or one repair of the group, at a time
+	partly   bool          // a repair has started and not finished: missing entries must be restored
 	seen     sync.Mutex
 	progress progress // guarded by seen
 }
 
 // New returns a Keeper.
-func New(cfg Config) *Keeper {
-	k := &Keeper{cfg: cfg, round: make(chan struct{}, 1)}
-	k.kept.Store(cfg.Deletes != xstream.DeleteNever) // by a process before this one
-	return k
-}
+func New(cfg Config) *Keeper { return &Keeper{cfg: cfg, round: make(chan struct{}, 1)} }
 
-// SetDeletes is said when the server was asked what it can.
-func (k *Keeper) SetDeletes(d xstream.Delete) {
-	k.cfg.Deletes = d
-	k.kept.Store(d != xstream.DeleteNever)
-}
+// SetDeletes is called once the server's features are known.
+func (k *Keeper) SetDeletes(d xstream.Delete) { k.cfg.Deletes = d }
 
-// Ack acks the next entries that are to be acked, in the way that the config asks for.
+// Ack acks the next entries that the ledger has for it, in the configured way.
 func (k *Keeper) Ack(ctx context.Context) (n int, fx ledger.Effects, err error) {
 	entries := k.cfg.Ledger.Acks(MaxAck)
 	if len(entries) == 0 {
@@ -79,58 +71,16 @@ func (k *Keeper) Ack(ctx context.Context) (n int, fx ledger.Effects, err error) 
 	return len(entries), k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
 }
 
-// errSeveralGroups is logged once.
-var errSeveralGroups = errors.New("this server has no XACKDEL (Redis 8.2)")
-
 func (k *Keeper) ack(ctx context.Context, ids []any) error {
-	s := k.cfg.Stream
 	if k.cfg.Deletes == xstream.DeleteNever {
-		return s.Ack(ctx, ids...)
+		return k.cfg.Stream.Ack(ctx, ids...)
 	}
-	kept, err := s.AckAndDelete(ctx, k.cfg.Deletes, ids...)
-	if xstream.SeveralGroups(err) {
-		// A group was added since Subscribe looked. Its messages matter more than the
-		// memory.
-		k.several.Do(func() {
-			k.cfg.Log.Error("DeleteAcked: the topic has several groups now and this server no XACKDEL; acked entries stay", errSeveralGroups, k.cfg.Fields)
-		})
-		return s.Ack(ctx, ids...)
-	}
-	if kept > 0 {
-		k.kept.Store(true)
-	}
-	return err
+	return k.cfg.Stream.AckAndDelete(ctx, k.cfg.Deletes, ids...)
 }
 
-// maxTrims bounds what one call of Trim deletes: a hundred entries each.
-const maxTrims = 50
-
-// Trim deletes what DeleteAcked had to keep for a fan-out, once that has come to it.
-func (k *Keeper) Trim(ctx context.Context) error {
-	if k.cfg.Deletes == xstream.DeleteNever || !k.kept.Swap(false) {
-		return nil
-	}
-	for range maxTrims {
-		more, later, err := k.cfg.Stream.TrimAcked(ctx)
-		if redisx.IsDenied(err) {
-			k.denied.Do(func() {
-				k.cfg.Log.Info("No right to delete by a script what a fan-out needed longer than the group did; it stays in the stream: "+err.Error(), k.cfg.Fields)
-			})
-			return nil
-		}
-		if err != nil || later {
-			k.kept.Store(true)
-		}
-		if err != nil || !more {
-			return err
-		}
-	}
-	k.kept.Store(true) // there is more
-	return nil
-}
-
-// Take has an entry delivered once more: it claims a candidate, or counts a retry. It
-// returns false if it is not ours: see Ledger.Owned for whether it is again.
+// Take delivers an entry once more: it claims a candidate, or counts a retry. It
+// returns false if the entry is not ours; Ledger.Owned reports whether it will be
+// again.
 func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 	sent := time.Now()
 	got, how, err := k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, e.Next)
@@ -146,8 +96,8 @@ func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 	return k.cfg.Ledger.Claimed(sent, e), nil
 }
 
-// Recount sets the delivery count of an entry of ours, and returns its fields; nil if
-// it is not ours.
+// Recount sets the delivery count of an entry of ours, and returns its fields; nil
+// if it is not ours.
 func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]string, error) {
 	sent := time.Now()
 	got, how, err := k.cfg.Stream.Take(ctx, e.ID, "", 0, 0, count)
@@ -163,10 +113,11 @@ func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]s
 	return got.Fields, nil
 }
 
-// Move moves an entry of ours to a dead-letter stream, and returns its ID there; "" if
-// it is not ours. After an error that is no reply it may have been moved: then unsure is
-// true the next time, and the letter is looked for by its marks. So it is where the entry
-// is not pending: somebody on the way may have sent the command twice.
+// Move moves an entry of ours to a dead-letter stream, and returns its ID there; ""
+// if it is not ours. After an error that is not a reply the entry may have been
+// moved: then pass unsure = true the next time, and the dead letter is looked up by
+// its marks. It is also looked up if the entry is not pending: a proxy may have
+// sent the command twice.
 func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure bool, marks, letter []string) (string, error) {
 	k.cfg.Ledger.Moving(e, true)
 	var look []string
@@ -178,7 +129,7 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 		unsure = true
 		found := how
 		if id, how, err = k.cfg.Stream.DeadLetter(ctx, topic, e.ID, k.cfg.Deletes, marks, letter); how != xstream.Mine && how != xstream.Moved {
-			how = found // what the first one has changed
+			how = found // the change that the first command found
 		}
 	}
 	switch {
@@ -195,18 +146,15 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 		return "", k.refused(ctx, e, how)
 	}
 	k.cfg.Ledger.Moved(e)
-	if k.cfg.Deletes != xstream.DeleteNever {
-		k.kept.Store(true) // a fan-out may need it still
-	}
 	return id, nil
 }
 
-// refused acts on the standing of an entry that somebody wanted to act on. Of one that
-// is not pending all the others tell whether it was settled elsewhere, or the group was
-// made anew.
+// refused handles the standing of an entry that a command did not find as expected.
+// If it is not pending, the other entries show whether it was settled elsewhere or
+// the group was recreated.
 func (k *Keeper) refused(ctx context.Context, e *ledger.Entry, how xstream.Standing) error {
 	switch {
-	case e.Owner == "" && !k.cfg.Ledger.Owned(e): // an orphan that was none
+	case e.Owner == "" && !k.cfg.Ledger.Owned(e): // not an orphan after all
 	case e.Owner == "" && how == xstream.Settled:
 		return k.Renew(ctx, 0)
 	case e.Owner == "":
@@ -217,26 +165,26 @@ func (k *Keeper) refused(ctx context.Context, e *ledger.Entry, how xstream.Stand
 	return nil
 }
 
-// stand notes the standing of entries that are not ours as they should be.
+// stand handles entries that are not ours as they should be.
 func (k *Keeper) stand(standings map[*ledger.Entry]xstream.Standing) {
 	now, lost := time.Now(), 0
 	var last *ledger.Entry
 	for e, how := range standings {
 		switch {
-		case !k.cfg.Ledger.Owned(e): // acked meanwhile
-		case how == xstream.Trimmed, how == xstream.Gone && k.cfg.Deletes == xstream.DeleteNever:
+		case !k.cfg.Ledger.Owned(e): // acked in the meantime
+		case how == xstream.Trimmed, how == xstream.Gone && !k.cfg.Trims:
 			lost += k.cfg.Ledger.Gone(now, e)
 			last = e
 		default:
 			k.cfg.Ledger.Lose(now, e)
-			k.cfg.Log.Info("Lease lost: another consumer has the message, or settled it", k.entryFields(e))
+			k.cfg.Log.Info("Lease lost: another consumer has claimed or settled the message", k.entryFields(e))
 		}
 	}
 	k.lost(lost, last)
 }
 
-// lost counts and logs messages that were deleted from the stream while they were
-// pending; e is one of them.
+// lost counts and logs messages that were deleted from the stream while pending; e
+// is one of them.
 func (k *Keeper) lost(n int, e *ledger.Entry) {
 	switch k.Lost.Add(int64(n)); n {
 	case 0:
@@ -247,15 +195,15 @@ func (k *Keeper) lost(n int, e *ledger.Entry) {
 	}
 }
 
-// ErrTrimmed is why a message was lost.
+// ErrTrimmed is the reason why a message was lost.
 var ErrTrimmed = errors.New("trimmed or deleted while pending")
 
 func (k *Keeper) entryFields(e *ledger.Entry) watermill.LogFields {
 	return k.cfg.Fields.Add(watermill.LogFields{"xid": e.ID, "deliveries": e.Count()})
 }
 
-// begin waits for its turn to renew, or to repair the group. It is a channel, and no mutex,
-// since a round waits for Redis.
+// begin waits for its turn to renew, or to repair the group. It is a channel rather
+// than a mutex, since a round waits for Redis.
 func (k *Keeper) begin(ctx context.Context) error {
 	select {
 	case k.round <- struct{}{}:
@@ -267,7 +215,7 @@ func (k *Keeper) begin(ctx context.Context) error {
 
 func (k *Keeper) end() { <-k.round }
 
-// Renew renews what was not known to be ours for age.
+// Renew renews the leases that were not confirmed for the given age.
 func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	if err := k.begin(ctx); err != nil {
 		return err
@@ -299,7 +247,7 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 			}
 		}
 		renewed = append(renewed, ours...)
-		defer k.cfg.Ledger.Renewed(sent, ours...) // what is missing is compared with what was known before
+		defer k.cfg.Ledger.Renewed(sent, ours...) // after the missing entries have been compared with the previous state
 	}
 	remade, err := k.isRemade(ctx, others, renewed)
 	if len(renewed) > 0 {
@@ -315,21 +263,28 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	return nil
 }
 
-// isRemade reports whether entries are not pending any more because the group was made
-// anew, or the consumer removed, and not because others took or acked them.
+// isRemade reports whether entries are no longer pending because the group was
+// recreated or the consumer removed, and not because other consumers took or acked
+// them.
 //
-// Several go missing at once for no other reason while their leases are good. Of a single
-// one it is assumed as long as a handler has it: to put it back costs nothing then. So it
-// is if something was read since, which may be of the new group: better twice than never,
-// but not thrice, since somebody may be acking it by hand.
-// Else the server's memory of the consumer tells. Where leases may have run out others had
-// the right to take, and to settle: then only a group that never knew the consumer is another;
-// after Timeout not even that, since they remove the names of those who are away.
+// While leases are valid, several entries go missing at once for no other reason. A
+// single one counts as such while a handler has it, since restoring it costs
+// nothing then. It also counts if something was read since, which may be from the
+// new group: two deliveries are better than none, but a third is not, since
+// somebody may be acking the entry by hand. Otherwise the server's record of the
+// consumer decides. If leases may have expired, other consumers were allowed to
+// take and settle the entries: then the group was recreated only if it never knew
+// the consumer. After Timeout not even that proves it, since the other consumers
+// remove the names of absent ones.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
 	var missing []*ledger.Entry
 	now, expired, forgotten, sure := time.Now(), false, false, false
 	for e, how := range others {
-		if how != xstream.Settled || !k.cfg.Ledger.Owned(e) {
+		if how != xstream.Settled {
+			continue
+		}
+		if !k.cfg.Ledger.Owned(e) {
+			k.cfg.Ledger.Unclaimed(now, e, k.cfg.MinIdle)
 			continue
 		}
 		m := k.cfg.Ledger.Missing(now, e, k.cfg.MinIdle, renewed)
@@ -351,8 +306,8 @@ func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.
 	return k.consumerIsNew(ctx, !expired)
 }
 
-// remade puts back what a consumer that did not know of it left out when it made the
-// group anew, or the whole stream.
+// remade restores entries that are missing because another consumer, which did not
+// know of them, recreated the group or the whole stream.
 func (k *Keeper) remade(ctx context.Context) error {
 	anew, _, err := k.beganAnew(ctx)
 	if err != nil {
@@ -362,19 +317,19 @@ func (k *Keeper) remade(ctx context.Context) error {
 		k.forgetAll(time.Now())
 		return nil
 	}
-	k.cfg.Log.Error("The consumer group was made anew, or all that is held here was acked elsewhere; putting it back", errors.New("group lost"), k.cfg.Fields)
+	k.cfg.Log.Error("The consumer group was recreated, or all entries of this consumer were acked elsewhere; restoring them", errors.New("group lost"), k.cfg.Fields)
 	return k.restore(ctx)
 }
 
-// Counted is an entry, and the deliveries that it is given back with.
+// Counted is an entry, and the delivery count with which to release it.
 type Counted struct {
 	Entry *ledger.Entry
 	Count int64
 }
 
-// Release gives entries back, to whoever is quickest. What cannot be released is
-// claimed when its lease has run out. If the group was lost, they are put back into it
-// before.
+// Release releases entries for any consumer to take. Entries that cannot be
+// released are claimed when their leases expire. If the group was lost, they are
+// first restored in it.
 func (k *Keeper) Release(ctx context.Context, entries []Counted) error {
 	given := func(n int) { k.GivenBack.Add(int64(n)) }
 	left, err := k.assign(ctx, Released, entries, given)
@@ -384,7 +339,7 @@ func (k *Keeper) Release(ctx context.Context, entries []Counted) error {
 	if err != nil {
 		err = k.Regroup(ctx)
 	} else if isNew, asked := k.consumerIsNew(ctx, false); asked != nil || !isNew {
-		return asked // they were taken, or settled, elsewhere; or given back before, by a try without an answer
+		return asked // they were taken or settled elsewhere, or released by an attempt without an answer
 	}
 	if err != nil {
 		return err
@@ -406,14 +361,16 @@ func counted(entries []Counted) []xstream.Counted {
 	return all
 }
 
-// Abandon leaves an entry in our name, with the count given, until its lease runs out.
+// Abandon leaves an entry pending for our consumer, with the given count, until its
+// lease expires.
 func (k *Keeper) Abandon(ctx context.Context, e *ledger.Entry, count int64) error {
 	_, err := k.assign(ctx, k.cfg.Stream.Consumer, []Counted{{e, count}}, func(int) {})
 	return err
 }
 
-// assign gives entries to a consumer, and returns those that are not ours to give, or were
-// not asked for: Redis is away then, and the others would each wait for it too.
+// assign assigns entries to a consumer. It returns those that are not ours, and
+// those that it did not send because Redis is unavailable: each further command
+// would have to wait for it too.
 func (k *Keeper) assign(ctx context.Context, to string, entries []Counted, done func(int)) (left []Counted, err error) {
 	entries = slices.DeleteFunc(slices.Clone(entries), func(c Counted) bool { return k.cfg.Ledger.IsGone(c.Entry) })
 	slices.SortFunc(entries, func(a, b Counted) int { return xstream.CompareIDs(a.Entry.ID, b.Entry.ID) })

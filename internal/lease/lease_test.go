@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { testserver.Main(m) }
 
 var errLost = errors.New("lost")
 
-// holder is a consumer that has entries, as a subscription does.
+// holder is a consumer that has entries, like a subscription.
 type holder struct {
 	*Keeper
 	t      *testing.T
@@ -56,7 +56,7 @@ func (h *holder) publish(ids ...string) {
 	}
 }
 
-// read reads what there is, as the poller would, and has slots take it.
+// read reads the available entries, like the poller, and has slots take them.
 func (h *holder) read() (taken []*ledger.Entry) {
 	h.t.Helper()
 	sent := time.Now()
@@ -73,11 +73,10 @@ func (h *holder) read() (taken []*ledger.Entry) {
 		h.ledger.Add(time.Now(), sent, entries)
 	}
 	for {
-		e, _ := h.ledger.Take(time.Now())
-		if e == nil {
+		before := len(taken)
+		if taken, _ = h.ledger.Take(time.Now(), taken); len(taken) == before {
 			return taken
 		}
-		taken = append(taken, e)
 	}
 }
 
@@ -97,7 +96,7 @@ func (h *holder) pending() (ids []string) {
 	return ids
 }
 
-// remake is another group with the same name, that begins after the ID.
+// remake recreates the group, to start after the ID.
 func (h *holder) remake(start string) {
 	h.t.Helper()
 	_, err := h.client.TxPipelined(h.t.Context(), func(p redis.Pipeliner) error {
@@ -108,15 +107,15 @@ func (h *holder) remake(start string) {
 	require.NoError(h.t, err)
 }
 
-// Whatever a group that was made anew delivers again, or has delivered since, all that
-// waited in the old one is put back.
+// Whatever a recreated group delivers again, or has delivered since, all entries
+// that waited in the old one are restored.
 func TestRenew_GroupMadeAnew(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		n       int
 		start   string
-		then    []string // published after that, and read
-		renewed bool     // before that
+		then    []string // published and read after that
+		renewed bool     // renewed before that
 	}{
 		{name: "Several", n: 4, start: "$"},
 		{name: "SeveralAndOneMore", n: 4, start: "$", then: []string{"9-1"}},
@@ -148,8 +147,8 @@ func TestRenew_GroupMadeAnew(t *testing.T) {
 	}
 }
 
-// The same after an outage that was longer than a lease, where others may also have
-// taken and acked what is missing.
+// The same after an outage that was longer than a lease, when others may also have
+// taken and acked the missing entries.
 func TestRenew_AfterALongOutage(t *testing.T) {
 	for _, remade := range []bool{true, false} {
 		t.Run(fmt.Sprint("GroupMadeAnew", remade), func(t *testing.T) {
@@ -157,7 +156,7 @@ func TestRenew_AfterALongOutage(t *testing.T) {
 			h.publish("1-1", "2-1", "3-1", "4-1")
 			waiting := h.read()
 			h.wait(waiting...)
-			time.Sleep(1200 * time.Millisecond) // the outage: a lease, and what consumerIsNew allows for
+			time.Sleep(1200 * time.Millisecond) // the outage: a lease, plus the tolerance of consumerIsNew
 			if remade {
 				h.remake("$")
 			} else {
@@ -174,9 +173,9 @@ func TestRenew_AfterALongOutage(t *testing.T) {
 	}
 }
 
-// A single entry that is not pending any more, and nothing was read since: acked by hand,
-// or the group was made anew. While a handler has it, it is put back; else the server's
-// memory of the consumer tells.
+// A single entry is no longer pending, and nothing was read since: acked by hand,
+// or the group was recreated. While a handler has it, it is restored; otherwise the
+// server's record of the consumer decides.
 func TestRenew_OneIsMissing(t *testing.T) {
 	for _, inHand := range []bool{true, false} {
 		t.Run(fmt.Sprint("InHand", inHand), func(t *testing.T) {
@@ -197,7 +196,7 @@ func TestRenew_OneIsMissing(t *testing.T) {
 	}
 }
 
-// failing fails some of the commands that go through it.
+// failing makes some of the commands that pass through it fail.
 type failing struct {
 	redis.Cmdable
 	fail func(cmd redis.Cmder) error
@@ -224,8 +223,8 @@ func isScript(cmd redis.Cmder, name string) bool {
 	return cmd.Name() == "eval" && strings.HasPrefix(fmt.Sprint(cmd.Args()[1]), "-- "+name+"\n")
 }
 
-// What is ours is put back by several commands. One fails: what it left out is put back
-// later, and not given up beside what is there.
+// Our entries are restored by several commands. One fails: its entries are restored
+// later, and not given up because others are pending.
 func TestRegroup_Halfway(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	const n = 2*xstream.MaxOwned + 50
@@ -252,12 +251,12 @@ func TestRegroup_Halfway(t *testing.T) {
 	require.Zero(t, h.Lost.Load())
 }
 
-// An entry that was seen pending in our name, and is acked by the time that it is taken,
-// is none of ours; nor does it look like one of a group that was made anew.
+// An entry that was found pending for us, and is acked by the time it is taken, is
+// not ours; nor does it look like one of a recreated group.
 func TestTake_AckedOrphan(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1", "2-1", "3-1")
-	h.read() // by somebody else, as far as the second ledger knows
+	h.read() // by another consumer, as far as the second ledger knows
 	other := ledger.New(ledger.Config{Slots: 10, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost})
 	k := New(Config{Stream: h.stream, Ledger: other, MinIdle: time.Minute, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}})
 	var orphans []*ledger.Entry
@@ -266,7 +265,8 @@ func TestTake_AckedOrphan(t *testing.T) {
 	}
 	other.Offer(time.Now(), orphans, false)
 	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1", "3-1").Err())
-	e, _ := other.Take(time.Now())
+	entries, _ := other.Take(time.Now(), nil)
+	e := entries[0]
 	ok, err := k.Take(t.Context(), e)
 	require.NoError(t, err)
 	require.False(t, ok)
@@ -292,8 +292,8 @@ func TestTake_AnswerLost(t *testing.T) {
 	require.EqualValues(t, 2, rows[0].Count)
 }
 
-// What is trimmed is counted as lost, once, and what others took ends its message's
-// context.
+// A trimmed entry is counted as lost, once, and an entry that others took ends its
+// message's context.
 func TestRenew_TrimmedAndTaken(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1", "2-1", "3-1", "4-1")
@@ -316,8 +316,9 @@ func TestRenew_TrimmedAndTaken(t *testing.T) {
 	require.Equal(t, []string{"4-1"}, h.pending())
 }
 
-// XGROUP DELCONSUMER of a living consumer takes what waits for its retry away. What was read
-// since made the consumer again, and was acked: the group knows it well.
+// XGROUP DELCONSUMER of a living consumer removes its entries that wait for a
+// retry. A later read recreated the consumer, and was acked: the group knows it
+// well.
 func TestRenew_ConsumerDeletedAndReadOn(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1")
@@ -332,16 +333,16 @@ func TestRenew_ConsumerDeletedAndReadOn(t *testing.T) {
 	require.Equal(t, []string{"1-1"}, h.pending())
 }
 
-// A consumer that was away for longer than a lease, while others took and settled what it
-// had. That the server has seen it since, by a read the answer to which it has not seen,
-// makes the group no other one.
+// A consumer was cut off for longer than a lease, while others took and settled its
+// entries. The server has seen it since, by a read whose answer was lost: that does
+// not make the group a different one.
 func TestRenew_AnswerNotSeen(t *testing.T) {
 	h := newHolder(t, 50*time.Millisecond)
 	h.publish("1-1", "2-1")
 	waiting := h.read()
 	h.wait(waiting...)
 	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
-	time.Sleep(1200 * time.Millisecond) // away: a lease, and what consumerIsNew allows for
+	time.Sleep(1200 * time.Millisecond) // cut off: a lease, plus the tolerance of consumerIsNew
 	h.publish("3-1")
 	require.NoError(t, h.client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
 		Group: "group", Consumer: "holder", Streams: []string{h.stream.Key, ">"}, Block: -1,
@@ -351,7 +352,8 @@ func TestRenew_AnswerNotSeen(t *testing.T) {
 	require.True(t, waiting[0].Lost())
 }
 
-// What is given back is put back before, if the group was lost; not if it was settled.
+// Entries to be released are restored first if the group was lost; not if they were
+// settled.
 func TestRelease_GroupLost(t *testing.T) {
 	for _, test := range []struct {
 		name     string
@@ -399,8 +401,105 @@ func TestRelease_GroupLost(t *testing.T) {
 	}
 }
 
-// A move whose answer was lost, and which had not happened: another consumer has taken the
-// entry over and moved it since. That letter is not ours: who moved it tells OnDead.
+// A single entry to be released is restored first too.
+func TestRelease_OneForgotten(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1")
+	e := h.read()[0]
+	h.ledger.Releasing(time.Now(), e)
+	require.NoError(t, h.client.XGroupDelConsumer(t.Context(), h.stream.Key, "group", "holder").Err())
+	require.NoError(t, h.Release(t.Context(), []Counted{{e, 1}}))
+	rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 100, Released)
+	require.NoError(t, err)
+	require.Len(t, rows, 1)
+}
+
+// Entries that cannot be restored in a new group are not ours any more: one was deleted from
+// the stream, one was read by another consumer.
+func TestRegroup_NotOurs(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1", "2-1", "3-1")
+	entries := h.read()
+	h.wait(entries...)
+	h.remake("2-1")
+	require.NoError(t, h.client.XDel(t.Context(), h.stream.Key, "1-1").Err())
+	require.NoError(t, h.client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
+		Group: "group", Consumer: "other", Streams: []string{h.stream.Key, ">"},
+	}).Err())
+	require.NoError(t, h.Regroup(t.Context()))
+	require.Equal(t, []string{"2-1"}, h.pending())
+	require.True(t, h.ledger.IsGone(entries[0]))
+	require.EqualValues(t, 1, h.Lost.Load())
+	require.False(t, entries[1].Lost())
+	require.True(t, entries[2].Lost())
+}
+
+// A stream that was deleted and recreated has none of the entries that were read; one that
+// was trimmed, or lost its end in a failover, is still the same.
+func TestBeganAnew(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		anew []string // nil: it is the same stream, of which 10-1, 20-1 and 30-1 were read; else it is recreated with these
+		then func(h *holder)
+		want bool
+	}{
+		{name: "Nothing"},
+		{name: "Added", then: func(h *holder) { h.publish("40-1") }},
+		{name: "TrimmedWholly", then: func(h *holder) { h.client.XTrimMaxLen(h.t.Context(), h.stream.Key, 0) }},
+		{name: "TrimmedPast", then: func(h *holder) { h.publish("40-1"); h.client.XTrimMinID(h.t.Context(), h.stream.Key, "40-1") }},
+		{name: "Deleted", then: func(h *holder) { h.publish("40-1"); h.client.XDel(h.t.Context(), h.stream.Key, "20-1", "30-1") }},
+		{name: "LostItsEnd", anew: []string{"10-1", "20-1"}},
+		{name: "LostItsEndAndWasAddedTo", anew: []string{"10-1", "20-1", "40-1"}},
+		{name: "RecreatedSmaller", anew: []string{"5-1", "6-1"}, want: true},
+		{name: "RecreatedAround", anew: []string{"5-1", "40-1"}, want: true},
+		{name: "RecreatedWithTheSameID", anew: []string{"30-1"}, then: func(h *holder) {
+			h.client.Del(h.t.Context(), h.stream.Key)
+			h.client.XAdd(h.t.Context(), &redis.XAddArgs{Stream: h.stream.Key, ID: "30-1", Values: []string{"id", "another"}})
+		}, want: true},
+		{name: "RecreatedLarger", anew: []string{"40-1"}}, // nothing of it can be taken for an old one
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := newHolder(t, time.Minute)
+			h.publish("10-1", "20-1")
+			h.read()
+			h.progress.at = time.Now().Add(-2 * progressAge)
+			h.publish("30-1")
+			h.read()
+			require.Equal(t, "20-1", h.progress.older.ID)
+			if test.anew != nil {
+				require.NoError(t, h.client.Del(t.Context(), h.stream.Key).Err())
+				h.publish(test.anew...)
+			}
+			if test.then != nil {
+				test.then(h)
+			}
+			anew, _, err := h.beganAnew(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, test.want, anew)
+		})
+	}
+}
+
+// The older of the two remembered entries is one that a failover cannot have lost.
+func TestSawEntry(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	saw := func(id string) {
+		h.SawEntry(xstream.Entry{ID: id, Fields: []string{"id", id}})
+	}
+	saw("1-1")
+	saw("2-1")
+	require.Equal(t, []string{"2-1", "1-1"}, []string{h.progress.read.ID, h.progress.older.ID})
+	h.progress.at = time.Now().Add(-2 * progressAge)
+	saw("3-1")
+	require.Equal(t, []string{"3-1", "2-1"}, []string{h.progress.read.ID, h.progress.older.ID})
+	require.WithinDuration(t, time.Now(), h.progress.at, progressAge/2)
+	saw("2-5") // claimed, or read in a group that was set back
+	require.Equal(t, []string{"3-1", "2-1"}, []string{h.progress.read.ID, h.progress.older.ID})
+}
+
+// A move whose answer was lost, and that had not happened: another consumer has
+// taken the entry over and moved it since. That letter is not ours: the consumer
+// that moved it calls OnDead.
 func TestMove_ByAnother(t *testing.T) {
 	for _, test := range []struct {
 		by     string
@@ -438,6 +537,83 @@ func TestMove_ByAnother(t *testing.T) {
 	}
 }
 
+// A move had no answer and had not happened, and then the group forgot the entry. It is
+// put back and moved, however the others fared, and however long the dead-letter stream
+// refuses it.
+func TestMove_Forgotten(t *testing.T) {
+	forgets := map[string]func(h *holder){
+		"GroupMadeAnew": func(h *holder) { h.remake("$") },
+		"ConsumerDeleted": func(h *holder) {
+			require.NoError(h.t, h.client.XGroupDelConsumer(h.t.Context(), h.stream.Key, "group", "holder").Err())
+		},
+	}
+	for name, forget := range forgets {
+		for i := range 6 {
+			others, readOn := i/2, i%2 == 1
+			t.Run(fmt.Sprint(name, " with ", others, " others, read on: ", readOn), func(t *testing.T) {
+				h := newHolder(t, time.Minute)
+				want := []string{"1-1", "2-1", "3-1"}[:1+others]
+				h.publish(want...)
+				entries := h.read()
+				h.wait(entries...)
+				cut := true
+				h.client.AddHook(failing{fail: func(cmd redis.Cmder) error {
+					if cut && isScript(cmd, "dead-letter") {
+						return io.EOF
+					}
+					return nil
+				}})
+				letters := h.stream.Key + ".dead"
+				move := func(unsure bool) (string, error) {
+					return h.Move(t.Context(), entries[0], letters, unsure, []string{"entry:1-1", "consumer:holder"},
+						[]string{"uuid", "1-1", "metadata", "entry:1-1 consumer:holder"})
+				}
+				_, err := move(false)
+				require.Error(t, err)
+				forget(h)
+				h.ledger.Renewed(time.Now().Add(-50*time.Second), entries...) // the lease is nearly over
+				if readOn {                                                   // so that the group knows the consumer
+					h.readOn("9-1")
+				}
+				require.NoError(t, h.Renew(t.Context(), 0))
+				require.Equal(t, want[1:], append([]string{}, h.pending()...))
+				h.Keeper.cfg.MinIdle = 30 * time.Second // it would be over, had it been pending
+				cut = false
+				id, err := move(true)
+				require.NoError(t, err)
+				require.Empty(t, id)
+				require.True(t, h.ledger.Owned(entries[0]))
+				require.Equal(t, want, h.pending())
+				id, err = move(true)
+				require.NoError(t, err)
+				require.NotEmpty(t, id)
+				require.True(t, h.ledger.IsMoved(entries[0]))
+				require.Equal(t, want[1:], append([]string{}, h.pending()...))
+			})
+		}
+	}
+}
+
+// The same, but nobody looked while the lease was good: others may have claimed the entry,
+// and settled it.
+func TestMove_ForgottenForLong(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1")
+	e := h.read()[0]
+	h.wait(e)
+	h.ledger.Moving(e, true) // without an answer
+	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1").Err())
+	h.ledger.Renewed(time.Now().Add(-2*time.Minute), e)
+	for range 2 {
+		require.NoError(t, h.Renew(t.Context(), 0))
+	}
+	id, err := h.Move(t.Context(), e, h.stream.Key+".dead", true, []string{"entry:1-1", "consumer:holder"}, []string{"uuid", "1-1"})
+	require.NoError(t, err)
+	require.Empty(t, id)
+	require.True(t, e.Lost())
+	require.Empty(t, h.pending())
+}
+
 // readOn reads a message and acks it.
 func (h *holder) readOn(id string) {
 	h.t.Helper()
@@ -447,8 +623,8 @@ func (h *holder) readOn(id string) {
 	require.NoError(h.t, err)
 }
 
-// A message that waits for its retry is acked by hand, while others are read. It looks as if
-// the group were another one; but only once.
+// A message that waits for its retry is acked by hand, while others are read. This
+// looks as if the group were a different one; but only once.
 func TestRenew_AckedByHand(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1")
@@ -463,8 +639,8 @@ func TestRenew_AckedByHand(t *testing.T) {
 	require.True(t, waiting.Lost())
 }
 
-// A consumer that was away for so long that others have settled what it had, and removed its
-// name. The group does not know it.
+// A consumer was cut off for so long that others have settled its entries, and
+// removed its name. The group does not know it.
 func TestRenew_AwayForLong(t *testing.T) {
 	for _, timeout := range []time.Duration{100 * time.Millisecond, time.Hour} {
 		t.Run(timeout.String(), func(t *testing.T) {
@@ -474,7 +650,7 @@ func TestRenew_AwayForLong(t *testing.T) {
 			h.wait(h.read()...)
 			require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
 			require.NoError(t, h.client.XGroupDelConsumer(t.Context(), h.stream.Key, "group", "holder").Err())
-			time.Sleep(110 * time.Millisecond) // away
+			time.Sleep(110 * time.Millisecond) // cut off
 			require.NoError(t, h.Renew(t.Context(), 0))
 			if timeout == time.Hour {
 				require.Len(t, h.pending(), 2, "it may be another group")
@@ -485,8 +661,9 @@ func TestRenew_AwayForLong(t *testing.T) {
 	}
 }
 
-// The first try to give back was done, but its answer lost. Others have settled the messages
-// since, and the server has seen this consumer later than it knows.
+// The first attempt to release succeeded, but its answer was lost. Others have
+// settled the messages since, and the server has seen this consumer later than it
+// knows.
 func TestRelease_Repeated(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1", "2-1")

@@ -1,21 +1,22 @@
-// Package ledger knows which entries a subscription has, in which state each of them
-// is, and what is to be done next. It is a state machine behind one mutex: it starts no
-// goroutine, makes no call, and is told the time. What its methods want to be done they
-// return as Effects.
+// Package ledger knows the entries of a subscription, the state of each, and what
+// to do next. It is a state machine behind one mutex: it starts no goroutines,
+// makes no calls, and gets the time as an argument. Its methods return what has to
+// be done as Effects.
 //
 // An entry is in one state at a time:
 //
-//	Candidate  pending in a dead consumer's name, or released; a slot will claim it
-//	Queued     read ahead, or to be asked for again
-//	Running    a slot has it
-//	Calling    OnBroken has it, or waits to get it, outside of the slots
-//	Waiting    comes again when it is due
+//	Candidate  pending for a dead consumer, or released; a slot will claim it
+//	Queued     read ahead, or to be fetched again
+//	Running    in a slot
+//	Calling    in OnBroken, or waiting for it, outside of the slots
+//	Waiting    will be redelivered when it is due
 //	Acked      handled; its ack is not confirmed yet
-//	Releasing  being given back
+//	Releasing  being released
 //
-// All but candidates are ours: pending in the consumer's name, renewed until they leave
-// the ledger. An entry that is not ours any more (lost), or not in the stream (gone),
-// leaves at once where nobody has it in hand, else when its handler has ended.
+// All entries except candidates are ours: pending for this consumer, and renewed
+// until they leave the ledger. An entry that is no longer ours (lost), or no longer
+// in the stream (gone), leaves at once, or when its handler has ended if it is in
+// hand.
 package ledger
 
 import (
@@ -27,14 +28,15 @@ import (
 	"time"
 )
 
-// State is where an entry is on its way through this process.
+// State is the state of an entry in this process.
 type State uint8
 
-// The states.
+// States of an entry.
 const (
-	None State = iota // not in the ledger, or not any more
+	None State = iota // not in the ledger
 	Candidate
 	Queued
+	Keying // its key is being computed
 	Running
 	Calling
 	Waiting
@@ -42,69 +44,80 @@ const (
 	Releasing
 )
 
-// Entry is an entry of the stream. Its exported fields belong to whoever has it in
-// hand; nobody else reads or changes them.
+// Entry is an entry of the stream. Only the goroutine that is processing the entry
+// may read or change its exported fields.
 type Entry struct {
 	ID     string
-	Fields []string // nil: to be asked for before its next delivery
-	Next   int64    // what its next delivery makes of its count
+	Fields []string // nil: fetch them before the next delivery
+	Next   int64    // the count after its next delivery
 
-	// Of a candidate: the consumer in whose name it is pending, and how long it had
-	// not been touched when that was seen. Empty: it is ours already.
+	// For a candidate: the consumer that it is pending for, and how long it had
+	// been idle when it was found. An empty Owner means that it is already ours.
 	Owner string
 	Idle  time.Duration
 
-	Released bool  // its holder gave it back: it has crashed nobody
+	Prepared any   // what was decoded for the sake of its key
+	Released bool  // released by its consumer, so it crashed nobody
 	Death    any   // the decision that it is dead, until it is moved
-	Broken   error // why OnBroken has it
-	Stuck    bool  // it has died where it can only stay, which was said
+	Broken   error // why it goes to OnBroken
+	Stuck    bool  // it died on a dead-letter stream, where it stays; logged already
+	Single   bool  // it shares no batch: its handler panicked
 
 	count  atomic.Int64
 	cancel atomic.Pointer[context.CancelCauseFunc]
 	lost   atomic.Bool
 
 	// Guarded by the ledger.
-	state   State
-	gone    bool      // not in the stream any more
-	orphan  bool      // it was seen pending in our name, and may be acked by now
-	putBack time.Time // it was not pending, and was put back since it was last taken; zero: it was not
-	moving  bool      // a move to the dead-letter stream was sent, and may have happened
-	moved   bool      // it has
-	past    bool      // taken as a retry or a candidate, not as a fresh one
-	dead    bool      // it waits to be moved
-	in      *queue
-	heap    *waiting
-	place   int       // in the heap
-	due     time.Time // when it waits: not before
-	renewed time.Time // when it was asked for with success: until MinIdle later nobody can claim it
-	since   uint64    // when it became ours, by the ledger's clock
-	sure    uint64    // when it was last known to be
+	state     State
+	gone      bool      // no longer in the stream
+	orphan    bool      // was found pending for us, and may be acked by now
+	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
+	moving    bool      // a move to the dead-letter stream was sent, and may have happened
+	moved     bool      // it was moved
+	past      bool      // taken as a retry or a candidate, not as a fresh entry
+	dead      bool      // waits to be moved
+	keyed     bool      // its key is known
+	withdrawn bool      // a candidate that was read here, and released because of a pause
+	crashed   bool      // it may have crashed its consumer before that
+	spare     int       // places in its slot that past work leaves unused, counted as used
+	lane      *lane     // of its key, which it has or waits for; nil: it has none
+	behind    *queue    // the queue that it joins when it has its key; nil: it has it
+	slim      bool      // it waits for its key, without its fields
+	again     *queue    // the queue of suspects that it was taken from, until it has its fields again
+	in        *queue
+	heap      *waiting
+	place     int       // in the heap
+	due       time.Time // for a waiting entry: not before that time; for any other: when it came
+	renewed   time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
+	since     uint64    // when it became ours, by the ledger's clock
+	sure      uint64    // when it was last known to be ours, by the ledger's clock
 }
 
-// Count returns the deliveries by the server's count, the one under way included.
+// Count returns the server's delivery count, including the current delivery.
 func (e *Entry) Count() int64 { return e.count.Load() }
 
-// SetCount is said by whoever has the entry in hand, of its count and the next one.
+// SetCount sets the count and the next count. Only the goroutine that is processing
+// the entry may call it.
 func (e *Entry) SetCount(count, next int64) *Entry {
 	e.count.Store(count)
 	e.Next = next
 	return e
 }
 
-// Attach has cancel called once the lease is lost, or the subscription ends; Detach
-// takes that back. It returns false if the lease is lost already.
+// Attach registers cancel to be called when the lease is lost or the subscription
+// ends. It returns false if the lease is already lost. Detach unregisters it.
 func (e *Entry) Attach(cancel *context.CancelCauseFunc) bool {
 	e.cancel.Store(cancel)
 	return !e.lost.Load()
 }
 
-// Detach ends what Attach began.
+// Detach unregisters what Attach registered.
 func (e *Entry) Detach() { e.cancel.Store(nil) }
 
-// Lost reports whether somebody else may have the entry.
+// Lost reports whether another consumer may have the entry.
 func (e *Entry) Lost() bool { return e.lost.Load() }
 
-// InHand reports whether a function of the user's has it.
+// InHand reports whether a user's function has the entry.
 func (e *Entry) InHand() bool { return e.cancel.Load() != nil }
 
 func (e *Entry) end(cause error) {
@@ -113,104 +126,117 @@ func (e *Entry) end(cause error) {
 	}
 }
 
-// readHere reports whether the entry was read here for the first time, though the
-// answer was lost: it comes before what is read later.
+// readHere reports whether the entry was first read by us, with a lost answer: it
+// precedes the entries that are read later.
 func (e *Entry) readHere() bool { return e.Owner == "" && e.Next == e.Count() && e.Next == 1 }
 
-// Effects is what is to be done after a change, by whoever made it: none may be passed
-// over. What changes often returns them; after anything else, ask for Effects.
+// Effects is what the caller must do after a change; no effects may be ignored.
+// Frequent changes return them; after any other change, call Effects.
 type Effects struct {
-	Slots   int       // slots to start; each calls Take until that returns nil
-	Callers int       // callers of OnBroken to start; each calls TakeBroken until that returns nil
-	Room    bool      // the reader, which found no room, is to look again
+	Slots   int       // slots to start; each calls Take until Take returns nil
+	Callers int       // OnBroken callers to start; each calls TakeBroken until that returns nil
+	Key     bool      // start the keyer: see TakeUnkeyed
+	Crowded bool      // too many entries wait for their keys: nothing is read (said once)
+	Room    bool      // the reader, which found no room, should check again
 	Ack     bool      // there are acks to send
-	Look    bool      // what was offered is used up, and there was more
-	Timer   time.Time // Effects is to be asked for then; zero: nothing new
+	Look    bool      // the offered candidates are used up, and there were more
+	Timer   time.Time // when to call Fired; zero: no change
 }
 
-// Config is what a Ledger needs to know.
+// Config configures a Ledger.
 type Config struct {
-	Slots  int  // entries that may run at once; with 1 the order is kept
+	Slots  int  // maximum of slots; 1 preserves the order, unless Keyed or Batch
+	Keyed  bool // entries have keys, each of which preserves the order
 	Leased bool // entries stay pending until they are acked
 
-	// Serve has what is queued taken after Close, since it cannot be given back.
+	// A slot takes up to Batch entries at once, and waits for as many until the first one
+	// has waited for Wait. 0 and 1: single entries.
+	Batch int
+	Wait  time.Duration
+
+	// Serve keeps delivering queued entries after Close, since they cannot be
+	// released.
 	Serve bool
 
-	// Suspect is the count from which on a claimed entry may be what crashed its
-	// holder, and Last the greatest that an entry is delivered with. 0: there is no
+	// Suspect is the delivery count from which a claimed entry may have crashed its
+	// consumer. Last is the highest count that an entry is delivered with. 0: no
 	// such count.
 	Suspect, Last int64
 
-	// Patience is for how long nothing new is taken, at first, for the sake of an
-	// entry that must run alone.
+	// Patience is how long, at first, no new entries are taken while an entry waits
+	// to run alone.
 	Patience time.Duration
 
-	Callers int // calls of OnBroken at once
+	Callers int                   // maximum of concurrent OnBroken calls
+	Compare func(a, b string) int // of IDs
 	Bounds  *Bounds
-	Lost    error // the cause of the end of a message's context when its lease is lost
+	Lost    error // the cause of a message context that ends because its lease is lost
 }
 
-// Ledger is the entries of a subscription.
+// Ledger holds the entries of a subscription.
 type Ledger struct {
 	cfg Config
 
 	mu      sync.Mutex
-	clock   uint64 // counts what is learned of ownership
-	joined  uint64 // when something became ours last, by that
+	clock   uint64 // counts the changes of ownership
+	joined  uint64 // when an entry last became ours, by clock
 	entries map[string]*Entry
-	strays  []*Entry // gone, in hand still, and their IDs used anew
+	strays  []*Entry // in hand, but gone from the stream and their IDs reused
 
 	fresh    queue
 	claims   queue // candidates
-	suspects queue // of these, what may have crashed its holder
-	lonely   queue // of these, what must not share this delivery with anything
+	suspects queue // claims that may have crashed their consumer
+	lonely   queue // claims that must not share this delivery with any other
 	broken   queue
 	retries  waiting
-	recalls  waiting // of what is broken
-	head     *Entry  // with one slot: what waits, and holds up all others
+	recalls  waiting // retries for OnBroken
+	head     *Entry  // with one slot: the waiting entry that blocks all others
 	acks     []*Entry
 	use      usage
 
 	apart apart
+	keys  keys
 
-	turn   int // counts what was taken: see next
-	ahead  int // entries that may be read ahead, when the reader last asked
+	turn   int // counts the entries taken: see next
+	ahead  int // the read-ahead limit at the reader's last call of Room
 	parked bool
 	armed  time.Time
-	more   bool // candidates than were offered
-	closed bool // nothing new is taken
-	over   bool // nothing more is added
+	more   bool // there are more candidates than were offered
+	closed bool // no new entries are taken
+	over   bool // no entries are added
 	ended  bool // acks are not sent any more
+	paused bool // nothing is read and taken: see Pause
 }
 
-// apart is what keeps messages from each other that may crash their process.
+// apart keeps messages that may crash their process away from others.
 type apart struct {
-	alone    *Entry        // the lonely one that runs, or whose ack is not confirmed
-	suspect  *Entry        // likewise, of suspects
-	from     time.Time     // nothing new is taken since, for a lonely one; zero: it is
-	until    time.Time     // no lonely one is taken before, while there is other work
-	patience time.Duration // for how long nothing new is taken
+	alone    *Entry        // the lonely entry that is running, or whose ack is not confirmed
+	suspect  *Entry        // the same for suspects
+	from     time.Time     // since when no new entries are taken, for a lonely one; zero: they are taken
+	until    time.Time     // while there is other work, no lonely entry is taken before that time
+	idle     time.Time     // since when there is no other work here; zero: there is some
+	patience time.Duration // how long no new entries are taken
 }
 
-// usage counts what counts against a bound.
+// usage counts what is limited.
 type usage struct {
-	slots   int // started, and not ended
+	slots   int // started and not ended
 	callers int
 	running int
-	past    int // of these, retries and candidates
+	past    int // retries and candidates, and what they leave unused of their slots
 	waiting int
-	dead    int // of these, to be moved
+	dead    int // waiting to be moved; included in waiting
 }
 
 // New returns an empty Ledger.
 func New(cfg Config) *Ledger {
 	cfg.Bounds.Open.Add(1)
-	return &Ledger{cfg: cfg, entries: make(map[string]*Entry), apart: apart{patience: cfg.Patience}}
+	return &Ledger{cfg: cfg, entries: make(map[string]*Entry), apart: apart{patience: cfg.Patience}, keys: keys{lanes: make(map[string]*lane)}}
 }
 
-// Add takes entries that were read by a command sent at that time; after Close it takes
-// none, and returns false. An entry may come twice: after a failover, or after the group
-// was made anew, the server may repeat what it delivered before. It is ours afresh then.
+// Add adds entries that a command sent at that time has read. After Close it adds
+// none, and returns false. An entry may be added twice: after a failover, or if the
+// group was recreated, the server may deliver it again. Then it is newly ours.
 func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (fx Effects, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -231,8 +257,8 @@ func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (fx Effects, ok bool
 	return l.effects(now), true
 }
 
-// Offer takes candidates that are not known here. If there are more of them, whoever
-// finds them is told when these are used up.
+// Offer adds candidates that are not yet known. If there are more of them, an
+// effect requests them when these are used up.
 func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -249,28 +275,38 @@ func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 			l.enqueue(e)
 			continue
 		}
-		e.state = Candidate
-		switch {
-		case l.cfg.Last > 0 && !e.Released && e.Next >= l.cfg.Last:
-			l.lonely.push(e)
-		case l.cfg.Suspect > 0 && !e.Released && e.Next >= l.cfg.Suspect:
-			l.suspects.push(e)
-		default:
-			l.claims.push(e)
-		}
+		l.candidate(e)
 	}
-	l.more = more && added > 0 // or they would be looked at again and again
+	l.more = more && added > 0 // otherwise they would be requested forever
 	return l.effects(now)
 }
+
+// candidate has an entry wait to be claimed.
+func (l *Ledger) candidate(e *Entry) {
+	e.state = Candidate
+	switch {
+	case l.cfg.Keyed && e.Released:
+		l.keys.released.push(e)
+	case l.cfg.Last > 0 && !e.innocent() && e.Next >= l.cfg.Last:
+		l.lonely.push(e)
+	case l.cfg.Suspect > 0 && !e.innocent() && e.Next >= l.cfg.Suspect:
+		l.suspects.push(e)
+	default:
+		l.claims.push(e)
+	}
+}
+
+// innocent reports whether the entry has crashed no consumer.
+func (e *Entry) innocent() bool { return e.Released && !e.crashed }
 
 // Candidates returns how many entries wait to be claimed.
 func (l *Ledger) Candidates() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.claims.len() + l.suspects.len() + l.lonely.len()
+	return l.claims.len() + l.suspects.len() + l.lonely.len() + l.keys.released.len()
 }
 
-// Has reports whether the entry is here.
+// Has reports whether the ledger has the entry.
 func (l *Ledger) Has(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -278,12 +314,14 @@ func (l *Ledger) Has(id string) bool {
 	return e != nil && !e.gone
 }
 
-// Claimed notes that a candidate is ours now, or a retry by its new count, by a command
-// sent at that time. It returns false if the entry has left the ledger meanwhile.
+// Claimed notes that a candidate is now ours, or that a retry has its new count, by
+// a command sent at that time. It returns false if the entry has left the ledger in
+// the meantime.
 func (l *Ledger) Claimed(sent time.Time, e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.clock++
+	e.again = nil
 	if e.orphan = false; e.Owner != "" {
 		e.Owner, e.since, l.joined = "", l.clock, l.clock
 	}
@@ -291,27 +329,32 @@ func (l *Ledger) Claimed(sent time.Time, e *Entry) bool {
 	return l.entries[e.ID] == e
 }
 
-// Acked ends an entry that nobody needs any more.
-func (l *Ledger) Acked(now time.Time, e *Entry) (fx Effects) {
+// Acked ends entries that are done.
+func (l *Ledger) Acked(now time.Time, entries ...*Entry) (fx Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.Detach()
-	if !l.cfg.Leased || l.ended {
-		l.remove(now, e)
-		return l.effects(now)
+	kept := l.cfg.Leased && !l.ended
+	for _, e := range entries {
+		e.Detach()
+		if !kept {
+			l.remove(now, e)
+			continue
+		}
+		l.leave(e)
+		l.free(e)
+		e.state = Acked // even if it is lost: the work is done
+		l.acks = append(l.acks, e)
+		l.cfg.Bounds.Unacked.used.Add(1)
 	}
-	l.leave(e)
-	e.state = Acked // also if it is lost: the work is done
-	l.acks = append(l.acks, e)
-	l.cfg.Bounds.Unacked.used.Add(1)
 	fx = l.effects(now)
-	fx.Ack = true
+	fx.Ack = kept
 	return fx
 }
 
-// Retry has the entry come again when it is due, unless the ledger is closed, for which
-// it returns false. Aside: without holding up the order of a ledger with one slot. Where
-// too many wait, the one that is due last leaves the ledger, and is returned.
+// Retry schedules the entry's redelivery. If the ledger is closed, it returns
+// false. With aside the entry does not block others if there is only one slot. If
+// too many entries wait, the one that is due last leaves the ledger, and is
+// returned.
 func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (dropped *Entry, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -334,13 +377,17 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	if e.dead = e.Death != nil; e.dead {
 		l.use.dead++
 	}
-	if l.cfg.Slots == 1 && !aside && from == &l.retries {
+	if aside || e.dead || from == &l.recalls {
+		l.free(e)
+	}
+	l.slimAll(e)
+	if l.capacity() == 1 && !l.cfg.Keyed && !aside && from == &l.retries {
 		l.head = e
 	} else {
 		heap.Push(from, e)
 		e.heap = from
 	}
-	if l.cfg.Leased && !e.dead && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.use.waiting) {
+	if l.cfg.Leased && !e.dead && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.waits()) {
 		if dropped = from.latest(); dropped != nil {
 			l.remove(now, dropped)
 		}
@@ -348,26 +395,27 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	return dropped, true
 }
 
-// Broken hands an entry that a slot has to the callers of OnBroken. It returns false, and
-// does nothing, if the ledger is closed. Where too many wait for them, the entry leaves the
-// ledger, and full is true.
+// Broken passes an entry from its slot to the callers of OnBroken. If the ledger is
+// closed, it does nothing and returns false. If too many entries wait for them, the
+// entry leaves the ledger, and full is true.
 func (l *Ledger) Broken(now time.Time, e *Entry) (full, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return false, false
 	}
-	if l.cfg.Leased && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.use.waiting+l.broken.len()) {
+	if l.cfg.Leased && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.waits()) {
 		l.remove(now, e)
 		return true, true
 	}
 	l.settle(now, e)
 	l.leave(e)
+	l.free(e)
 	l.call(e)
 	return false, true
 }
 
-// Remove is the end of entries that are no business of this subscription any more.
+// Remove ends entries that no longer concern this subscription.
 func (l *Ledger) Remove(now time.Time, entries ...*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -377,7 +425,7 @@ func (l *Ledger) Remove(now time.Time, entries ...*Entry) {
 	}
 }
 
-// Releasing takes entries out of all that renews or delivers.
+// Releasing excludes entries from renewals and deliveries.
 func (l *Ledger) Releasing(now time.Time, entries ...*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -385,26 +433,36 @@ func (l *Ledger) Releasing(now time.Time, entries ...*Entry) {
 		e.Detach()
 		l.settle(now, e)
 		l.leave(e)
+		l.free(e)
 		e.state = Releasing
 	}
 }
 
-// Effects returns what is to be done now.
+// Effects returns what has to be done now.
 func (l *Ledger) Effects(now time.Time) Effects {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.effects(now)
 }
 
-// Close takes back what nobody has in hand: the queue, where it can be given back, and
-// what waits. Candidates are forgotten. Nothing new is taken any more.
+// Fired returns what has to be done when the timer has fired: no other one is set.
+func (l *Ledger) Fired(now time.Time) Effects {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.armed = time.Time{}
+	return l.effects(now)
+}
+
+// Close takes back the entries that nobody is processing: the queued ones if they
+// can be released, and the waiting ones. It forgets the candidates. No new entries
+// are taken after that.
 func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.stop()
 	l.over = true
 	for _, e := range l.strays {
-		if e.state == Queued {
+		if e.state == Queued && !l.cfg.Serve {
 			l.leave(e)
 		}
 	}
@@ -425,21 +483,37 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	return queued, retries
 }
 
-// End has nothing taken any more, not even what Serve asks for, and returns how many
-// entries nobody has taken.
+// End stops all deliveries, including those for Serve, and returns the number of
+// undelivered entries.
 func (l *Ledger) End(now time.Time) (left int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.stop()
+	serve := l.cfg.Serve
 	l.over, l.cfg.Serve = true, false
-	for e := l.fresh.peek(); e != nil; e = l.fresh.peek() {
-		l.remove(now, e)
-		left++
+	for _, q := range []*queue{&l.keys.queue, &l.fresh} {
+		for e := q.peek(); e != nil; e = q.peek() {
+			l.remove(now, e) // the next one of its key follows
+			left++
+		}
+	}
+	for _, ln := range l.keys.lanes { // held by an entry whose function does not return
+		for len(ln.behind) > 0 {
+			l.remove(now, ln.behind[0])
+			left++
+		}
+	}
+	for id, e := range l.entries {
+		if serve && e.state == Keying { // the same; the function may be reading it
+			l.leave(e)
+			delete(l.entries, id)
+			left++
+		}
 	}
 	return left
 }
 
-// Stop has nothing new taken from now on; Close takes back what is there.
+// Stop stops taking new entries; Close takes back the remaining ones.
 func (l *Ledger) Stop() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -453,7 +527,7 @@ func (l *Ledger) stop() {
 	}
 }
 
-// insert puts an entry under its ID.
+// insert adds an entry under its ID.
 func (l *Ledger) insert(now, sent time.Time, e *Entry) {
 	if old := l.entries[e.ID]; old != nil {
 		if old.state != Candidate {
@@ -463,11 +537,11 @@ func (l *Ledger) insert(now, sent time.Time, e *Entry) {
 		}
 	}
 	l.entries[e.ID] = e
-	e.since = l.clock
+	e.since, e.due = l.clock, now
 	l.touch(sent, e)
 }
 
-// call has an entry wait for OnBroken.
+// call queues an entry for OnBroken.
 func (l *Ledger) call(e *Entry) {
 	e.state = Calling
 	l.broken.push(e)
@@ -476,7 +550,11 @@ func (l *Ledger) call(e *Entry) {
 
 func (l *Ledger) enqueue(e *Entry) {
 	e.state = Queued
-	l.fresh.push(e)
+	if l.cfg.Keyed {
+		l.keys.queue.push(e)
+	} else {
+		l.fresh.push(e)
+	}
 	l.cfg.Bounds.ahead.Add(1)
 }
 
@@ -485,7 +563,7 @@ func (l *Ledger) touch(sent time.Time, e *Entry) {
 	e.renewed, e.sure = sent, l.clock
 }
 
-// leave takes an entry out of its state.
+// leave removes an entry from its state.
 func (l *Ledger) leave(e *Entry) {
 	if e.in == &l.broken {
 		l.cfg.Bounds.Waiting.used.Add(-1)
@@ -496,10 +574,16 @@ func (l *Ledger) leave(e *Entry) {
 	switch e.state {
 	case Queued:
 		l.cfg.Bounds.ahead.Add(-1)
+		if e.behind != nil {
+			l.stepOut(e)
+		}
+	case Keying:
+		l.keys.with--
 	case Running:
 		l.use.running--
 		if e.past {
-			l.use.past--
+			l.use.past -= 1 + e.spare
+			e.spare = 0
 		}
 	case Waiting:
 		l.use.waiting--
@@ -519,7 +603,7 @@ func (l *Ledger) leave(e *Entry) {
 	e.state = None
 }
 
-// settle lets others have their turn after an entry that ran alone, or as a suspect.
+// settle lets other entries run after one that ran alone or as a suspect.
 func (l *Ledger) settle(now time.Time, e *Entry) {
 	if e == l.apart.alone {
 		l.apart.alone = nil
@@ -534,7 +618,8 @@ func (l *Ledger) settle(now time.Time, e *Entry) {
 func (l *Ledger) remove(now time.Time, e *Entry) {
 	l.settle(now, e)
 	l.leave(e)
-	e.Fields, e.Death = nil, nil // others of its read may stay for long
+	l.free(e)
+	e.Fields, e.Prepared, e.Death = nil, nil, nil // other entries of the same read may stay for a long time
 	if l.entries[e.ID] == e {
 		delete(l.entries, e.ID)
 	} else {

@@ -1,11 +1,13 @@
 package ledger
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -22,11 +24,18 @@ func at(seconds float64) time.Time {
 }
 
 func newLedger(slots int, change ...func(*Config)) *Ledger {
-	cfg := Config{Slots: slots, Leased: true, Suspect: 3, Last: 5, Patience: 5 * time.Second, Callers: 2, Bounds: NewBounds(), Lost: errLost}
+	cfg := Config{Slots: slots, Leased: true, Suspect: 3, Last: 5, Patience: 5 * time.Second, Callers: 2, Bounds: NewBounds(), Lost: errLost, Compare: byNumber}
 	for _, c := range change {
 		c(&cfg)
 	}
 	return New(cfg)
+}
+
+// byNumber compares IDs, which are numbers here.
+func byNumber(a, b string) int {
+	x, _ := strconv.Atoi(a)
+	y, _ := strconv.Atoi(b)
+	return x - y
 }
 
 func read(ids ...string) (entries []*Entry) {
@@ -36,19 +45,19 @@ func read(ids ...string) (entries []*Entry) {
 	return entries
 }
 
-// claim is a candidate whose next delivery is the one with the count given.
+// claim returns a candidate with the given next delivery count.
 func claim(id string, next int64) *Entry {
 	return (&Entry{ID: id, Owner: "dead"}).SetCount(next-1, next)
 }
 
-// take has a slot take, and returns the ID; "" if there is nothing.
+// take takes an entry as a slot, and returns its ID; "" if there is none.
 func take(l *Ledger, now time.Time) (id string, e *Entry) {
-	l.use.slots = l.use.running + 1 // this one, whatever the effects have asked for
-	e, _ = l.Take(now)
-	if e == nil {
+	l.use.slots = l.use.running + 1 // this slot, whatever the effects have requested
+	taken, _ := l.Take(now, nil)
+	if len(taken) == 0 {
 		return "", nil
 	}
-	return e.ID, e
+	return taken[0].ID, taken[0]
 }
 
 func takeAll(l *Ledger, now time.Time) (ids []string) {
@@ -62,7 +71,7 @@ func takeAll(l *Ledger, now time.Time) (ids []string) {
 	return ids
 }
 
-// Each state, and what each event makes of it.
+// Each state, and the result of each event in it.
 func TestEvents(t *testing.T) {
 	// in brings an entry into a state.
 	in := map[State]func(l *Ledger) *Entry{
@@ -104,11 +113,11 @@ func TestEvents(t *testing.T) {
 	}
 	type outcome struct {
 		state State // of the entry
-		here  State // of what is under its ID
+		here  State // of the entry under its ID
 	}
 	same := func(s State) outcome { return outcome{s, s} }
 	want := map[string]map[State]outcome{
-		"read again": {Candidate: {None, Queued}}, // ours already else
+		"read again": {Candidate: {None, Queued}}, // otherwise already ours
 		"offered":    {},
 		"lost":       {Queued: {}, Waiting: {}, Calling: {}, Candidate: {}},
 		"gone":       {Waiting: {}},
@@ -228,8 +237,8 @@ func TestTake(t *testing.T) {
 	}
 }
 
-// What is not fresh may all be slow: it takes half of the slots, one after the other, and
-// no more while something fresh comes.
+// Entries that are not fresh may all be slow: they take half of the slots, one
+// after the other, and no more while fresh ones arrive.
 func TestTake_PastIsSlow(t *testing.T) {
 	l := newLedger(4)
 	l.Offer(start, []*Entry{claim("a", 2), claim("b", 2), claim("c", 2), claim("d", 2)}, false)
@@ -247,8 +256,8 @@ func TestTake_PastIsSlow(t *testing.T) {
 	require.Equal(t, 2, l.use.running)
 }
 
-// A slot takes a retry that fell due, before that one's own timer; the new entry that
-// the slot was started for is another one's, which is started then.
+// A slot takes a retry that became due before its timer fired; the new entry for
+// which the slot was started gets another one, which is started then.
 func TestTake_StartsTheNextSlot(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1"))
@@ -258,16 +267,16 @@ func TestTake_StartsTheNextSlot(t *testing.T) {
 	l.use.slots = 0
 	fx, _ := l.Add(at(1), at(1), read("2"))
 	require.Equal(t, 1, fx.Slots)
-	first, fx := l.Take(at(1))
-	require.NotNil(t, first)
+	first, fx := l.Take(at(1), nil)
+	require.Len(t, first, 1)
 	require.Equal(t, 1, fx.Slots, "one slot sleeps beside the other entry")
-	second, fx := l.Take(at(1))
-	require.NotNil(t, second)
+	second, fx := l.Take(at(1), nil)
+	require.Len(t, second, 1)
 	require.Equal(t, 0, fx.Slots)
 }
 
-// While suspects are worked off one by one, alone, other work has half of the time; and
-// a handler that takes very long does not stop everything.
+// While suspects run one by one, alone, other work gets half of the time; and a
+// very slow handler does not stop everything.
 func TestTake_Lonely(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1", "2", "3", "4", "5", "6"))
@@ -305,18 +314,88 @@ func TestTake_Lonely(t *testing.T) {
 	require.Empty(t, id, "a took from 11 to 14")
 }
 
-// Without other work a suspect waits for nothing.
-func TestTake_LonelyOnly(t *testing.T) {
+// Nothing is read while an entry runs alone: that no other work is here does not
+// mean that there is none. A topic's fresh messages waited until the last such
+// entry had run.
+func TestTake_LonelyOneAfterTheOther(t *testing.T) {
 	l := newLedger(2)
 	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
 	_, a := take(l, start)
+	require.Zero(t, l.Room(1))
 	l.Acked(at(3), a)
-	l.Confirmed(at(3), 1)
+	fx := l.Confirmed(at(3), 1)
+	require.True(t, fx.Room)
+	require.Positive(t, l.Room(1), "the others' turn")
 	id, _ := take(l, at(3))
+	require.Empty(t, id)
+	l.Add(at(3.1), at(3.1), read("1", "2"))
+	id, fresh := take(l, at(3.1))
+	require.Equal(t, "1", id)
+	l.Acked(at(5.9), fresh)
+	id, fresh = take(l, at(5.9))
+	require.Equal(t, "2", id)
+	l.Acked(at(5.95), fresh)
+	l.Confirmed(at(5.95), len(l.acks))
+	id, _ = take(l, at(5.99))
+	require.Empty(t, id, "a took from 0 to 3")
+	id, _ = take(l, at(6))
 	require.Equal(t, "b", id)
 }
 
-// What is read ahead, and no more.
+// An orphan whose claim got no answer is claimed again later. Then it shared its last
+// delivery with whatever else ran, as a retry does.
+func TestTake_LonelyOrphan(t *testing.T) {
+	l := newLedger(2)
+	l.Offer(start, []*Entry{(&Entry{ID: "a"}).SetCount(5, 5)}, false)
+	_, a := take(l, start)
+	_, ok := l.Retry(start, a, at(1), false)
+	require.True(t, ok)
+	l.Add(at(0.5), at(0.5), read("1"))
+	_, other := take(l, at(0.5))
+	id, _ := take(l, at(2))
+	require.Empty(t, id, "1 is running")
+	l.Acked(at(3), other)
+	id, _ = take(l, at(3))
+	require.Equal(t, "a", id)
+	l.Add(at(3), at(3), read("2"))
+	id, _ = take(l, at(3))
+	require.Empty(t, id, "a is running alone")
+}
+
+// The same of a suspect: no other one runs beside it.
+func TestTake_SuspectOrphan(t *testing.T) {
+	l := newLedger(2)
+	l.Offer(start, []*Entry{(&Entry{ID: "a"}).SetCount(3, 3)}, false)
+	_, a := take(l, start)
+	_, ok := l.Retry(start, a, at(1), false)
+	require.True(t, ok)
+	l.Offer(start, []*Entry{claim("b", 3)}, false)
+	_, b := take(l, start)
+	require.Equal(t, "b", b.ID)
+	id, _ := take(l, at(2))
+	require.Empty(t, id, "b is running")
+	l.Acked(at(3), b)
+	l.Confirmed(at(3), 1)
+	id, _ = take(l, at(3))
+	require.Equal(t, "a", id)
+}
+
+// Without other work a suspect waits no longer than it takes to know that.
+func TestTake_LonelyOnly(t *testing.T) {
+	l := newLedger(2)
+	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
+	id, a := take(l, start)
+	require.Equal(t, "a", id)
+	l.Acked(at(3), a)
+	l.Confirmed(at(3), 1)
+	require.Equal(t, at(4), l.armed)
+	id, _ = take(l, at(3.9))
+	require.Empty(t, id)
+	id, _ = take(l, at(4))
+	require.Equal(t, "b", id)
+}
+
+// The read-ahead limit.
 func TestRoom(t *testing.T) {
 	l := newLedger(3)
 	require.Equal(t, 13, l.Room(10))
@@ -336,7 +415,8 @@ func TestRoom(t *testing.T) {
 	require.True(t, fx.Room)
 }
 
-// While very many wait to be moved to the dead-letter stream nothing more is read.
+// While very many entries wait to be moved to the dead-letter stream, nothing more
+// is read.
 func TestRoom_Dead(t *testing.T) {
 	l := newLedger(1)
 	for i := range maxWaiting / 2 {
@@ -352,8 +432,8 @@ func TestRoom_Dead(t *testing.T) {
 	check(t, l)
 }
 
-// An entry that may have been moved is tried again, whatever became of its stream: only
-// the dead-letter stream knows.
+// An entry that may have been moved is tried again, whatever happened to its
+// stream: only the dead-letter stream knows.
 func TestGone_Moving(t *testing.T) {
 	l := newLedger(1)
 	l.Add(start, start, read("1"))
@@ -367,7 +447,7 @@ func TestGone_Moving(t *testing.T) {
 	require.Equal(t, None, e.state)
 }
 
-// Of a read what nobody has in hand is given back at the end.
+// Entries that no handler has are released at the end.
 func TestClose(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1", "2", "3", "4"))
@@ -388,7 +468,7 @@ func TestClose(t *testing.T) {
 	require.Equal(t, 2, l.cfg.Bounds.Ahead()-0+2)
 }
 
-// A ledger whose entries cannot be given back has them taken.
+// A ledger whose entries cannot be released still delivers them.
 func TestClose_Serve(t *testing.T) {
 	l := newLedger(1, func(c *Config) { c.Serve, c.Leased = true, false })
 	l.Add(start, start, read("1", "2"))
@@ -403,7 +483,8 @@ func TestClose_Serve(t *testing.T) {
 	}
 }
 
-// A message's context ends when its lease is lost, whichever comes first.
+// A message's context ends when its lease is lost, whichever of Attach and Lose
+// comes first.
 func TestAttach(t *testing.T) {
 	for _, lostFirst := range []bool{false, true} {
 		l := newLedger(1)
@@ -425,8 +506,8 @@ func TestAttach(t *testing.T) {
 	}
 }
 
-// What is acked after the end reaches nobody, and takes nothing of what the Subscriber's
-// other topics may have unacked.
+// Acks after the end are not sent, and do not count against the unacked limit of
+// the Subscriber's other topics.
 func TestEndAcks(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1", "2"))
@@ -440,8 +521,8 @@ func TestEndAcks(t *testing.T) {
 	require.Zero(t, l.cfg.Bounds.Unacked.used.Load())
 }
 
-// An entry that is not pending was taken from us if others are pending that were here as
-// long; not if all are missing that were read with it, or before.
+// An entry that is not pending was taken from us if others are pending that were
+// ours as long; not if all entries that were read with it or before are missing.
 func TestMissing(t *testing.T) {
 	l := newLedger(4)
 	l.Add(at(0), at(0), read("1", "1b"))
@@ -456,7 +537,7 @@ func TestMissing(t *testing.T) {
 	require.True(t, l.Missing(at(10), one, at(9).Sub(at(0)), nil).Expired)
 	l.Renewed(at(2), one, two)
 	require.Equal(t, Missing{Taken: true}, missing(one, two))
-	l.Add(at(3), at(3), read("2")) // once more, by another group
+	l.Add(at(3), at(3), read("2")) // again, by another group
 	require.Equal(t, Missing{ReadOn: true}, missing(one, two))
 	l.Renewed(at(4), one, two)
 	candidate := (&Entry{ID: "3", Owner: "dead"}).SetCount(1, 2)
@@ -474,8 +555,54 @@ func TestMissing(t *testing.T) {
 	require.True(t, missing(one).ReadOn, "it is delivered again: what happens now is another event")
 }
 
-// A message that never ends keeps one with a last delivery to go from its turn; but not
-// what is fresh from being read.
+// Entries that were restored were lost too: that they are pending does not mean that one
+// which is still missing was taken by itself.
+func TestMissing_OthersRestored(t *testing.T) {
+	l := newLedger(4)
+	l.Add(at(0), at(0), read("1", "2"))
+	one, two := l.entries["1"], l.entries["2"]
+	require.Equal(t, Missing{Taken: true}, l.Missing(at(1), one, time.Minute, []*Entry{two}))
+	l.Restored(at(1))
+	require.Equal(t, Missing{Taken: true}, l.Missing(at(1), one, time.Minute, []*Entry{two}), "nothing was restored")
+	l.Restored(at(1), two)
+	require.Equal(t, Missing{ReadOn: true}, l.Missing(at(2), one, time.Minute, []*Entry{two}))
+	require.False(t, l.Missing(at(2), two, at(2).Sub(at(1)), nil).Expired, "restoring renews")
+	l.Renewed(at(3), one, two)
+	require.Equal(t, Missing{Taken: true}, l.Missing(at(4), one, time.Minute, []*Entry{two}))
+}
+
+// What may have been moved, and was found not pending while its lease was good, is nobody
+// else's, however long it takes to learn whether it was moved.
+func TestUnclaimed(t *testing.T) {
+	const lease = 3 * time.Second
+	for _, test := range []struct {
+		name    string
+		moving  bool
+		looks   []float64 // seconds after it was read
+		expired bool
+	}{
+		{"Looked", true, []float64{1, 4, 7}, false},
+		{"LookedAtTheEnd", true, []float64{3, 6, 9}, false},
+		{"LookedTooLate", true, []float64{4, 5, 6, 7}, true},
+		{"LookedOnce", true, []float64{1}, true},
+		{"NotMoving", false, []float64{1, 4, 7}, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			l := newLedger(4)
+			l.Add(at(0), at(0), read("1"))
+			e := l.entries["1"]
+			l.Moving(e, test.moving)
+			for _, look := range test.looks {
+				l.Unclaimed(at(look), e, lease)
+			}
+			l.Moving(e, false)
+			require.Equal(t, test.expired, l.Missing(at(9), e, lease, nil).Expired)
+		})
+	}
+}
+
+// A message that never ends keeps an entry in its last delivery from running; but
+// not fresh entries.
 func TestTake_LonelyBesideOneThatNeverEnds(t *testing.T) {
 	l := newLedger(4)
 	l.Add(start, start, read("endless"))
@@ -500,8 +627,8 @@ func TestTake_LonelyBesideOneThatNeverEnds(t *testing.T) {
 	require.GreaterOrEqual(t, served, 50, "of 120: half of the time")
 }
 
-// A head that waits for an hour is no reason to let a lonely one wait for as long after
-// it.
+// A head that waits for an hour does not make other work last as long after it for
+// a lonely entry.
 func TestTake_LonelyBehindAHead(t *testing.T) {
 	l := newLedger(1)
 	l.Add(start, start, read("1", "2", "3"))
@@ -511,12 +638,12 @@ func TestTake_LonelyBehindAHead(t *testing.T) {
 	l.Effects(at(1))
 	id, head := take(l, at(3600))
 	require.Equal(t, "1", id)
-	l.Effects(at(3610)) // it takes longer than anybody is patient
+	l.Effects(at(3610)) // it takes longer than the patience
 	l.Acked(at(3611), head)
 	now := 3611.0
 	for id = ""; id != "a"; now++ {
 		var e *Entry
-		l.Add(at(now), at(now), read(fmt.Sprint(now))) // there is always something else
+		l.Add(at(now), at(now), read(fmt.Sprint(now))) // there is always other work
 		if id, e = take(l, at(now)); e != nil && id != "a" {
 			l.Acked(at(now), e)
 		}
@@ -524,21 +651,21 @@ func TestTake_LonelyBehindAHead(t *testing.T) {
 	}
 }
 
-// A slot that is started after the end finds nothing, whatever was queued.
+// A slot that starts after the end finds nothing, whatever was queued.
 func TestEnd(t *testing.T) {
 	l := newLedger(2, func(c *Config) { c.Serve, c.Leased = true, false })
 	fx, _ := l.Add(start, start, read("1", "2"))
 	require.Equal(t, 1, fx.Slots)
 	l.Close(start)
 	require.Equal(t, 2, l.End(start))
-	e, fx := l.Take(start)
-	require.Nil(t, e)
+	taken, fx := l.Take(start, nil)
+	require.Empty(t, taken)
 	require.Equal(t, Effects{}, fx)
 	require.Zero(t, l.cfg.Bounds.Ahead())
 }
 
-// What is malformed and decoded while the subscription closes is given back; and what
-// waits for OnBroken has a bound.
+// An entry that turns out to be malformed while the subscription closes is
+// released; and the number that wait for OnBroken is limited.
 func TestBroken(t *testing.T) {
 	l := newLedger(1)
 	l.Add(start, start, read("1"))
@@ -557,7 +684,7 @@ func TestBroken(t *testing.T) {
 	check(t, l)
 }
 
-// Nothing is added any more after the end.
+// Nothing is added after the end.
 func TestClose_NothingIsAdded(t *testing.T) {
 	l := newLedger(1, func(c *Config) { c.Serve, c.Leased = true, false })
 	l.Close(start)
@@ -567,8 +694,8 @@ func TestClose_NothingIsAdded(t *testing.T) {
 	require.Zero(t, l.cfg.Bounds.Ahead())
 }
 
-// What was lost, and is delivered to us anew while its handler still runs, is another
-// delivery.
+// An entry that was lost, and is delivered to us again while its handler still
+// runs, is another delivery.
 func TestAdd_LostBefore(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1"))
@@ -584,7 +711,31 @@ func TestAdd_LostBefore(t *testing.T) {
 	check(t, l)
 }
 
-// check says what must be true of a ledger at any time.
+// What is ours, and what must be pending for us: see what the lease and the poller rest on.
+func TestOwns(t *testing.T) {
+	l := newLedger(4)
+	l.Add(start, start, read("running", "gone", "lost", "waits", "moving"))
+	l.Offer(start, []*Entry{claim("theirs", 2)}, false)
+	entries := make(map[string]*Entry)
+	for range 4 {
+		id, e := take(l, start)
+		entries[id] = e
+	}
+	require.Contains(t, entries, "running")
+	require.Equal(t, int64(5), l.Pending())
+	l.Gone(start, l.entries["gone"])
+	l.Lose(start, l.entries["lost"])
+	l.Moving(l.entries["moving"], true)
+	for id, owns := range map[string]bool{"running": true, "gone": false, "waits": true, "moving": true, "theirs": false, "unknown": false} {
+		require.Equal(t, owns, l.Owns(id), id)
+	}
+	require.Equal(t, int64(2), l.Pending(), "running and waits")
+	l.Acked(start, l.entries["running"])
+	require.Equal(t, int64(1), l.Pending())
+	require.True(t, l.Owns("running"), "its ack has not arrived")
+}
+
+// check checks the invariants of a ledger.
 func check(t *testing.T, l *Ledger) {
 	t.Helper()
 	counts := make(map[State]int)
@@ -596,15 +747,39 @@ func check(t *testing.T, l *Ledger) {
 		}
 	}
 	for _, q := range []struct {
-		name  string
-		q     *queue
-		state State
-	}{{"fresh", &l.fresh, Queued}, {"claims", &l.claims, Candidate}, {"suspects", &l.suspects, Candidate}, {"lonely", &l.lonely, Candidate}, {"broken", &l.broken, Calling}} {
+		name   string
+		q      *queue
+		states []State
+	}{
+		{"fresh", &l.fresh, []State{Queued}}, {"unkeyed", &l.keys.queue, []State{Queued}}, {"claims", &l.claims, []State{Candidate}}, {"released", &l.keys.released, []State{Candidate}},
+		{"suspects", &l.suspects, []State{Candidate, Queued}}, {"lonely", &l.lonely, []State{Candidate, Queued}}, {"broken", &l.broken, []State{Calling}},
+	} {
 		place(q.name, q.q.entries...)
 		for _, e := range q.q.entries {
-			require.Equal(t, q.state, e.state, "entry %s in %s", e.ID, q.name)
+			require.Contains(t, q.states, e.state, "entry %s in %s", e.ID, q.name)
 		}
 	}
+	ahead, slim := 0, 0
+	for key, ln := range l.keys.lanes {
+		require.Equal(t, key, ln.key)
+		place("behind others", ln.behind...)
+		require.Same(t, ln, ln.holder.lane)
+		require.Nil(t, ln.holder.behind)
+		require.Contains(t, []State{Queued, Running, Waiting, Calling}, ln.holder.state, "what holds %s", key)
+		require.True(t, slices.IsSortedFunc(ln.behind, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) }))
+		for _, e := range ln.behind {
+			require.Same(t, ln, e.lane)
+			require.Equal(t, Queued, e.state)
+			if e.slim {
+				slim++
+				require.False(t, l.cfg.Leased && e.Fields != nil)
+			} else {
+				ahead++
+			}
+		}
+	}
+	require.Equal(t, ahead, l.keys.ahead)
+	require.Equal(t, slim, l.keys.thin)
 	for _, w := range []waiting{l.retries, l.recalls} {
 		place("heap", w...)
 		for i, e := range w {
@@ -635,23 +810,26 @@ func check(t *testing.T, l *Ledger) {
 		switch e.state {
 		case Queued, Candidate, Waiting, Acked:
 			require.NotEmpty(t, seen[e], "entry %s is %d, and in no place", e.ID, e.state)
+		case Keying:
+			require.Empty(t, seen[e])
 		case Running:
 			require.Empty(t, seen[e])
 			if e.past {
-				past++
+				past += 1 + e.spare
 			}
 		}
 		if e.dead {
 			dead++
 		}
 	}
+	require.Equal(t, counts[Keying], l.keys.with)
 	require.Equal(t, counts[Running], l.use.running)
-	require.LessOrEqual(t, l.use.running, l.cfg.Slots)
+	require.LessOrEqual(t, l.use.running, l.capacity())
 	require.Equal(t, past, l.use.past)
 	require.Equal(t, counts[Waiting], l.use.waiting)
 	require.Equal(t, dead, l.use.dead)
 	require.Equal(t, counts[Queued], l.cfg.Bounds.Ahead())
-	require.EqualValues(t, counts[Waiting]+l.broken.len(), l.cfg.Bounds.Waiting.used.Load())
+	require.EqualValues(t, counts[Waiting]+l.broken.len()+slim, l.cfg.Bounds.Waiting.used.Load())
 	if !l.ended {
 		require.EqualValues(t, counts[Acked], l.cfg.Bounds.Unacked.used.Load())
 		require.Equal(t, counts[Acked], acks)
@@ -662,15 +840,24 @@ func check(t *testing.T, l *Ledger) {
 	require.LessOrEqual(t, l.use.slots, l.cfg.Slots)
 }
 
-// Whatever happens, an entry is in one state, counted once against each bound, in one
-// slot's hands at most, and never forgotten: at the end everything that came was
-// handled, unless it was taken away.
+// Whatever happens, an entry is in one state, counted once against each limit, in
+// at most one slot, and never forgotten: at the end all entries were handled,
+// except those taken away.
 func TestRandom(t *testing.T) {
 	for seed := range uint64(100) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 14))
 			slots := 1 + r.IntN(4)
-			l := newLedger(slots)
+			keyed := seed%2 == 1
+			size := int(seed/4%3) * 2
+			l := newLedger(slots, func(c *Config) {
+				c.Keyed, c.Leased, c.Batch, c.Wait = keyed, seed%4 != 3, size, time.Duration(size)*time.Second
+			})
+			slotOf, left := make(map[*Entry]**Entry), make(map[**Entry]int) // the entries of a slot
+			keyOf := func(e *Entry) string { return []string{"", "a", "b", "c"}[len(e.ID)*7%3+int(e.ID[len(e.ID)-1])%2] }
+			keying, taken := false, make(map[string]string) // the last fresh entry of each key
+			offered := make(map[string]bool)
+			aside := make(map[*Entry]bool) // have given up their keys
 			now, ids := start, 0
 			came, done := make(map[string]bool), make(map[string]bool)
 			var running, calling []*Entry
@@ -680,14 +867,50 @@ func TestRandom(t *testing.T) {
 					if !fx.Timer.IsZero() {
 						timer = fx.Timer
 					}
+					keying = keying || fx.Key
 					var e *Entry
 					var next Effects
 					switch {
-					case fx.Slots > 0: // a slot takes, and has it until the outcome
+					case fx.Slots > 0: // a slot takes, and keeps it until the outcome
 						fx.Slots--
-						if e, next = l.Take(now); e != nil {
+						var batch []*Entry
+						batch, next = l.Take(now, nil)
+						require.True(t, slices.IsSortedFunc(batch, func(a, b *Entry) int { return byNumber(a.ID, b.ID) }))
+						require.LessOrEqual(t, len(batch), max(1, size))
+						began := false
+						for _, e := range batch {
 							require.NotContains(t, running, e)
+							if e.past && !e.single() && e.Owner != "" && len(batch) > 1 {
+								require.LessOrEqual(t, len(batch), l.share(e))
+							}
+							if key := keyOf(e); keyed && key != "" && !aside[e] {
+								if !e.HasKey() {
+									ok, _, more := l.Line(now, e, key)
+									if next.Slots += more.Slots; !ok {
+										continue
+									}
+								}
+								for _, other := range running {
+									require.False(t, key == keyOf(other) && !aside[other], "two of a key at once")
+								}
+								if !offered[e.ID] {
+									require.GreaterOrEqual(t, byNumber(e.ID, cmp.Or(taken[key], "0")), 0, "out of order")
+									taken[key] = e.ID
+								}
+							}
+							began = true
 							running = append(running, e)
+							slotOf[e] = &batch[0]
+						}
+						if began {
+							left[&batch[0]] = 0
+							for _, e := range batch {
+								if slotOf[e] == &batch[0] {
+									left[&batch[0]]++
+								}
+							}
+						} else if len(batch) > 0 {
+							next.Slots++ // the slot takes another one
 						}
 					case fx.Callers > 0:
 						fx.Callers--
@@ -699,10 +922,19 @@ func TestRandom(t *testing.T) {
 					}
 					fx.Slots += next.Slots
 					fx.Callers += next.Callers
-					fx.Timer = next.Timer
+					fx.Timer, fx.Key = next.Timer, next.Key
 				}
 			}
-			slotGoesOn := func() { apply(Effects{Slots: 1}) }
+			slotGoesOn := func(e *Entry) { // once its whole batch has come to its outcome
+				slot := slotOf[e]
+				if delete(slotOf, e); slot != nil {
+					if left[slot]--; left[slot] > 0 {
+						apply(l.Effects(now))
+						return
+					}
+				}
+				apply(Effects{Slots: 1})
+			}
 			callerGoesOn := func() { apply(Effects{Callers: 1}) }
 			pick := func(from *[]*Entry) *Entry {
 				if len(*from) == 0 {
@@ -722,11 +954,39 @@ func TestRandom(t *testing.T) {
 				if !timer.IsZero() && !timer.After(now) {
 					apply(l.Effects(now))
 				}
+				if keying && r.IntN(2) == 0 {
+					batch := l.TakeUnkeyed(1 + r.IntN(3))
+					if keying = len(batch) > 0; r.IntN(3) == 0 && keying {
+						check(t, l)
+						l.KeyerEnded(batch[:r.IntN(len(batch)+1)])
+						for _, e := range batch {
+							if e.state == Keying { // the one that ended the keyer, and what it must not forget
+								done[e.ID] = true
+								l.Lose(now, e)
+							}
+						}
+						_, fx := l.Keyed(now, batch, nil) // which it has not got any more
+						keying = false
+						apply(fx)
+					} else if keying {
+						check(t, l)
+						var keys []string
+						for _, e := range batch {
+							if e.Owner != "" {
+								l.Claimed(now, e)
+							}
+							keys = append(keys, keyOf(e))
+						}
+						late, fx := l.Keyed(now, batch, keys)
+						require.Empty(t, late)
+						apply(fx)
+					}
+				}
 				switch r.IntN(events) {
 				case 0, 1:
 					if e := pick(&running); e != nil {
 						finish(e)
-						slotGoesOn()
+						slotGoesOn(e)
 					}
 				case 2:
 					_ = l.Acks(3)
@@ -750,6 +1010,7 @@ func TestRandom(t *testing.T) {
 					for range 1 + r.IntN(3) {
 						ids++
 						entries = append(entries, claim(fmt.Sprint(ids), int64(2+r.IntN(4))))
+						offered[fmt.Sprint(ids)] = true
 						came[fmt.Sprint(ids)] = true
 					}
 					apply(l.Offer(now, entries, false))
@@ -758,15 +1019,16 @@ func TestRandom(t *testing.T) {
 						if e.Owner != "" {
 							l.Claimed(now, e)
 						}
-						dropped, ok := l.Retry(now, e, now.Add(time.Duration(r.IntN(9000))*time.Millisecond), r.IntN(3) == 0)
+						aside[e] = aside[e] || r.IntN(3) == 0
+						dropped, ok := l.Retry(now, e, now.Add(time.Duration(r.IntN(9000))*time.Millisecond), aside[e])
 						require.Nil(t, dropped)
 						require.True(t, ok)
-						slotGoesOn()
+						slotGoesOn(e)
 					}
 				case 7:
 					if e := pick(&running); e != nil {
 						l.Broken(now, e)
-						slotGoesOn()
+						slotGoesOn(e)
 					}
 				case 8:
 					if e := pick(&calling); e != nil {
@@ -782,11 +1044,45 @@ func TestRandom(t *testing.T) {
 						}
 					}
 					apply(l.Effects(now))
+				case 10:
+					if l.paused {
+						apply(l.Resume(now))
+					} else if r.IntN(3) == 0 {
+						l.Pause()
+					}
+				case 11:
+					if l.paused && len(running) > 0 {
+						e := pick(&running)
+						if e.Owner != "" {
+							l.Claimed(now, e)
+						}
+						if !aside[e] { // its handler has not begun yet
+							require.True(t, l.HoldBack(now, e))
+							slotGoesOn(e)
+						} else {
+							running = append(running, e)
+						}
+					}
+				case 12:
+					withdrawn := l.Withdraw()
+					require.True(t, l.paused && l.cfg.Leased || len(withdrawn) == 0)
+					if len(withdrawn) > 0 {
+						check(t, l)
+						require.True(t, l.Withdrawn(now, withdrawn, "released", r.IntN(3) > 0))
+					}
+				}
+				if l.paused {
+					require.False(t, l.takeable(now))
+					require.Nil(t, l.next(now), "taken during a pause")
+					require.Zero(t, l.Room(10))
 				}
 				check(t, l)
 			}
-			for range 400 {
-				step(10)
+			for range 500 {
+				step(13)
+			}
+			if l.paused {
+				apply(l.Resume(now))
 			}
 			for i := 0; len(l.entries) > 0; i++ {
 				require.Less(t, i, 20000, "left: %v", l.entries)
@@ -797,7 +1093,7 @@ func TestRandom(t *testing.T) {
 	}
 }
 
-// BenchmarkLedger is what a message costs that is read, taken, and acked.
+// BenchmarkLedger measures the cost of a message that is read, taken, and acked.
 func BenchmarkLedger(b *testing.B) {
 	for _, slots := range []int{1, 100} {
 		b.Run(fmt.Sprint("Slots", slots), func(b *testing.B) {
@@ -806,6 +1102,7 @@ func BenchmarkLedger(b *testing.B) {
 			entries := make([]Entry, batch)
 			pointers := make([]*Entry, batch)
 			ids := make([]string, batch)
+			var taken []*Entry
 			for i := range ids {
 				ids[i] = fmt.Sprint(i)
 			}
@@ -818,8 +1115,8 @@ func BenchmarkLedger(b *testing.B) {
 				l.Add(now, now, pointers)
 				for range pointers {
 					l.use.slots = l.use.running + 1
-					e, _ := l.Take(time.Now())
-					l.Acked(time.Now(), e)
+					taken, _ = l.Take(time.Now(), taken[:0])
+					l.Acked(time.Now(), taken...)
 				}
 				l.Confirmed(now, batch)
 			}

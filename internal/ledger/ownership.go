@@ -5,9 +5,10 @@ import (
 	"time"
 )
 
-// This file is what the ledger knows of ownership, and of acks.
+// This file tracks ownership and acks.
 
-// Renewals returns what was not known to be ours for age, in the order of less.
+// Renewals returns our entries that were not confirmed for the given age, in the
+// order of compare.
 func (l *Ledger) Renewals(now time.Time, age time.Duration, compare func(a, b string) int) []*Entry {
 	ours := l.Ours()
 	l.mu.Lock()
@@ -17,7 +18,7 @@ func (l *Ledger) Renewals(now time.Time, age time.Duration, compare func(a, b st
 	return ours
 }
 
-// Owns reports whether an entry with the ID is ours.
+// Owns reports whether an entry with this ID is ours.
 func (l *Ledger) Owns(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -25,7 +26,7 @@ func (l *Ledger) Owns(id string) bool {
 	return e != nil && !e.gone && e.Owner == ""
 }
 
-// Pending returns how many entries must be pending in our name.
+// Pending returns how many entries must be pending for us.
 func (l *Ledger) Pending() (n int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -40,7 +41,7 @@ func (l *Ledger) Pending() (n int64) {
 // Leased reports whether entries stay pending until they are acked.
 func (l *Ledger) Leased() bool { return l.cfg.Leased }
 
-// Ours returns what is pending in our name and must stay so.
+// Ours returns the entries that are, and must stay, pending for us.
 func (l *Ledger) Ours() []*Entry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -53,12 +54,12 @@ func (l *Ledger) Ours() []*Entry {
 	return ours
 }
 
-// ours reports whether the entry should be pending in our name.
+// ours reports whether the entry should be pending for us.
 func (e *Entry) ours() bool {
 	return e.Owner == "" && e.state != None && e.state != Releasing && !e.lost.Load() && !e.gone && !e.moved
 }
 
-// Owned reports whether the entry must be pending in our name: nothing was sent that
+// Owned reports whether the entry must be pending for us: no command was sent that
 // ends that.
 func (l *Ledger) Owned(e *Entry) bool {
 	l.mu.Lock()
@@ -66,19 +67,33 @@ func (l *Ledger) Owned(e *Entry) bool {
 	return e.ours() && e.state != Acked && !e.moving && !e.orphan
 }
 
-// Moving notes whether the entry may have been moved to the dead-letter stream, and
-// Moved that it has: it is not pending any more, though it is in hand.
+// Moving notes whether the entry may have been moved to the dead-letter stream;
+// Moved notes that it was: it is no longer pending, though still in hand.
 func (l *Ledger) Moving(e *Entry, moving bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e.moving = moving
 }
 
-// Moved: see Moving.
+// Moved notes that the entry was moved to the dead-letter stream.
 func (l *Ledger) Moved(e *Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e.moved = true
+}
+
+// IsMoving reports whether the entry may have been moved, and IsMoved whether it was.
+func (l *Ledger) IsMoving(e *Entry) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return e.moving && !e.moved
+}
+
+// IsMoved reports whether the entry was moved.
+func (l *Ledger) IsMoved(e *Entry) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return e.moved
 }
 
 // Renewed notes that the entries are ours, by a command sent at that time.
@@ -91,19 +106,44 @@ func (l *Ledger) Renewed(sent time.Time, entries ...*Entry) {
 	}
 }
 
-// Missing is what is known of an entry that is not pending any more.
-type Missing struct {
-	Taken   bool // by somebody else: others are pending that were ours when it was last known to be
-	Expired bool // its lease may have run out
-	ReadOn  bool // something became ours since, maybe of another group with the same name; false if it was put back lately
+// Restored notes that the entries, which were missing, are ours again, by a command
+// sent at that time. Others that are still missing were lost with them.
+func (l *Ledger) Restored(sent time.Time, entries ...*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.clock++
+	for _, e := range entries {
+		e.since, l.joined = l.clock, l.clock
+		l.touch(sent, e)
+	}
 }
 
-// ackedByHand is for how long what was put back because of ReadOn is not put back so again,
-// while it waits for the same delivery. Whoever acks it by hand does so again within that
-// time; a group is hardly made anew twice.
+// Unclaimed notes that an entry which may have been moved is not pending. If its lease
+// is still good, nobody can have claimed it, and from now on nobody can: should it turn
+// out that it was not moved, its lease has not expired.
+func (l *Ledger) Unclaimed(now time.Time, e *Entry, lease time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e.moving && now.Sub(e.renewed) <= lease {
+		e.renewed = now
+	}
+}
+
+// Missing describes an entry that is no longer pending.
+type Missing struct {
+	Taken   bool // another consumer took or settled it: other entries are still pending that were ours when it was last known to be
+	Expired bool // its lease may have expired
+	ReadOn  bool // something became ours since, perhaps from a new group with the same name; false if the entry was restored recently
+}
+
+// ackedByHand is how long an entry that was restored because of ReadOn is not
+// restored again for that reason, while it waits for the same delivery. Somebody
+// who acks it by hand repeats that within this time; a group is rarely recreated
+// twice.
 const ackedByHand = 10 * time.Minute
 
-// Missing compares such an entry with those that are pending. Its lease runs for so long.
+// Missing compares such an entry with those that are still pending. lease is the
+// duration of its lease.
 func (l *Ledger) Missing(now time.Time, missing *Entry, lease time.Duration, others []*Entry) (m Missing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -117,7 +157,8 @@ func (l *Ledger) Missing(now time.Time, missing *Entry, lease time.Duration, oth
 	return m
 }
 
-// PutBack notes that the entries are put back, and may have been acked by hand: see Missing.
+// PutBack notes that the entries are being restored, and may have been acked by
+// hand: see Missing.
 func (l *Ledger) PutBack(now time.Time, entries ...*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -126,14 +167,14 @@ func (l *Ledger) PutBack(now time.Time, entries ...*Entry) {
 	}
 }
 
-// IsIdle reports whether nothing is in hand, and nothing waits.
+// IsIdle reports whether no entry is running and none is waiting.
 func (l *Ledger) IsIdle() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.use.running == 0 && l.use.waiting == 0
 }
 
-// Lose ends the lease of an entry that somebody else has, or may have.
+// Lose ends the lease of an entry that another consumer has or may have.
 func (l *Ledger) Lose(now time.Time, e *Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -144,15 +185,15 @@ func (l *Ledger) Lose(now time.Time, e *Entry) {
 	}
 }
 
-// Gone notes that entries are not in the stream any more. Nobody can claim them, so
-// that whoever handles them may finish; what is added under their IDs are other
-// entries. It returns for how many this is news.
+// Gone notes that entries are no longer in the stream. Nobody can claim them, so
+// their handlers may finish; entries added under their IDs are different ones. It
+// returns for how many this is news.
 func (l *Ledger) Gone(now time.Time, entries ...*Entry) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range entries {
 		if e.moving {
-			continue // that is found out when it is tried again
+			continue // the next attempt to move it finds out
 		}
 		if !e.gone {
 			e.gone = true
@@ -165,14 +206,14 @@ func (l *Ledger) Gone(now time.Time, entries ...*Entry) (n int) {
 	return n
 }
 
-// IsGone reports whether the entry was found not to be in the stream.
+// IsGone reports whether the entry was found to be no longer in the stream.
 func (l *Ledger) IsGone(e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return e.gone
 }
 
-// CancelAll ends the contexts of all messages that are handed out.
+// CancelAll cancels the contexts of all delivered messages.
 func (l *Ledger) CancelAll(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -196,16 +237,16 @@ func (l *Ledger) Counts() (ours, wait int) {
 	return ours, l.use.waiting
 }
 
-// Acks returns the entries to ack next, n at most. They stay until Confirmed.
+// Acks returns at most n entries to ack next. They remain until Confirmed.
 func (l *Ledger) Acks(n int) []*Entry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.acks[:min(len(l.acks), n)]
 }
 
-// ToAck appends the IDs of those of the entries that are in the stream, as far as is
-// known: an ID may be another entry's by now. (A pointer in an interface is no
-// allocation.)
+// ToAck appends the IDs of the entries that are in the stream, as far as known: the
+// ID of any other may belong to another entry now. (A pointer in an interface needs
+// no allocation.)
 func (l *Ledger) ToAck(entries []*Entry, ids []any) []any {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -230,7 +271,7 @@ func (l *Ledger) Confirmed(now time.Time, n int) Effects {
 	return l.effects(now)
 }
 
-// EndAcks has no ack wait any more, and returns how many did.
+// EndAcks discards the remaining acks, and returns their number.
 func (l *Ledger) EndAcks() (left int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

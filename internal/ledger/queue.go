@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// queue is entries in the order in which they came.
+// queue holds entries in order of arrival.
 type queue struct{ entries []*Entry }
 
 func (q *queue) len() int { return len(q.entries) }
@@ -15,7 +15,7 @@ func (q *queue) push(e *Entry) {
 	q.entries = append(q.entries, e)
 }
 
-// peek returns the first; nil if there is none.
+// peek returns the first entry; nil if the queue is empty.
 func (q *queue) peek() *Entry {
 	if len(q.entries) == 0 {
 		return nil
@@ -23,7 +23,7 @@ func (q *queue) peek() *Entry {
 	return q.entries[0]
 }
 
-// drop takes an entry out. It is the first one nearly always.
+// drop removes an entry, which is nearly always the first.
 func (q *queue) drop(e *Entry) {
 	e.in = nil
 	for i, other := range q.entries {
@@ -42,7 +42,7 @@ func (q *queue) drop(e *Entry) {
 	}
 }
 
-// waiting is a heap of entries by when they are due.
+// waiting is a heap of entries by due time.
 type waiting []*Entry
 
 func (w waiting) Len() int           { return len(w) }
@@ -68,7 +68,7 @@ func (w *waiting) Pop() any {
 
 var _ heap.Interface = (*waiting)(nil)
 
-// first returns the one that is due first, if it is due.
+// first returns the entry that is due first, if it is due.
 func (w waiting) first(now time.Time) *Entry {
 	if len(w) == 0 || w[0].due.After(now) {
 		return nil
@@ -76,8 +76,8 @@ func (w waiting) first(now time.Time) *Entry {
 	return w[0]
 }
 
-// latest returns the one that is due last, but for those that are to be moved. It looks
-// at all, which only a ledger at its bound pays for.
+// latest returns the entry that is due last, except those that are to be moved. It
+// searches the whole heap, which only a ledger at its limit does.
 func (w waiting) latest() (latest *Entry) {
 	for _, e := range w {
 		if !e.dead && (latest == nil || e.due.After(latest.due)) {

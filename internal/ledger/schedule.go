@@ -1,48 +1,81 @@
 package ledger
 
-import "time"
+import (
+	"cmp"
+	"slices"
+	"time"
+)
 
-// This file is what is taken next, and whether there is room to read.
+// This file decides what is taken next, and whether there is room to read. What a batch
+// is made of is in batch.go.
 
-// Take returns what a slot is to do next; nil: the slot ends.
-func (l *Ledger) Take(now time.Time) (*Entry, Effects) {
+// quiet is how long there must be no other work here until an entry may run alone
+// out of its turn. What waits on a server is here sooner.
+const quiet = time.Second
+
+// Take appends what a slot handles next: one entry, or a batch in stream order. After none
+// the slot ends.
+func (l *Ledger) Take(now time.Time, taken []*Entry) ([]*Entry, Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.next(now)
 	if e == nil {
 		l.use.slots--
-		return nil, l.effects(now)
+		return taken, l.effects(now)
 	}
+	l.keys.taken, l.keys.read = now, false
+	claimed, before := e.in == &l.claims, len(taken)
+	l.take(e)
+	if taken = append(taken, e); l.cfg.Batch > 1 && !e.single() && e != l.apart.alone && e != l.apart.suspect {
+		if claimed {
+			taken = l.fillClaims(taken)
+		} else {
+			taken = l.fill(now, taken)
+		}
+		slices.SortFunc(taken, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) }) // those freed by another of their key are later in the queue
+	}
+	if e.past {
+		e.spare = max(1, l.cfg.Batch) - (len(taken) - before)
+		l.use.past += e.spare
+	}
+	return taken, l.effects(now)
+}
+
+// take moves an entry into a slot.
+func (l *Ledger) take(e *Entry) {
 	past := e.state != Queued
+	if e.again = nil; !past && e.Fields == nil && e.in != &l.fresh { // it had waited for its key
+		e.again = e.in
+	}
 	l.leave(e)
 	e.state, e.past, e.putBack = Running, past, time.Time{}
 	l.use.running++
 	if past {
 		l.use.past++
 	}
-	return e, l.effects(now)
 }
 
-// SlotEnded is said of a slot that ended without asking Take.
+// SlotEnded reports a slot that ended without another call of Take.
 func (l *Ledger) SlotEnded() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.use.slots--
 }
 
-// CallerEnded is said of a caller that ended without asking TakeBroken.
+// CallerEnded reports a caller that ended without another call of TakeBroken.
 func (l *Ledger) CallerEnded() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.use.callers--
 }
 
-// TakeBroken returns what a caller of OnBroken is to do next; nil: it ends.
+// TakeBroken returns the next entry for a caller of OnBroken. After nil the caller
+// ends.
 func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var e *Entry
-	if !l.closed {
+	if !l.closed && !l.paused {
 		l.brokenDue(now)
 		if e = l.broken.peek(); e != nil {
 			l.leave(e)
@@ -55,7 +88,7 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 	return e, l.effects(now)
 }
 
-// brokenDue gives what is due back to the callers of OnBroken.
+// brokenDue queues retries that are due for the callers of OnBroken.
 func (l *Ledger) brokenDue(now time.Time) {
 	for e := l.recalls.first(now); e != nil; e = l.recalls.first(now) {
 		l.leave(e)
@@ -65,17 +98,22 @@ func (l *Ledger) brokenDue(now time.Time) {
 
 // next decides what a slot takes:
 //
-//   - With one slot: what waits to come again, and nothing before that.
-//   - What must run alone, when nothing else runs: see drain.
-//   - With one slot: what was claimed, which is older than what was read; then that.
-//   - Else what was read on the one hand, and due retries, claims and a suspect on the
-//     other, in turn. Of the latter half of the slots at most have one while something
-//     fresh waits: they may all be slow.
+//   - Nothing, while the group is paused.
+//   - With one slot: the entry that waits for its retry, and nothing before it.
+//   - An entry that must run alone, once nothing else runs: see drain.
+//   - With one slot: claimed entries, which are older than those just read; then
+//     those.
+//   - Otherwise it alternates between entries just read, and due retries, claims
+//     and a suspect. While fresh entries wait, the latter have at most half of the
+//     slots, since they may all be slow.
 //
-// Of suspects one runs at a time, until its ack has arrived: one that is innocent does
-// not share its process with one that is not. What crashed none has a delivery left
-// whatever runs beside it.
+// Only one suspect runs at a time, until its ack has arrived, so that an innocent
+// suspect does not share its process with a guilty one. An entry that is not a
+// suspect has another delivery left, whatever runs beside it.
 func (l *Ledger) next(now time.Time) *Entry {
+	if l.paused {
+		return nil
+	}
 	if l.closed {
 		if l.cfg.Serve {
 			return l.fresh.peek()
@@ -88,6 +126,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 	if l.head != nil {
 		return l.head
 	}
+	l.readmit(now)
 	if l.drain(now); !l.apart.from.IsZero() {
 		if l.busy() {
 			return nil
@@ -95,24 +134,41 @@ func (l *Ledger) next(now time.Time) *Entry {
 		l.apart.alone = l.lonely.peek()
 		return l.apart.alone
 	}
-	if l.cfg.Slots == 1 {
-		if e := l.pastWork(now); e != nil {
-			return e
+	fresh := l.ripe(now)
+	if l.capacity() == 1 {
+		if c := l.claim(); fresh != nil && c != nil && c.withdrawn && l.cfg.Compare(fresh.ID, c.ID) < 0 {
+			return fresh // held back at a pause that ended before it was withdrawn
 		}
-		return l.fresh.peek()
+		return cmp.Or(l.pastWork(now), fresh)
 	}
-	fresh := l.fresh.peek()
-	if fresh != nil && l.use.past >= max(1, l.cfg.Slots/2) {
+	if fresh != nil && l.use.past >= max(1, l.capacity()/2) {
 		return fresh
 	}
 	l.turn++
 	if fresh != nil && l.turn%2 == 0 {
 		return fresh
 	}
-	if e := l.pastWork(now); e != nil {
-		return e
+	return cmp.Or(l.pastWork(now), fresh)
+}
+
+// readmit lets suspects wait for their turn again that could not be claimed, or fetched
+// again, because Redis did not answer: as retries they would share it with others.
+func (l *Ledger) readmit(now time.Time) {
+	for e := l.retries.first(now); e != nil; e = l.retries.first(now) {
+		again := e.again
+		switch {
+		case e.orphan && !e.readHere():
+			l.leave(e)
+			l.candidate(e)
+		case again != nil:
+			l.leave(e)
+			e.state, e.again = Queued, nil
+			l.cfg.Bounds.ahead.Add(1)
+			again.push(e)
+		default:
+			return
+		}
 	}
-	return fresh
 }
 
 // pastWork returns a due retry, a claim, or a suspect, in turn.
@@ -121,9 +177,9 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 		var e *Entry
 		switch (l.turn/2 + i) % 3 {
 		case 0:
-			e = l.retries.first(now)
+			e = l.dueRetry(now)
 		case 1:
-			e = l.claims.peek()
+			e = l.claim()
 		case 2:
 			if l.apart.suspect == nil {
 				e = l.suspects.peek()
@@ -137,17 +193,25 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 	return nil
 }
 
-// drain decides whether nothing new is taken, for the sake of what must run alone: what
-// runs comes to its end then. Not for longer than its patience, though, so that a handler
-// which takes very long stops nothing for good; other work has as long after that, and
-// after each that has run alone, before the next one's turn.
+// drain decides whether to take no new entries for the sake of an entry that must
+// run alone, so that the running ones can finish. It does so no longer than its
+// patience, so that a very slow handler does not stop everything for good. Other
+// work gets as much time after that, and after each entry that has run alone. What
+// was not read for its sake may not have arrived yet: so there is no other work
+// only after a quiet time.
 func (l *Ledger) drain(now time.Time) {
 	switch {
+	case l.busy() || l.ordinary(now):
+		l.apart.idle = time.Time{}
+	case l.apart.idle.IsZero():
+		l.apart.idle = now
+	}
+	switch {
 	case l.apart.alone != nil:
-	case l.lonely.len() == 0, l.head != nil: // which has nothing taken anyway
+	case l.lonely.len() == 0, l.head != nil: // a head blocks new entries anyway
 		l.apart.from = time.Time{}
 	case l.apart.from.IsZero():
-		if !now.Before(l.apart.until) || !l.busy() && !l.ordinary(now) {
+		if !now.Before(l.apart.until) || !l.apart.idle.IsZero() && !now.Before(l.apart.idle.Add(quiet)) {
 			l.apart.from = now
 		}
 	case l.busy() && !now.Before(l.apart.from.Add(l.apart.patience)):
@@ -156,17 +220,19 @@ func (l *Ledger) drain(now time.Time) {
 	}
 }
 
-// busy reports whether something is under way beside which nothing may run alone.
+// busy reports whether something is running beside which no entry may run alone.
 func (l *Ledger) busy() bool { return l.use.running > 0 || l.apart.suspect != nil }
 
-// ordinary reports whether there is something to take that need not run alone.
+// ordinary reports whether there is an entry to take that need not run alone.
 func (l *Ledger) ordinary(now time.Time) bool {
-	return l.fresh.len() > 0 || l.claims.len() > 0 || l.suspects.len() > 0 && l.apart.suspect == nil || l.retries.first(now) != nil
+	return l.ripe(now) != nil || l.claim() != nil || l.suspects.len() > 0 && l.apart.suspect == nil || l.dueRetry(now) != nil
 }
 
-// takeable reports whether Take would return something.
+// takeable reports whether Take would return an entry.
 func (l *Ledger) takeable(now time.Time) bool {
 	switch {
+	case l.paused:
+		return false
 	case l.closed:
 		return l.cfg.Serve && l.fresh.len() > 0
 	case l.apart.alone != nil:
@@ -179,10 +245,10 @@ func (l *Ledger) takeable(now time.Time) bool {
 	return l.ordinary(now)
 }
 
-// effects is what is to be done after a change. One slot is started at a time: it
-// starts the next one when it takes its entry.
+// effects returns what has to be done after a change. It starts one slot at a time:
+// that slot starts the next one when it takes its entry.
 func (l *Ledger) effects(now time.Time) (fx Effects) {
-	if !l.closed {
+	if !l.closed && !l.paused {
 		l.brokenDue(now)
 		l.drain(now)
 	}
@@ -190,13 +256,16 @@ func (l *Ledger) effects(now time.Time) (fx Effects) {
 		l.use.slots++
 		fx.Slots = 1
 	}
-	if l.use.callers < l.cfg.Callers && !l.closed && l.broken.len() > 0 {
+	if l.use.callers < l.cfg.Callers && !l.closed && !l.paused && l.broken.len() > 0 {
 		l.use.callers++
 		fx.Callers = 1
 	}
-	if l.more && l.claims.len()+l.suspects.len() < l.cfg.Slots {
+	if l.more && l.claims.len()+l.suspects.len()+l.keys.released.len() < l.capacity() {
 		l.more = false
 		fx.Look = !l.closed
+	}
+	if l.cfg.Keyed && (!l.closed || l.cfg.Serve) && !l.paused {
+		l.keyEffects(now, &fx)
 	}
 	if l.parked && l.room() > 0 {
 		l.parked = false
@@ -212,10 +281,10 @@ func (l *Ledger) effects(now time.Time) (fx Effects) {
 	return fx
 }
 
-// nextTime returns when Take would return something without another change; zero:
+// nextTime returns when Take would return an entry without another change; zero:
 // never, or now.
 func (l *Ledger) nextTime(now time.Time) (at time.Time) {
-	if l.closed {
+	if l.closed || l.paused {
 		return at
 	}
 	first := func(t time.Time) {
@@ -226,13 +295,23 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 	if l.head != nil {
 		first(l.head.due)
 	}
+	if l.idle() && !l.keys.read {
+		first(l.keys.taken.Add(starved))
+	}
 	for _, w := range []waiting{l.retries, l.recalls} {
 		if len(w) > 0 {
 			first(w[0].due)
+			first(w[0].due.Add(l.cfg.Wait))
 		}
+	}
+	if e := l.fresh.peek(); e != nil {
+		first(e.due.Add(l.cfg.Wait))
 	}
 	if l.lonely.len() > 0 {
 		first(l.apart.until)
+		if !l.apart.idle.IsZero() {
+			first(l.apart.idle.Add(quiet))
+		}
 		if !l.apart.from.IsZero() {
 			first(l.apart.from.Add(l.apart.patience))
 		}
@@ -240,9 +319,9 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 	return at
 }
 
-// Room returns how many entries may be read, given how many may be read ahead: one for
-// each free slot, and those. After 0 the reader is told by Effects when it is to look
-// again.
+// Room returns how many entries may be read if at most ahead are read ahead: one
+// for each free slot, plus ahead. After a 0, an effect tells the reader when to
+// check again.
 func (l *Ledger) Room(ahead int) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -253,23 +332,31 @@ func (l *Ledger) Room(ahead int) int {
 }
 
 func (l *Ledger) room() int {
-	b, ahead := l.cfg.Bounds, l.ahead
+	b, ahead, queued := l.cfg.Bounds, l.ahead, l.queued()
 	if b.ahead.Load() >= maxAhead {
 		ahead = 0
 	}
-	switch {
-	case l.closed, l.apart.alone != nil, !l.apart.from.IsZero():
-		return 0
-	case l.fresh.len() > ahead:
-		return 0
-	case b.full(&b.Unacked, len(l.acks)):
-		return 0
-	case !l.cfg.Leased && b.full(&b.Waiting, l.use.waiting+l.broken.len()), 2*l.use.dead >= b.Most(&b.Waiting, l.use.waiting):
-		return 0 // they are kept here, come what may
-	}
-	free := l.cfg.Slots - l.use.running
+	free := max(0, l.capacity()-l.use.running)
 	if l.head != nil {
 		free = 0
 	}
-	return max(0, free) + ahead
+	if l.cfg.Batch > 1 { // what waits for its batch to fill is not ahead of the slots
+		filled := min(free, queued)
+		free, queued = free-filled, queued-filled
+	}
+	switch {
+	case l.closed, l.paused, l.apart.alone != nil, !l.apart.from.IsZero():
+		return 0
+	case queued > ahead, l.enough() && !l.keys.read, l.keys.thin > 0 && l.crowded():
+		return 0
+	case b.full(&b.Unacked, len(l.acks)):
+		return 0
+	case !l.cfg.Leased && b.full(&b.Waiting, l.waits()), 2*l.use.dead >= b.Most(&b.Waiting, l.use.waiting):
+		return 0 // these entries stay in memory in any case
+	}
+	n := free + ahead
+	if !l.keys.read {
+		n = max(0, n-l.keys.ahead)
+	}
+	return n
 }

@@ -1,5 +1,5 @@
-// Package pipeline lets calls that come at the same time share a pipeline. It does
-// not know what they are.
+// Package pipeline lets concurrent calls share a pipeline. It does not know what
+// their commands do.
 package pipeline
 
 import (
@@ -16,47 +16,49 @@ import (
 )
 
 const (
-	// maxShared bounds the commands of one pipeline of several calls: a call must
-	// not wait for very many others.
+	// maxShared limits the commands in one shared pipeline: a call must not wait
+	// for too many others.
 	maxShared = 1000
 
-	// maxBytes bounds the bytes of a call that shares a pipeline. A larger one goes
-	// by itself, on another connection: what takes long to transfer, or is refused
-	// together with its connection for its size, is its own caller's affair.
+	// maxBytes limits the size of a call that shares a pipeline. A larger call is
+	// sent by itself, on another connection: if it takes long to transfer, or is so
+	// large that the server closes the connection, that affects only its own
+	// caller.
 	maxBytes = 64 << 10
 
-	// slowFlight is how long a call may be under way before the next one takes
-	// another connection: more than a round trip to a far server. (Where several
-	// goroutines want connections at once, go-redis opens about twice as many.)
+	// slowFlight is how long a pipeline may be in flight before the next call uses
+	// another connection: longer than a round trip to a remote server. (If several
+	// goroutines need connections at the same time, go-redis opens about twice as
+	// many.)
 	slowFlight = 100 * time.Millisecond
 )
 
-// Pipeline sends commands over one connection, and up to connections of them where one takes
-// long. What comes while a call is under way waits, and shares the next pipeline.
-// There is no delay: a caller that finds the line free sends at once, and then
-// passes it on to the first that waits.
+// Pipeline sends commands over one connection, and over up to the given number of
+// connections while a pipeline takes long. Calls that arrive while a pipeline is in
+// flight wait, and share the next one. There is no added delay: a caller that finds
+// a free connection sends at once, and then passes the connection to the first
+// waiting call.
 //
-// (go-redis's own AutoPipeline does likewise, but does not keep the commands of
-// one call together, which MULTI and EXEC need.)
+// (go-redis's own AutoPipeline is similar, but does not keep the commands of one
+// call together, which MULTI and EXEC need.)
 type Pipeline struct {
 	client      redisx.Client
-	connections int // 0: each call goes by itself
+	connections int // 0: each call is sent by itself
 	leave       bool
 
 	mu     sync.Mutex
-	busy   int       // connections
-	began  time.Time // the last flight
+	busy   int       // connections in use
+	began  time.Time // start of the last flight
 	queue  []*call
-	expiry *time.Timer // of calls that wait for too long; nil: none is set
+	expiry *time.Timer // for calls that wait too long; nil: not set
 }
 
-// New returns a line over the client. Only a single server's pipelines are one
-// connection: elsewhere a call would wait for the slowest of the nodes, and goes by
-// itself.
+// New returns a Pipeline over the client. Only a single server's pipelines use one
+// connection. With other clients a call would wait for the slowest node, so it is
+// sent by itself.
 //
-// With leave a caller can go when its context ends, though its commands are under
-// way: they then run in a goroutine of their own, which ends when the client's
-// timeouts let it.
+// With leave, a caller returns when its context ends, even if its commands are in
+// flight: they run in a goroutine of their own, which the client's timeouts end.
 func New(client redisx.Client, connections int, leave bool) *Pipeline {
 	if client.Single() == nil {
 		connections = 0
@@ -64,24 +66,24 @@ func New(client redisx.Client, connections int, leave bool) *Pipeline {
 	return &Pipeline{client: client, connections: connections, leave: leave}
 }
 
-// call is some commands on their way. They stay together.
+// call is a group of commands that stay together.
 type call struct {
 	cmds  []redis.Cmder
-	turn  chan turn // for one that waits
-	since time.Time // when it began to wait
+	turn  chan turn // for a waiting call
+	since time.Time // start of the wait
 }
 
-// turn is the end of a call's wait.
+// turn is the result of a call's wait.
 type turn uint8
 
 const (
 	done turn = iota // it was sent with others
-	lead             // the connection is its caller's
-	late             // it has waited for too long
+	lead             // its caller has the connection
+	late             // it has waited too long
 )
 
-// Process sends one command and returns its error. If that is the end of ctx,
-// the command may still be under way, and must not be read.
+// Process sends one command and returns its error. If that is ctx's error, the
+// command may still be in flight, and must not be read.
 func (l *Pipeline) Process(ctx context.Context, cmd redis.Cmder) error {
 	if err := l.Do(ctx, cmd); err != nil {
 		return err
@@ -89,9 +91,9 @@ func (l *Pipeline) Process(ctx context.Context, cmd redis.Cmder) error {
 	return cmd.Err()
 }
 
-// Do sends the commands, in their order and with nothing in between. Each has its
-// own error then. The error of Do itself says that they were not sent, or that ctx
-// has ended and they may still be under way.
+// Do sends the commands, in order and with nothing in between. Afterwards each has
+// its own error. The error of Do itself means that they were not sent, or that ctx
+// has ended and they may still be in flight.
 func (l *Pipeline) Do(ctx context.Context, cmds ...redis.Cmder) error {
 	if l.leave {
 		if err := ctx.Err(); err != nil {
@@ -130,7 +132,7 @@ func (l *Pipeline) await(ctx context.Context, c *call) error {
 			case t == done:
 				return nil
 			case t == late:
-				return fmt.Errorf("calls before this one have no answer: %w", redis.ErrPoolTimeout)
+				return fmt.Errorf("earlier calls are still waiting for an answer: %w", redis.ErrPoolTimeout)
 			case ctx.Err() != nil:
 				l.pass()
 				return ctx.Err()
@@ -151,8 +153,8 @@ func (l *Pipeline) await(ctx context.Context, c *call) error {
 	}
 }
 
-// expire ends the calls that have waited for longer than go-redis lets one wait for
-// a connection: to wait for a turn is no different.
+// expire ends calls that have waited longer than go-redis's PoolTimeout: waiting
+// for a turn is like waiting for a connection.
 func (l *Pipeline) expire() {
 	patience := l.client.PoolTimeout()
 	l.mu.Lock()
@@ -166,8 +168,8 @@ func (l *Pipeline) expire() {
 	}
 }
 
-// lead sends the call with those that wait, and passes the connection on. l.mu is held
-// before, and not after.
+// lead sends the call together with waiting ones, and passes the connection on.
+// l.mu must be locked; lead unlocks it.
 func (l *Pipeline) lead(ctx context.Context, c *call) error {
 	if l.connections > 1 {
 		l.began = time.Now()
@@ -182,8 +184,9 @@ func (l *Pipeline) lead(ctx context.Context, c *call) error {
 	return l.run(ctx, func(ctx context.Context) { l.flight(ctx, batch) })
 }
 
-// run runs a flight: with leave beside the caller, who can go. The flight goes on
-// then: others may be in it, and a Limiter would take its end for the server's fault.
+// run runs a flight: with leave, in a goroutine, so that the caller can return. The
+// flight then continues: it may carry other calls, and a Limiter would count its
+// cancellation as a server failure.
 func (l *Pipeline) run(ctx context.Context, flight func(context.Context)) error {
 	if !l.leave {
 		flight(ctx)
@@ -229,7 +232,7 @@ func (l *Pipeline) send(ctx context.Context, batch []*call) {
 		cmds = append(cmds, c.cmds...)
 	}
 	if len(batch) > 1 {
-		// Several callers' commands carry nobody's values, and end with nobody.
+		// A pipeline of several calls has no caller's values or cancellation.
 		ctx = context.Background()
 	}
 	redisx.ExecPipeline(ctx, l.client, cmds)
@@ -254,7 +257,7 @@ func small(cmds []redis.Cmder) bool {
 	return true
 }
 
-// pass gives the connection to the first that waits.
+// pass gives the connection to the first waiting call.
 func (l *Pipeline) pass() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -265,7 +268,7 @@ func (l *Pipeline) pass() {
 	l.busy--
 }
 
-// abandon takes back a call whose caller does not wait any more.
+// abandon withdraws a call whose caller has returned.
 func (l *Pipeline) abandon(c *call) {
 	l.mu.Lock()
 	waited := l.unqueueLocked(c)
@@ -278,11 +281,11 @@ func (l *Pipeline) abandon(c *call) {
 		if t == lead {
 			l.pass()
 		}
-	default: // under way
+	default: // in flight
 	}
 }
 
-// unqueueLocked takes a call out of the queue, if it is still there.
+// unqueueLocked removes a call from the queue, if it is still there.
 func (l *Pipeline) unqueueLocked(c *call) bool {
 	i := slices.Index(l.queue, c)
 	if i >= 0 {

@@ -16,7 +16,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
 )
 
-// lineHook lets a test put faults into a client's commands.
+// lineHook lets a test inject faults into a client's commands.
 type lineHook struct {
 	process  func(cmd redis.Cmder, next func() error) error
 	pipeline func(cmds []redis.Cmder, next func() error) error
@@ -78,9 +78,10 @@ func echo(ctx context.Context, l *Pipeline, what string) <-chan error {
 // isEcho reports whether the command is that echo.
 func isEcho(cmd redis.Cmder, what string) bool { return cmd.Name() == "echo" && cmd.Args()[1] == what }
 
-// TestLine_Strands: one call hangs. What came soon after it, or soon after another
-// call had been on the second connection, waited behind the one that hangs, though the
-// second connection was free, and nobody looked again until the next call came.
+// TestLine_Strands: one call hangs. Calls that came soon after it, or soon after
+// another call had used the second connection, waited behind the one that hangs,
+// though the second connection was free, and nobody checked again until the next
+// call came.
 func TestLine_Strands(t *testing.T) {
 	client := testserver.Client(t)
 	hang, hanging := make(chan struct{}), make(chan struct{})
@@ -110,9 +111,9 @@ func TestLine_Strands(t *testing.T) {
 	t.Logf("three calls in %s beside one that hangs", time.Since(began))
 }
 
-// shareFlight has a call under ctx and another one, under its own, wait together
-// while a first one is under way, and lets them go: they are sent as one pipeline,
-// for which led is called.
+// shareFlight lets a call under ctx, and another one under its own context, wait
+// together while a first one is in flight: they are then sent as one pipeline, for
+// which led is called.
 func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func(other <-chan error)) (l *Pipeline, leader, other <-chan error) {
 	t.Helper()
 	client := testserver.Client(t)
@@ -150,9 +151,10 @@ func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func
 	return l, leader, other
 }
 
-// TestLine_LeaderContext: the pipeline of several calls was sent under the context of
-// one of them. When that ended while the pipeline waited for a connection, the
-// others failed with it, and their topics reported an outage that was none.
+// TestLine_LeaderContext: the pipeline of several calls was sent under the context
+// of one of them. When that ended while the pipeline waited for a connection, the
+// others failed with it, and their topics reported an outage although there was
+// none.
 func TestLine_LeaderContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -171,8 +173,8 @@ func TestLine_LeaderContext(t *testing.T) {
 	}, "the line is free")
 }
 
-// TestLine_LeftUnderWay: a call whose caller had gone was put back into the queue. It
-// was given the connection then, and kept it for good: all further calls hung.
+// TestLine_LeftUnderWay: a call whose caller had returned was put back into the
+// queue. It then got the connection, and kept it for good: all further calls hung.
 func TestLine_LeftUnderWay(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -186,8 +188,8 @@ func TestLine_LeftUnderWay(t *testing.T) {
 	lineDone(t, echo(context.Background(), l, "after"), "after")
 }
 
-// TestLine_Patience: calls that wait behind one without an answer wait no longer than
-// they would for a connection, and say that nothing was sent.
+// TestLine_Patience: calls that wait behind one without an answer wait no longer
+// than they would for a connection, and report that nothing was sent.
 func TestLine_Patience(t *testing.T) {
 	hang, hanging := make(chan struct{}), make(chan struct{})
 	client := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), PoolTimeout: 50 * time.Millisecond})

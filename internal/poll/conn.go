@@ -19,19 +19,19 @@ type conn struct {
 	mail   chan struct{}
 
 	// Guarded by Poller.mu.
-	alone  bool // it reads topics with a backlog, one at a time
+	alone  bool // reads topics with a backlog, one at a time
 	topics []*topic
-	link   *redisx.Conn // nil: not connected
-	round  int          // counts the looks at the topics
-	busy   bool         // a read may be under way
-	waking bool         // somebody sees to it that the next round begins
-	astray bool         // the link leads to the wrong server, and was closed
+	bconn  *redisx.Conn // nil: not connected
+	round  int          // counts the rounds of the goroutine
+	busy   bool         // a read may be in flight
+	waking bool         // a goroutine is waking the read
+	astray bool         // leads to the wrong server, and was closed
 
-	// The goroutine's own.
-	sets  []set // what there is, as this round found it
+	// Owned by the goroutine.
+	sets  []set // the topics of this round
 	seats []*Seat
 	parts []part
-	slots int // of a wrapped client, that take turns
+	slots int // slots that take turns, for a wrapped client
 	turn  int
 	buf   xstream.Buffer
 }
@@ -43,18 +43,18 @@ type set struct {
 	n     int
 }
 
-// part is a topic's part in a read: the seats that have room, at one place in the
-// stream.
+// part is a topic's part in a read: the seats that have room, at one position in
+// the stream.
 type part struct {
 	topic *topic
 	seats []*Seat
 	rooms []int
 	after string
-	count int  // entries that there is room for
-	more  bool // there are seats with room at other places, to be read for next
+	count int  // maximum number of entries
+	more  bool // seats with room at other positions are next
 }
 
-// run reads until no topic is left.
+// run reads until no topics are left.
 func (c *conn) run() {
 	defer c.cancel()
 	for c.look() {
@@ -83,7 +83,7 @@ func (c *conn) pokeLocked() {
 	}
 }
 
-// wake interrupts the read under way until the round is over.
+// wake interrupts the current read until the round is over.
 func (c *conn) wake(round int) {
 	pause := time.Duration(0)
 	timer := time.NewTimer(0)
@@ -95,7 +95,7 @@ func (c *conn) wake(round int) {
 			return
 		}
 		c.p.mu.Lock()
-		over, link := c.round != round || !c.busy, c.link
+		over, bconn := c.round != round || !c.busy, c.bconn
 		if over && c.round == round {
 			c.waking = false
 		}
@@ -104,15 +104,15 @@ func (c *conn) wake(round int) {
 			return
 		}
 		pause = min(max(minWake, 2*pause), maxWake)
-		if link != nil && link.Wake(c.ctx) {
+		if bconn != nil && bconn.Wake(c.ctx) {
 			pause = maxWake
 		}
-		timer.Reset(pause) // from the answer on, however slow that was
+		timer.Reset(pause) // counted from the answer, however slow that was
 	}
 }
 
-// look begins a round: it dismisses the seats that leave, and decides what the next
-// read is of. It returns false when there is nobody left to read for.
+// look starts a round: it dismisses the seats that leave, and decides what to read
+// next. It returns false if no seats are left.
 func (c *conn) look() bool {
 	p := c.p
 	select {
@@ -173,8 +173,8 @@ func (c *conn) look() bool {
 	return true
 }
 
-// endsLocked reports whether nobody is left once these have left. The connection is
-// closed then, before they are told.
+// endsLocked reports whether no seats are left without these. If so, it closes the
+// connection before it dismisses them.
 func (c *conn) endsLocked(leaving []*Seat) bool {
 	stay := 0
 	for _, t := range c.topics {
@@ -183,9 +183,9 @@ func (c *conn) endsLocked(leaving []*Seat) bool {
 	if stay > len(leaving) || c.alone && c.group.bulk == c && len(c.group.conns) > 0 {
 		return false
 	}
-	if c.link != nil {
-		c.link.Close()
-		c.link = nil
+	if c.bconn != nil {
+		c.bconn.Close()
+		c.bconn = nil
 	}
 	for _, s := range leaving {
 		s.departLocked(nil)
@@ -194,7 +194,7 @@ func (c *conn) endsLocked(leaving []*Seat) bool {
 	return true
 }
 
-// retireLocked takes the connection out of its group.
+// retireLocked removes the connection from its group.
 func (c *conn) retireLocked() {
 	g := c.group
 	if c.alone {
@@ -214,9 +214,10 @@ func (c *conn) retireLocked() {
 	}
 }
 
-// part asks a topic's subscriptions for their room. In fan-out they may be at several
-// places in the stream, and take turns then; once nothing was found at any of them,
-// the read waits at the first of these places, where whatever comes is seen.
+// part asks a topic's subscriptions for their room. The seats of a fan-out may be
+// at several positions in the stream, and then take turns. Once no entries are
+// found at any of them, the read blocks at the first of these positions, where
+// every new entry is seen.
 func (c *conn) part(t *topic, seats []*Seat, turn int) (part, bool) {
 	p := part{topic: t, after: ">"}
 	n := len(seats)
@@ -247,8 +248,8 @@ func (c *conn) part(t *topic, seats []*Seat, turn int) (part, bool) {
 	return p, len(p.seats) > 0
 }
 
-// oneSlot keeps the parts of one slot, in turn, where the client is a wrapped one: it
-// may be one of a Cluster or a Ring, and must do with one connection.
+// oneSlot keeps the parts of one slot, in turn, for a wrapped client: it may be one
+// of a Cluster or a Ring, and gets only one connection.
 func (c *conn) oneSlot() {
 	var tags []string
 	for _, p := range c.parts {
@@ -264,43 +265,44 @@ func (c *conn) oneSlot() {
 	c.parts = slices.DeleteFunc(c.parts, func(p part) bool { return redisx.TagOf(p.topic.key) != tag })
 }
 
-// connect opens the connection, if there is none or it leads elsewhere by now.
+// connect opens the connection if there is none, or if it no longer leads to the
+// right server.
 func (c *conn) connect() (*redisx.Conn, error) {
 	p := c.p
 	key := c.parts[0].topic.key
-	if link := c.link; link != nil { // written by this goroutine only
-		if p.route.Leads(c.ctx, link, key) {
-			return link, nil
+	if bconn := c.bconn; bconn != nil { // written by this goroutine only
+		if p.route.Leads(c.ctx, bconn, key) {
+			return bconn, nil
 		}
 		c.disconnect()
 	}
-	link, err := p.cfg.Client.OpenConn(c.ctx, p.cfg.Pipeline, key, p.cfg.Block)
+	bconn, err := p.cfg.Client.OpenConn(c.ctx, p.cfg.Pipeline, key, p.cfg.Block)
 	if err != nil {
 		return nil, err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.ctx.Err() != nil { // nobody waits for it
-		link.Close()
+		bconn.Close()
 		return nil, c.ctx.Err()
 	}
-	c.link, c.astray = link, false
-	return link, nil
+	c.bconn, c.astray = bconn, false
+	return bconn, nil
 }
 
 func (c *conn) disconnect() {
 	c.p.mu.Lock()
-	link := c.link
-	c.link = nil
+	bconn := c.bconn
+	c.bconn = nil
 	c.p.mu.Unlock()
-	if link != nil {
-		link.Close()
+	if bconn != nil {
+		bconn.Close()
 	}
 }
 
-// orphans looks, for the topics that have lost an answer, for what is pending in the
-// consumer's name and in nobody's hands. Nothing of these topics is being read
-// meanwhile, since that is this goroutine's to do.
+// orphans searches the topics that have lost an answer for entries that are pending
+// for the consumer but that no member has. These topics are not read in the
+// meantime, since only this goroutine reads them.
 func (c *conn) orphans() error {
 	p := c.p
 	for _, part := range c.parts {
@@ -312,48 +314,49 @@ func (c *conn) orphans() error {
 		if !unsure {
 			continue
 		}
-		link, err := c.connect()
+		bconn, err := c.connect()
 		var rows []xstream.Pending
 		if err == nil {
 			p.wakeBroken(c.ctx)
 			stream := xstream.New(p.cfg.Client, t.key, p.cfg.Group)
-			rows, err = stream.PendingOn(c.ctx, link, p.cfg.Consumer, orphanPage)
+			rows, err = stream.PendingOn(c.ctx, bconn, p.cfg.Consumer, orphanPage)
 		}
 		if err != nil {
 			p.mu.Lock()
 			t.unsure = true
 			p.mu.Unlock()
 			if xstream.GroupLost(err) && len(c.parts) > 1 {
-				continue // the read will say so again, of this topic
+				continue // the read will report the topic again
 			}
 			return err
 		}
 		if rows = p.unheld(t, rows); len(rows) > 0 &&
 			!slices.ContainsFunc(part.seats, func(s *Seat) bool { return s.member.Orphans(rows) }) {
 			p.mu.Lock()
-			t.unsure = true // all of them leave: for the others to find
+			t.unsure = true // all of its members leave: others may find them
 			p.mu.Unlock()
 		}
 	}
 	return nil
 }
 
-// wakeBroken ends the reads of connections that broke. The server may not have noticed, and
-// would give what comes next to nobody, after it was asked what nobody has.
+// wakeBroken ends the reads of broken connections. The server may not have noticed
+// the break, and would deliver the next entries to nobody, after the search for
+// orphans.
 func (p *Poller) wakeBroken(ctx context.Context) {
 	p.mu.Lock()
 	broken := p.broken
 	p.broken = nil
 	p.mu.Unlock()
-	for _, link := range broken {
-		link.Wake(ctx)
+	for _, bconn := range broken {
+		bconn.Wake(ctx)
 	}
 }
 
-// unheld returns the rows that nobody here has.
+// unheld returns the rows that no member has.
 func (p *Poller) unheld(t *topic, rows []xstream.Pending) []xstream.Pending {
 	p.mu.Lock()
-	members := slices.Clone(p.members[t.key]) // also those that are away, or drain
+	members := slices.Clone(p.members[t.key]) // including members that are reconnecting or draining
 	disowned := p.disowned[t.key]
 	for id := range disowned {
 		if !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id }) {
@@ -367,9 +370,9 @@ func (p *Poller) unheld(t *topic, rows []xstream.Pending) []xstream.Pending {
 	})
 }
 
-// read reads the parts in one command, and gives out what came.
+// read reads the parts with one command, and distributes the entries.
 func (c *conn) read() {
-	link, err := c.connect()
+	bconn, err := c.connect()
 	if err != nil {
 		c.fail(err)
 		return
@@ -378,7 +381,7 @@ func (c *conn) read() {
 		return
 	}
 	read := c.command(c.parts)
-	if read.Block > 0 && !link.Wakable() {
+	if read.Block > 0 && !bconn.Wakable() {
 		c.p.cfg.Unwakable()
 		read.Block = min(read.Block, unwakableBlock)
 		if len(c.sets) > 1 || c.p.cfg.Client.Wrapped() {
@@ -386,9 +389,9 @@ func (c *conn) read() {
 		}
 	}
 	sent := time.Now()
-	readings, err := read.Do(c.ctx, link, &c.buf)
+	readings, err := read.Do(c.ctx, bconn, &c.buf)
 	if err == nil && !c.known(readings) {
-		// A hook renames keys, say: an answer for one stream needs no name.
+		// For example, a hook renames keys. A reply for one stream needs no name.
 		c.unsure()
 		c.p.splitUp(c)
 		return
@@ -412,13 +415,13 @@ func (c *conn) read() {
 		c.deal(p, Batch{Entries: entries, Sent: sent, At: at, Asked: asked})
 		c.keepPlace(p, len(entries) == read.Count)
 	}
-	// Handlers begin at once, and those that are quick make room before the next read,
-	// which their topics would have to wake.
+	// Let handlers start now: quick ones make room before the next read, which
+	// their topics would otherwise have to wake.
 	runtime.Gosched()
 }
 
-// dropAbandoned leaves out the topics of which all seats are gone: to connect may have
-// taken long, and what would be read for them is nobody's.
+// dropAbandoned drops topics without seats: connecting may have taken long, and
+// nobody would take their entries.
 func (c *conn) dropAbandoned() {
 	c.p.mu.Lock()
 	defer c.p.mu.Unlock()
@@ -427,7 +430,7 @@ func (c *conn) dropAbandoned() {
 	})
 }
 
-// unsure notes that the read may have taken entries that nobody was told of.
+// unsure notes that the read may have taken entries without an answer.
 func (c *conn) unsure() {
 	c.p.mu.Lock()
 	defer c.p.mu.Unlock()
@@ -436,7 +439,7 @@ func (c *conn) unsure() {
 	}
 }
 
-// known reports whether all that was read is of streams that were asked for.
+// known reports whether all readings are of streams that were requested.
 func (c *conn) known(readings []xstream.Reading) bool {
 	for _, got := range readings {
 		if len(c.parts) > 1 && !slices.ContainsFunc(c.parts, func(p part) bool { return p.topic.key == got.Key }) {
@@ -446,7 +449,7 @@ func (c *conn) known(readings []xstream.Reading) bool {
 	return true
 }
 
-// command returns the read of the parts.
+// command returns the command that reads the parts.
 func (c *conn) command(parts []part) xstream.Read {
 	cfg := c.p.cfg
 	read := xstream.Read{Group: cfg.Group, Consumer: cfg.Consumer, NoAck: cfg.NoAck, Block: cfg.Block, From: make([]xstream.Cursor, len(parts))}
@@ -455,8 +458,8 @@ func (c *conn) command(parts []part) xstream.Read {
 			read.Count = p.count
 		}
 		read.From[i] = xstream.Cursor{Key: p.topic.key, After: p.after}
-		// What is to know at once whether reading works does not wait, and what is
-		// only a part of what could be read now.
+		// Do not block if a seat must learn at once whether reading works, or if
+		// this is only a part of what could be read now.
 		if p.more || c.alone || slices.ContainsFunc(p.seats, func(s *Seat) bool { return s.failed }) {
 			read.Block = -1
 		}
@@ -465,7 +468,7 @@ func (c *conn) command(parts []part) xstream.Read {
 	return read
 }
 
-// deal gives a topic's subscriptions what was read for them.
+// deal distributes a topic's entries to its subscriptions.
 func (c *conn) deal(p part, b Batch) {
 	for _, s := range p.seats {
 		if s.failed {
@@ -499,14 +502,14 @@ func (c *conn) deal(p part, b Batch) {
 	}
 }
 
-// hands deals entries one by one to those that have room.
+// hands distributes entries one by one to the seats that have room.
 func hands(entries []xstream.Entry, rooms []int) [][]xstream.Entry {
 	out := make([][]xstream.Entry, len(rooms))
 	total := 0
 	for _, room := range rooms {
 		total += room
 	}
-	if over := len(entries) - total; over > 0 { // more than was asked for
+	if over := len(entries) - total; over > 0 { // more than were requested
 		rooms = append([]int{rooms[0] + over}, rooms[1:]...)
 	}
 	for i := 0; len(entries) > 0; i = (i + 1) % len(rooms) {
@@ -518,7 +521,7 @@ func hands(entries []xstream.Entry, rooms []int) [][]xstream.Entry {
 	return out
 }
 
-// keepPlace moves a topic to the connection for backlogs and back.
+// keepPlace moves a topic to the connection for backlogs, and back.
 func (c *conn) keepPlace(p part, full bool) {
 	c.p.mu.Lock()
 	defer c.p.mu.Unlock()
@@ -534,30 +537,30 @@ func (c *conn) keepPlace(p part, full bool) {
 	case !full || len(c.topics) == 1 || c.p.cfg.Client.Wrapped():
 		t.full = 0
 	default:
-		// Full twice in a row: there is more than a read for all should wait for.
+		// Full twice in a row: this backlog would hold up the other topics.
 		if t.full++; t.full > 1 {
 			t.heatLocked()
 		}
 	}
 }
 
-// fail ends Serve for those that the read was for. Of an answer to several streams it
-// is not known whose error it is: each is read by itself.
+// fail ends Serve for the seats of a failed read. If a read of several streams
+// returns an error reply, its stream is unknown: each is then read by itself.
 func (c *conn) fail(err error) {
 	p := c.p
 	if !redisx.IsReply(err) {
 		c.unsure()
 	}
 	p.mu.Lock()
-	if c.link != nil && !redisx.IsReply(err) && p.cfg.leased() {
-		p.broken = append(p.broken, c.link)
+	if c.bconn != nil && !redisx.IsReply(err) && p.cfg.leased() {
+		p.broken = append(p.broken, c.bconn)
 	}
 	astray := c.astray
 	c.astray = false
 	p.mu.Unlock()
-	c.disconnect() // also after an answer: it may be the wrong server by now
+	c.disconnect() // even after an error reply: it may be the wrong server by now
 	if astray && !redisx.IsReply(err) {
-		return // it is opened anew at once
+		return // it is reopened at once
 	}
 	p.cfg.Client.Refresh(err)
 	if redisx.ReplyHas(err, "CROSSSLOT") && len(c.parts) > 1 {
@@ -573,15 +576,15 @@ func (c *conn) fail(err error) {
 	c.dismiss(c.parts, err)
 }
 
-// readAlone reads what is there of one topic, of several.
+// readAlone reads one of several topics, without blocking.
 func (c *conn) readAlone(p part) {
-	link, err := c.connect()
+	bconn, err := c.connect()
 	var readings []xstream.Reading
 	sent := time.Now()
 	if err == nil {
 		read := c.command([]part{p})
 		read.Block = -1
-		readings, err = read.Do(c.ctx, link, &c.buf)
+		readings, err = read.Do(c.ctx, bconn, &c.buf)
 	}
 	if err != nil {
 		if !redisx.IsReply(err) {
@@ -615,12 +618,12 @@ func (c *conn) dismiss(parts []part, err error) {
 	}
 }
 
-// splitUp gives each slot's topics connections of their own.
+// splitUp gives the topics of each slot their own connections.
 func (p *Poller) splitUp(c *conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.cfg.Client.Wrapped() {
-		return // its topics are read slot by slot already
+		return // its topics are already read slot by slot
 	}
 	p.split = true
 	topics := c.topics

@@ -37,7 +37,7 @@ func TestHands(t *testing.T) {
 	require.Equal(t, [][]string{{"0"}, {"1", "3", "5", "6"}, {"2", "4"}}, got)
 }
 
-// member takes what comes while it has room.
+// member takes entries while it has room.
 type member struct {
 	mu      sync.Mutex
 	room    int
@@ -106,7 +106,7 @@ func eventually(t *testing.T, condition func() bool, what string, args ...any) {
 	}
 }
 
-// serve has the seat served until t ends, or the function is called.
+// serve serves the seat until t ends, or the result is called.
 func serve(t *testing.T, s *Seat) (leave func()) {
 	t.Helper()
 	done := make(chan error, 1)
@@ -124,8 +124,9 @@ func serve(t *testing.T, s *Seat) (leave func()) {
 	return leave
 }
 
-// Subscriptions of one topic share its connection: in a group each entry goes to one,
-// in fan-out to each, also to one that has fallen behind and has room again.
+// Subscriptions of one topic share its connection: in a group each entry goes to
+// one of them, in a fan-out to each, including one that has fallen behind and has
+// room again.
 func TestPoller_OneTopic(t *testing.T) {
 	for _, group := range []string{"group", ""} {
 		t.Run("group "+group, func(t *testing.T) {
@@ -185,8 +186,8 @@ func TestPoller_OneTopic(t *testing.T) {
 	}
 }
 
-// Many topics share few connections, and one with a backlog moves to another one and
-// back.
+// Many topics share few connections, and one with a backlog moves to another
+// connection and back.
 func TestPoller_ManyTopics(t *testing.T) {
 	p, client := newPoller(t, "group")
 	base := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
@@ -225,8 +226,8 @@ func TestPoller_ManyTopics(t *testing.T) {
 	}, "it does not come back")
 }
 
-// A read without an answer has taken entries: they are found before the next one, but
-// for those that somebody here has, or has disowned.
+// A read without an answer has taken entries: they are found before the next one,
+// except those that a member has, or has disowned.
 func TestPoller_Orphans(t *testing.T) {
 	p, client := newPoller(t, "group")
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
@@ -238,7 +239,7 @@ func TestPoller_Orphans(t *testing.T) {
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
 	eventually(t, func() bool { return m.count() == 1 }, "nothing came")
 	require.NoError(t, client.XGroupCreateConsumer(t.Context(), key, "group", "thief").Err())
-	for _, id := range []string{"2-1", "3-1"} { // read in our name, unknown to the poller
+	for _, id := range []string{"2-1", "3-1"} { // read as our consumer, unknown to the poller
 		pipe := client.TxPipeline()
 		pipe.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: id, Values: []any{"a", "b"}})
 		pipe.XReadGroup(t.Context(), &redis.XReadGroupArgs{Group: "group", Consumer: "consumer", Streams: []string{key, ">"}, Count: 1})
@@ -250,7 +251,7 @@ func TestPoller_Orphans(t *testing.T) {
 	eventually(t, func() bool { return slices.Equal(m.found(), []string{"2-1"}) }, "not the orphan, or another one too")
 }
 
-// A server that does not answer holds nobody up who abandons its seat.
+// A server that does not answer does not delay a seat that is abandoned.
 func TestSeat_Abandon(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
@@ -277,8 +278,9 @@ func TestSeat_Abandon(t *testing.T) {
 	}
 }
 
-// Fan-outs that have read different entries, the last of which are deleted, wait for
-// the next one in a read that blocks. It reads for the one that is furthest behind.
+// Fan-outs that have read different entries, the last of which are deleted, wait
+// for the next one in a blocking read, from the position of the one that is
+// furthest behind.
 func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
@@ -303,7 +305,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 		serve(t, seat)
 	}
 	require.NoError(t, client.XDel(context.Background(), "key", "9-0").Err())
-	time.Sleep(100 * time.Millisecond) // what is read before it rests is no matter
+	time.Sleep(100 * time.Millisecond) // entries read before it rests do not matter
 	before := reads()
 	time.Sleep(500 * time.Millisecond)
 	require.Less(t, reads()-before, int64(20), "reads in half a second without an entry")
@@ -325,7 +327,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	}
 }
 
-// What a subscription has in hand is no orphan to the others of its topic while its
+// A subscription's entries are not orphans to the others of its topic while its
 // seat is not served: in its backoff, or when it drains.
 func TestPoller_OrphansOfOthers(t *testing.T) {
 	p, client := newPoller(t, "group")
@@ -341,7 +343,7 @@ func TestPoller_OrphansOfOthers(t *testing.T) {
 	leave()
 	stays.room = 1
 	serve(t, p.NewSeat(key, stays, ""))
-	look := func(id string) { // until an entry has come that was read after the look
+	look := func(id string) { // until an entry has arrived that was read after the look
 		p.Unsure(key)
 		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: id, Values: []any{"a", "b"}}).Err())
 		eventually(t, func() bool { return stays.Holds(id) }, "nothing came")
@@ -356,8 +358,8 @@ func TestPoller_OrphansOfOthers(t *testing.T) {
 	require.Equal(t, []string{"1-1"}, stays.found(), "nobody has it any more")
 }
 
-// A seat that is abandoned while its connection is opened gets nothing, and nothing is
-// read in its name, though the connection is opened for others too.
+// A seat that is abandoned while its connection is opened gets nothing, and nothing
+// is read for it, though the connection is opened for others too.
 func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	testserver.RequireReal(t)
 	admin := testserver.Client(t)
@@ -370,7 +372,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 		return (&net.Dialer{}).DialContext(ctx, network, addr)
 	}
 	client := redis.NewClient(&options)
-	t.Cleanup(func() { _ = client.Close() }) // after the seats are left
+	t.Cleanup(func() { _ = client.Close() }) // after the seats have left
 	c := redisx.Client{UniversalClient: client}
 	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	var seats []*Seat

@@ -1,18 +1,19 @@
-// Package poll reads what is new in streams, for many subscriptions on few
-// connections. It knows no handlers: a subscription is a Member, which says how much
-// it has room for and takes what was read.
+// Package poll reads new entries of streams, for many subscriptions on few
+// connections. It knows nothing about handlers: a subscription is a Member, which
+// reports how much room it has and takes the entries.
 //
-// Each connection has one goroutine, which alone reads there, and a mailbox: who
-// joins, leaves, or has room again, pokes it, and it looks at all of its topics anew.
-// A read that blocks meanwhile is woken by CLIENT UNBLOCK, again and again until the
-// goroutine has noticed, since one that overtakes the read does nothing.
+// Each connection has one goroutine, the only one that reads on it, and a mailbox:
+// a seat that joins, leaves, or has room again pokes it, and it looks at all of its
+// topics again. If a read is blocking at that time, it is woken with CLIENT
+// UNBLOCK, repeatedly until the goroutine has noticed, since an UNBLOCK that
+// overtakes the read does nothing.
 //
-// Up to maxConns topics have a connection each; more share these, with COUNT small.
-// A topic that has more in it than a read for all should wait for is read by itself
-// on one more connection, until it is worked off.
+// Up to maxConns topics have a connection each; further topics share these, with a
+// small COUNT. A topic with a backlog that would hold up the others is read by
+// itself on one more connection, until the backlog is gone.
 //
-// All subscriptions of a Subscriber read in one consumer's name, since a command has
-// one. Those of one topic take turns.
+// All subscriptions of a Subscriber read as one consumer, since a command has only
+// one consumer. Subscriptions of the same topic take turns.
 package poll
 
 import (
@@ -27,118 +28,119 @@ import (
 )
 
 const (
-	// maxConns bounds the connections on which a Subscriber waits for new entries
-	// (in a Cluster: for those of each slot), but for the one of topics with a
-	// backlog. What a read costs the server grows with its streams (1,000 of them:
-	// 0.3 ms), and every reader of one stream more costs a connection.
+	// maxConns limits the connections on which a Subscriber waits for new entries
+	// (in a Cluster, per slot), not counting the one for topics with a backlog. The
+	// server's cost of a read grows with its streams (1,000 of them: 0.3 ms), and
+	// each additional reader of one stream costs a connection.
 	maxConns = 7
 
-	// unwakableBlock bounds a read that cannot be woken: Close waits for it; and
-	// sharedBlock one that topics may wait to join, or that holds a connection of a
-	// wrapped client's pool.
+	// unwakableBlock limits a read that cannot be woken, since Close waits for it.
+	// sharedBlock limits such a read if other topics may wait to join, or if it
+	// occupies a connection of a wrapped client's pool.
 	unwakableBlock = time.Second
 	sharedBlock    = 100 * time.Millisecond
 
-	// A read that was interrupted before it arrived at the server blocks all the
-	// same, so that the interruption is repeated: soon at first, since it may have
-	// crossed the read.
+	// An UNBLOCK that arrives at the server before the read has no effect, so it is
+	// repeated: soon at first, since it may have crossed the read.
 	minWake = 200 * time.Microsecond
 	maxWake = 10 * time.Millisecond
 
-	// orphanPage is how many pending entries one command of a look for orphans sees.
+	// orphanPage is the number of pending entries per command of a search for
+	// orphans.
 	orphanPage = 1000
 )
 
-// Member is a subscription as its poller sees it. The methods are called by a
-// connection's goroutine, one after the other, and must not block.
+// Member is a subscription from its poller's point of view. Its methods are called
+// by a connection's goroutine, one at a time, and must not block.
 type Member interface {
-	// Room returns how many entries may be read for it now. After 0 it calls
+	// Room returns how many entries may be read for it now. After a 0 it calls
 	// Seat.Wake as soon as there is room.
 	Room() int
 	// Take takes entries that were read for it.
 	Take(Batch)
-	// Holds reports whether it has the entry in its hands.
+	// Holds reports whether it has the entry.
 	Holds(id string) bool
-	// Orphans takes entries that are pending in the consumer's name and in nobody's
-	// hands: the answer to a command that took them was lost. It returns false if it
-	// takes none any more.
+	// Orphans takes entries that are pending for the consumer but that no member
+	// has: the answer to the command that read or claimed them was lost. It returns
+	// false if it takes no more entries.
 	Orphans([]xstream.Pending) bool
-	// Reading says that reading works again, or that there is no need to.
+	// Reading reports that reading works again, or that there is no need to read.
 	Reading()
 }
 
-// Batch is what a read has brought.
+// Batch is the result of a read.
 type Batch struct {
 	Entries  []xstream.Entry
-	Sent, At time.Time // when it was asked for, and answered
-	Asked    int       // how many entries were asked for; 0: of each of several streams
+	Sent, At time.Time // when the command was sent, and answered
+	Asked    int       // requested entries; 0: from each of several streams
 	Shared   bool      // other subscriptions have the same entries
 }
 
-// Config is what a Poller needs.
+// Config configures a Poller.
 type Config struct {
 	Client   redisx.Client
 	Pipeline *pipeline.Pipeline // for CLIENT UNBLOCK
 	Group    string             // empty: fan-out
 	Consumer string
 	NoAck    bool
-	Block    time.Duration // the longest that a read waits
-	Batch    int           // the most entries of a read
+	Block    time.Duration // maximum blocking time of a read
+	Batch    int           // maximum entries per read
 
-	// Unwakable is told once that reads cannot be woken: for want of the right to
-	// CLIENT UNBLOCK, or since the client is a wrapped one.
+	// Unwakable is called once if reads cannot be woken: because CLIENT UNBLOCK is
+	// not permitted, or because the client is wrapped.
 	Unwakable func()
 }
 
-// leased reports whether what is read stays pending.
+// leased reports whether entries stay pending after they are read.
 func (c Config) leased() bool { return c.Group != "" && !c.NoAck }
 
-// Poller is the connections of a Subscriber. Without a Seat it has none.
+// Poller manages the blocking connections of a Subscriber. Without seats it has
+// none.
 type Poller struct {
 	cfg   Config
 	route *redisx.Route
 
 	mu       sync.Mutex
-	split    bool // the server refuses streams of several slots in one command
+	split    bool // the server rejects streams of several slots in one command
 	groups   map[string]*group
 	topics   map[string]*topic
-	members  map[string][]Member        // of each topic, from the first Serve until Release: they may have entries in hand
-	disowned map[string]map[string]bool // topic -> entries that a handler may have still, though it was given up
-	reserved map[[2]string]bool         // topic and entry: a member claims it just now
-	broken   []*redisx.Conn             // connections the reads of which may go on at the server
+	members  map[string][]Member        // by topic, from the first Serve until Release: they may have entries
+	disowned map[string]map[string]bool // topic -> entries that an abandoned handler may still have
+	reserved map[[2]string]bool         // topic and entry: a member is claiming it
+	broken   []*redisx.Conn             // broken connections whose reads may continue at the server
 }
 
-// group is the topics that one command can read.
+// group is a set of topics that one command can read.
 type group struct {
 	name  string
 	conns []*conn
 	bulk  *conn // for topics with a backlog; nil: none
 }
 
-// topic is guarded by Poller.mu.
+// topic is guarded by Poller.mu, except dry.
 type topic struct {
 	key    string
-	conn   *conn // the one whose goroutine reads it
+	conn   *conn // whose goroutine reads the topic
 	seats  []*Seat
-	turn   int  // counts the reads, for the seats to take turns
-	dry    int  // reads in a row that found nothing; its connection's own
-	full   int  // reads in a row that left more in the stream
+	turn   int  // counts the reads, so that the seats take turns
+	dry    int  // consecutive reads without entries; owned by the connection's goroutine
+	full   int  // consecutive reads that left entries in the stream
 	unsure bool // a command without an answer may have taken entries
 }
 
-// Seat is a subscription's place in its Poller.
+// Seat is a subscription's membership in its Poller.
 type Seat struct {
 	p      *Poller
 	key    string
 	member Member
-	after  string // fan-out: the last entry that was read
+	after  string // fan-out: the last entry read
 
 	// Guarded by Poller.mu.
-	topic   *topic // nil: not there
-	rewind  string // fan-out: go on after this one instead
+	topic   *topic // nil: not joined
+	rewind  string // fan-out: continue after this entry instead
 	leaving bool
 	known   bool // among the Poller's members
-	failed  bool // at its next read it is to know at once whether reading works
+	failed  bool // its next read must show at once whether reading works
 	left    chan error
 }
 
@@ -153,14 +155,14 @@ func New(cfg Config) *Poller {
 	return p
 }
 
-// NewSeat returns a place for a subscription of the topic. In fan-out it reads what
-// comes after the ID.
+// NewSeat returns a seat for a subscription of the topic. A fan-out reads the
+// entries after the given ID.
 func (p *Poller) NewSeat(key string, m Member, after string) *Seat {
 	return &Seat{p: p, key: key, member: m, after: after, left: make(chan error, 1)}
 }
 
-// Serve reads for the subscription until it leaves, for which the error is nil, or
-// until reading fails. It may be called again after that.
+// Serve reads for the subscription until it leaves, and then returns nil, or until
+// reading fails. After an error it may be called again.
 func (s *Seat) Serve() error {
 	p := s.p
 	p.mu.Lock()
@@ -188,7 +190,7 @@ func (s *Seat) Serve() error {
 	return <-s.left
 }
 
-// Wake has the connection look at the subscription's room again.
+// Wake has the connection check the subscription's room again.
 func (s *Seat) Wake() {
 	s.p.mu.Lock()
 	defer s.p.mu.Unlock()
@@ -197,7 +199,7 @@ func (s *Seat) Wake() {
 	}
 }
 
-// Rewind has a fan-out go on after another entry.
+// Rewind makes a fan-out continue after another entry.
 func (s *Seat) Rewind(after string) {
 	s.p.mu.Lock()
 	defer s.p.mu.Unlock()
@@ -207,7 +209,7 @@ func (s *Seat) Rewind(after string) {
 	}
 }
 
-// Leave ends Serve, now or in the future. Nothing is taken any more once Serve has
+// Leave ends Serve, now or in the future. No entries are taken after Serve has
 // returned.
 func (s *Seat) Leave() {
 	s.p.mu.Lock()
@@ -218,7 +220,8 @@ func (s *Seat) Leave() {
 	}
 }
 
-// Abandon is Leave that waits for nothing: an answer that comes later is still taken.
+// Abandon is like Leave, but waits for nothing: a reply that arrives later is still
+// taken.
 func (s *Seat) Abandon() {
 	p := s.p
 	p.mu.Lock()
@@ -230,21 +233,21 @@ func (s *Seat) Abandon() {
 	}
 	c := t.conn
 	s.departLocked(nil)
-	link := c.link
+	bconn := c.bconn
 	if len(c.topics) > 0 {
-		link = nil // others need it
+		bconn = nil // others need it
 	} else {
 		c.retireLocked()
 		c.cancel()
 	}
 	c.pokeLocked()
 	p.mu.Unlock()
-	if link != nil {
-		link.Close()
+	if bconn != nil {
+		bconn.Close()
 	}
 }
 
-// Release says that the subscription has nothing in hand any more.
+// Release reports that the subscription has no more entries.
 func (s *Seat) Release() {
 	p := s.p
 	p.mu.Lock()
@@ -255,8 +258,8 @@ func (s *Seat) Release() {
 	}
 }
 
-// Unsure has it looked whether a command without an answer has taken entries of the
-// topic.
+// Unsure requests a search for entries of the topic that a command without an
+// answer has taken.
 func (p *Poller) Unsure(key string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -266,8 +269,8 @@ func (p *Poller) Unsure(key string) {
 	}
 }
 
-// Disown says that an entry stays pending in the consumer's name, though nobody here
-// holds it: it is no orphan.
+// Disown marks an entry that stays pending for the consumer although no member has
+// it: it is not an orphan.
 func (p *Poller) Disown(key, id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -277,15 +280,15 @@ func (p *Poller) Disown(key, id string) {
 	p.disowned[key][id] = true
 }
 
-// Disowned reports whether Disown was said of the entry.
+// Disowned reports whether the entry was disowned.
 func (p *Poller) Disowned(key, id string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.disowned[key][id]
 }
 
-// Reserve reports whether the member may claim the entry for the consumer: whether no
-// other one of the topic does so, or has it.
+// Reserve reports whether the member may claim the entry for the consumer: no other
+// member of the topic has it or is claiming it.
 func (p *Poller) Reserve(key, id string, m Member) bool {
 	entry := [2]string{key, id}
 	p.mu.Lock()
@@ -303,22 +306,22 @@ func (p *Poller) Reserve(key, id string, m Member) bool {
 	return true
 }
 
-// Unreserve ends what Reserve began, once the member has the entry, or has not got it.
+// Unreserve ends a reservation, once the member has claimed the entry or failed to.
 func (p *Poller) Unreserve(key, id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.reserved, [2]string{key, id})
 }
 
-// Has reports whether a subscription of the topic is there, or may have something in
-// hand.
+// Has reports whether the topic has subscriptions that read, or may still have
+// entries.
 func (p *Poller) Has(key string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.members[key]) > 0
 }
 
-// departLocked takes the seat out of its topic, and ends Serve.
+// departLocked removes the seat from its topic, and ends Serve.
 func (s *Seat) departLocked(err error) {
 	t := s.topic
 	s.topic = nil
@@ -330,7 +333,7 @@ func (s *Seat) departLocked(err error) {
 	s.left <- err
 }
 
-// placeLocked gives a topic its connection: one of its own, or the one with the
+// placeLocked assigns a topic to a connection: a new one, or the one with the
 // fewest topics.
 func (p *Poller) placeLocked(t *topic) {
 	name := p.cfg.Client.SameRead(t.key)
@@ -344,7 +347,7 @@ func (p *Poller) placeLocked(t *topic) {
 	}
 	most := maxConns
 	if p.cfg.Client.Wrapped() {
-		most = 1 // they are of its pool, of which the size is not known
+		most = 1 // its connections come from the wrapped client's pool, whose size is unknown
 	}
 	var least *conn
 	for _, c := range g.conns {
@@ -367,7 +370,7 @@ func (p *Poller) startLocked(g *group) *conn {
 	return c
 }
 
-// moveLocked gives a topic to another connection.
+// moveLocked moves a topic to another connection.
 func (t *topic) moveLocked(to *conn) {
 	t.conn.topics = slices.DeleteFunc(t.conn.topics, func(other *topic) bool { return other == t })
 	t.conn, t.full = to, 0
@@ -375,7 +378,7 @@ func (t *topic) moveLocked(to *conn) {
 	to.pokeLocked()
 }
 
-// heatLocked gives a topic with a backlog to the connection for these.
+// heatLocked moves a topic with a backlog to the connection for backlogs.
 func (t *topic) heatLocked() {
 	g := t.conn.group
 	if g.bulk == nil {
@@ -385,7 +388,7 @@ func (t *topic) heatLocked() {
 	t.moveLocked(g.bulk)
 }
 
-// coolLocked gives it back to one that waits.
+// coolLocked moves it back to a connection that blocks.
 func (t *topic) coolLocked() {
 	c := t.conn
 	c.topics = slices.DeleteFunc(c.topics, func(other *topic) bool { return other == t })
@@ -393,22 +396,23 @@ func (t *topic) coolLocked() {
 	t.conn.pokeLocked()
 }
 
-// moved is told where new connections lead. What leads elsewhere is opened anew: its
-// server may go on answering, and would never be left.
+// moved is called with the address to which new connections lead. Connections that
+// lead elsewhere are reopened: their old server may keep answering, so they would
+// never be replaced.
 func (p *Poller) moved(remote string) {
 	var old []*redisx.Conn
 	p.mu.Lock()
 	for _, g := range p.groups {
 		for _, c := range append(slices.Clone(g.conns), g.bulk) {
-			if c != nil && c.link != nil && p.route.Follow(c.link, remote) {
+			if c != nil && c.bconn != nil && p.route.Follow(c.bconn, remote) {
 				c.astray = true
-				old = append(old, c.link)
+				old = append(old, c.bconn)
 			}
 		}
 	}
 	p.mu.Unlock()
-	for _, link := range old {
-		link.Close()
+	for _, bconn := range old {
+		bconn.Close()
 	}
 	if len(old) > 0 {
 		p.route.Followed()

@@ -10,20 +10,20 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Client is a redis.UniversalClient whose kind is known. What differs from kind to
-// kind is here, and nowhere else:
+// Client is a redis.UniversalClient whose kind is known. All differences between
+// the kinds are handled here:
 //
 //   - *redis.Client: one server, or with NewFailoverClient the master that Sentinel
-//     names; each new connection asks anew where that is.
+//     names; each new connection looks it up again.
 //   - *redis.ClusterClient: the node of a key's slot. NewFailoverClusterClient and
-//     ClusterSlots make one over servers that know nothing of a Cluster.
+//     ClusterSlots create one for servers that are not a Cluster.
 //   - *redis.Ring: the shard of a key.
-//   - anything else, such as struct{ redis.UniversalClient }: somebody's own client.
-//     Its commands go through it, and that is all that is known of it.
+//   - any other type, such as struct{ redis.UniversalClient }: a wrapped client.
+//     Commands go through it; nothing else is known about it.
 type Client struct{ redis.UniversalClient }
 
-// IsNil also sees a nil pointer in the interface, which is what forgetting to make
-// the client leaves there.
+// IsNil also recognizes a nil pointer in the interface, the result of forgetting to
+// create the client.
 func IsNil(c redis.UniversalClient) bool {
 	switch c := c.(type) {
 	case nil:
@@ -38,14 +38,14 @@ func IsNil(c redis.UniversalClient) bool {
 	return false
 }
 
-// Single returns the client if it is that of one server, else nil. Its pipelines
-// are one connection, so that a raw MULTI can be among their commands.
+// Single returns the client if it is a single server's, otherwise nil. Its
+// pipelines use one connection, so their commands can include a raw MULTI.
 func (c Client) Single() *redis.Client {
 	single, _ := c.UniversalClient.(*redis.Client)
 	return single
 }
 
-// Wrapped reports whether it is somebody's own client.
+// Wrapped reports whether the client's type is not one of go-redis's.
 func (c Client) Wrapped() bool {
 	switch c.UniversalClient.(type) {
 	case *redis.Client, *redis.ClusterClient, *redis.Ring:
@@ -54,7 +54,7 @@ func (c Client) Wrapped() bool {
 	return true
 }
 
-// Node returns the client of the server that has the key; nil of a wrapped client.
+// Node returns the client of the server that has the key; nil for a wrapped client.
 func (c Client) Node(ctx context.Context, key string) (*redis.Client, error) {
 	switch c := c.UniversalClient.(type) {
 	case *redis.Client:
@@ -67,9 +67,9 @@ func (c Client) Node(ctx context.Context, key string) (*redis.Client, error) {
 	return nil, nil
 }
 
-// Master returns where to ask what decides about a key: a Cluster's client may be
-// told to send reads to replicas, and one that lags behind shows entries as acked
-// or deleted that are not. Elsewhere it is via.
+// Master returns the processor for commands whose answers must be current. A
+// Cluster client may send reads to replicas, and a replica that lags behind shows
+// entries as acked or deleted that are not. For other clients it returns via.
 func (c Client) Master(ctx context.Context, via Processor, key string) (Processor, error) {
 	if cluster, ok := c.UniversalClient.(*redis.ClusterClient); ok {
 		return cluster.MasterForKey(ctx, key)
@@ -77,10 +77,10 @@ func (c Client) Master(ctx context.Context, via Processor, key string) (Processo
 	return via, nil
 }
 
-// Refresh makes a Cluster's client ask where the slots are now, if the error may
-// be about that. By itself it does so when it is redirected, and else after ten
-// seconds or more; but what is sent to a node's own client (see Node) is not
-// redirected. It asks in the background, and every 200 ms at most.
+// Refresh makes a Cluster client reload the slots if the error suggests that they
+// have moved. By itself the client does so when it is redirected, and otherwise
+// after at least ten seconds; but commands sent to a node's own client (see Node)
+// are not redirected. The reload runs in the background, at most every 200 ms.
 func (c Client) Refresh(err error) {
 	cluster, ok := c.UniversalClient.(*redis.ClusterClient)
 	var broken net.Error
@@ -89,18 +89,18 @@ func (c Client) Refresh(err error) {
 	}
 }
 
-// Rerouted waits until a Cluster's client knows where the slots are now, if err is
-// a redirection. It reports whether trying again makes sense.
+// Rerouted reloads a Cluster client's slots if err is a redirection, and waits for
+// it. It reports whether a retry makes sense.
 func (c Client) Rerouted(ctx context.Context, err error) bool {
 	if !ReplyHas(err, "MOVED ") {
 		return false
 	}
 	cluster, ok := c.UniversalClient.(*redis.ClusterClient)
-	// ForEachMaster asks where they are, before it calls.
+	// ForEachMaster loads the slots before it calls the function.
 	return ok && cluster.ForEachMaster(ctx, func(context.Context, *redis.Client) error { return nil }) == nil
 }
 
-// OneServer returns an error if a script cannot have both keys.
+// OneServer returns an error if one script cannot use both keys.
 func (c Client) OneServer(ctx context.Context, a, b string) error {
 	if c.Single() != nil || c.Wrapped() || slot(a) == slot(b) {
 		return nil
@@ -116,7 +116,8 @@ func (c Client) OneServer(ctx context.Context, a, b string) error {
 	if na != nb {
 		return ErrTwoServers
 	}
-	// One server. A node of a Cluster refuses keys of two slots all the same.
+	// They are on one server. But a node of a Cluster still rejects keys of two
+	// slots.
 	_, err = DoOnce(ctx, na, "eval", "return 1", 2, a, b)
 	if ReplyHas(err, "CROSSSLOT") {
 		return ErrTwoServers
@@ -124,12 +125,12 @@ func (c Client) OneServer(ctx context.Context, a, b string) error {
 	return err
 }
 
-// ErrTwoServers says that two keys are in different slots of a Cluster, or on
+// ErrTwoServers means that two keys are in different slots of a Cluster, or on
 // different shards.
 var ErrTwoServers = errors.New("the keys are in different slots")
 
-// SameRead returns what two keys must have in common for one command to read both:
-// nothing where there is one server, else the hash tag.
+// SameRead returns what two keys must have in common so that one command can read
+// both: nothing on a single server, otherwise the hash tag.
 func (c Client) SameRead(key string) string {
 	if c.Single() != nil || c.Wrapped() {
 		return ""
@@ -137,10 +138,10 @@ func (c Client) SameRead(key string) string {
 	return TagOf(key)
 }
 
-// CallTimeout is about how long one command may take by the client's own options
-// when the server does not answer: the wait for a connection, the dial, the write
-// and the read. Without a limit (a negative ReadTimeout, say) go-redis's own
-// defaults stand in for the missing ones.
+// CallTimeout returns about how long one command may take if the server does not
+// answer, according to the client's options: the wait for a connection, the dial,
+// the write and the read. An option without a limit (a negative ReadTimeout, for
+// example) counts as go-redis's default.
 func (c Client) CallTimeout() time.Duration {
 	dial, read, write, pool := 5*time.Second, 3*time.Second, 3*time.Second, 4*time.Second
 	set := func(d *time.Duration, opt time.Duration) {
@@ -171,7 +172,8 @@ func (c Client) CallTimeout() time.Duration {
 	return pool + dial + write + read
 }
 
-// PoolTimeout is how long a call may wait for its turn, by the client's options.
+// PoolTimeout returns how long a call may wait for its turn, according to the
+// client's options.
 func (c Client) PoolTimeout() time.Duration {
 	if single := c.Single(); single != nil && single.Options().PoolTimeout > 0 {
 		return single.Options().PoolTimeout
@@ -179,14 +181,14 @@ func (c Client) PoolTimeout() time.Duration {
 	return 4 * time.Second // go-redis's default
 }
 
-// HashTag is Redis's rule: what stands between the first "{" and the first "}"
-// after it; "" if there is none.
+// HashTag returns a key's hash tag by Redis's rule: the text between the first "{"
+// and the first "}" after it; "" if there is none.
 func HashTag(key string) string {
 	_, rest, _ := strings.Cut(key, "{")
 	return rest[:max(0, strings.Index(rest, "}"))]
 }
 
-// TagOf is what a key's slot is made of.
+// TagOf returns the part of a key that determines its slot.
 func TagOf(key string) string {
 	if tag := HashTag(key); tag != "" {
 		return tag
@@ -194,7 +196,7 @@ func TagOf(key string) string {
 	return key
 }
 
-// slot is a key's slot in a Cluster: CRC16 (XMODEM) of its tag.
+// slot returns a key's slot in a Cluster: the CRC16 (XMODEM) of its tag.
 func slot(key string) uint16 {
 	var crc uint16
 	for _, b := range []byte(TagOf(key)) {

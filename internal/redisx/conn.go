@@ -10,28 +10,29 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-// Conn is a connection of its own for reads that block, and what it takes to wake
-// such a read: it does not heed its context.
+// Conn is a dedicated connection for blocking reads, and the means to wake such a
+// read, which ignores its context.
 //
-// It lies beside the client's pool, so that reads that wait starve nobody who uses
-// the client, and is made from the client's options. (One of the pool's own, held by
-// redis.Conn, would follow neither StreamingCredentialsProvider, which go-redis
-// 9.23 answers with a nil dereference, nor Sentinel's +switch-master.)
+// It is separate from the client's pool, so that blocking reads do not starve other
+// users of the client, and uses the client's options. (A connection of the pool,
+// reserved by redis.Conn, would follow neither StreamingCredentialsProvider, for
+// which go-redis 9.23 dereferences nil, nor Sentinel's +switch-master.)
 type Conn struct {
 	Processor
-	node   *redis.Client // whose server it leads to; nil of a wrapped client
-	own    *redis.Client // the connection; nil of a wrapped client, whose pool is used
+	node   *redis.Client // the node that it leads to; nil for a wrapped client
+	own    *redis.Client // the connection; nil for a wrapped client, whose pool is used
 	waker  Processor     // to the same server, for CLIENT UNBLOCK; nil: cannot wake
 	id     int64
-	remote atomic.Pointer[string] // the address that it was dialed at
+	remote atomic.Pointer[string] // the address that was dialed
 
-	noWake atomic.Bool // the right to CLIENT UNBLOCK was taken away
+	noWake atomic.Bool // the permission for CLIENT UNBLOCK was revoked
 }
 
 const (
-	// A read's answer may come as late after its BLOCK as the client's ReadTimeout
-	// has it, within these bounds. A connection that was dropped without a word, by
-	// a balancer say, is noticed by then. (go-redis's own blocking calls wait 10s.)
+	// The reply to a read may arrive up to the client's ReadTimeout after its
+	// BLOCK, within these bounds. So a connection that was dropped silently, by a
+	// load balancer for example, is noticed by then. (go-redis's own blocking calls
+	// wait 10s.)
 	minGrace = time.Second
 	maxGrace = 10 * time.Second
 )
@@ -43,9 +44,9 @@ func grace(readTimeout time.Duration) time.Duration {
 	return min(max(readTimeout, minGrace), maxGrace)
 }
 
-// OpenConn opens a connection to the key's server for reads that block up to
-// block. Commands run through the client's hooks. via is where CLIENT UNBLOCK goes
-// if the client has one server.
+// OpenConn opens a connection to the key's server for reads that block up to block.
+// Commands run through the client's hooks. If the client has a single server,
+// CLIENT UNBLOCK goes through via.
 func (c Client) OpenConn(ctx context.Context, via Processor, key string, block time.Duration) (*Conn, error) {
 	node, err := c.Node(ctx, key)
 	if err != nil {
@@ -63,7 +64,7 @@ func (c Client) OpenConn(ctx context.Context, via Processor, key string, block t
 	v, err := DoOnce(ctx, l, "client", "id")
 	if err == nil {
 		l.id, _ = v.(int64)
-		_, err = l.unblock(ctx) // nothing blocks yet: it only asks for the right
+		_, err = l.unblock(ctx) // nothing is blocking yet: this only checks the permission
 	}
 	switch {
 	case err == nil:
@@ -76,10 +77,11 @@ func (c Client) OpenConn(ctx context.Context, via Processor, key string, block t
 	return l, nil
 }
 
-// options are the client's, for one connection that nobody replaces.
+// options returns the client's options, changed for one connection that is not
+// replaced.
 func (l *Conn) options(block time.Duration) *redis.Options {
-	// WithTimeout copies under go-redis's lock: the client writes to what its
-	// options point to when it connects.
+	// WithTimeout copies under go-redis's lock: when the client connects, it writes
+	// to data that its options point to.
 	opt := *l.node.WithTimeout(block).Options()
 	theirs := l.node.Options()
 	wait := grace(theirs.ReadTimeout)
@@ -91,8 +93,8 @@ func (l *Conn) options(block time.Duration) *redis.Options {
 	// The pool must not replace the connection, whose ID is known.
 	opt.ConnMaxIdleTime, opt.ConnMaxLifetime, opt.ConnMaxLifetimeJitter = -1, -1, 0
 	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	// Nothing that is read here can be cached; and another client's cache, or the
-	// processor that feeds it, is not to be shared.
+	// Nothing read here can be cached, and the caller's cache and its push
+	// processor must not be shared.
 	opt.ClientSideCacheConfig, opt.ClientSideCache, opt.PushNotificationProcessor = nil, nil, nil
 	opt.AutoPipelineOptions = nil
 	dial := opt.Dialer
@@ -114,16 +116,16 @@ func remoteOf(conn net.Conn) string {
 	return ""
 }
 
-// hooked returns a processor that runs commands on p, through the client's
-// hooks: whoever traces or meters the client sees the reads too. The Conn in
-// between is there for its hooks and never takes a connection.
+// hooked returns a processor that runs commands on p through the client's hooks:
+// tracing and metrics of the client then include the reads. The Conn in between
+// only provides the hooks, and never takes a connection.
 func hooked(client *redis.Client, p Processor) Processor {
 	conn := client.EphemeralConn()
 	conn.AddHook(divert{p})
 	return conn
 }
 
-// divert is the innermost hook: it sends commands another way.
+// divert is the innermost hook: it redirects commands to another processor.
 type divert struct{ to Processor }
 
 func (divert) DialHook(next redis.DialHook) redis.DialHook { return next }
@@ -148,7 +150,7 @@ func (d divert) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipe
 // Pipeline returns a pipeline on the connection.
 func (l *Conn) Pipeline() redis.Pipeliner { return l.Processor.(Pipeliner).Pipeline() }
 
-// Close closes the connection: a read under way ends with an error.
+// Close closes the connection: a read in flight ends with an error.
 func (l *Conn) Close() {
 	if l.own != nil {
 		_ = l.own.Close()
@@ -158,8 +160,8 @@ func (l *Conn) Close() {
 // Wakable reports whether Wake can end a read.
 func (l *Conn) Wakable() bool { return l.waker != nil && l.id != 0 && !l.noWake.Load() }
 
-// Wake ends the read that blocks on the connection, and returns whether one did:
-// sent too early, it does nothing.
+// Wake ends the read that blocks on the connection, and returns whether there was
+// one: if it arrives before the read, it does nothing.
 func (l *Conn) Wake(ctx context.Context) bool {
 	if !l.Wakable() {
 		return false
@@ -168,7 +170,7 @@ func (l *Conn) Wake(ctx context.Context) bool {
 	switch {
 	case IsDenied(err):
 		l.noWake.Store(true)
-	case IsClosed(err): // the client: nobody can wake the read any more
+	case IsClosed(err): // the client is closed: nobody can wake the read any more
 		l.Close()
 	}
 	return woken

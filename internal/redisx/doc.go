@@ -1,5 +1,5 @@
-// Package redisx is what the library needs of go-redis beyond commands: which kind
-// of client this is and where its keys are (client.go), commands that must not be
-// sent twice (once.go), connections for reads that block (conn.go, route.go), and
-// what an error says (errors.go). It knows no streams.
+// Package redisx contains what the library needs from go-redis beyond commands:
+// kinds of clients and the nodes of keys (client.go), commands that must not be
+// resent (once.go), connections for blocking reads (conn.go, route.go), and error
+// classes (errors.go). It knows nothing about streams.
 package redisx

@@ -9,15 +9,15 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// IsReply reports whether err is an answer of the server, as opposed to a
-// broken connection: the command arrived, and this is what became of it.
+// IsReply reports whether err is an error reply of the server, as opposed to a
+// broken connection: the command has arrived and this is its result.
 func IsReply(err error) bool {
 	var reply redis.Error
 	return errors.As(err, &reply)
 }
 
-// ReplyHas reports whether err is the server's answer with one of these error
-// codes or beginnings.
+// ReplyHas reports whether err is an error reply that contains one of the given
+// codes or texts.
 func ReplyHas(err error, prefixes ...string) bool {
 	if err == nil || !IsReply(err) {
 		return false
@@ -30,7 +30,7 @@ func ReplyHas(err error, prefixes ...string) bool {
 	return false
 }
 
-// ReplyError is an error with the text of a server's answer.
+// ReplyError is an error with the text of an error reply.
 type ReplyError string
 
 func (e ReplyError) Error() string { return string(e) }
@@ -38,8 +38,8 @@ func (e ReplyError) Error() string { return string(e) }
 // RedisError makes it a redis.Error.
 func (ReplyError) RedisError() {}
 
-// Redacted returns err without what a server quotes of a command that it does not
-// know: its arguments, among them a payload, or the password of HELLO and AUTH.
+// Redacted returns err without the arguments that a server quotes when it does not
+// know a command: they may contain a payload, or the password of HELLO or AUTH.
 func Redacted(err error) error {
 	const quote = ", with args beginning with"
 	if !ReplyHas(err, quote) {
@@ -49,9 +49,8 @@ func Redacted(err error) error {
 	return ReplyError(text)
 }
 
-// IsDenied reports whether err says that this server does not let us use the
-// command: by its ACL, also within a script, or because it does not know it. Trying
-// again later is of no use then.
+// IsDenied reports whether err says that the server does not permit the command, by
+// its ACL or within a script, or does not know it. Retrying is pointless then.
 func IsDenied(err error) bool {
 	return ReplyHas(err, "NOPERM", "unknown command", "unknown subcommand", "Unknown subcommand",
 		"ACL failure in script", "executing the script can't", "Unknown Redis command called from")
@@ -60,10 +59,10 @@ func IsDenied(err error) bool {
 // IsClosed reports whether err says that the client was closed.
 func IsClosed(err error) bool { return errors.Is(err, redis.ErrClosed) }
 
-// NotReady reports whether err says that there is no server yet that could do what
-// was asked, so that waiting may help: it cannot be reached, it is loading its
-// data, it is a replica that will be promoted, or there are too many clients. A
-// refusal that only a change of the configuration ends is none.
+// NotReady reports whether err says that no server can serve the command yet, so
+// that waiting may help: the server is unreachable, it is loading its data, it is a
+// replica that will be promoted, or it has too many clients. Errors that only a
+// change of configuration can fix do not count.
 func NotReady(err error) bool {
 	var untrusted *tls.CertificateVerificationError
 	switch {
@@ -75,8 +74,8 @@ func NotReady(err error) bool {
 	return ReplyHas(err, "LOADING", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "TRYAGAIN", "NOREPLICAS", "MISCONF", "BUSY ", "max number of clients")
 }
 
-// neverSent reports whether err came before a command could reach the server, as
-// far as the error alone tells: see Sent.
+// neverSent reports whether err alone shows that the command cannot have reached
+// the server: see Sent.
 func neverSent(err error) bool {
 	if errors.Is(err, redis.ErrPoolTimeout) || errors.Is(err, redis.ErrPoolExhausted) || IsClosed(err) {
 		return true

@@ -7,34 +7,35 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Processor runs a command: a client, one connection of it, or a pipeline.Pipeline.
+// Processor runs a command: a client, one of its connections, or a
+// pipeline.Pipeline.
 type Processor interface {
 	Process(ctx context.Context, cmd redis.Cmder) error
 }
 
-// go-redis sends what timed out or lost its connection again (three times by
-// default), though the first copy may have run. It does not do so with a command
+// go-redis resends a command that timed out or lost its connection (three times by
+// default), although the first copy may have run. It does not resend a command
 // whose NoRetry is true.
 
-// OnceCmd is a command that go-redis does not send again.
+// OnceCmd is a command that go-redis does not resend.
 type OnceCmd struct{ *redis.Cmd }
 
-// NoRetry overrides go-redis's answer, which is no.
+// NoRetry overrides go-redis's method, which returns false.
 func (OnceCmd) NoRetry() bool { return true }
 
-// OnceRawCmd is OnceCmd for a reply that is not parsed.
+// OnceRawCmd is OnceCmd for an unparsed reply.
 type OnceRawCmd struct{ *redis.RawCmd }
 
-// NoRetry overrides go-redis's answer, which is no.
+// NoRetry overrides go-redis's method, which returns false.
 func (OnceRawCmd) NoRetry() bool { return true }
 
-// OnceStringCmd is OnceCmd for a reply that is a string.
+// OnceStringCmd is OnceCmd for a string reply.
 type OnceStringCmd struct{ *redis.StringCmd }
 
-// NoRetry overrides go-redis's answer, which is no.
+// NoRetry overrides go-redis's method, which returns false.
 func (OnceStringCmd) NoRetry() bool { return true }
 
-// NewOnce returns a command with the arguments.
+// NewOnce returns a command with the given arguments.
 func NewOnce(ctx context.Context, args ...any) OnceCmd {
 	return OnceCmd{redis.NewCmd(ctx, args...)}
 }
@@ -43,14 +44,14 @@ func NewOnce(ctx context.Context, args ...any) OnceCmd {
 func DoOnce(ctx context.Context, p Processor, args ...any) (any, error) {
 	cmd := NewOnce(ctx, args...)
 	if err := p.Process(ctx, cmd); err != nil {
-		return nil, Redacted(err) // and cmd may still be under way
+		return nil, Redacted(err) // cmd may still be in flight
 	}
 	return cmd.Val(), nil
 }
 
-// Do is for a command that may run twice: it is sent again if the connection
-// broke, which may have been broken for long. (go-redis would try three more
-// times; but in a pipeline with commands that must not run twice it does not.)
+// Do runs a command that may run twice: it is resent once if the connection broke,
+// since that connection may have been stale. (go-redis would retry three times, but
+// not in a pipeline with commands that must not run twice.)
 func Do(ctx context.Context, p Processor, args ...any) (any, error) {
 	v, err := DoOnce(ctx, p, args...)
 	if err != nil && !IsReply(err) && !IsClosed(err) && ctx.Err() == nil {
@@ -59,9 +60,9 @@ func Do(ctx context.Context, p Processor, args ...any) (any, error) {
 	return v, err
 }
 
-// Leaving runs a command beside its caller, who goes when its context ends: go-redis
-// does not heed that while it waits for an answer. The command goes on, and must not
-// be read then.
+// Leaving runs each command in a goroutine, so that the caller can return when its
+// context ends, which go-redis ignores while it waits for a reply. The command
+// continues, and must not be read then.
 type Leaving struct{ Processor }
 
 // Process runs the command.
@@ -79,13 +80,13 @@ func (l Leaving) Process(ctx context.Context, cmd redis.Cmder) error {
 	}
 }
 
-// Pipeliner makes pipelines: a client.
+// Pipeliner creates pipelines: a client.
 type Pipeliner interface{ Pipeline() redis.Pipeliner }
 
-// ExecPipeline sends the commands together. Each has its own error then, also where
-// go-redis has given it none: if the server refuses the connection that they were to
-// be sent on (after a change of password, say), go-redis returns that answer, but
-// leaves the commands as if they had succeeded, with nothing in their replies.
+// ExecPipeline sends the commands together. Afterwards each has its own error, even
+// where go-redis sets none: if the server rejects the connection (after a change of
+// password, for example), go-redis returns that error, but leaves the commands as
+// if they had succeeded with empty replies.
 func ExecPipeline(ctx context.Context, client Pipeliner, cmds []redis.Cmder) {
 	pipe := client.Pipeline()
 	for _, cmd := range cmds {

@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) { testserver.Main(m) }
 
-// The slots are those that Redis names, hash tags included.
+// The slots are those that Redis computes, including hash tags.
 func TestSlot(t *testing.T) {
 	cluster := testserver.Cluster(t).Client()
 	for _, key := range []string{
@@ -87,8 +87,8 @@ func TestNotReady(t *testing.T) {
 	assert.False(t, NotReady(nil))
 }
 
-// What leads elsewhere is opened anew; but a name with several addresses leads
-// elsewhere each time.
+// Connections that lead elsewhere are reopened; but a name with several addresses
+// leads elsewhere each time.
 func TestRoute_Follow(t *testing.T) {
 	r := NewRoute(Client{}, time.Second, nil)
 	at := func(addr string) *Conn {
@@ -107,7 +107,7 @@ func TestRoute_Follow(t *testing.T) {
 	assert.True(t, r.Follow(at("b:1"), "a:1"))
 }
 
-// A connection of its own neither takes one of the pool nor needs one.
+// A dedicated connection neither uses the pool nor needs it.
 func TestOpenConn(t *testing.T) {
 	testserver.RequireReal(t)
 	client := redis.NewClient(&redis.Options{Addr: testserver.Addr(t), PoolSize: 1, PoolTimeout: time.Second})

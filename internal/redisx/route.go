@@ -6,11 +6,12 @@ import (
 	"time"
 )
 
-// Route finds out when connections lead to the wrong server. Those of a Cluster or
-// a Ring are compared with what their client knows. Of a single server nobody tells:
-// Sentinel has named another master, or a DNS name has moved, while the old server
-// goes on answering. So a new connection is dialed now and then, by the client's own
-// Dialer, and closed again: its address is the answer.
+// Route detects connections that lead to the wrong server. For a Cluster or a Ring
+// it compares a connection with the client's own knowledge. For a single server
+// nobody reports that Sentinel has named another master, or that a DNS name has
+// moved, while the old server keeps answering. So Route dials a new connection now
+// and then, with the client's own Dialer, and closes it again: its address is the
+// answer.
 type Route struct {
 	client Client
 	every  time.Duration
@@ -23,15 +24,16 @@ type Route struct {
 }
 
 const (
-	// maxMoves a minute are followed. A name with several addresses leads somewhere
-	// else each time, which is no move.
+	// maxMoves is how many moves per minute are followed. A name with several
+	// addresses resolves differently each time, which is not a move.
 	maxMoves = 2
-	// minProbe keeps a short BlockTime from dialing all the time.
+	// minProbe keeps a short BlockTime from causing constant dialing.
 	minProbe = 100 * time.Millisecond
 )
 
-// NewRoute returns a Route. While it is asked, it dials every so often, and calls
-// moved, in a goroutine of its own, with the address to which new connections lead.
+// NewRoute returns a Route. While Ask is called, it dials at the given interval,
+// and calls moved, in a goroutine of its own, with the address that new connections
+// lead to.
 func NewRoute(client Client, every time.Duration, moved func(remote string)) *Route {
 	return &Route{client: client, every: max(every, minProbe), moved: moved, asked: time.Now()}
 }
@@ -46,8 +48,8 @@ func (r *Route) Leads(ctx context.Context, l *Conn, key string) bool {
 	return err != nil || node == l.node
 }
 
-// Ask has it found out, beside what the caller does, whether new connections lead
-// elsewhere, if that was not asked for some time. It ends with ctx.
+// Ask checks in the background whether new connections lead elsewhere, unless it
+// did so recently. The check ends with ctx.
 func (r *Route) Ask(ctx context.Context) {
 	node := r.client.Single()
 	if node == nil {
@@ -77,8 +79,8 @@ func (r *Route) Ask(ctx context.Context) {
 	}()
 }
 
-// Follow reports whether the connection leads elsewhere than to the address, and is
-// to be opened anew: not more often than maxMoves.
+// Follow reports whether the connection does not lead to the address and should be
+// reopened, which is limited to maxMoves.
 func (r *Route) Follow(l *Conn, remote string) bool {
 	if at := l.remote.Load(); at == nil || *at == remote {
 		return false
@@ -92,7 +94,7 @@ func (r *Route) Follow(l *Conn, remote string) bool {
 	return len(r.moves) < maxMoves
 }
 
-// Followed notes that connections were opened anew.
+// Followed notes that connections were reopened.
 func (r *Route) Followed() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// newDice returns a source of randomness of its own for an actor, so that what others
-// draw, and in which order, changes nothing for it.
+// newDice returns a random source for one actor, so that it does not depend on what others
+// draw, or in which order.
 func newDice(seed uint64, actor string, number int) *rand.Rand {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(actor))

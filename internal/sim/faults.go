@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -13,36 +14,36 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// A kind of fault.
+// A kind is a kind of fault.
 type kind struct {
 	name   string
-	server bool // it is about the server as a whole: one at a time
-	apart  bool // it is drawn for itself
+	server bool // it affects the whole server: one at a time
+	apart  bool // it is drawn separately
 	hold   func(dice *rand.Rand, minIdle time.Duration) time.Duration
 	on     func(*Schedule, *rand.Rand) []string
-	not    func(*Schedule) bool // schedules that cannot have it
-	// inject makes it happen, and says by strike what it may do, before it does it. It
-	// returns what makes it pass; nil: it has passed.
+	not    func(*Schedule) bool // true for schedules that cannot have it
+	// inject makes it happen, and calls strike first with what it may do. It returns a
+	// function that heals it; nil: nothing is left to heal.
 	inject func(s *simulation, f Fault) (heal func())
 }
 
-// times returns a hold of so many ClaimMinIdles.
+// times returns a random hold, in multiples of ClaimMinIdle.
 func times(least, most float64) func(*rand.Rand, time.Duration) time.Duration {
 	return func(dice *rand.Rand, minIdle time.Duration) time.Duration {
 		return time.Duration((least + (most-least)*dice.Float64()) * float64(min(minIdle, 20*time.Second)))
 	}
 }
 
-// lasting returns a hold from least up to most.
+// lasting returns a random hold from least up to most.
 func lasting(least, most time.Duration) func(*rand.Rand, time.Duration) time.Duration {
 	return func(dice *rand.Rand, _ time.Duration) time.Duration { return between(dice, least, most) }
 }
 
 func atOnce(*rand.Rand, time.Duration) time.Duration { return 0 }
 
-// deletes is for faults by which Redis forgets that entries are pending: what is not, DeleteAcked
-// takes for acked.
-func deletes(s *Schedule) bool { return s.Groups[0].DeleteAcked }
+// deletes excludes faults that make Redis forget pending entries, because DeleteAcked and
+// Retention consider entries that are not pending acked.
+func deletes(s *Schedule) bool { return s.trims() }
 
 func (s *Schedule) kinds() []kind {
 	return slices.DeleteFunc(allKinds(), func(k kind) bool { return k.apart || k.not != nil && k.not(s) })
@@ -82,30 +83,32 @@ func allKinds() []kind {
 		{name: "failover", server: true, hold: lasting(100*time.Millisecond, 2*time.Second), on: nobody, inject: failOver},
 		{name: "clock step", hold: atOnce, on: nobody, inject: stepClock},
 
-		// Of somebody who has the server's password.
+		// Of an administrator.
 		{name: "flush", server: true, hold: atOnce, on: nobody, inject: flush},
 		{name: "delete stream", server: true, hold: atOnce, on: nobody, inject: deleteStream},
 		{name: "delete stream, smaller IDs", server: true, hold: atOnce, on: nobody, inject: smallerIDs},
 		{name: "trim", server: true, hold: atOnce, on: nobody, inject: trim},
-		{name: "destroy group", server: true, hold: atOnce, on: nobody, inject: destroyGroup, not: deletes},
+		{name: "destroy group", server: true, hold: atOnce, on: nobody, inject: destroyGroup},
 		{name: "delete consumer", server: true, hold: atOnce, on: nobody, inject: deleteConsumer, not: deletes},
 		{name: "ack by hand", server: true, hold: atOnce, on: nobody, inject: ackByHand, not: deletes},
 		{name: "stranger", server: true, hold: atOnce, on: nobody, inject: stranger},
 		{name: "wrong dead-letter key", hold: times(0.2, 3), on: nobody, inject: spoilDeadLetters},
+		{name: "pause", apart: true, inject: pauseGroup},
 		{name: "lose the answer to a move", apart: true, inject: ambush},
 	}
 }
 
-// strike logs what the fault is about to do to the group, or to everyGroup.
+// strike logs what the fault may do to the group, or to everyGroup.
 func (s *simulation) strike(f Fault, group int, e rules.Effect) {
 	e.Number, e.Fault, e.Target = f.Number, f.Kind, f.On
 	if len(e.Loses) > 0 {
 		s.lossy.Store(true)
+		s.lost.Store(int64(s.elapsed()))
 	}
 	s.journal.add(group, rules.Event{Kind: rules.Injected, Strike: &e})
 }
 
-// happen has the fault happen at its time, and pass.
+// happen injects the fault at its time, and heals it.
 func (s *simulation) happen(f Fault) {
 	if !s.waitUntil(f.At) {
 		return
@@ -169,8 +172,8 @@ func rollingRestart(s *simulation, f Fault) func() {
 	return nil
 }
 
-// partition lets nothing through. Where that is so for everybody, it is as if the server
-// were away: no excuse.
+// partition blocks all traffic. If everybody is cut off, that is like a server that is
+// down: no excuse for the library.
 func partition(s *simulation, f Fault) func() {
 	e := rules.Effect{Breaks: true}
 	if len(f.On) < len(s.places) {
@@ -201,7 +204,7 @@ func cutOnce(s *simulation, f Fault) func() {
 	return nil
 }
 
-// cutAll breaks all connections: what is on its way arrives or not.
+// cutAll breaks all connections. What is in transit may or may not arrive.
 func (s *simulation) cutAll(dice uint64) {
 	if dice%2 == 0 {
 		s.server.CutAll()
@@ -251,7 +254,7 @@ var refusals = []string{
 func (f Fault) refusal() string { return refusals[f.Dice%uint64(len(refusals))] }
 
 func refuseWrites(s *simulation, f Fault) func() {
-	s.strike(f, everyGroup, rules.Effect{})
+	s.strike(f, everyGroup, rules.Effect{Denies: strings.HasPrefix(f.refusal(), "NOPERM ")})
 	s.server.RefuseWrites(f.refusal())
 	return func() { s.server.RefuseWrites("") }
 }
@@ -265,6 +268,7 @@ func restartServer(keep bool) func(*simulation, Fault) func() {
 		s.strike(f, everyGroup, e)
 		s.server.Freeze()
 		data := s.server.Snapshot()
+		s.snapshots.Add(1)
 		accept := s.network.influence(nil, func(l *lane) { l.set(func(l *lane) { l.refused++ }) }, func(l *lane) { l.set(func(l *lane) { l.refused-- }) })
 		s.server.CutAll()
 		if !keep {
@@ -272,30 +276,33 @@ func restartServer(keep bool) func(*simulation, Fault) func() {
 		}
 		return func() {
 			s.server.Restore(data)
+			s.snapshots.Add(-1)
 			s.lossy.Store(true)
 			accept()
 		}
 	}
 }
 
-// failOver is to a replica that has not got the last writes, and whose clock may be
-// another one.
+// failOver promotes a replica that lacks the last writes, and whose clock may differ.
 func failOver(s *simulation, f Fault) func() {
 	s.strike(f, everyGroup, rules.Effect{Breaks: true, Loses: rules.Everything})
 	data := s.server.Snapshot()
+	s.snapshots.Add(1)
 	return func() {
 		s.network.failOver(f.Number)
 		s.server.Restore(data)
+		s.snapshots.Add(-1)
 		s.lossy.Store(true)
+		s.lost.Store(int64(s.elapsed()))
 		if f.Dice%4 == 0 {
 			s.wait(s.step(time.Duration(f.Dice%4001)*time.Millisecond - 2*time.Second))
 		}
 	}
 }
 
-// stepClock sets the server's clock. After a step back idle times are too short, by as
-// much, and so nobody takes over in time what dead processes left. What is held by the
-// living does not go by idle times.
+// stepClock sets the server's clock. After a step back idle times are too short by as
+// much, so entries of dead processes are taken over late. Leases of living processes do
+// not depend on idle times.
 func stepClock(s *simulation, f Fault) func() {
 	steps := []time.Duration{-2 * time.Minute, -30 * time.Second, -time.Second, 5 * time.Second, time.Minute, 10 * time.Minute, time.Hour}
 	step := steps[f.Dice%uint64(len(steps))]
@@ -304,13 +311,14 @@ func stepClock(s *simulation, f Fault) func() {
 	return nil
 }
 
-// step sets the server's clock, and returns by how much it is behind what it was once.
+// step sets the server's clock, and returns how far it is behind its latest time.
 func (s *simulation) step(d time.Duration) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.clock += d
 	s.latest = max(s.latest, s.clock)
 	s.server.StepClock(d)
+	s.clockedLocked()
 	return s.latest - s.clock
 }
 
@@ -321,12 +329,12 @@ func flush(s *simulation, f Fault) func() {
 }
 
 func deleteStream(s *simulation, f Fault) func() {
-	s.strike(f, everyGroup, rules.Effect{Loses: []string{f.Topic}, Destroys: true})
+	s.strike(f, everyGroup, rules.Effect{Loses: []string{f.Topic}, Destroys: true, Stream: true})
 	s.do("DEL", f.Topic)
 	return nil
 }
 
-// smallerIDs has the stream begin anew with IDs below those that were read.
+// smallerIDs recreates the stream with IDs below those that were read.
 func smallerIDs(s *simulation, f Fault) func() {
 	deleteStream(s, f)
 	for i := range 1 + f.Dice%3 {
@@ -337,32 +345,41 @@ func smallerIDs(s *simulation, f Fault) func() {
 }
 
 func trim(s *simulation, f Fault) func() {
-	s.strike(f, everyGroup, rules.Effect{Loses: []string{f.Topic}, Destroys: true})
+	s.strike(f, everyGroup, rules.Effect{Loses: []string{f.Topic}, Destroys: true, Stream: true})
 	s.do("XTRIM", f.Topic, "MAXLEN", strconv.FormatUint(f.Dice%20, 10))
 	return nil
 }
 
 const (
-	// nobodys is the holder of what nobody puts back.
+	// nobodys is the holder of entries that nobody restores.
 	nobodys = "released"
-	// theStranger takes entries, and is none of ours.
+	// theStranger takes entries, and is not one of our consumers.
 	theStranger = "stranger"
 )
 
-// restart returns where a group that is destroyed begins again; "": its consumers make it.
-func (f Fault) restart() string { return []string{"", "0", "$"}[f.Dice%3] }
-
-// destroyGroup notes who holds what: what dead holders held, nobody puts back.
-func destroyGroup(s *simulation, f Fault) func() {
-	group := s.schedule.Groups[f.Group]
+// held returns who has the pending entries of the consumers that Redis is to forget.
+func (s *simulation) held(topic, group string, forgets func(consumer string) bool) map[string]string {
 	held := make(map[string]string)
-	for _, p := range s.pending(f.Topic, group.Name) {
+	for _, p := range s.pending(topic, group) {
+		if !forgets(p.Consumer) {
+			continue
+		}
 		if held[p.ID] = p.Consumer; p.Consumer == theStranger {
 			held[p.ID] = nobodys
 		}
 	}
+	return held
+}
+
+// restart returns where a destroyed group begins again; "": its consumers recreate it.
+func (f Fault) restart() string { return []string{"", "0", "$"}[f.Dice%3] }
+
+// destroyGroup notes the holders of pending entries, because nobody restores those of dead consumers.
+func destroyGroup(s *simulation, f Fault) func() {
+	group := s.schedule.Groups[f.Group]
+	held := s.held(f.Topic, group.Name, func(string) bool { return true })
 	start := f.restart()
-	if start == "$" { // what was not read yet, nobody reads
+	if start == "$" { // nobody reads what was not read yet
 		for _, e := range s.unread(f.Topic, group.Name) {
 			held[e.ID] = nobodys
 		}
@@ -375,7 +392,7 @@ func destroyGroup(s *simulation, f Fault) func() {
 	return nil
 }
 
-// deleteConsumer forgets what a consumer holds. A living one puts it back.
+// deleteConsumer removes a consumer with its pending entries. A living one restores them.
 func deleteConsumer(s *simulation, f Fault) func() {
 	group := s.schedule.Groups[f.Group].Name
 	pending := s.pending(f.Topic, group)
@@ -383,18 +400,13 @@ func deleteConsumer(s *simulation, f Fault) func() {
 		return nil
 	}
 	victim := pending[f.Dice%uint64(len(pending))].Consumer
-	held := make(map[string]string)
-	for _, p := range pending {
-		if p.Consumer == victim {
-			held[p.ID] = victim
-		}
-	}
+	held := s.held(f.Topic, group, func(consumer string) bool { return consumer == victim })
 	s.strike(f, f.Group, rules.Effect{Loses: []string{f.Topic}, Group: true, Held: held, Keeps: true})
 	s.do("XGROUP", "DELCONSUMER", f.Topic, group, victim)
 	return nil
 }
 
-// ackByHand acks what nobody has handled: that is settled then.
+// ackByHand acks entries that nobody has handled, which settles them.
 func ackByHand(s *simulation, f Fault) func() {
 	group := s.schedule.Groups[f.Group].Name
 	pending := s.pending(f.Topic, group)
@@ -407,7 +419,7 @@ func ackByHand(s *simulation, f Fault) func() {
 	return nil
 }
 
-// stranger takes what is pending, and does nothing with it.
+// stranger takes pending entries, and does nothing with them.
 func stranger(s *simulation, f Fault) func() {
 	group := s.schedule.Groups[f.Group].Name
 	pending := s.pending(f.Topic, group)
@@ -423,8 +435,8 @@ func stranger(s *simulation, f Fault) func() {
 	return nil
 }
 
-// spoilDeadLetters has a key of another type where dead letters are to go, if none are
-// there yet.
+// spoilDeadLetters puts a key of another type in place of the dead-letter stream, unless
+// that exists.
 func spoilDeadLetters(s *simulation, f Fault) func() {
 	key := goxstreams.DeadLetterTopic(f.Topic)
 	s.strike(f, everyGroup, rules.Effect{Ails: []string{f.Topic}})
@@ -441,9 +453,9 @@ func (s *simulation) mendDeadLetters(topic string) {
 	}
 }
 
-// ambush waits for a move to the topic's dead-letter stream, and has its answer get lost. At
-// once Redis forgets the consumer that has asked for it, or all that is pending: by what it
-// has nobody can tell what became of the entry.
+// ambush waits for a move to the topic's dead-letter stream, and loses its answer. At the same
+// time Redis forgets the consumer that made the move, or all pending entries, so the pending
+// entries do not tell what became of this one.
 func ambush(s *simulation, f Fault) func() {
 	words := [][]byte{[]byte("-- dead-letter"), []byte("\n" + f.Topic + "\r"), []byte("\n" + s.schedule.Groups[f.Group].Name + "\r")}
 	var caught atomic.Bool
@@ -462,15 +474,13 @@ func ambush(s *simulation, f Fault) func() {
 		func(l *lane) { l.set(func(l *lane) { l.ambush = nil }) })
 }
 
-// forget removes a process's consumer, or makes the group anew where it was.
+// forget removes a process's consumer, or recreates the group at its position.
 func (s *simulation) forget(f Fault, process string, life int) {
-	group, held := s.schedule.Groups[f.Group].Name, make(map[string]string)
-	anew := f.Dice%2 == 0
-	for _, p := range s.pending(f.Topic, group) {
-		if by, number := parsePrefix(p.Consumer); anew || by == process && number == life {
-			held[p.ID] = p.Consumer
-		}
-	}
+	group, anew := s.schedule.Groups[f.Group].Name, f.Dice%2 == 0
+	held := s.held(f.Topic, group, func(consumer string) bool {
+		by, number := parsePrefix(consumer)
+		return anew || by == process && number == life
+	})
 	s.strike(f, f.Group, rules.Effect{Breaks: true, Loses: []string{f.Topic}, Group: true, Held: held, Keeps: true})
 	if anew {
 		at := s.delivered(f.Topic, group)

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -15,11 +16,11 @@ import (
 // everyGroup says that an event is part of the evidence of all groups.
 const everyGroup = -1
 
-// A line is an event, and the group that it is about.
+// A line is an event, and its group.
 type line struct {
 	group int
 	rules.Event
-	text string // of the library's log: no event
+	text string // a line of the library's log instead of an event
 }
 
 // A journal is what happened, in the order of time.
@@ -38,7 +39,7 @@ func (j *journal) put(l line) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	l.Wall = time.Now()
-	l.Mono = l.Wall.Sub(j.began) + time.Nanosecond // the rules take 0 for never
+	l.Mono = l.Wall.Sub(j.began) + time.Nanosecond // 0 means never to the rules
 	j.lines = append(j.lines, l)
 }
 
@@ -48,7 +49,7 @@ func (j *journal) len() int {
 	return len(j.lines)
 }
 
-// events returns what is part of the group's evidence.
+// events returns the group's evidence.
 func (j *journal) events(group int) []rules.Event {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -104,6 +105,17 @@ func (l line) String() string {
 	if l.Run > 0 {
 		fmt.Fprintf(&b, " run %d", l.Run)
 	}
+	for _, uuid := range slices.Sorted(maps.Keys(l.Delays)) {
+		fmt.Fprintf(&b, " %s in %v", uuid, l.Delays[uuid])
+	}
+	if l.Kind == rules.Changing && l.Due == 0 {
+		b.WriteString(" cancel")
+	} else if l.Kind == rules.Changing {
+		fmt.Fprintf(&b, " due %d", l.Due)
+	}
+	if l.Kind == rules.Clocked {
+		fmt.Fprintf(&b, " server's clock %d", (l.Mono + l.Clock).Milliseconds())
+	}
 	if l.Consumer != "" {
 		b.WriteString(" as " + l.Consumer)
 	}
@@ -124,8 +136,8 @@ type logger struct {
 	verbose bool
 }
 
-// logger returns the process's logger. It discards what is no error, unless the journal is to
-// be printed.
+// logger returns the process's logger. It keeps only errors, unless the journal is to be
+// printed.
 func (s *simulation) logger(n *node) watermill.LoggerAdapter {
 	return logger{&s.journal, fmt.Sprintf("%s.%d", n.name, n.life), nil, s.options.Verbose}
 }

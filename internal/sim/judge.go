@@ -12,6 +12,7 @@ import (
 // judge applies the rules to each group.
 func (s *simulation) judge(w *watcher) Result {
 	w.trimmed()
+	s.leftOver()
 	result := Result{Schedule: s.schedule, Violations: s.complaints, Stats: Stats{
 		Seeds: 1, Virtual: s.elapsed(), Faults: make(map[string]int), Violations: make(map[string]int),
 	}}
@@ -32,13 +33,16 @@ func (s *simulation) judge(w *watcher) Result {
 			s.judgeUnleased(&result, i, events)
 			continue
 		}
-		verdict := rules.Check(rules.Sift(s.rules(g), events, s.final(g)))
+		evidence := rules.Sift(s.rules(g), events, s.final(g))
+		verdict := rules.Check(evidence)
 		result.Stats.Duplicates += len(verdict.Duplicates)
-		result.Stats.Dead += verdict.Dead
+		if result.Stats.Dead += verdict.Dead; i == 0 {
+			result.Stats.Delayed, result.Stats.Cancelled, result.Stats.Rescheduled = verdict.Delayed, verdict.Cancelled, verdict.Rescheduled
+		}
 		result.Stats.Lost += len(verdict.LostByRedis)
 		result.Stats.Crashes += verdict.Crashes
 		for _, v := range verdict.Violations {
-			if s.excused(i, v) {
+			if s.excused(i, v, evidence) {
 				continue
 			}
 			result.Violations = append(result.Violations, Violation{g.Name, v})
@@ -55,50 +59,45 @@ func (s *simulation) judge(w *watcher) Result {
 
 // excused: what the rules do not know of. A Snooze counts for nothing, and what comes
 // again after one is no suspect by that. XTRIM cuts batches
-// in two, and so does the loss of what DeleteAcked has left of them.
-func (s *simulation) excused(group int, v rules.Violation) bool {
+// in two, and so does the loss of what retention has left of them.
+func (s *simulation) excused(group int, v rules.Violation, evidence *rules.Evidence) bool {
 	switch v.Rule {
 	case rules.RuleInnocent:
-		return s.crashedLast(group, v) || rules.Nature(v.UUID) == closer && s.journal.logged("keeps a delivery that was not to count")
+		return s.crashedLast(group, v) || rules.Nature(v.UUID) == closer && s.journal.logged("The abandoned delivery counts as a retry")
 	case rules.RuleLimit: // a closer is given up when CloseTimeout is over
 		nature := rules.Nature(v.UUID)
 		return (nature == snoozing || nature == closer) && !strings.Contains(v.Words, "was given delivery")
 	case rules.RuleOrder: // what comes again after a loss may do so long after it
 		return s.struck("")
-	case rules.RuleDeadTwice: // a group that begins at 0 again is given what is dead, too
-		return slices.ContainsFunc(s.schedule.Faults, func(f Fault) bool { return f.Kind == "destroy group" && f.restart() == "0" })
-	case rules.RuleVanished: // the groups that are left ack for one that is lost
-		return s.schedule.Groups[0].DeleteAcked && len(s.schedule.Groups) > 1 && s.struck("")
 	case rules.RuleLost, rules.RuleImmortal:
-		return s.endedSoon(group, v) || s.regrouped(group, v) || s.neverArrived(group, v)
+		return endedSoon(evidence, v) || s.regrouped(group, v) || s.neverArrived(group, v)
 	case rules.RuleSuspect:
 		return rules.Nature(v.UUID) == snoozing || slices.ContainsFunc(s.journal.lines, func(l line) bool {
 			return l.Kind == rules.Started && rules.Nature(l.UUID) == snoozing && strings.Contains(v.Words, " "+l.ID+" ")
 		})
 	case rules.RuleTorn:
-		return s.struck("trim") || s.schedule.Groups[0].DeleteAcked && s.struck("")
+		return s.struck("trim") || s.schedule.trims() && s.struck("")
 	case rules.RuleRetryOrder: // what is dead comes again after a loss, as does what came after it
 		return s.struck("") && slices.ContainsFunc(s.journal.events(group), func(e rules.Event) bool {
 			return e.Kind == rules.Dead && e.Topic == v.Topic && e.ID == v.ID
 		})
-	case rules.RuleProgress: // what the topic waited for may be among what is lost: then nobody tells its story
-		return s.schedule.Groups[group].MaxConcurrency == 1 && (s.struck("trim") || s.struck("failover"))
 	}
 	return false
 }
 
-// endedSoon reports whether a message's holder ended before it noticed that its group, or
-// its name there, was lost.
-func (s *simulation) endedSoon(group int, v rules.Violation) bool {
+// endedSoon reports whether a message's holder ended before it could notice that its group,
+// or its name there, was lost.
+func endedSoon(evidence *rules.Evidence, v rules.Violation) bool {
 	lost, holder := time.Duration(-1), ""
-	for _, l := range s.journal.events(group) {
+	for _, l := range evidence.Events {
 		who := fmt.Sprint(l.Process, "/", l.Life)
 		switch {
 		case l.Kind == rules.Injected && l.Strike.Group:
 			lost = l.Mono
 		case (l.Kind == rules.Started || l.Kind == rules.Delivered) && l.ID == v.ID && l.Topic == v.Topic:
 			holder = who
-		case (l.Kind == rules.Closing || l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 && l.Mono-lost < s.schedule.Groups[group].ClaimMinIdle/2:
+		case (l.Kind == rules.Closing || l.Kind == rules.Ended || l.Kind == rules.Died) && who == holder && lost >= 0 &&
+			evidence.Reach(l.Process, v.Topic, lost, l.Mono) < evidence.Rules.ClaimMinIdle/2:
 			return true
 		}
 	}
@@ -130,7 +129,7 @@ func (s *simulation) regrouped(group int, v rules.Violation) bool {
 	for _, l := range s.journal.lines {
 		switch {
 		case l.text != "":
-			regrouped = regrouped || stored && strings.Contains(l.text, "is made again") &&
+			regrouped = regrouped || stored && strings.Contains(l.text, "has been recreated") &&
 				strings.Contains(l.text, " topic="+v.Topic+" ") && !strings.HasSuffix(l.text, "start_id=0")
 		case l.ID != v.ID || l.Topic != v.Topic:
 		case l.Kind == rules.Stored:
@@ -191,15 +190,17 @@ func (s *simulation) rules(g Group) rules.Rules {
 	r := rules.Rules{
 		ClaimMinIdle: g.ClaimMinIdle, ClaimInterval: g.ClaimInterval, MaxRetries: g.MaxRetries,
 		Topics: make(map[string]rules.Topic), CloseTimeout: g.CloseTimeout, CloseBound: closeBound,
-		Progress: &rules.Progress{Bound: bound, SuspectBound: s.suspectBound(g), Recovery: recovery},
+		Progress:   &rules.Progress{Bound: bound, SuspectBound: s.suspectBound(g), Recovery: recovery},
+		PauseBound: pauseBound, PauseRecovery: recovery,
+		Delayed: &rules.Delayed{Bound: moveBound, Punctual: punctual, Tolerance: time.Microsecond, Denied: movesAgain},
 	}
 	if g.Mood.Hang+g.Mood.Close > 0 {
-		// What is in a hook that hangs when the Subscriber closes is not given back, but
+		// What is in a hook that hangs when the Subscriber closes is not released, but
 		// taken over.
 		r.Progress.Bound += g.ClaimMinIdle*4/3 + 2*g.ClaimInterval
 	}
 	for _, topic := range s.schedule.Topics {
-		r.Topics[topic] = rules.Topic{Name: topic, MaxConcurrency: g.MaxConcurrency}
+		r.Topics[topic] = rules.Topic{Name: topic, MaxConcurrency: g.MaxConcurrency, Keys: g.Keys}
 	}
 	return r
 }
@@ -221,14 +222,22 @@ const (
 	// bound is what a free slot may take to begin with what is due. Hooks that hang
 	// take up to 6 s of it.
 	bound = 10 * time.Second
+	// moveBound is how late a delayed message may be moved: the time between two looks, some of the network's, and watchEvery.
+	moveBound = 2 * time.Second
+	// punctual is what the network takes there and back, twice, and the pauses between two looks.
+	punctual = 100 * time.Millisecond
+	// movesAgain is the longest time until who had no permission to move them tries again: consume.delayedDenied and its jitter.
+	movesAgain = 100 * time.Second
+	// pauseBound is how long after Pause a handler may begin: a tick, and some of the network's.
+	pauseBound = 1500 * time.Millisecond
 	// recovery is what a client may take to find its way back: the read that waits,
 	// its backoff, and dials that time out.
 	recovery = 20 * time.Second
 )
 
-// trimmed logs what DeleteAcked has deleted.
+// trimmed logs what retention and DeleteAcked have deleted.
 func (w *watcher) trimmed() {
-	if !w.schedule.Groups[0].DeleteAcked {
+	if !w.schedule.trims() {
 		return
 	}
 	for _, l := range slices.Clone(w.journal.lines) {
@@ -309,7 +318,10 @@ func (s *simulation) judgeFanOut(result *Result, events []rules.Event) {
 			got[key][e.UUID] = true
 		}
 	}
-	began := make(map[string]time.Duration)
+	began, cancelled := make(map[string]time.Duration), make(map[string]bool)
+	for _, e := range events {
+		cancelled[e.UUID] = cancelled[e.UUID] || e.Kind == rules.Changing && e.Due == 0 // or may be
+	}
 	for _, e := range events {
 		if e.Kind == rules.Publishing {
 			began[e.UUIDs[0]] = e.Mono
@@ -322,7 +334,7 @@ func (s *simulation) judgeFanOut(result *Result, events []rules.Event) {
 				continue
 			}
 			for _, uuid := range e.UUIDs {
-				if rules.Nature(uuid) == rules.Broken || got[subscription{sub.Process, sub.Life, sub.Topic}][uuid] {
+				if rules.Nature(uuid) == rules.Broken || cancelled[uuid] || got[subscription{sub.Process, sub.Life, sub.Topic}][uuid] {
 					continue
 				}
 				result.Violations = append(result.Violations, Violation{"fan-out", rules.Violation{

@@ -11,19 +11,19 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// What a message is, beside the natures that package rules has to know: those always
-// succeed in the end. A UUID begins with it.
+// The natures of messages, in addition to those that package rules must know. These
+// messages succeed in the end. A UUID begins with the nature.
 const (
-	snoozing = "snoozing" // asks to come later, at first
-	hanging  = "hanging"  // lasts very long, unless its context ends
+	snoozing = "snoozing" // returns Snooze at first
+	hanging  = "hanging"  // takes very long, unless its context ends
 	panicky  = "panicky"  // panics at first
 	killer   = "killer"   // ends its process at first
 	closer   = "closer"   // closes its Subscriber, once
-	steady   = "steady"   // takes a second or two, as all do of its schedule
+	steady   = "steady"   // takes a second or two, like all messages of its schedule
 )
 
-// A task is a message's payload: what its handler does. Counts are of deliveries: the
-// last one that does so.
+// A task is a message's payload: what its handler does. A count is the last delivery
+// that does so.
 type task struct {
 	Work    time.Duration // before anything else
 	Hang    bool          // Work does not end by itself while there is load
@@ -34,15 +34,15 @@ type task struct {
 	Close   bool
 }
 
-// always is more deliveries than any limit allows.
+// always is above any limit of deliveries.
 const always = 1 << 30
 
-// limits are what all groups of a world allow.
+// limits are what all groups of a schedule allow.
 type limits struct {
-	fails   int64 // that an innocent message may have
+	fails   int64 // how often an innocent message may fail
 	minIdle time.Duration
-	poison  bool // what always fails gets to the dead-letter stream
-	deadly  bool // so does what always ends its process, in good time
+	poison  bool // messages that always fail are dead-lettered
+	deadly  bool // so are those that always end their process, soon enough
 }
 
 // drawNature returns a nature that all groups can finish.

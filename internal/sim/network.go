@@ -12,9 +12,8 @@ import (
 	"time"
 )
 
-// A network joins processes to the server by connections in memory. Nothing in it
-// blocks but on channels and timers: what waits for anything else would stop the
-// bubble's clock.
+// A network connects processes to the server in memory. It blocks only on channels and
+// timers: waiting for anything else would stop the bubble's clock.
 type network struct {
 	seed  uint64
 	serve func(net.Conn)
@@ -22,11 +21,11 @@ type network struct {
 	mu         sync.Mutex
 	lanes      []*lane
 	influences []*influence
-	addr       net.Addr // of the server that is the master now
+	addr       net.Addr // of the current master
 }
 
-// An influence is something that is wrong with the lanes of some processes, also of
-// those that come later.
+// An influence is something wrong with the lanes of some processes, including lanes that
+// are made later.
 type influence struct {
 	on       []string // nil: all
 	do, undo func(*lane)
@@ -37,12 +36,12 @@ func newNetwork(seed uint64, serve func(net.Conn)) *network {
 	return &network{seed: seed, serve: serve, addr: serverAddr(0)}
 }
 
-// serverAddr is the address of the server after so many failovers.
+// serverAddr is the address of the master after a number of failovers.
 func serverAddr(failovers int) net.Addr {
 	return &net.TCPAddr{IP: net.IPv4(10, 0, 0, byte(1+failovers%250)), Port: 6379}
 }
 
-// failOver has new connections lead to another address.
+// failOver makes new connections lead to another address.
 func (n *network) failOver(failovers int) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -55,7 +54,7 @@ func (n *network) master() net.Addr {
 	return n.addr
 }
 
-// lane returns a way to the server for one life of a process.
+// lane makes the way to the server for one life of a process.
 func (n *network) lane(process string, life int, latency time.Duration) *lane {
 	l := &lane{
 		network: n, process: process, life: life, latency: latency, slowness: 1,
@@ -70,8 +69,8 @@ func (n *network) lane(process string, life int, latency time.Duration) *lane {
 	return l
 }
 
-// influence has something go wrong with the lanes of these processes until the function
-// that it returns is called.
+// influence makes something go wrong with the lanes of these processes, until end is
+// called.
 func (n *network) influence(on []string, do, undo func(*lane)) (end func()) {
 	i := &influence{on: on, do: do, undo: undo}
 	n.mu.Lock()
@@ -97,7 +96,7 @@ func (i *influence) addLocked(l *lane) {
 	}
 }
 
-// A lane is the way of one life of a process to the server, and what is wrong with it.
+// A lane is the way to the server for one life of a process, and what is wrong with it.
 type lane struct {
 	network *network
 	process string
@@ -110,7 +109,7 @@ type lane struct {
 	blocked  int           // partitions and stops in force
 	opened   chan struct{} // closed while nothing is blocked
 	refused  int           // dials are refused
-	slowness int           // by which latency is multiplied
+	slowness int           // multiplies the latency
 	ambush   func(sent []byte) (spring func())
 	cuts     [points]float64
 	links    []*link
@@ -121,7 +120,7 @@ type lane struct {
 type point int
 
 const (
-	beforeCommand point = iota // it does not reach the server, or a part of it does
+	beforeCommand point = iota // nothing, or only a part of it, reaches the server
 	beforeReply                // the command has run
 	midReply
 	points
@@ -131,9 +130,9 @@ const (
 type link struct {
 	lane *lane
 	dice *rand.Rand
-	up   *pipe // from the process to the server
+	up   *pipe // to the server
 	down *pipe
-	trap func() // what happens when the next reply gets lost; nil: it need not
+	trap func() // called when the next reply is lost; nil: it is not lost
 }
 
 // A pipe is one direction of a link. Its lane's mutex guards it. It has one reader.
@@ -141,8 +140,8 @@ type pipe struct {
 	link     *link
 	queue    []chunk
 	last     time.Time // when what was written last arrives
-	closed   bool      // by its reader
-	severed  bool      // by its writer, or on the way: nothing more gets in
+	closed   bool      // by the reader
+	severed  bool      // by the writer, or on the way: it accepts no more data
 	deadline time.Time // the reader's
 	poke     chan struct{}
 	timer    *time.Timer
@@ -155,7 +154,7 @@ type chunk struct {
 	end  error // nil: there are data
 }
 
-// dialTimeout is for dials whose context has no end of its own.
+// dialTimeout is for dials whose context has no deadline.
 const dialTimeout = 5 * time.Second
 
 // dial is redis.Options.Dialer.
@@ -188,14 +187,14 @@ func (l *lane) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 
 func dialError(err error) error { return &net.OpError{Op: "dial", Net: "sim", Err: err} }
 
-// begin returns how long the connection takes to be made, and what to wait for then.
+// begin returns how long connecting takes, and a channel to wait for after that.
 func (l *lane) begin() (trip time.Duration, opened <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.delayLocked(l.dice) + l.delayLocked(l.dice), l.opened
 }
 
-// connect returns both ends; neither, and no error, if the lane was blocked again.
+// connect returns both ends of a connection, or nils if the lane was blocked again.
 func (l *lane) connect() (client, server net.Conn, err error) {
 	addr := l.network.master()
 	l.mu.Lock()
@@ -217,8 +216,8 @@ func (l *lane) connect() (client, server net.Conn, err error) {
 
 func newPipe(k *link) *pipe { return &pipe{link: k, poke: make(chan struct{}, 1)} }
 
-// delayLocked returns how long something takes one way: mostly about the latency,
-// now and then much more.
+// delayLocked returns how long data take one way: mostly about the latency, sometimes
+// much longer.
 func (l *lane) delayLocked(dice *rand.Rand) time.Duration {
 	d := time.Duration((0.5 + dice.Float64()) * float64(l.latency))
 	if dice.IntN(100) == 0 {
@@ -227,15 +226,15 @@ func (l *lane) delayLocked(dice *rand.Rand) time.Duration {
 	return d * time.Duration(l.slowness)
 }
 
-// set changes what is wrong with the lane.
+// set changes the state of the lane.
 func (l *lane) set(change func(*lane)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	change(l)
 }
 
-// block lets nothing through, in either direction. Connections stay, and what was
-// written is on its way until unblock.
+// block stops traffic in both directions. Connections stay open, and what was written
+// arrives after unblock.
 func (l *lane) block() {
 	l.set(func(l *lane) {
 		if l.blocked++; l.blocked == 1 && !l.dead {
@@ -257,7 +256,7 @@ func (l *lane) unblock() {
 	})
 }
 
-// cut breaks all connections. What was written and has not arrived is lost.
+// cut breaks all connections. What has not arrived is lost.
 func (l *lane) cut() {
 	l.set(func(l *lane) {
 		for _, k := range slices.Clone(l.links) {
@@ -266,8 +265,8 @@ func (l *lane) cut() {
 	})
 }
 
-// kill ends the process's part in the network for good. With flush its machine goes
-// on, and sends what the process has written.
+// kill takes the process off the network for good. With flush its machine survives, and
+// sends what the process has written.
 func (l *lane) kill(flush bool) {
 	l.set(func(l *lane) {
 		l.dead = true
@@ -304,7 +303,7 @@ func (k *link) resetLocked() {
 	k.lane.links = slices.DeleteFunc(k.lane.links, func(other *link) bool { return other == k })
 }
 
-// endLocked has the reader see the end after all that was written before.
+// endLocked ends the data: the reader gets all that was written before, then err.
 func (p *pipe) endLocked(err error) {
 	if p.severed {
 		return
@@ -332,8 +331,8 @@ func (p *pipe) putLocked(b []byte) {
 	p.wake()
 }
 
-// takeLocked reads what has arrived. If nothing has, it returns until when to wait at
-// most, if that is known.
+// takeLocked reads what has arrived. If nothing has, it returns the time until which to
+// wait, if that is known.
 func (p *pipe) takeLocked(b []byte, now time.Time) (n int, until time.Time, err error) {
 	if p.closed {
 		return 0, until, net.ErrClosed
@@ -379,7 +378,7 @@ func (p *pipe) read(b []byte) (int, error) {
 	}
 }
 
-// wait waits for a change, or that time.
+// wait waits for a change, or until that time.
 func (p *pipe) wait(until time.Time) {
 	if until.IsZero() {
 		<-p.poke
@@ -416,7 +415,7 @@ func (c *conn) Write(b []byte) (int, error) {
 	case c.out.severed || l.dead:
 		return 0, syscall.EPIPE
 	case len(b) == 0:
-		return 0, nil // it would be a chunk to wait for
+		return 0, nil // a reader would wait for an empty chunk
 	}
 	if c.out == c.link.up {
 		return c.sendLocked(b)
@@ -446,7 +445,7 @@ func (c *conn) sendLocked(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// replyLocked writes a reply, and may cut the connection instead.
+// replyLocked writes a reply, or cuts the connection instead.
 func (c *conn) replyLocked(b []byte) (int, error) {
 	if c.link.trap != nil {
 		c.breakLocked()
@@ -466,13 +465,13 @@ func (c *conn) replyLocked(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// breakLocked breaks the connection after what is on its way.
+// breakLocked breaks the connection behind what is in transit.
 func (c *conn) breakLocked() {
 	c.link.up.endLocked(io.EOF)
 	c.link.down.endLocked(io.ErrUnexpectedEOF)
 }
 
-// Close does not wait, and what was written goes on its way.
+// Close does not wait; what was written still arrives.
 func (c *conn) Close() error {
 	l := c.link.lane
 	l.mu.Lock()

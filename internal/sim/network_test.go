@@ -101,7 +101,7 @@ func TestNetworkPartition(t *testing.T) {
 	})
 }
 
-// A lane that is made while something is wrong has it too, and loses it too.
+// An influence also applies to lanes that are made later, and ends for them too.
 func TestNetworkInfluenceOnLaterLanes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNetwork(1, func(c net.Conn) { c.Close() })
@@ -152,13 +152,13 @@ func TestNetworkKill(t *testing.T) {
 	}
 }
 
-// Each kind of cut leaves of a command and its reply what it says.
+// Each kind of cut lets the documented parts of a command and its reply arrive.
 func TestNetworkCuts(t *testing.T) {
 	for _, c := range []struct {
 		at             point
-		command, reply bool // they may arrive as a whole
+		command, reply bool // whether they may arrive whole
 	}{
-		{beforeCommand, true, false}, // a part may be all of it
+		{beforeCommand, true, false}, // a part may be the whole
 		{beforeReply, true, false},
 		{midReply, true, true},
 	} {

@@ -12,21 +12,21 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// quiet keeps go-redis from printing what every fault makes it see.
+// quiet keeps go-redis from logging the errors that every fault causes.
 type quiet struct{}
 
 func (quiet) Printf(context.Context, string, ...any) {}
 
 func init() { redis.SetLogger(quiet{}) }
 
-// A node is what every process has: a way to the server, a client, and an end.
+// A node is what all processes have in common: a way to the server, a client, an end.
 type node struct {
 	sim    *simulation
 	name   string
 	life   int
 	lane   *lane
 	client *redis.Client
-	dead   chan struct{} // closed when it was killed: it does nothing any more
+	dead   chan struct{} // closed when it is killed: it does nothing more
 
 	mu     sync.Mutex
 	gone   bool
@@ -41,10 +41,10 @@ func (s *simulation) newNode(name string, life int, opt redis.Options) *node {
 	}
 	opt.Addr = "10.0.0.1:6379" // never dialed; a name would be looked up outside the bubble
 	opt.Dialer = n.lane.dial
-	// go-redis keeps the timers of those that wait for a connection in a pool of the
-	// program's, which a bubble must not share: nobody waits.
+	// go-redis keeps the timers of callers that wait for a connection in a global pool,
+	// which bubbles must not share: so nobody may wait.
 	opt.PoolSize, opt.PipelinePoolSize = 500, 500
-	// It holds a mutex while it asks for these.
+	// go-redis holds a mutex while it asks for these.
 	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	n.client = redis.NewClient(&opt)
 	return n
@@ -82,8 +82,8 @@ func (n *node) end(kind rules.Kind, err string) bool {
 	return true
 }
 
-// kill is SIGKILL, or the end of the machine: nothing is sent any more, and with flush
-// not even what was written.
+// kill is SIGKILL, after which the machine sends what was written (flush), or the loss of
+// the machine.
 func (n *node) kill(kind rules.Kind, err string, flush bool) bool {
 	if !n.end(kind, err) {
 		return false
@@ -93,7 +93,7 @@ func (n *node) kill(kind rules.Kind, err string, flush bool) bool {
 	return true
 }
 
-// exit is the end of a process that ends in order: its connections are closed.
+// exit is a clean end of the process: its connections are closed.
 func (n *node) exit() {
 	if n.end(rules.Ended, "") {
 		_ = n.client.Close()
@@ -101,7 +101,7 @@ func (n *node) exit() {
 	}
 }
 
-// stop is SIGSTOP: nothing gets in or out, and what runs of ours stands still.
+// stop is SIGSTOP: nothing gets in or out, and the simulation's own code pauses.
 func (n *node) stop() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -142,7 +142,7 @@ func (n *node) await() {
 	}
 }
 
-// pass does so too. In a process that is dead it does not return: its goroutine ends.
+// pass does so too. In a dead process it does not return: the goroutine ends.
 func (n *node) pass() {
 	if n.await(); n.isDead() {
 		runtime.Goexit()
@@ -156,13 +156,13 @@ func (n *node) isDead() bool {
 // A runner is a process.
 type runner interface {
 	base() *node
-	// close ends it in order. It returns when that is done.
+	// close ends it cleanly, and returns when it has ended.
 	close()
 }
 
 func (n *node) base() *node { return n }
 
-// A place is for one process after the other.
+// A place is where one process runs after the other.
 type place struct {
 	sim  *simulation
 	name string
@@ -186,7 +186,7 @@ func (p *place) start() {
 	p.now = p.boot(p.life)
 }
 
-// startLater starts one as a supervisor does that has noticed that it is gone.
+// startLater starts a successor after a delay, like a supervisor.
 func (p *place) startLater(delay time.Duration) {
 	p.sim.goes(func() {
 		if p.sim.wait(delay) {
@@ -195,7 +195,7 @@ func (p *place) startLater(delay time.Duration) {
 	})
 }
 
-// current returns the process that runs; nil: none does.
+// current returns the running process; nil: none.
 func (p *place) current() runner {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -205,21 +205,21 @@ func (p *place) current() runner {
 	return p.now
 }
 
-// kill kills the process that runs.
+// kill kills the running process.
 func (p *place) kill(flush bool) {
 	if r := p.current(); r != nil && r.base().kill(rules.Ended, "", flush) {
 		p.sim.goes(r.close)
 	}
 }
 
-// close ends it in order, and returns when it has ended.
+// close ends the running process cleanly, and returns when it has ended.
 func (p *place) close() {
 	if r := p.current(); r != nil {
 		r.close()
 	}
 }
 
-// endForGood does so, and starts no other one.
+// endForGood does so too, and no successor starts.
 func (p *place) endForGood() {
 	p.mu.Lock()
 	p.ended = true

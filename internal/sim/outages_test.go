@@ -19,9 +19,9 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/model"
 )
 
-// Nobody can renew a lease while the server refuses writes, stands still, or is away for
-// everybody. All leases run out then, and the one who is the first to be served again
-// must not take what the others still have in hand.
+// Nobody can renew a lease while the server refuses writes, is frozen or cannot be reached.
+// All leases expire then, and the first consumer to be served again must not take messages
+// that others still handle.
 func TestNobodyIsRobbed(t *testing.T) {
 	for _, outage := range slices.Concat(refusals, []string{"freeze", "partition"}) {
 		for _, subscribers := range []int{4, 100} {
@@ -35,20 +35,20 @@ func TestNobodyIsRobbed(t *testing.T) {
 	}
 }
 
-// outageLengths are in halves of ClaimMinIdle.
+// outageLengths are in units of ClaimMinIdle/2.
 var outageLengths = []time.Duration{1, 2, 3, 4, 6}
 
 const (
-	// outageRepeats is how often there is an outage of each length: the whole test is to
-	// take less than half a minute. Where there are 100 Subscribers, or minutes, it is less.
+	// outageRepeats is how often there is an outage of each length: the whole test should
+	// take less than half a minute. With 100 Subscribers, or minutes, there are fewer.
 	outageRepeats       = 20
 	outageRepeatsOfMany = 1
 	outageRepeatsOfLong = 4
-	// outageHandlers hold a message each, from the beginning to the end.
+	// outageHandlers is the number of handlers, with a message each throughout the test.
 	outageHandlers = 40
 )
 
-// survive has outages while all messages are in hand.
+// survive makes outages while all messages are being handled.
 func survive(t *testing.T, outage string, subscribers int, minIdle time.Duration) {
 	s := &simulation{schedule: &Schedule{Latency: 200 * time.Microsecond}, t: t, server: model.New(model.Config{Version: model.Redis86})}
 	s.network = newNetwork(1, s.server.Serve)
@@ -83,7 +83,7 @@ func survive(t *testing.T, outage string, subscribers int, minIdle time.Duration
 
 func lengthsOf(subscribers int, minIdle time.Duration) []time.Duration {
 	if subscribers > 4 && minIdle > 10*time.Second {
-		return outageLengths[len(outageLengths)-1:] // for the test's time
+		return outageLengths[len(outageLengths)-1:] // to save time
 	}
 	return outageLengths
 }
@@ -98,7 +98,7 @@ func repeatsOf(subscribers int, minIdle time.Duration) int {
 	return outageRepeats
 }
 
-// breakDown begins an outage, and returns what ends it.
+// breakDown starts an outage, and returns a function that ends it.
 func (s *simulation) breakDown(outage string) (heal func()) {
 	switch outage {
 	case "freeze":
@@ -111,16 +111,16 @@ func (s *simulation) breakDown(outage string) (heal func()) {
 	return func() { s.server.RefuseWrites("") }
 }
 
-// holders are handlers that take as long as the test.
+// holders are handlers that run as long as the test.
 type holders struct {
 	t    *testing.T
 	end  chan struct{}
 	mu   sync.Mutex
-	held map[string]string // by entry: the consumer that has it
+	held map[string]string // by entry: its consumer
 }
 
-// join starts a Subscriber, which has slots for twice its share of the messages, and
-// returns what ends it.
+// join starts a Subscriber with slots for twice its share of the messages, and returns a
+// function that ends it.
 func (h *holders) join(s *simulation, number, of int, minIdle time.Duration) (end func()) {
 	n := s.newNode(fmt.Sprint("consumer-", number), 1, redis.Options{ReadTimeout: time.Second, DialTimeout: 2 * time.Second})
 	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{

@@ -35,7 +35,7 @@ type consumer struct {
 	dice   *rand.Rand
 }
 
-// A member is a consumer's part in a group.
+// A member is a consumer as a member of a group.
 type member struct {
 	*consumer
 	number  int // of the group
@@ -67,14 +67,14 @@ func (s *simulation) bootConsumer(spec Consumer, place *place, life int) *consum
 	return c
 }
 
-// prefix is how the consumer's name in its groups begins.
+// prefix returns how the consumer's name in its groups begins.
 func (n *node) prefix() string { return fmt.Sprintf("%s.%d", n.name, n.life) }
 
 func (m *member) config() goxstreams.SubscriberConfig {
 	g := m.group
 	config := goxstreams.SubscriberConfig{
 		Client: m.client, ConsumerGroup: g.Name, MaxConcurrency: g.MaxConcurrency, BatchSize: m.spec.BatchSize,
-		BlockTime: m.spec.BlockTime, CloseTimeout: g.CloseTimeout,
+		BlockTime: m.spec.BlockTime, CloseTimeout: g.CloseTimeout, Retention: m.sim.schedule.Retention,
 	}
 	if g.Name == "" {
 		return config
@@ -85,6 +85,9 @@ func (m *member) config() goxstreams.SubscriberConfig {
 	}
 	retry := m.retry()
 	config.ClaimMinIdle, config.Retry, config.DeleteAcked, config.OnDead = g.ClaimMinIdle, &retry, g.DeleteAcked, m.onDead
+	if g.Keys > 0 {
+		config.OrderingKey = func(msg *message.Message) string { return rules.KeyOf(msg.UUID, g.Keys) }
+	}
 	if g.Mood.OnBroken {
 		config.OnBroken = m.onBroken
 	}
@@ -101,7 +104,7 @@ func (m *member) retry() goxstreams.Retry {
 	}
 }
 
-// retryDelay is what Retry waits after a delivery that failed.
+// retryDelay returns Retry's delay after a failed delivery.
 func (g Group) retryDelay(count int64) time.Duration {
 	d := g.RetryDelay
 	for ; count > 1 && d < g.MaxRetryDelay; count-- {
@@ -121,8 +124,8 @@ func (m *member) wrap(h message.HandlerFunc) message.HandlerFunc {
 	return middleware.Recoverer(h)
 }
 
-// consume handles a topic until the subscription ends. While Redis cannot be reached it
-// tries again to subscribe.
+// consume handles a topic until the subscription ends. It subscribes again while Redis
+// cannot be reached.
 func (m *member) consume(topic string) {
 	for {
 		messages, err := m.sub.Subscribe(context.Background(), topic)
@@ -166,7 +169,7 @@ func (m *member) call(msg *message.Message) (err error) {
 	return err
 }
 
-// handle logs what the message's task comes to.
+// handle does the message's task, and logs it.
 func (m *member) handle(msg *message.Message) ([]*message.Message, error) {
 	m.pass()
 	event := rules.Event{Kind: rules.Started, UUID: msg.UUID, Run: m.runs.Add(1)}
@@ -197,13 +200,13 @@ type panicked struct{}
 
 func (panicked) Error() string { return "the handler panics" }
 
-// work does the message's task, and says in the event what came of it.
+// work does the message's task, and notes the outcome in the event.
 func (m *member) work(msg *message.Message, event *rules.Event) error {
 	var t task
 	if err := json.Unmarshal(msg.Payload, &t); err != nil || msg.Metadata.Get("nature") != rules.Nature(msg.UUID) {
 		m.sim.complain(m.number, "message changed", *event, fmt.Sprintf("payload %q, metadata %v", msg.Payload, msg.Metadata))
 	}
-	msg.Payload, msg.Metadata = nil, nil // the message is the handler's: what comes again is as it was published
+	msg.Payload, msg.Metadata = nil, nil // a handler may change its message: a redelivery is as published
 	ctx, calm := msg.Context(), (<-chan struct{})(nil)
 	if t.Hang {
 		calm = m.sim.calm
@@ -227,7 +230,7 @@ func (m *member) work(msg *message.Message, event *rules.Event) error {
 	return nil
 }
 
-// take lets the time pass that a task takes.
+// take waits for the time that a task takes.
 func (m *member) take(ctx context.Context, d time.Duration, calm <-chan struct{}) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -249,7 +252,7 @@ func (m *member) fail(t task, event *rules.Event) error {
 		return nil
 	case event.Count <= max(t.Panics, t.Fails):
 		if !m.group.Middlewares && m.isClosing() {
-			event.Kind = rules.Closed // of a plain Nack, which may be the shutdown's doing, nothing is counted
+			event.Kind = rules.Closed // a plain Nack may be due to the shutdown, so it is not counted
 		}
 		if event.Count <= t.Panics {
 			return panicked{}
@@ -265,7 +268,7 @@ func (m *member) fail(t task, event *rules.Event) error {
 
 func (c *consumer) isClosing() bool { return isClosed(c.closing) }
 
-// crash ends the process, and with it the goroutine.
+// crash ends the process and the goroutine.
 func (m *member) crash(event rules.Event) {
 	m.log(everyGroup, event)
 	if m.kill(rules.Died, "by "+event.UUID, event.Count%2 == 0) {
@@ -275,9 +278,9 @@ func (m *member) crash(event rules.Event) {
 	runtime.Goexit()
 }
 
-// close ends the process in order.
+// close ends the process cleanly.
 func (c *consumer) close() {
-	c.await() // a process that is stopped does not notice
+	c.await() // a stopped process does not notice
 	c.once.Do(func() {
 		close(c.closing)
 		var subs sync.WaitGroup
@@ -299,8 +302,8 @@ func (c *consumer) close() {
 	<-c.done
 }
 
-// closeFromInside is a function of the user's that calls Close. Another process comes in
-// this one's place.
+// closeFromInside calls Close from a function of the user's. Another process replaces
+// this one.
 func (m *member) closeFromInside() {
 	m.sim.goes(func() {
 		m.close()
@@ -309,7 +312,7 @@ func (m *member) closeFromInside() {
 	_ = m.sub.Close()
 }
 
-// misbehave does what a function of the user's should not do, now and then.
+// misbehave sometimes does what a function of the user's should not do.
 func (m *member) misbehave(ctx context.Context) error {
 	m.await()
 	if m.isDead() || isClosed(m.sim.calm) {
@@ -343,8 +346,8 @@ func (m *member) roll() (x float64, d time.Duration) {
 	return m.dice.Float64(), between(m.dice, 0, longestHook)
 }
 
-// hang ignores its context: while the process works, for some time; when it closes, for
-// longer than anybody should wait.
+// hang ignores its context: for a while in a running process, and for longer than anybody
+// should wait when it closes.
 func (m *member) hang(d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -374,7 +377,7 @@ func (m *member) onDead(ctx context.Context, dead goxstreams.DeadMessage) {
 	_ = m.misbehave(ctx)
 }
 
-// An unmarshaler is one of the user's.
+// An unmarshaler is an Unmarshaler of the user's.
 type unmarshaler struct {
 	goxstreams.DefaultMarshaler
 	m *member

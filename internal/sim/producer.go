@@ -30,7 +30,7 @@ func (s *simulation) bootProducer(spec Producer, life int, calls chan Call) *pro
 		calls: calls, closing: make(chan struct{}),
 	}
 	var err error
-	p.publisher, err = goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: p.client, Marshaler: rules.Saboteur{}}, nil)
+	p.publisher, err = goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: p.client, Marshaler: rules.Saboteur{}}, s.logger(p.node))
 	if err != nil {
 		panic(err)
 	}
@@ -61,8 +61,9 @@ func (p *producer) publish(call Call) {
 	for i, uuid := range call.UUIDs {
 		messages[i] = makeMessage(p.sim.schedule.Seed, uuid, p.sim.limits)
 	}
-	event := rules.Event{Kind: rules.Publishing, Topic: call.Topic, UUIDs: call.UUIDs}
+	event := rules.Event{Kind: rules.Publishing, Topic: call.Topic, UUIDs: call.UUIDs, Delays: p.sim.delay(messages)}
 	p.log(everyGroup, event)
+	event.Delays = nil
 	err := p.publisher.Publish(call.Topic, messages...)
 	p.pass()
 	switch {

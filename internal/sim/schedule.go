@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/model"
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
@@ -21,9 +22,13 @@ type Schedule struct {
 	Topics  []string
 	Groups  []Group
 
+	// Retention is that of all consumers; the zero value trims nothing.
+	Retention goxstreams.Retention
+
 	Consumers []Consumer
 	Producers []Producer
 	Calls     []Call
+	Delays    []Delay
 	Faults    []Fault
 }
 
@@ -33,6 +38,7 @@ type Group struct {
 	Name           string
 	NoAck          bool
 	MaxConcurrency int
+	Keys           int // ordering keys; 0: none
 	ClaimMinIdle   time.Duration
 	ClaimInterval  time.Duration
 	MaxRetries     int
@@ -84,6 +90,33 @@ type Call struct {
 	UUIDs    []string
 }
 
+// A Delay is one of a message, in its metadata.
+type Delay struct {
+	Number int
+	UUID   string
+	Topic  string
+	For    time.Duration
+	Change *Change // nil: it stays as it is
+}
+
+// A Change is a call of Schedule about a delayed message.
+type Change struct {
+	At       time.Duration
+	Producer int
+	Cancel   bool
+	For      time.Duration // of Reschedule, from then on by the server's clock; negative: it is due
+}
+
+func (d Delay) String() string {
+	text := fmt.Sprintf("delay %d: %s for %v", d.Number, d.UUID, d.For)
+	if c := d.Change; c != nil && c.Cancel {
+		text += fmt.Sprintf(", cancelled at %v", c.At)
+	} else if c != nil {
+		text += fmt.Sprintf(", rescheduled at %v for %v", c.At, c.For)
+	}
+	return text
+}
+
 // A Fault is something that goes wrong, and passes.
 type Fault struct {
 	Number int
@@ -131,9 +164,13 @@ func Draw(seed uint64) *Schedule {
 		s.Producers = append(s.Producers, Producer{Number: i + 1, Workers: 1 + dice.IntN(3)})
 	}
 	s.drawCalls(newDice(seed, "calls", 0))
+	s.drawRetention(newDice(seed, "retention", 0))
 	s.drawFaults(newDice(seed, "faults", 0))
 	s.drawSteady(newDice(seed, "steady load", 0))
 	s.drawAmbushes(newDice(seed, "ambushes", 0))
+	s.drawDelays(newDice(seed, "delays", 0))
+	s.drawKeys(newDice(seed, "keys", 0))
+	s.drawPauses(newDice(seed, "pauses", 0))
 	return s
 }
 
@@ -200,6 +237,15 @@ func (s *Schedule) drawConsumers(dice *rand.Rand) {
 			}
 		}
 		s.Consumers = append(s.Consumers, c)
+	}
+}
+
+// drawKeys gives half of the groups that handle several messages at once an OrderingKey.
+func (s *Schedule) drawKeys(dice *rand.Rand) {
+	for i := range s.Groups {
+		if g := &s.Groups[i]; g.leased() && g.MaxConcurrency > 1 && chance(dice, 0.5) {
+			g.Keys = pick(dice, 2, 5, 20, 100)
+		}
 	}
 }
 
@@ -323,7 +369,7 @@ func (s *Schedule) drawSteady(dice *rand.Rand) {
 // drawAmbushes adds to a few schedules what chance hardly ever makes: that Redis forgets
 // who has what just when an answer was lost.
 func (s *Schedule) drawAmbushes(dice *rand.Rand) {
-	if !chance(dice, 0.06) || deletes(s) {
+	if !chance(dice, 0.06) || s.trims() {
 		return
 	}
 	for at := between(dice, 0, 10*time.Second); at < s.Load; at += between(dice, 5*time.Second, 30*time.Second) {
@@ -331,6 +377,53 @@ func (s *Schedule) drawAmbushes(dice *rand.Rand) {
 			Number: len(s.Faults) + 1, Kind: "lose the answer to a move", At: at, Hold: between(dice, 5*time.Second, 20*time.Second),
 			Topic: pick(dice, s.Topics...), Group: s.leasedGroup(dice), Dice: dice.Uint64(),
 		})
+	}
+}
+
+// drawRetention has a third of the schedules trim the streams, most of them so closely that
+// what is trimmed is missed at once if somebody needs it.
+func (s *Schedule) drawRetention(dice *rand.Rand) {
+	if !chance(dice, 0.4) || s.Groups[0].DeleteAcked {
+		return
+	}
+	s.Retention = pick(dice, goxstreams.Retention{KeepLast: 1}, goxstreams.Retention{KeepLast: 20},
+		goxstreams.Retention{KeepFor: time.Millisecond}, goxstreams.Retention{KeepFor: 10 * time.Second, KeepLast: 5})
+}
+
+// trims reports whether acked entries leave the streams.
+func (s *Schedule) trims() bool {
+	return s.Groups[0].DeleteAcked || s.Retention.KeepLast > 0 || s.Retention.KeepFor > 0
+}
+
+// drawDelays delays messages in a third of the schedules. Some are cancelled or rescheduled: most of these calls come before the
+// message is due, and some about then.
+func (s *Schedule) drawDelays(dice *rand.Rand) {
+	if !chance(dice, 1.0/3) {
+		return
+	}
+	share, changes := pick(dice, 0.1, 0.3, 0.9), pick(dice, 0, 0.1, 0.4)
+	most := pick(dice, 2*time.Second, 15*time.Second, 40*time.Second)
+	for _, call := range s.Calls {
+		for _, uuid := range call.UUIDs {
+			if !chance(dice, share) {
+				continue
+			}
+			d := Delay{Number: len(s.Delays) + 1, UUID: uuid, Topic: call.Topic}
+			switch x := dice.Float64(); {
+			case x < 0.05: // none
+			case x < 0.4:
+				d.For = between(dice, 0, 2*time.Second)
+			default:
+				d.For = between(dice, 0, most)
+			}
+			if chance(dice, changes) {
+				d.Change = &Change{
+					At: call.At + between(dice, 0, d.For*5/4+200*time.Millisecond), Producer: 1 + dice.IntN(len(s.Producers)),
+					Cancel: chance(dice, 0.5), For: between(dice, -5*time.Second, 20*time.Second),
+				}
+			}
+			s.Delays = append(s.Delays, d)
+		}
 	}
 }
 

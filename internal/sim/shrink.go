@@ -7,20 +7,21 @@ import (
 	"strings"
 )
 
-// Without are the numbers of what is left out of a schedule, as lists of numbers and
+// Without has the numbers of what is left out of a schedule, as lists of numbers and
 // ranges: "1-3,7".
-type Without struct{ Faults, Calls, Consumers, Producers string }
+type Without struct{ Faults, Calls, Consumers, Producers, Delays string }
 
 // IsZero reports whether nothing is left out.
 func (w Without) IsZero() bool { return w == Without{} }
 
-// Apply returns the schedule without them. All else stays as it is, and when it is.
+// Apply returns the schedule without them. Everything else is unchanged, times included.
 func (w Without) Apply(s *Schedule) *Schedule {
 	less := *s
 	less.Faults = leave(s.Faults, w.Faults, func(f Fault) int { return f.Number })
 	less.Calls = leave(s.Calls, w.Calls, func(c Call) int { return c.Number })
 	less.Consumers = leave(s.Consumers, w.Consumers, func(c Consumer) int { return c.Number })
 	less.Producers = leave(s.Producers, w.Producers, func(p Producer) int { return p.Number })
+	less.Delays = leave(s.Delays, w.Delays, func(d Delay) int { return d.Number })
 	return &less
 }
 
@@ -66,19 +67,19 @@ func formatList(numbers []int) string {
 	return strings.Join(parts, ",")
 }
 
-// A shrinker leaves out as much of a schedule as it can while it still fails.
+// A shrinker removes as much of a schedule as it can while it still fails.
 type shrinker struct {
 	schedule *Schedule
 	fails    func(*Schedule) bool
 	tries    int // that are left
-	out      [4][]int
+	out      [5][]int
 }
 
-// Shrink returns what can be left out while fails is true. It calls fails so many times
-// at most.
+// Shrink returns what can be left out while fails is true. It calls fails at most tries
+// times.
 func Shrink(s *Schedule, tries int, fails func(*Schedule) bool) Without {
 	k := &shrinker{schedule: s, fails: fails, tries: tries}
-	numbers := [4][]int{}
+	numbers := [5][]int{}
 	for _, f := range s.Faults {
 		numbers[0] = append(numbers[0], f.Number)
 	}
@@ -91,7 +92,10 @@ func Shrink(s *Schedule, tries int, fails func(*Schedule) bool) Without {
 	for _, p := range s.Producers {
 		numbers[3] = append(numbers[3], p.Number)
 	}
-	for round := 0; round < 2; round++ { // what one round leaves may let the next leave more
+	for _, d := range s.Delays {
+		numbers[4] = append(numbers[4], d.Number)
+	}
+	for round := 0; round < 2; round++ { // removals of one round may enable more in the next
 		for of := range numbers {
 			k.shrink(of, numbers[of])
 		}
@@ -100,10 +104,10 @@ func Shrink(s *Schedule, tries int, fails func(*Schedule) bool) Without {
 }
 
 func (k *shrinker) without() Without {
-	return Without{formatList(k.out[0]), formatList(k.out[1]), formatList(k.out[2]), formatList(k.out[3])}
+	return Without{formatList(k.out[0]), formatList(k.out[1]), formatList(k.out[2]), formatList(k.out[3]), formatList(k.out[4])}
 }
 
-// shrink leaves out halves, then quarters, and single ones in the end.
+// shrink tries to remove halves, then quarters, and finally single ones.
 func (k *shrinker) shrink(of int, all []int) {
 	for size := (len(all) + 1) / 2; size >= 1; size /= 2 {
 		left := slices.DeleteFunc(slices.Clone(all), func(n int) bool { return slices.Contains(k.out[of], n) })
@@ -121,7 +125,7 @@ func (k *shrinker) shrink(of int, all []int) {
 	}
 }
 
-// served reports whether each group has a consumer: without, any rule is broken.
+// served reports whether each group has a consumer; without one every rule is broken.
 func (s *Schedule) served() bool {
 	for g := range s.Groups {
 		if !slices.ContainsFunc(s.Consumers, func(c Consumer) bool { return slices.Contains(c.Groups, g) }) {
@@ -131,7 +135,7 @@ func (s *Schedule) served() bool {
 	return true
 }
 
-// Describe tells who takes part in a schedule, and what goes wrong.
+// Describe lists the processes of a schedule, and its faults.
 func (s *Schedule) Describe() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "seed %d: server %d, load %v, latency %v, topics %v\n", s.Seed, s.Version, s.Load, s.Latency, s.Topics)
@@ -151,6 +155,13 @@ func (s *Schedule) Describe() string {
 	} else {
 		fmt.Fprintf(&b, "%d calls\n", len(s.Calls))
 	}
+	if len(s.Delays) <= 40 {
+		for _, d := range s.Delays {
+			fmt.Fprintf(&b, "%v\n", d)
+		}
+	} else {
+		fmt.Fprintf(&b, "%d delays\n", len(s.Delays))
+	}
 	for _, f := range s.Faults {
 		fmt.Fprintf(&b, "%v\n", f)
 	}
@@ -162,6 +173,7 @@ func (w Without) GoString() string {
 	var parts []string
 	for _, f := range []struct{ name, list string }{
 		{"Faults", w.Faults}, {"Calls", w.Calls}, {"Consumers", w.Consumers}, {"Producers", w.Producers},
+		{"Delays", w.Delays},
 	} {
 		if f.list != "" {
 			parts = append(parts, fmt.Sprintf("%s: %q", f.name, f.list))

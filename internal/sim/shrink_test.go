@@ -13,7 +13,7 @@ func TestLists(t *testing.T) {
 	}
 }
 
-// Two faults and a call are needed: all else is left out.
+// Two faults and a call are needed; everything else is left out.
 func TestShrink(t *testing.T) {
 	s := &Schedule{Groups: []Group{{}}}
 	for n := 1; n <= 50; n++ {

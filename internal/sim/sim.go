@@ -1,6 +1,6 @@
 // Package sim runs the whole library in virtual time against a model of Redis in memory,
 // with processes that die, a network that breaks and a server that forgets. A seed decides
-// everything that happens, and the rules of package rules judge what came of it.
+// what happens, and package rules judges the result.
 package sim
 
 import (
@@ -19,12 +19,12 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// Options are about what is told of a run; they change nothing in it.
+// Options say what is reported of a run; they do not change it.
 type Options struct {
 	Verbose bool // keep the library's log too
 }
 
-// A Result is what a run came to.
+// A Result is the result of a run.
 type Result struct {
 	Schedule   *Schedule
 	Violations []Violation
@@ -32,7 +32,7 @@ type Result struct {
 	Stats      Stats
 }
 
-// A Violation is a rule that was broken, and in which group.
+// A Violation is a broken rule and its group.
 type Violation struct {
 	Group string
 	rules.Violation
@@ -40,45 +40,51 @@ type Violation struct {
 
 func (v Violation) String() string { return v.Group + ": " + v.Violation.String() }
 
-// Stats are sums.
+// Stats are totals.
 type Stats struct {
-	Seeds      int
-	Virtual    time.Duration
-	Messages   int
-	Deliveries int
-	Duplicates int
-	Dead       int
-	Lost       int // by Redis
-	Crashes    int
-	Faults     map[string]int
-	Violations map[string]int
+	Seeds       int
+	Virtual     time.Duration
+	Messages    int
+	Delayed     int
+	Cancelled   int
+	Rescheduled int
+	Deliveries  int
+	Duplicates  int
+	Dead        int
+	Lost        int // by Redis
+	Crashes     int
+	Faults      map[string]int
+	Violations  map[string]int
 }
 
 // A simulation is one run.
 type simulation struct {
-	schedule *Schedule
-	options  Options
-	limits   limits
-	t        testing.TB
-	server   *model.Server
-	network  *network
-	journal  journal
-	places   map[string]*place
-	order    []*place    // as scheduled
-	lossy    atomic.Bool // Redis may have lost something since the watcher looked
+	schedule  *Schedule
+	options   Options
+	limits    limits
+	t         testing.TB
+	server    *model.Server
+	network   *network
+	journal   journal
+	delays    map[string]Delay // by UUID
+	places    map[string]*place
+	order     []*place     // as scheduled
+	snapshots atomic.Int64 // of Redis's data, to which it will return
+	lossy     atomic.Bool  // Redis may have lost something since the watcher looked
+	lost      atomic.Int64 // when Redis last lost something
 
-	calm    chan struct{} // closed: whatever takes long or misbehaves for the fault's sake ends
-	settled chan struct{} // closed: all is handled, or never will be
-	over    chan struct{} // closed: functions that hang return
+	calm    chan struct{} // closed: handlers and hooks that take long or misbehave end
+	settled chan struct{} // closed: everything is handled, or never will be
+	over    chan struct{} // closed: hanging functions return
 	group   sync.WaitGroup
 
 	handlers atomic.Int64 // that run
 
 	mu         sync.Mutex
-	clock      time.Duration // of the server, beside the bubble's
-	latest     time.Duration // the most that it was
+	clock      time.Duration // the server's, relative to the bubble's
+	latest     time.Duration // its maximum
 	counts     map[string]int
-	begun      map[string]rules.Event // the last run of each entry in a group
+	begun      map[string]rules.Event // the latest delivery of each entry in a group
 	complaints []Violation
 }
 
@@ -87,7 +93,7 @@ func Run(t *testing.T, schedule *Schedule, options Options) (result Result) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &simulation{
 			schedule: schedule, options: options, limits: schedule.limits(), t: t,
-			server: model.New(model.Config{Version: schedule.Version}), places: make(map[string]*place),
+			server: model.New(model.Config{Version: schedule.Version}), places: make(map[string]*place), delays: make(map[string]Delay),
 			calm: make(chan struct{}), settled: make(chan struct{}), over: make(chan struct{}), counts: make(map[string]int), begun: make(map[string]rules.Event),
 		}
 		s.journal.began = time.Now()
@@ -101,9 +107,15 @@ func (s *simulation) run() Result {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.makeGroups()
+	s.clocked()
 	watcher := s.newWatcher()
 	watched := make(chan struct{})
 	s.goes(func() { defer close(watched); watcher.run() })
+	for _, d := range s.schedule.Delays {
+		if s.delays[d.UUID] = d; d.Change != nil {
+			s.goes(func() { s.change(d) })
+		}
+	}
 	s.start(ctx)
 	var faults sync.WaitGroup
 	for _, f := range s.schedule.Faults {
@@ -113,7 +125,7 @@ func (s *simulation) run() Result {
 	time.Sleep(s.schedule.Load)
 	faults.Wait()
 	for _, topic := range s.schedule.Topics {
-		s.mendDeadLetters(topic) // a snapshot may have brought back what was mended
+		s.mendDeadLetters(topic) // a snapshot may have restored the wrong key
 	}
 	close(s.calm)
 	cancel()
@@ -134,11 +146,11 @@ func (s *simulation) run() Result {
 	return result
 }
 
-// lingering is how long go-redis may still try to dial for callers that have left. The
-// bubble's clock stops when its main function returns.
+// lingering is how long go-redis may still dial for callers that have given up. The bubble's
+// clock stops when its main function returns.
 const lingering = time.Minute
 
-// goes runs something in the background, and is awaited in the end.
+// goes runs f in the background. The run waits for it at its end.
 func (s *simulation) goes(f func()) {
 	s.group.Add(1)
 	go func() {
@@ -181,7 +193,7 @@ func (s *simulation) add(p *place) {
 	s.order = append(s.order, p)
 }
 
-// endAll ends processes for good, all at once.
+// endAll ends processes for good, concurrently.
 func (s *simulation) endAll(which func(name string) bool) {
 	var ended sync.WaitGroup
 	for _, p := range s.order {
@@ -194,19 +206,19 @@ func (s *simulation) endAll(which func(name string) bool) {
 }
 
 const (
-	// patience is how long nothing may move before it is taken for the end: more than
-	// the longest takeover and retry.
+	// patience is how long nothing may happen before settle gives up: more than the
+	// longest takeover and retry.
 	patience = 5 * time.Minute
-	// utmost is the longest time for everything that is left to be worked off.
+	// utmost is a limit for handling everything that is left.
 	utmost = 2 * time.Hour
 )
 
-// settle waits until everything is worked off, or nothing moves any more.
+// settle waits until everything is handled, or nothing happens any more.
 func (s *simulation) settle() {
 	moved, state, calm := time.Now(), "", 0
 	for began := time.Now(); time.Since(began) < utmost && time.Since(moved) < patience; time.Sleep(500 * time.Millisecond) {
 		done, now := s.progress()
-		if calm++; !done {
+		if calm++; !done || s.elapsed() < s.unsettled() {
 			calm = 0
 		}
 		if calm > 3 {
@@ -218,7 +230,16 @@ func (s *simulation) settle() {
 	}
 }
 
-// progress returns how far the groups are, and whether they are at the end.
+// unsettled returns until when a loss may not have shown yet: living consumers put back what
+// they have at the next renewal.
+func (s *simulation) unsettled() (until time.Duration) {
+	for _, g := range s.schedule.Groups {
+		until = max(until, time.Duration(s.lost.Load())+g.ClaimMinIdle)
+	}
+	return until
+}
+
+// progress returns whether the groups have handled everything, and how far they are.
 func (s *simulation) progress() (done bool, state string) {
 	done = true
 	var b strings.Builder
@@ -232,6 +253,14 @@ func (s *simulation) progress() (done bool, state string) {
 			fmt.Fprint(&b, pending, len(unread), s.journal.len())
 		}
 	}
+	for _, topic := range s.schedule.Topics {
+		if waiting, due := s.waiting(topic); waiting > 0 {
+			done = false
+			if fmt.Fprint(&b, waiting); !due {
+				fmt.Fprint(&b, s.elapsed()) // time will tell
+			}
+		}
+	}
 	return done, b.String()
 }
 
@@ -239,7 +268,7 @@ func (s *simulation) elapsed() time.Duration { return time.Since(s.journal.began
 
 func (s *simulation) isLoaded() bool { return s.elapsed() < s.schedule.Load }
 
-// wait returns false if everything is over before.
+// wait waits for d. It returns false if the run ends before.
 func (s *simulation) wait(d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -253,7 +282,7 @@ func (s *simulation) wait(d time.Duration) bool {
 
 func (s *simulation) waitUntil(at time.Duration) bool { return s.wait(at - s.elapsed()) }
 
-// count returns how often it was called for this before.
+// count returns how often it was called with these arguments before.
 func (s *simulation) count(what string, group int, uuid string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -273,7 +302,7 @@ func (s *simulation) begin(group int, e rules.Event) {
 	s.begun[fmt.Sprint(group, e.Topic, e.ID)] = e
 }
 
-// hasBegun reports whether it is this delivery that a handler was given last.
+// hasBegun reports whether this is the latest delivery that a handler was given.
 func (s *simulation) hasBegun(group int, topic string, p rules.Pending) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -281,7 +310,7 @@ func (s *simulation) hasBegun(group int, topic string, p rules.Pending) bool {
 	return e.Consumer == p.Consumer && e.Count == p.Count
 }
 
-// complain notes what no rule is about.
+// complain reports a violation that no rule covers.
 func (s *simulation) complain(group int, rule string, e rules.Event, words string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -299,7 +328,7 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// parsePrefix returns whose a consumer's name is; "" for none of ours.
+// parsePrefix returns the process of a consumer's name; "" if it is none of ours.
 func parsePrefix(consumer string) (process string, life int) {
 	name, rest, ok := strings.Cut(consumer, ".")
 	number, _, _ := strings.Cut(rest, "-")

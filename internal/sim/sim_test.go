@@ -22,7 +22,7 @@ var (
 	one    = flag.Uint64("seed", 0, "the only seed of TestSeeds; with -v it prints everything that happens")
 	shrink = flag.Int("shrink", 150, "how many runs a failing seed is shrunk with; 0: not at all")
 	keep   = flag.String("keep", "", "a directory for what happened in the seeds that fail")
-	leftIn = flag.String("without", "", "what the only seed is run without: faults/calls/consumers/producers, such as 1-3,5//2/")
+	leftIn = flag.String("without", "", "what the only seed is run without: faults/calls/consumers/producers/delays, such as 1-3,5//2//")
 )
 
 func TestSeeds(t *testing.T) {
@@ -43,8 +43,8 @@ func TestSeeds(t *testing.T) {
 }
 
 func parseWithout(text string) Without {
-	parts := append(strings.Split(text, "/"), "", "", "")
-	return Without{parts[0], parts[1], parts[2], parts[3]}
+	parts := append(strings.Split(text, "/"), "", "", "", "")
+	return Without{parts[0], parts[1], parts[2], parts[3], parts[4]}
 }
 
 // check runs a seed, and shrinks it if it breaks a rule.
@@ -86,8 +86,8 @@ func check(t *testing.T, seed uint64, without Without, total *totals) {
 // stuck is how long a run may take in real time.
 const stuck = 2 * time.Minute
 
-// runWatched ends the program if the bubble's clock stands still, because a goroutine of
-// the run waits for something that is not durably blocking.
+// runWatched ends the program if the bubble's clock stops because a goroutine of the run
+// waits for something that is not durably blocking.
 func runWatched(t *testing.T, schedule *Schedule, options Options) Result {
 	timer := time.AfterFunc(stuck, func() {
 		stacks := make([]byte, 64<<20)
@@ -99,7 +99,7 @@ func runWatched(t *testing.T, schedule *Schedule, options Options) Result {
 	return Run(t, schedule, options)
 }
 
-// totals are sums over seeds.
+// totals sums up the seeds.
 type totals struct {
 	mu sync.Mutex
 	Stats
@@ -114,6 +114,9 @@ func (s *totals) add(other Stats) {
 	s.Seeds += other.Seeds
 	s.Virtual += other.Virtual
 	s.Messages += other.Messages
+	s.Delayed += other.Delayed
+	s.Cancelled += other.Cancelled
+	s.Rescheduled += other.Rescheduled
 	s.Deliveries += other.Deliveries
 	s.Duplicates += other.Duplicates
 	s.Dead += other.Dead
@@ -128,8 +131,8 @@ func (s *totals) add(other Stats) {
 }
 
 func (s *totals) print(t *testing.T) {
-	t.Logf("%d seeds, %.1f virtual hours, %d messages, %d deliveries, %d handled again, %d dead, %d lost by Redis, %d crashes by messages",
-		s.Seeds, s.Virtual.Hours(), s.Messages, s.Deliveries, s.Duplicates, s.Dead, s.Lost, s.Crashes)
+	t.Logf("%d seeds, %.1f virtual hours, %d messages (%d delayed, %d cancelled, %d rescheduled), %d deliveries, %d handled again, %d dead, %d lost by Redis, %d crashes by messages",
+		s.Seeds, s.Virtual.Hours(), s.Messages, s.Delayed, s.Cancelled, s.Rescheduled, s.Deliveries, s.Duplicates, s.Dead, s.Lost, s.Crashes)
 	for _, kind := range slices.Sorted(maps.Keys(s.Faults)) {
 		t.Logf("%6d times %s", s.Faults[kind], kind)
 	}
@@ -138,7 +141,7 @@ func (s *totals) print(t *testing.T) {
 	}
 }
 
-// A seed gives the same schedule each time, and the same verdict.
+// A seed gives the same schedule and verdict each time.
 func TestRepeats(t *testing.T) {
 	for seed := uint64(1); seed <= 5; seed++ {
 		require.Equal(t, Draw(seed), Draw(seed))

@@ -12,7 +12,7 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/rules"
 )
 
-// do runs a command as an administrator. What does not exist is nothing to complain of.
+// do runs a command as an administrator. It ignores errors about what does not exist.
 func (s *simulation) do(args ...any) any {
 	v, err := s.server.Do(args...)
 	if err != nil && !strings.HasPrefix(err.Error(), "NOGROUP") && !strings.Contains(err.Error(), "no such key") &&
@@ -22,7 +22,7 @@ func (s *simulation) do(args ...any) any {
 	return v
 }
 
-// store adds a message, with an ID of the administrator's.
+// store adds a message with the given ID.
 func (s *simulation) store(topic, id string, msg *message.Message) {
 	fields, err := goxstreams.DefaultMarshaler{}.Marshal(topic, msg)
 	if err != nil {
@@ -45,7 +45,7 @@ func text(v any) string {
 	return s
 }
 
-// entries returns what the stream has after an ID, which may be "-".
+// entries returns the stream's entries after an ID, which may be "-".
 func (s *simulation) entries(topic, after string) []rules.Entry {
 	if after != "-" {
 		after = "(" + after
@@ -74,7 +74,7 @@ func (s *simulation) pending(topic, group string) []rules.Pending {
 	return pending
 }
 
-// delivered returns the last ID that the group was given; "" without a group.
+// delivered returns the last ID delivered to the group; "" without a group.
 func (s *simulation) delivered(topic, group string) string {
 	for _, item := range list(s.do("XINFO", "GROUPS", topic)) {
 		info := make(map[string]any)
@@ -89,7 +89,7 @@ func (s *simulation) delivered(topic, group string) string {
 	return ""
 }
 
-// consumers returns the names that the group knows.
+// consumers returns the names in the group.
 func (s *simulation) consumers(topic, group string) (names []string) {
 	for _, item := range list(s.do("XINFO", "CONSUMERS", topic, group)) {
 		names = append(names, text(list(item)[1]))
@@ -97,7 +97,7 @@ func (s *simulation) consumers(topic, group string) (names []string) {
 	return names
 }
 
-// unread returns what the group was not given yet.
+// unread returns the entries not delivered to the group yet.
 func (s *simulation) unread(topic, group string) []rules.Entry {
 	after := s.delivered(topic, group)
 	if after == "" {
@@ -106,12 +106,13 @@ func (s *simulation) unread(topic, group string) []rules.Entry {
 	return s.entries(topic, after)
 }
 
-// final returns what Redis has of the group's topics in the end.
+// final returns what Redis has of the group's topics at the end.
 func (s *simulation) final(group Group) map[string]rules.TopicState {
 	states := make(map[string]rules.TopicState)
 	for _, topic := range s.schedule.Topics {
 		states[topic] = rules.TopicState{
 			Entries: s.entries(topic, "-"), Pending: s.pending(topic, group.Name), Dead: s.letters(topic, group.Name),
+			Waiting: s.waits(topic),
 		}
 	}
 	return states
@@ -142,16 +143,15 @@ func (s *simulation) letters(topic, group string) []rules.Letter {
 	return letters
 }
 
-// A watcher looks at Redis now and then, and logs what it sees: what is stored, and who
-// has what.
+// A watcher regularly looks at Redis, and logs what is stored and who has which entry.
 type watcher struct {
 	*simulation
 	last    map[string]string            // by topic: the ID up to which it was looked at
-	seen    map[string]map[string]string // by topic, by ID: all UUIDs that ever were there
+	seen    map[string]map[string]string // by topic, by ID: all UUIDs that were ever there
 	pending map[string]map[string]rules.Pending
 }
 
-// watchEvery is how exact the watcher is.
+// watchEvery is how often the watcher looks.
 const watchEvery = 400 * time.Millisecond
 
 func (s *simulation) newWatcher() *watcher {
@@ -193,7 +193,7 @@ func (w *watcher) look() {
 	}
 }
 
-// holders logs who has got what.
+// holders logs which consumer has which entry.
 func (w *watcher) holders(topic string, group int) {
 	key := topic + "/" + w.schedule.Groups[group].Name
 	before, now := w.pending[key], make(map[string]rules.Pending)

@@ -1,12 +1,13 @@
-// Package takeover finds what dead holders left in a group: entries that are pending in
-// the names of others, and that nobody renews. It starts no goroutine, and knows no
-// handlers.
+// Package takeover finds entries that dead consumers left in a group: entries that
+// are pending for other consumers, and that nobody renews. It starts no goroutines,
+// and knows nothing about handlers.
 //
-// Redis counts idle time also while it is frozen or down, or refuses writes, when no
-// holder can renew: after an outage all that is pending looks abandoned. So an entry is
-// offered on its second sighting, between which the server answered writes of ours for
-// long enough that a living holder has renewed. What was seen is the condition of the
-// claim: the owner, the count, and an idle time that has only grown.
+// Redis counts idle time even while it is frozen, down, or refusing writes, when no
+// consumer can renew: after an outage all pending entries look abandoned. So an
+// entry is claimed only after it was found idle twice. In between, the server must
+// have answered writes of ours for long enough that a living consumer would have
+// renewed. The claim requires the state that was found: the owner, the count, and
+// an idle time that has only grown.
 package takeover
 
 import (
@@ -25,94 +26,94 @@ import (
 )
 
 const (
-	// sweepPage is the rows of one XPENDING.
+	// sweepPage is the maximum number of rows per XPENDING.
 	sweepPage = 500
 
-	// A sweep that took the time t is not repeated before sweepRest * t, times
-	// the number of consumers, which do the same: sweeping costs the server a
-	// twentieth of its time at most, however long the list of pending entries.
-	// To find what the dead have left in time, consumers that are gone are looked
-	// at in between, where the rest is more than a third of MinIdle.
+	// A sweep that took the time t is not repeated before sweepRest * t * the
+	// number of consumers, which all sweep: so sweeps cost the server at most a
+	// twentieth of its time, however long the list of pending entries is. If that
+	// pause is longer than a third of MinIdle, the entries of idle consumers are
+	// looked at in between, to find those of dead ones in time.
 	sweepRest = 20
 
-	// sweepCost is the server's time for an entry of the list (Redis 7.0; later
-	// ones take a third), for the first sweep, whose time is not known yet.
+	// sweepCost is the server's time per pending entry (Redis 7.0; later versions
+	// need a third). It estimates the first sweep, whose duration is not known yet.
 	sweepCost = 60 * time.Nanosecond
 
-	// sweepLimit * MinIdle is the longest rest.
+	// sweepLimit * MinIdle is the longest pause between sweeps.
 	sweepLimit = 10
 
-	// XINFO GROUPS, of which the cost grows with the stream's groups, takes a
-	// thousandth of the server's time at most, over all consumers; and is asked once
-	// in groupLimit at least.
+	// The cost of XINFO GROUPS grows with the number of groups. Over all consumers
+	// it takes at most a thousandth of the server's time; but it is sent at least
+	// once per groupLimit.
 	groupRest  = 1000
 	groupLimit = time.Minute
 
-	// reconnectTime is what a living holder may need after an outage until it
-	// renews, where a third of MinIdle is less: go-redis dials once a second
-	// after many failures, and renewals pause for up to 1.5 s.
+	// reconnectTime is how long a living consumer may need after an outage until it
+	// renews, if a third of MinIdle is shorter: after many failures go-redis dials
+	// once a second, and renewals pause for up to 1.5 s.
 	reconnectTime = 3 * time.Second
 )
 
-// RenewalsPerLease is how often a lease is renewed before it runs out. An entry that
-// was seen idle gets that much time for its holder to be heard of again.
+// RenewalsPerLease is how often a lease is renewed before it expires. An entry that
+// was found idle gets one such period for its consumer to renew it.
 const RenewalsPerLease = 3
 
-// Config is what a Finder needs.
+// Config configures a Finder.
 type Config struct {
 	Stream   *xstream.Stream
 	Ledger   *ledger.Ledger
 	Keeper   *lease.Keeper
 	Bounds   *ledger.Bounds
-	MinIdle  time.Duration // after which a holder that did not renew counts as dead
+	MinIdle  time.Duration // after which a consumer that does not renew counts as dead
 	Interval time.Duration // between two looks
-	Page     int           // of what was released, how much is offered at a time
+	Page     int           // maximum of released entries offered at a time
 	Timeout  time.Duration // after which an idle consumer with nothing pending is removed
 	Log      watermill.LoggerAdapter
 	Fields   watermill.LogFields
 }
 
-// Finder looks for them.
+// Finder finds abandoned entries.
 type Finder struct {
 	cfg  Config
-	Lost atomic.Int64 // entries that were found trimmed
+	Lost atomic.Int64 // entries that were found to be trimmed
 
-	seen map[string]sighting
+	seen map[string]idleEntry
 
-	// The last sweep of the whole list, and the last one for consumers that are gone.
+	// The last sweep of the whole list, and the last sweep of idle consumers.
 	sweptAt, goneAt     time.Time
 	sweepTook, goneTook time.Duration
-	cursor              string // where the sweep goes on that found too much
+	cursor              string // where a sweep that found too much continues
 	noConsumers         bool   // XINFO CONSUMERS is denied
 
-	good   time.Time // the last look at which everything was answered
-	steady time.Time // writes have been answered since then, and a living holder could renew; zero: the last one was not
+	good   time.Time // the last look without errors
+	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last write failed
 
 	nextJanitor time.Time
 	noJanitor   bool      // its script is denied
-	nextGroup   time.Time // XINFO GROUPS is asked again
-	consumers   int64     // by its last answer
-	trimmed     int       // entries that the look under way found deleted
+	nextGroup   time.Time // when to send XINFO GROUPS again
+	consumers   int64     // by the last XINFO GROUPS
+	trimmed     int       // entries that the current look found to be deleted
 }
 
-// sighting is an entry that was seen idle for MinIdle.
-type sighting struct {
+// idleEntry is an entry that was found idle for MinIdle.
+type idleEntry struct {
 	owner string
 	count int64
 	idle  time.Duration
 	at    time.Time // not before the server looked
 }
 
-// idleBy returns how long it must have been idle by then if nobody has touched it: what
-// a server whose clock steps shows is too little, or no sign.
-func (s sighting) idleBy(now time.Time) time.Duration {
-	elapsed := max(0, now.Sub(s.at)-time.Millisecond) // rounded by the server
-	return s.idle + elapsed - elapsed/100             // whose clock may be slower
+// idleBy returns the minimum idle time by now if nobody has touched the entry. If
+// the server shows less, the entry was touched, or the server's clock was stepped.
+func (s idleEntry) idleBy(now time.Time) time.Duration {
+	elapsed := max(0, now.Sub(s.at)-time.Millisecond) // the server rounds to milliseconds
+	return s.idle + elapsed - elapsed/100             // the server's clock may be slower
 }
 
 // New returns a Finder.
 func New(cfg Config) *Finder {
-	f := &Finder{cfg: cfg, seen: make(map[string]sighting)}
+	f := &Finder{cfg: cfg, seen: make(map[string]idleEntry)}
 	f.nextJanitor = time.Now().Add(jitter(cfg.Timeout / 2))
 	return f
 }
@@ -151,12 +152,15 @@ func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more boo
 	if sum.Count == mine && mine <= ours {
 		return nil, false, nil
 	}
-	defer f.sayTrimmed()
+	defer f.logTrimmed()
 	if err := f.probe(ctx); err != nil {
 		return nil, false, err
 	}
 	if n := sum.Consumers[lease.Released]; n > 0 {
-		if candidates, more, err = f.released(ctx); err != nil {
+		if !f.cfg.Ledger.IsPaused() { // after a pause each consumer first takes what it has released itself
+			candidates, more, err = f.released(ctx)
+		}
+		if err != nil {
 			return candidates, more, err
 		}
 		if sum.Count -= n; sum.Count == mine && mine <= ours {
@@ -169,7 +173,8 @@ func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more boo
 	return append(candidates, f.ripe(ledger.MaxCandidates-f.cfg.Ledger.Candidates()-len(candidates))...), more, nil
 }
 
-// probe finds out whether a living holder could renew: the server answers a write.
+// probe checks that the server answers writes, so that a living consumer could
+// renew.
 func (f *Finder) probe(ctx context.Context) error {
 	sent := time.Now()
 	if err := f.cfg.Keeper.Probe(ctx); err != nil {
@@ -177,7 +182,7 @@ func (f *Finder) probe(ctx context.Context) error {
 	}
 	now := time.Now()
 	if now.Sub(sent) >= f.third() {
-		f.steady = time.Time{} // it was held up
+		f.steady = time.Time{} // it was delayed
 	}
 	if f.steady.IsZero() {
 		f.steady = now
@@ -188,14 +193,14 @@ func (f *Finder) probe(ctx context.Context) error {
 	return nil
 }
 
-// group looks at how far the group has got, and how many consumers it has.
+// group reads the group's position and its number of consumers.
 func (f *Finder) group(ctx context.Context) error {
 	start := time.Now()
 	if start.Before(f.nextGroup) {
 		return nil
 	}
 	info, err := f.cfg.Stream.GroupInfo(ctx)
-	if redisx.IsDenied(err) { // then without what it tells
+	if redisx.IsDenied(err) { // continue without it
 		f.nextGroup = start.Add(groupLimit)
 		return nil
 	}
@@ -208,7 +213,7 @@ func (f *Finder) group(ctx context.Context) error {
 	return nil
 }
 
-// released returns what was given back by consumers that closed, and whether there is
+// released returns entries released by consumers that closed, and whether there are
 // more.
 func (f *Finder) released(ctx context.Context) (candidates []*ledger.Entry, more bool, err error) {
 	room := ledger.MaxCandidates - f.cfg.Ledger.Candidates()
@@ -233,15 +238,15 @@ func (f *Finder) released(ctx context.Context) (candidates []*ledger.Entry, more
 	return candidates, len(rows) == f.cfg.Page, nil
 }
 
-// sweep looks at what has been idle for MinIdle: in the whole list of pending entries,
-// as often as that may be, else among those of consumers that are gone.
+// sweep looks for entries that have been idle for MinIdle: in the whole list of
+// pending entries if that is due, otherwise among those of idle consumers.
 func (f *Finder) sweep(ctx context.Context, pending int64) error {
 	start, third := time.Now(), f.third()
 	longest := sweepLimit * f.cfg.MinIdle
 	if f.noConsumers {
 		longest = third
 	}
-	// By the consumers that there are now: many may have come since.
+	// Use the current number of consumers: many may have joined since.
 	rest := func(took time.Duration) time.Duration {
 		return min(sweepRest*took*time.Duration(max(1, f.consumers)), longest)
 	}
@@ -256,12 +261,13 @@ func (f *Finder) sweep(ctx context.Context, pending int64) error {
 		if err := f.sweepAll(ctx); err != nil {
 			return err
 		}
-		// A server that stood still meanwhile does not say how long it takes.
+		// The duration means nothing if the server was frozen meanwhile, so limit
+		// it.
 		f.sweptAt, f.sweepTook = time.Now(), min(time.Since(start), 10*(estimate+time.Millisecond))
 	case !f.noConsumers && start.Sub(f.goneAt) >= min(rest(f.goneTook), third):
 		err := f.sweepGone(ctx)
 		if redisx.IsDenied(err) {
-			f.noConsumers = true // then in the whole list all the same
+			f.noConsumers = true // sweep the whole list instead
 			return nil
 		}
 		if err != nil {
@@ -272,31 +278,33 @@ func (f *Finder) sweep(ctx context.Context, pending int64) error {
 	return nil
 }
 
-// sweepAll goes through the whole list, or goes on where it found too much.
+// sweepAll goes through the whole list, or continues where the previous sweep
+// stopped.
 func (f *Finder) sweepAll(ctx context.Context) error {
 	if f.cursor == "" {
 		f.cursor = "-"
 	}
 	whole := f.cursor == "-"
-	again := make(map[string]sighting)
-	next, err := f.sight(ctx, f.cursor, "", again)
+	again := make(map[string]idleEntry)
+	next, err := f.scan(ctx, f.cursor, "", again)
 	if err != nil {
 		return err
 	}
 	f.cursor = next
 	if whole && next == "" {
 		f.cfg.Bounds.Candidates.Use(len(again) - len(f.seen))
-		f.seen = again // what was not seen again was renewed, settled or claimed
+		f.seen = again // entries not found again were renewed, settled or claimed
 	} else {
 		f.remember(again)
 	}
 	return nil
 }
 
-// sweepGone looks at the entries of consumers that have done nothing for MinIdle: a
-// holder would have renewed. What this costs does not grow with what the living hold.
+// sweepGone looks at the entries of consumers that have been idle for MinIdle: a
+// living consumer would have renewed. Its cost does not depend on the entries of
+// living consumers.
 func (f *Finder) sweepGone(ctx context.Context) error {
-	// An idle one may have been removed: see sweep, and createConsumer.
+	// Our own consumer may have been removed as idle: see sweep and CreateConsumer.
 	if err := f.cfg.Stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
 		return err
 	}
@@ -304,12 +312,12 @@ func (f *Finder) sweepGone(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	again := make(map[string]sighting)
+	again := make(map[string]idleEntry)
 	for _, other := range consumers {
 		if other.Pending == 0 || other.Idle < f.cfg.MinIdle || other.Name == lease.Released {
 			continue
 		}
-		if _, err := f.sight(ctx, "-", other.Name, again); err != nil {
+		if _, err := f.scan(ctx, "-", other.Name, again); err != nil {
 			return err
 		}
 	}
@@ -317,7 +325,7 @@ func (f *Finder) sweepGone(ctx context.Context) error {
 	return nil
 }
 
-func (f *Finder) remember(again map[string]sighting) {
+func (f *Finder) remember(again map[string]idleEntry) {
 	for id, first := range again {
 		_, known := f.seen[id]
 		if !known && len(f.seen) >= f.most() {
@@ -339,15 +347,15 @@ func (f *Finder) drop(id string) {
 	}
 }
 
-// Forget drops all that was seen.
+// Forget drops all entries found idle.
 func (f *Finder) Forget() {
 	f.cfg.Bounds.Candidates.Use(-len(f.seen))
 	clear(f.seen)
 }
 
-// sight adds what has been idle for MinIdle, from the ID start on, of one consumer or of
-// all. It returns where to go on; "" at the end of the list.
-func (f *Finder) sight(ctx context.Context, start, consumer string, again map[string]sighting) (next string, err error) {
+// scan adds the entries that have been idle for MinIdle, from the ID start, of one
+// consumer or of all. It returns where to continue; "" at the end of the list.
+func (f *Finder) scan(ctx context.Context, start, consumer string, again map[string]idleEntry) (next string, err error) {
 	for most := f.most(); len(again) < most; {
 		asked := time.Now()
 		rows, err := f.cfg.Stream.Pending(ctx, f.cfg.MinIdle, start, "+", sweepPage, consumer)
@@ -365,20 +373,20 @@ func (f *Finder) sight(ctx context.Context, start, consumer string, again map[st
 			}
 			first, ok := f.seen[p.ID]
 			if !ok || first.owner != p.Consumer || first.count != p.Count || p.Idle < first.idleBy(asked) {
-				first = sighting{p.Consumer, p.Count, p.Idle, at} // it was touched since, or is new
+				first = idleEntry{p.Consumer, p.Count, p.Idle, at} // touched since, or new
 			}
 			again[p.ID] = first
 		}
 		if len(rows) < sweepPage {
 			return "", nil
 		}
-		start = "(" + rows[len(rows)-1].ID
+		start = xstream.After(rows[len(rows)-1].ID)
 	}
 	return start, nil
 }
 
-// ackTrimmed acks what was deleted from the stream while it was pending, of all that
-// a dead consumer left at once: nobody can handle it any more.
+// ackTrimmed acks entries that were deleted from the stream while pending, all that
+// a dead consumer left at once: nobody can handle them any more.
 func (f *Finder) ackTrimmed(ctx context.Context, rows []xstream.Pending) (map[string]bool, error) {
 	ids := make([]string, 0, len(rows))
 	for _, p := range rows {
@@ -394,15 +402,16 @@ func (f *Finder) ackTrimmed(ctx context.Context, rows []xstream.Pending) (map[st
 	return trimmed, err
 }
 
-// sayTrimmed logs what ackTrimmed has found.
-func (f *Finder) sayTrimmed() {
+// logTrimmed logs what ackTrimmed has found.
+func (f *Finder) logTrimmed() {
 	if f.trimmed > 0 {
 		f.cfg.Log.Error("Messages lost", lease.ErrTrimmed, f.cfg.Fields.Add(watermill.LogFields{"entries": f.trimmed}))
 		f.trimmed = 0
 	}
 }
 
-// ripe takes from what was seen that which was long enough ago, n at most.
+// ripe removes from seen and returns the entries that were found idle long enough
+// ago, at most n.
 func (f *Finder) ripe(n int) []*ledger.Entry {
 	now := time.Now()
 	var ripe []*ledger.Entry
@@ -417,14 +426,15 @@ func (f *Finder) ripe(n int) []*ledger.Entry {
 		}
 	}
 	slices.SortFunc(ripe, func(a, b *ledger.Entry) int { return xstream.CompareIDs(a.ID, b.ID) })
-	ripe = ripe[:min(len(ripe), max(0, n))] // the rest stays seen
+	ripe = ripe[:min(len(ripe), max(0, n))] // the rest stays in seen
 	for _, e := range ripe {
 		f.drop(e.ID)
 	}
 	return ripe
 }
 
-// janitor removes consumers that have been idle for long and hold nothing.
+// janitor removes consumers that have been idle for Timeout and have nothing
+// pending.
 func (f *Finder) janitor(ctx context.Context) {
 	now := time.Now()
 	if f.noJanitor || now.Before(f.nextJanitor) {
@@ -435,7 +445,7 @@ func (f *Finder) janitor(ctx context.Context) {
 	switch {
 	case redisx.IsDenied(err) || redisx.ReplyHas(err, "script"):
 		f.noJanitor = true
-		f.cfg.Log.Info("No right to remove idle consumers by a script; their names stay in the group", f.cfg.Fields)
+		f.cfg.Log.Info("No permission to remove idle consumers by a script; their names remain in the group", f.cfg.Fields)
 	case err != nil:
 		f.cfg.Log.Debug("Removing idle consumers failed: "+err.Error(), f.cfg.Fields)
 	case n > 0:
@@ -443,7 +453,7 @@ func (f *Finder) janitor(ctx context.Context) {
 	}
 }
 
-// jitter spreads a duration over [d/2, 3d/2).
+// jitter returns a random duration from [d/2, 3d/2).
 func jitter(d time.Duration) time.Duration {
 	if d <= 0 {
 		return 0

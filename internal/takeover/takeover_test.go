@@ -1,6 +1,7 @@
 package takeover
 
 import (
+	"context"
 	"fmt"
 	"testing"
 	"time"
@@ -56,7 +57,8 @@ func (s *setup) readAs(consumer string, n int64) {
 	}).Err())
 }
 
-// look looks again and again, and returns after which time all were offered.
+// lookUntil looks repeatedly until n entries were offered, and returns how long
+// that took.
 func (s *setup) lookUntil(n int, limit time.Duration) (took time.Duration) {
 	s.t.Helper()
 	began := time.Now()
@@ -67,7 +69,8 @@ func (s *setup) lookUntil(n int, limit time.Duration) (took time.Duration) {
 	return time.Since(began)
 }
 
-// What a dead consumer left is offered on its second sighting.
+// Entries of a dead consumer are offered when they are found idle for the second
+// time.
 func TestLook_Dead(t *testing.T) {
 	s := newSetup(t, testserver.Client(t), 3)
 	s.readAs("dead", 3)
@@ -76,31 +79,32 @@ func TestLook_Dead(t *testing.T) {
 	require.GreaterOrEqual(t, took, minIdle+minIdle/3)
 }
 
-// A living holder renews between two sightings, however idle its entries looked before.
+// A living consumer renews between two looks, however idle its entries looked
+// before.
 func TestLook_Living(t *testing.T) {
 	s := newSetup(t, testserver.Client(t), 1)
 	s.readAs("living", 1)
 	rows, err := s.stream.Pending(t.Context(), 0, "-", "+", 1, "")
 	require.NoError(t, err)
 	for range 30 {
-		// It was late each time: what is looked at has run out.
+		// Each time it was late: its leases had expired when they were looked at.
 		require.NoError(t, s.client.Do(t.Context(), "xclaim", s.stream.Key, "group", "living", 0, rows[0].ID, "idle", 2*minIdle.Milliseconds(), "justid").Err())
 		_, err := s.Look(t.Context())
 		require.NoError(t, err)
 		time.Sleep(minIdle / 10)
-		if s.ledger.Candidates() > 0 { // it was looked at once: the claim is the second time
+		if s.ledger.Candidates() > 0 { // it was looked at once: the claim would be the second time
 			require.NoError(t, s.client.Do(t.Context(), "xclaim", s.stream.Key, "group", "living", 0, rows[0].ID, "idle", 2*minIdle.Milliseconds(), "justid").Err())
-			e, _ := s.ledger.Take(time.Now())
-			ok, err := s.cfg.Keeper.Take(t.Context(), e)
+			entries, _ := s.ledger.Take(time.Now(), nil)
+			ok, err := s.cfg.Keeper.Take(t.Context(), entries[0])
 			require.NoError(t, err)
 			require.False(t, ok, "robbed")
-			s.ledger.Remove(time.Now(), e)
+			s.ledger.Remove(time.Now(), entries[0])
 		}
 	}
 }
 
-// While the server refuses writes no holder can renew: what is seen then is no sign, and
-// holders get time afterwards.
+// While the server rejects writes no consumer can renew: idle times then mean
+// nothing, and consumers get time afterwards.
 func TestLook_WritesAreRefused(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
@@ -119,8 +123,8 @@ func TestLook_WritesAreRefused(t *testing.T) {
 	require.GreaterOrEqual(t, took, reconnectTime)
 }
 
-// What was released is offered at once, a page at a time, and the next one as soon as
-// that is used up.
+// Released entries are offered at once, a page at a time, and the next page as soon
+// as that is used up.
 func TestLook_Released(t *testing.T) {
 	s := newSetup(t, testserver.Client(t), 12)
 	s.readAs(lease.Released, 12)
@@ -129,13 +133,13 @@ func TestLook_Released(t *testing.T) {
 	require.Equal(t, 5, s.ledger.Candidates())
 	require.Equal(t, 1, fx.Slots)
 	require.False(t, fx.Look)
-	e, fx := s.ledger.Take(time.Now())
-	require.True(t, e.Released)
+	entries, fx := s.ledger.Take(time.Now(), nil)
+	require.True(t, entries[0].Released)
 	require.True(t, fx.Look, "there are more")
 }
 
-// Entries in our own name that the ledger does not know are found like a dead
-// consumer's.
+// Entries pending for our own consumer that the ledger does not know are found like
+// a dead consumer's.
 func TestLook_OwnName(t *testing.T) {
 	s := newSetup(t, testserver.Client(t), 2)
 	s.readAs("we", 2)
@@ -143,7 +147,7 @@ func TestLook_OwnName(t *testing.T) {
 	require.Equal(t, 2, s.ledger.Candidates())
 }
 
-// Nothing is asked that costs more, as long as all that is pending is ours.
+// No expensive commands are sent while everything pending is ours.
 func TestLook_AllIsOurs(t *testing.T) {
 	s := newSetup(t, testserver.Client(t), 1)
 	s.readAs("we", 1)
@@ -156,4 +160,96 @@ func TestLook_AllIsOurs(t *testing.T) {
 	}
 	require.True(t, s.sweptAt.IsZero())
 	require.True(t, s.steady.IsZero(), "it has not asked for a write")
+}
+
+// While sweeps of a long list rest, the entries of dead consumers are found by name. Nobody
+// asks for those of consumers that have none, that live, or that is no process.
+func TestLook_DeadBetweenSweeps(t *testing.T) {
+	s := newSetup(t, testserver.Client(t), 4)
+	s.readAs("dead", 2)
+	s.readAs("living", 1)
+	s.readAs(lease.Released, 1)
+	require.NoError(t, s.client.XGroupCreateConsumer(t.Context(), s.stream.Key, "group", "empty").Err())
+	s.sweptAt, s.sweepTook = time.Now(), time.Hour
+	s.consumers = 1000
+	asked := make(map[string]int)
+	s.client.AddHook(counting{func(cmd redis.Cmder) {
+		if args := cmd.Args(); cmd.Name() == "xpending" && len(args) > 3 && fmt.Sprint(args[3]) == "idle" {
+			asked[fmt.Sprint(args[len(args)-1])]++
+		}
+	}})
+	rows, err := s.stream.Pending(t.Context(), 0, "-", "+", 1, "living")
+	require.NoError(t, err)
+	dead := make(map[string]bool)
+	for began := time.Now(); len(dead) < 2 && time.Since(began) < 10*time.Second; time.Sleep(minIdle / 10) {
+		read := time.Now()
+		require.NoError(t, s.client.Do(t.Context(), "xclaim", s.stream.Key, "group", "living", 0, rows[0].ID, "idle", 2*minIdle.Milliseconds(), "justid").Err())
+		_, err := s.Look(t.Context())
+		require.NoError(t, err)
+		if time.Since(read) >= minIdle { // the test did not live up to that
+			delete(asked, "living")
+			s.drop(rows[0].ID)
+			continue
+		}
+		for s.ledger.Candidates() > 0 {
+			if entries, _ := s.ledger.Take(time.Now(), nil); !entries[0].Released {
+				dead[entries[0].Owner+" "+entries[0].ID] = true
+			}
+		}
+	}
+	require.Len(t, dead, 2)
+	for owner := range dead {
+		require.Contains(t, owner, "dead ")
+	}
+	require.NotZero(t, asked["dead"])
+	delete(asked, "dead")
+	require.Empty(t, asked)
+}
+
+// counting sees all commands.
+type counting struct{ see func(redis.Cmder) }
+
+func (counting) DialHook(next redis.DialHook) redis.DialHook { return next }
+func (c counting) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error { c.see(cmd); return next(ctx, cmd) }
+}
+func (c counting) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+// An entry that a dead consumer had and that was deleted from the stream is acked, and
+// counted as lost; nobody is offered it.
+func TestLook_Trimmed(t *testing.T) {
+	s := newSetup(t, testserver.Client(t), 2)
+	s.readAs("dead", 2)
+	rows, err := s.stream.Pending(t.Context(), 0, "-", "+", 2, "")
+	require.NoError(t, err)
+	require.NoError(t, s.client.XDel(t.Context(), s.stream.Key, rows[0].ID).Err())
+	s.lookUntil(1, 10*time.Second)
+	require.Equal(t, 1, s.ledger.Candidates())
+	entries, _ := s.ledger.Take(time.Now(), nil)
+	require.Equal(t, rows[1].ID, entries[0].ID)
+	require.EqualValues(t, 1, s.Lost.Load())
+	left, err := s.stream.Pending(t.Context(), 0, "-", "+", 2, "")
+	require.NoError(t, err)
+	require.Len(t, left, 1)
+}
+
+// Released entries have crashed nobody, however long they wait.
+func TestLook_ReleasedLongAgo(t *testing.T) {
+	s := newSetup(t, testserver.Client(t), 12)
+	s.readAs(lease.Released, 12)
+	seen := make(map[string]bool)
+	for began := time.Now(); time.Since(began) < 2*minIdle || len(seen) < 5; time.Sleep(minIdle / 10) {
+		_, err := s.Look(t.Context())
+		require.NoError(t, err)
+		require.Empty(t, s.seen)
+		for s.ledger.Candidates() > 0 {
+			entries, _ := s.ledger.Take(time.Now(), nil)
+			e := entries[0]
+			require.True(t, e.Released)
+			seen[e.ID] = true
+			s.ledger.Remove(time.Now(), e)
+		}
+	}
 }

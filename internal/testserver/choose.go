@@ -7,7 +7,7 @@ import (
 	"os"
 )
 
-// starters are the ways to have a server; tests put others in their place.
+// starters are the ways to start a server; tests replace them.
 type starters struct {
 	external  func(addr string) (*Server, error)
 	container func(image string, args ...string) (*Server, error)
@@ -17,13 +17,14 @@ type starters struct {
 
 var realStarters = starters{startExternal, startContainer, startProcess, startEmbedded}
 
-// An option is one server, or one Cluster, that may be had.
+// option is one available server or Cluster.
 type option[S fmt.Stringer] struct {
 	name  string
 	start func() (S, error)
 }
 
-// sharedOptions lists the servers that will do for the whole test binary, the preferred one first.
+// sharedOptions lists the servers that the whole test binary can share, the
+// preferred one first.
 func sharedOptions(s starters) []option[*Server] {
 	var options []option[*Server]
 	if addr := os.Getenv(envAddr); addr != "" {
@@ -39,17 +40,18 @@ func sharedOptions(s starters) []option[*Server] {
 	return options
 }
 
-// privateOptions lists the servers that a test may have for itself. The one at REDIS_ADDR is somebody's: it is never among them.
+// privateOptions lists the servers that a test can have for itself. The server at
+// REDIS_ADDR belongs to somebody else and is never among them.
 func privateOptions(s starters, args ...string) []option[*Server] {
 	return ownOptions(s, func(start func(args ...string) (*Server, error)) (*Server, error) { return start(args...) })
 }
 
-// clusterOptions lists the Clusters, which are of the same servers.
+// clusterOptions lists the Clusters, made of the same servers.
 func clusterOptions(s starters) []option[*cluster] {
 	return ownOptions(s, startCluster)
 }
 
-// ownOptions lists what can be made of servers of our own.
+// ownOptions lists what can be assembled from servers that this package starts.
 func ownOptions[S fmt.Stringer](s starters, assemble func(start func(args ...string) (*Server, error)) (S, error)) []option[S] {
 	named := os.Getenv(envImage)
 	image := cmp.Or(named, defaultImage)
@@ -61,7 +63,7 @@ func ownOptions[S fmt.Stringer](s starters, assemble func(start func(args ...str
 	return append(options, option[S]{"redis-server of the PATH", func() (S, error) { return assemble(s.process) }})
 }
 
-// choose starts the first option that can be started.
+// choose starts the first option that works.
 func choose[S fmt.Stringer](logf func(format string, args ...any), options []option[S]) (S, error) {
 	var errs []error
 	for _, o := range options {

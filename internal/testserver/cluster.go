@@ -18,15 +18,19 @@ const (
 	clusterMasters = 3
 	slotCount      = 16384
 
-	// A new Cluster serves once its masters have seen each other for as long as the node timeout, and 2 s after their start at
-	// the earliest. So it starts with a timeout of that length, and gets one later that a busy machine does not exceed.
+	// A new Cluster serves once its masters have seen each other for the node
+	// timeout, and at the earliest 2 s after their start. So it starts with a
+	// timeout of that length, and then gets one that a busy machine does not
+	// exceed.
 	formingTimeout = "2000" // ms
 	nodeTimeout    = "15000"
 )
 
-// Cluster returns the Redis Cluster of three masters that the whole test binary shares, and starts it at first use; without
-// one, t is skipped as by RequireReal. Like Private's servers it is never at REDIS_ADDR. Keys must be t's own, topology is
-// everybody's: a test may move slots, and must not stop masters.
+// Cluster returns the Redis Cluster of three masters that the whole test binary
+// shares, and starts it at first use. Without real servers it skips t as
+// RequireReal does. Like Private's servers it is never at REDIS_ADDR. A test must
+// use keys of its own. All tests share the topology: a test may move slots, but
+// must not stop masters.
 func Cluster(t testing.TB) *ClusterServer {
 	t.Helper()
 	return clusterFor(t, &sharedCluster)
@@ -41,15 +45,16 @@ func clusterFor(t testing.TB, shared *lazyCluster) *ClusterServer {
 	return &ClusterServer{c, t}
 }
 
-// A ClusterServer is the shared Cluster as one test has it.
+// ClusterServer is the shared Cluster, for one test.
 type ClusterServer struct {
 	*cluster
 	tb testing.TB
 }
 
-// Client returns a client of the Cluster, which the test's cleanup closes; options change what it is made from. Hooks that are
-// added to it see a command once, wherever it is redirected to, but not what is sent to a node's own client (MasterForKey).
-// Those that OnNewNode adds to the nodes' clients see all that is sent.
+// Client returns a client of the Cluster, which the test's cleanup closes; options
+// change its options. Hooks added to it see a command once, wherever it is
+// redirected to, but not commands sent to a node's own client (MasterForKey). Hooks
+// that OnNewNode adds to the nodes' clients see every command sent.
 func (c *ClusterServer) Client(options ...func(*redis.ClusterOptions)) *redis.ClusterClient {
 	opt := &redis.ClusterOptions{NewClient: func(opt *redis.Options) *redis.Client {
 		opt.Addr = c.outside(opt.Addr)
@@ -70,8 +75,20 @@ func (c *ClusterServer) Client(options ...func(*redis.ClusterOptions)) *redis.Cl
 	return client
 }
 
-// MoveSlot moves the slot of a key, and all keys in it, to the next master. When the keys are there and the slot is not yet,
-// halfway (which may be nil) is called: until it returns, clients are told ASK. When MoveSlot returns, all masters know.
+// Addrs returns the address at which tests reach each node, by the one that it
+// announces to clients: other processes need both.
+func (c *ClusterServer) Addrs() map[string]string {
+	addrs := make(map[string]string)
+	for _, n := range c.nodes {
+		addrs[n.inside] = n.addr
+	}
+	return addrs
+}
+
+// MoveSlot moves the slot of a key, and all keys in it, to the next master. After
+// the keys and before the slot it calls halfway (which may be nil): until that
+// returns, clients are redirected with ASK. When MoveSlot returns, all masters know
+// the new owner.
 func (c *ClusterServer) MoveSlot(key string, halfway func()) {
 	c.tb.Helper()
 	if err := c.moveSlot(key, halfway); err != nil {
@@ -79,7 +96,7 @@ func (c *ClusterServer) MoveSlot(key string, halfway func()) {
 	}
 }
 
-// cluster is a Cluster of servers of ours.
+// cluster is a Cluster of servers that this package has started.
 type cluster struct {
 	nodes  []*clusterNode
 	moving sync.Mutex // one slot at a time
@@ -89,10 +106,11 @@ type clusterNode struct {
 	*Server
 	client *redis.Client
 	id     string
-	inside string // where the other nodes reach it, and say that it is
+	inside string // the address that it announces to the other nodes
 }
 
-// outside returns where tests reach the node that the others know as inside.
+// outside returns the address at which tests reach the node with the given inside
+// address.
 func (c *cluster) outside(inside string) string {
 	for _, n := range c.nodes {
 		if n.inside == inside {
@@ -110,7 +128,7 @@ func (c *cluster) String() string {
 	return c.nodes[0].version + " Cluster on " + strings.Join(addrs, ", ")
 }
 
-// startCluster makes a Cluster of servers that start starts with the arguments given.
+// startCluster starts a Cluster of servers, with start and the given arguments.
 func startCluster(start func(args ...string) (*Server, error)) (*cluster, error) {
 	c := &cluster{nodes: make([]*clusterNode, clusterMasters)}
 	err := c.all(func(i int) error {
@@ -131,7 +149,7 @@ func startCluster(start func(args ...string) (*Server, error)) (*cluster, error)
 	return c, nil
 }
 
-// all calls f for all nodes at once.
+// all calls f concurrently for all nodes.
 func (c *cluster) all(f func(i int) error) error {
 	errs := make([]error, len(c.nodes))
 	var calls sync.WaitGroup
@@ -142,7 +160,8 @@ func (c *cluster) all(f func(i int) error) error {
 	return errors.Join(errs...)
 }
 
-// form makes one Cluster of the nodes and waits until each of them serves, and knows who has which slots.
+// form joins the nodes to a Cluster, and waits until each of them serves and knows
+// the owner of every slot.
 func (c *cluster) form() error {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
@@ -151,7 +170,8 @@ func (c *cluster) form() error {
 		if n.id, err = n.client.Do(ctx, "cluster", "myid").Text(); err != nil {
 			return err
 		}
-		// Different ones from the start, or the nodes would have to agree on them first.
+		// Set distinct epochs, otherwise the nodes would first have to agree on
+		// them.
 		if err := n.client.Do(ctx, "cluster", "set-config-epoch", i+1).Err(); err != nil {
 			return err
 		}
@@ -161,7 +181,7 @@ func (c *cluster) form() error {
 		return err
 	}
 	for i, n := range c.nodes {
-		for _, peer := range c.nodes[i+1:] { // each pair by itself: to hear of a third from a second takes a node seconds
+		for _, peer := range c.nodes[i+1:] { // each pair explicitly: hearing of a third node from a second one takes seconds
 			host, port, err := net.SplitHostPort(peer.inside)
 			if err != nil {
 				return err
@@ -180,7 +200,8 @@ func (c *cluster) form() error {
 	})
 }
 
-// serves returns an error while the node does not serve, or does not know which of the nodes has each slot.
+// serves returns an error while the node does not serve, or does not know the owner
+// of every slot.
 func (c *cluster) serves(ctx context.Context, n *clusterNode) error {
 	info, err := n.client.ClusterInfo(ctx).Result()
 	if err != nil {
@@ -210,12 +231,12 @@ func (n *clusterNode) slots(ctx context.Context) ([]redis.ClusterSlot, error) {
 	return n.client.ClusterSlots(ctx).Result()
 }
 
-// master returns which of the nodes has the slots; -1 if none.
+// master returns the index of the node that has the slots; -1 if none has.
 func (c *cluster) master(s redis.ClusterSlot) int {
 	return slices.IndexFunc(c.nodes, func(n *clusterNode) bool { return n.inside == s.Nodes[0].Addr })
 }
 
-// masterOf returns which of the nodes has the slot, as n knows it.
+// masterOf returns the index of the node that has the slot according to n.
 func (c *cluster) masterOf(ctx context.Context, n *clusterNode, slot int64) (int, error) {
 	slots, err := n.slots(ctx)
 	if err != nil {
@@ -226,7 +247,7 @@ func (c *cluster) masterOf(ctx context.Context, n *clusterNode, slot int64) (int
 			return i, nil
 		}
 	}
-	return -1, fmt.Errorf("slot %d is nobody's", slot)
+	return -1, fmt.Errorf("slot %d has no master", slot)
 }
 
 func (c *cluster) moveSlot(key string, halfway func()) error {
@@ -251,7 +272,7 @@ func (c *cluster) moveSlot(key string, halfway func()) error {
 	}
 	ctx, cancel = context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	// The new master first: should a client ask it in between, it must not be sent back.
+	// The new master first: a client that asks it in between must not be sent back.
 	for _, i := range []int{to, from, (to + 1) % len(c.nodes)} {
 		if err := c.nodes[i].setSlot(ctx, slot, "node", c.nodes[to]); err != nil {
 			return err
@@ -260,7 +281,7 @@ func (c *cluster) moveSlot(key string, halfway func()) error {
 	return c.all(func(i int) error {
 		return until(ctx, func() error {
 			if master, err := c.masterOf(ctx, c.nodes[i], slot); err != nil || master != to {
-				return fmt.Errorf("node %d takes %d for the master: %v", i, master, err)
+				return fmt.Errorf("node %d considers %d the master: %v", i, master, err)
 			}
 			return nil
 		})
@@ -317,12 +338,12 @@ func until(ctx context.Context, f func() error) error {
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("waited in vain: %w", err)
+			return fmt.Errorf("timed out: %w", err)
 		}
 	}
 }
 
-// sharedCluster is lazy: most tests need none.
+// sharedCluster starts lazily: most tests do not need it.
 var sharedCluster = lazyCluster{starters: realStarters}
 
 type lazyCluster struct {

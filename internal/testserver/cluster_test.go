@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// mustCluster starts a Cluster of servers of the kind, or skips as mustStart does.
+// mustCluster starts a Cluster of servers of that kind, or skips as mustStart does.
 func mustCluster(t *testing.T, kind string) *ClusterServer {
 	t.Helper()
 	mustStart(t, kind)
@@ -29,7 +29,7 @@ func TestClusterLife(t *testing.T) {
 			c := mustCluster(t, kind)
 			client := c.Client()
 			masters := map[string]bool{}
-			for _, key := range []string{"a", "b", "c"} { // slots 15495, 3300, 7365: one of each third
+			for _, key := range []string{"a", "b", "c"} { // slots 15495, 3300, 7365: one in each third
 				require.NoError(t, client.Set(t.Context(), key, key, 0).Err())
 				masters[masterOf(t, client, key)] = true
 			}
@@ -65,7 +65,7 @@ func masterOf(t *testing.T, client *redis.ClusterClient, key string) string {
 	return master.Options().Addr
 }
 
-// A Cluster whose servers do not all start leaves none of them behind.
+// If not all servers of a Cluster start, none of them is left behind.
 func TestClusterStartFails(t *testing.T) {
 	mustStart(t, "process")
 	var calls atomic.Int32

@@ -21,9 +21,11 @@ import (
 )
 
 const (
-	// dockerTimeout bounds a call of Docker, which answers in milliseconds unless it hangs.
+	// dockerTimeout limits a call of Docker, which answers in milliseconds unless
+	// it hangs.
 	dockerTimeout = 10 * time.Second
-	// pullTimeout bounds an image's download; that the registry cannot be reached is noticed within dockerTimeout.
+	// pullTimeout limits an image's download. An unreachable registry is noticed
+	// within dockerTimeout.
 	pullTimeout = 3 * time.Minute
 )
 
@@ -48,14 +50,15 @@ func startContainer(image string, args ...string) (*Server, error) {
 	}
 }
 
-// connectDocker is asked once: without Docker every test would wait for the same answer.
+// connectDocker runs once: without Docker every test would wait for the same
+// answer.
 var connectDocker = sync.OnceValues(func() (*testcontainers.DockerProvider, error) {
 	type answer struct {
 		provider testcontainers.GenericProvider
 		err      error
 	}
 	answers := make(chan answer, 1)
-	go func() { // testcontainers-go takes no context here, and a Docker that hangs would hang the tests
+	go func() { // testcontainers-go takes no context here, and a hanging Docker would hang the tests
 		provider, err := testcontainers.ProviderDefault.GetProvider()
 		answers <- answer{provider, err}
 	}()
@@ -66,12 +69,14 @@ var connectDocker = sync.OnceValues(func() (*testcontainers.DockerProvider, erro
 		}
 		return a.provider.(*testcontainers.DockerProvider), nil
 	case <-time.After(dockerTimeout):
-		return nil, fmt.Errorf("no answer from Docker in %s", dockerTimeout)
+		return nil, fmt.Errorf("no answer from Docker within %s", dockerTimeout)
 	}
 })
 
-// serverCommand returns the command of the image, to which arguments of the server can be added. The image's own is kept
-// because official images have an entrypoint that knows it, and because it names the server: redis-server or valkey-server.
+// serverCommand returns the command of the image, to which server arguments can be
+// appended. It is the image's own command, because official images have an
+// entrypoint that expects it, and because it names the server: redis-server or
+// valkey-server.
 func serverCommand(docker *testcontainers.DockerProvider, image string) ([]string, error) {
 	images.Lock()
 	defer images.Unlock()
@@ -83,7 +88,8 @@ func serverCommand(docker *testcontainers.DockerProvider, image string) ([]strin
 	return command, err
 }
 
-// images are the answers of serverCommand: an image that cannot be had is not tried again by every test.
+// images caches the results of serverCommand, so that an unavailable image is not
+// tried again by every test.
 var images = struct {
 	sync.Mutex
 	known map[string]imageAnswer
@@ -105,7 +111,7 @@ func inspectImage(docker *testcontainers.DockerProvider, image string) ([]string
 	}
 	for _, name := range needed {
 		if err := haveImage(ctx, docker.Client(), name); err != nil && name != image {
-			return nil, fmt.Errorf("%w (TESTCONTAINERS_RYUK_DISABLED=true does without)", err)
+			return nil, fmt.Errorf("%w (set TESTCONTAINERS_RYUK_DISABLED=true to do without it)", err)
 		} else if err != nil {
 			return nil, err
 		}
@@ -117,7 +123,8 @@ func inspectImage(docker *testcontainers.DockerProvider, image string) ([]string
 	return inspected.Config.Cmd, nil
 }
 
-// haveImage pulls the image unless it is there. testcontainers-go would do so too, but try for a quarter of an hour.
+// haveImage pulls the image unless it exists. testcontainers-go would do so too,
+// but would try for a quarter of an hour.
 func haveImage(ctx context.Context, docker client.APIClient, name string) error {
 	_, err := docker.ImageInspect(ctx, name)
 	if !errdefs.IsNotFound(err) {
@@ -142,7 +149,7 @@ func runContainer(docker *testcontainers.DockerProvider, image string, command [
 	if err != nil {
 		return nil, err
 	}
-	// The port is fixed, because one that Docker picks is another one after a restart.
+	// The port is fixed, because one that Docker picks changes with a restart.
 	port, err := freePort()
 	if err != nil {
 		return nil, err
@@ -159,7 +166,7 @@ func runContainer(docker *testcontainers.DockerProvider, image string, command [
 	if err != nil {
 		return nil, errors.Join(err, c.close())
 	}
-	if docker.Config().Config.RyukDisabled { // else Ryuk removes what is left behind
+	if docker.Config().Config.RyukDisabled { // otherwise Ryuk removes what is left behind
 		if c.revoke, err = lastWill(`exec "$@"`, c.cli("rm", "--force", "--volumes", c.GetContainerID())...); err != nil {
 			return nil, errors.Join(err, c.close())
 		}
@@ -175,8 +182,9 @@ func runContainer(docker *testcontainers.DockerProvider, image string, command [
 	return &Server{addr: addr, version: info.version(), backend: c}, nil
 }
 
-// publishedHost returns where the containers' ports are reached, and the address to bind them to: the loopback interface
-// where that will do, so that nobody else reaches a server without a password.
+// publishedHost returns the host at which the containers' ports are reached, and
+// the address to bind them to: the loopback interface if possible, so that nobody
+// else can reach a server without a password.
 func publishedHost(ctx context.Context, docker *testcontainers.DockerProvider) (host string, bind netip.Addr, err error) {
 	host, err = docker.DaemonHost(ctx)
 	if err != nil {
@@ -188,14 +196,14 @@ func publishedHost(ctx context.Context, docker *testcontainers.DockerProvider) (
 	return host, netip.IPv4Unspecified(), nil
 }
 
-// A box is a container with a server in it.
+// box is a container that runs a server.
 type box struct {
 	testcontainers.Container
 	docker *testcontainers.DockerProvider
 	revoke func()
 }
 
-// alive returns an error when the container has ended.
+// alive returns an error if the container has ended.
 func (c *box) alive() error {
 	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
 	defer cancel()
@@ -216,8 +224,9 @@ func (c *box) lastWords(ctx context.Context) string {
 	return strings.TrimSpace(string(text))
 }
 
-// call runs one call of Docker's API on the container, with a client of its own: to close the shared one's idle connections
-// can hit another test's, whose call is about to be written to it.
+// call makes one call of Docker's API for the container, with a client of its own:
+// closing the shared client's idle connections can break a concurrent call of
+// another test.
 func (c *box) call(f func(ctx context.Context, docker client.APIClient, id string) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
 	defer cancel()
@@ -244,7 +253,7 @@ func (c *box) thaw() error {
 }
 
 func (c *box) kill() error {
-	_ = c.thaw() // Docker kills no paused container; not to be paused is no error here
+	_ = c.thaw() // Docker does not kill a paused container; thawing one that is not paused fails harmlessly
 	return c.call(func(ctx context.Context, docker client.APIClient, id string) error {
 		_, err := docker.ContainerKill(ctx, id, client.ContainerKillOptions{Signal: "KILL"})
 		return err
@@ -261,12 +270,14 @@ func (c *box) restart() error {
 
 func (c *box) restartCommand() []string { return c.cli("restart", c.GetContainerID()) }
 
-// cli is a command line of the docker program, for the Docker that testcontainers-go found.
+// cli returns a command line of the docker program, for the Docker that
+// testcontainers-go found.
 func (c *box) cli(args ...string) []string {
 	return append([]string{"docker", "--host", c.docker.Client().DaemonHost()}, args...)
 }
 
-// peerAddr is not the published address, which is this machine's.
+// peerAddr returns the container's own address, not the published one, which
+// belongs to this machine.
 func (c *box) peerAddr() (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
 	defer cancel()

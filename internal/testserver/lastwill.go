@@ -6,10 +6,12 @@ import (
 	"syscall"
 )
 
-// lastWill sees to it that the shell script runs with args if this process ends before revoke is called. A test binary can end
-// without any cleanup (a panic in a goroutine, -timeout, SIGKILL), and what it started must not stay behind.
+// lastWill makes sure that the shell script runs with args if this process ends
+// before revoke is called. A test binary can end without any cleanup (a panic in a
+// goroutine, -timeout, SIGKILL), and must not leave servers behind.
 //
-// The shell reads from a pipe whose other end only this process holds: it reads nothing until this process is no more.
+// The shell reads from a pipe whose other end only this process has open, so it
+// waits until this process has ended.
 func lastWill(script string, args ...string) (revoke func(), err error) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -18,7 +20,7 @@ func lastWill(script string, args ...string) (revoke func(), err error) {
 	defer r.Close()
 	cmd := exec.Command("sh", append([]string{"-c", "read -r _\n" + script, "sh"}, args...)...)
 	cmd.Stdin = r
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C is meant for the test, not for its will
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C must not kill the shell
 	if err := cmd.Start(); err != nil {
 		w.Close()
 		return nil, err

@@ -17,10 +17,11 @@ import (
 	"time"
 )
 
-// portAttempts is how often a server is started anew because another program took the free port that was picked for it.
+// portAttempts is how often a server is started again because another program took
+// its port.
 const portAttempts = 5
 
-// startProcess starts a redis-server or valkey-server of the PATH.
+// startProcess starts a redis-server or valkey-server from the PATH.
 func startProcess(args ...string) (*Server, error) {
 	binary, err := lookServer()
 	if err != nil {
@@ -59,7 +60,7 @@ func runProcess(binary string, args []string) (_ *Server, err error) {
 		dir:    dir,
 		addr:   fmt.Sprintf("127.0.0.1:%d", port),
 	}
-	// The will is first: between start and will there would be a server without one.
+	// Prepare lastWill first, so that no server ever runs without it.
 	p.revoke, err = lastWill(`kill -9 "$(cat "$1")"; rm -rf "$2"`, p.pidFile(), dir)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
@@ -71,8 +72,9 @@ func runProcess(binary string, args []string) (_ *Server, err error) {
 	return &Server{addr: p.addr, version: info.version(), backend: p}, nil
 }
 
-// freePort returns a TCP port that nobody listens on at this moment. It is below the range from which clients get theirs: while
-// a server is down, one of those might come to have its port, even one that dials the server, which then talks to itself.
+// freePort returns a TCP port that is free at this moment, below the range of
+// ephemeral ports: while a server is down, a client could otherwise get its port,
+// even one that dials the server and then talks to itself.
 func freePort() (int, error) {
 	const first, last = 15000, 32000
 	for {
@@ -87,11 +89,11 @@ func freePort() (int, error) {
 	}
 }
 
-// portTaken tells, of Redis's words and of Docker's, that a port which was free is not so any more: "Address already in use",
-// "port is already allocated".
+// portTaken reports whether Redis's or Docker's error says that the port was taken
+// in the meantime: "Address already in use", "port is already allocated".
 func portTaken(err error) bool { return strings.Contains(err.Error(), " already ") }
 
-// A process is a redis-server that is a child of this process.
+// process is a redis-server that is a child of this process.
 type process struct {
 	binary string
 	args   []string
@@ -103,7 +105,8 @@ type process struct {
 	cmd *exec.Cmd
 	// gone is closed when cmd has ended.
 	gone chan struct{}
-	// kept says that a clean exit is RestartCommand's doing, and cmd is to be started again.
+	// kept means that a clean exit was caused by RestartCommand, and cmd must be
+	// started again.
 	kept bool
 }
 
@@ -148,7 +151,7 @@ func (p *process) spawnLocked() error {
 	defer log.Close()
 	cmd := exec.Command(p.binary, p.args...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C ends the test, which ends the server
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C ends the test, which ends the server
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -157,12 +160,14 @@ func (p *process) spawnLocked() error {
 	return os.WriteFile(p.pidFile(), []byte(strconv.Itoa(cmd.Process.Pid)), 0o600)
 }
 
-// reap waits for cmd's end; it is the owner of cmd.Wait and ends with the process.
+// reap waits for the end of cmd. It is the only caller of cmd.Wait, and ends with
+// the process.
 func (p *process) reap(cmd *exec.Cmd, gone chan struct{}) {
 	_ = cmd.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	// A crash is not restarted: the test shall see it, and a server that cannot start shall not be started for ever.
+	// Do not restart after a crash: the test must see it, and a server that cannot
+	// start must not be started forever.
 	if p.kept && cmd.ProcessState.Success() {
 		if err := p.spawnLocked(); err != nil {
 			stderr("testserver: restarting %s: %v", p.binary, err)
@@ -171,7 +176,7 @@ func (p *process) reap(cmd *exec.Cmd, gone chan struct{}) {
 	close(gone)
 }
 
-// stop ends the server for good, by sig and after 5 s by SIGKILL.
+// stop ends the server for good: with sig, and after 5 s with SIGKILL.
 func (p *process) stop(sig syscall.Signal) error {
 	p.mu.Lock()
 	p.kept = false
@@ -193,7 +198,7 @@ func (p *process) stop(sig syscall.Signal) error {
 	return err
 }
 
-// signal tolerates that the process has ended already.
+// signal ignores that the process has already ended.
 func signal(cmd *exec.Cmd, sig syscall.Signal) error {
 	if err := cmd.Process.Signal(sig); !errors.Is(err, os.ErrProcessDone) {
 		return err

@@ -16,26 +16,29 @@ import (
 )
 
 const (
-	// startTimeout bounds a server's start, once its image is there. One is up in 0.3 s; a busy CI machine may take ten times that.
+	// startTimeout limits a server's start once its image is available. A start
+	// takes 0.3 s; on a busy CI machine perhaps ten times as long.
 	startTimeout = 15 * time.Second
-	// externalTimeout is shorter because that server should be up already.
+	// externalTimeout is shorter because that server should already be running.
 	externalTimeout = 3 * time.Second
 )
 
-// baseArgs make a server keep nothing; a test's own arguments come after them and win.
+// baseArgs disable persistence; a test's own arguments follow them and take
+// precedence.
 var baseArgs = []string{"--save", "", "--appendonly", "no"}
 
-// A Server is one running Redis or Valkey. Its methods report failures to the test that it belongs to, and may be called
-// from any goroutine of that test.
+// Server is a running Redis or Valkey. Its methods report failures to the test that
+// it belongs to, and may be called from any goroutine of that test.
 type Server struct {
 	addr     string
 	version  string
 	embedded bool
-	backend  backend    // nil where it is not ours: nothing to control, nothing to end
-	tb       testing.TB // nil on the shared server
+	backend  backend    // nil for a server that this package did not start
+	tb       testing.TB // nil for the shared server
 }
 
-// A backend runs a server of ours. Its methods return when what they say is so.
+// backend runs a server that this package has started. Its methods return when they
+// have taken effect.
 type backend interface {
 	freeze() error
 	thaw() error
@@ -46,8 +49,9 @@ type backend interface {
 	peerAddr() (string, error) // where other servers of its kind reach it
 }
 
-// Private starts a real server of t's own, which t's cleanup ends; without any, t is skipped as by RequireReal. args are
-// further arguments of redis-server, such as "--appendonly", "yes".
+// Private starts a real server for t alone, which t's cleanup ends. Without real
+// servers it skips t as RequireReal does. args are further arguments of
+// redis-server, such as "--appendonly", "yes".
 func Private(t testing.TB, args ...string) *Server {
 	t.Helper()
 	return private(t, realStarters, args...)
@@ -64,23 +68,24 @@ func private(t testing.TB, s starters, args ...string) *Server {
 	return srv
 }
 
-// Addr returns the server's host:port, the same over restarts.
+// Addr returns the server's host:port, which is the same after a restart.
 func (s *Server) Addr() string { return s.addr }
 
 // Client returns a client of the server, which the test's cleanup closes.
 func (s *Server) Client() *redis.Client { return newClient(s.tb, s.addr) }
 
-// Freeze stops the server's process in its tracks: connections stay, and are accepted by the kernel, but nothing is answered.
+// Freeze suspends the server's process: connections stay open, and the kernel
+// accepts new ones, but nothing is answered.
 func (s *Server) Freeze() { s.check("freeze", s.backend.freeze()) }
 
-// Thaw lets a frozen server go on; it works off what came in meanwhile.
+// Thaw resumes a frozen server; it then processes what it received meanwhile.
 func (s *Server) Thaw() { s.check("thaw", s.backend.thaw()) }
 
 // Kill ends the server with SIGKILL. It stays down until Restart.
 func (s *Server) Kill() { s.check("kill", s.backend.kill()) }
 
-// Restart ends the server with SIGTERM, starts it again (with its data only if it was given --appendonly yes) and waits until
-// it answers.
+// Restart ends the server with SIGTERM, starts it again (with its data only if it
+// has --appendonly yes) and waits until it answers.
 func (s *Server) Restart() {
 	err := s.backend.restart()
 	if err == nil {
@@ -89,8 +94,8 @@ func (s *Server) Restart() {
 	s.check("restart", err)
 }
 
-// RestartCommand is a command line that restarts the server, for Watermill's Features.RestartServiceCommand. It may return
-// before the server answers.
+// RestartCommand returns a command line that restarts the server, for Watermill's
+// Features.RestartServiceCommand. It may return before the server answers.
 func (s *Server) RestartCommand() []string { return s.backend.restartCommand() }
 
 func (s *Server) String() string { return s.version + " on " + s.addr }
@@ -102,7 +107,7 @@ func (s *Server) close() error {
 	return s.backend.close()
 }
 
-// check is Errorf, not Fatalf, because tests inject faults from goroutines of theirs.
+// check uses Errorf, not Fatalf, because tests inject faults from goroutines.
 func (s *Server) check(what string, err error) {
 	if err != nil {
 		s.tb.Errorf("testserver: %s %s: %v", what, s, err)
@@ -125,7 +130,7 @@ func startEmbedded() (*Server, error) {
 	return &Server{addr: m.Addr(), version: "miniredis", embedded: true, backend: embedded{m}}, nil
 }
 
-// embedded is only ever the shared server, which nobody freezes or restarts.
+// embedded is only used as the shared server, which nobody freezes or restarts.
 type embedded struct{ *miniredis.Miniredis }
 
 func (e embedded) freeze() error            { panic("testserver: the embedded server cannot be frozen") }
@@ -138,7 +143,7 @@ func (e embedded) peerAddr() (string, error) {
 	panic("testserver: the embedded server has no peers")
 }
 
-// info is what INFO server says.
+// info is the reply to INFO server.
 type info map[string]string
 
 func (i info) version() string {
@@ -148,8 +153,8 @@ func (i info) version() string {
 	return "Redis " + i["redis_version"]
 }
 
-// await asks addr until a server answers that it is ready, alive (which may be nil) says that none ever will, or the timeout
-// is over.
+// await polls addr until a server is ready, alive (which may be nil) reports that
+// none ever will be, or the timeout expires.
 func await(addr string, timeout time.Duration, alive func() error) (info, error) {
 	for deadline := time.Now().Add(timeout); ; {
 		err := ping(addr)
@@ -162,13 +167,14 @@ func await(addr string, timeout time.Duration, alive func() error) (info, error)
 			}
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("no answer in %s: %w", timeout, err)
+			return nil, fmt.Errorf("no answer within %s: %w", timeout, err)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
 }
 
-// ping is done by hand because go-redis, once a dial has failed, tries again only after a second.
+// ping does not use go-redis, which waits a second to try again after a failed
+// dial.
 func ping(addr string) error {
 	conn, err := net.DialTimeout("tcp", addr, time.Second)
 	if err != nil {

@@ -1,17 +1,23 @@
-// Package testserver gives tests a Redis server: one that the whole test binary shares (Addr, Client), servers of a test's
-// own that it may freeze, restart and kill (Private), and a Cluster that the binary shares too (Cluster).
+// Package testserver gives tests a Redis server: one that the whole test binary
+// shares (Addr, Client), servers of a test's own that it may freeze, restart and
+// kill (Private), and a Cluster that the binary shares too (Cluster).
 //
-// The shared server is picked at first use. What fails falls to the next, and the reason goes to stderr, as does the choice:
+// The shared server is chosen at first use: the first of these that works. The
+// choice and the failures are reported to stderr.
 //
 //  1. the server at REDIS_ADDR, if that is set;
-//  2. a container, by testcontainers-go, of the image GOXSTREAMS_TEST_IMAGE (default: the official redis image);
+//  2. a container, by testcontainers-go, of the image GOXSTREAMS_TEST_IMAGE
+//     (default: the official redis image);
 //  3. redis-server or valkey-server from the PATH, on a free port;
-//  4. the embedded server, miniredis: good enough for much, but it is not Redis. Tests of what Redis does call RequireReal.
+//  4. the embedded server, miniredis: sufficient for many tests, but it is not
+//     Redis. Tests of Redis's own behavior call RequireReal.
 //
-// GOXSTREAMS_TEST_REAL=1 (set in CI) makes the absence of a real server a failure. Then nothing stands in for what the
-// environment names either: a run meant for one image does not pass on another server.
+// With GOXSTREAMS_TEST_REAL=1 (set in CI) the absence of a real server is a
+// failure. Then nothing replaces the server that the environment names, either: a
+// run for one image does not pass on another server.
 //
-// Servers end with the tests, even if those panic or are killed. The package needs a Unix.
+// Servers end with the tests, even if those panic or are killed. The package needs
+// a Unix.
 package testserver
 
 import (
@@ -32,16 +38,18 @@ const (
 	envImage = "GOXSTREAMS_TEST_IMAGE"
 	envReal  = "GOXSTREAMS_TEST_REAL"
 
-	// defaultImage is the newest official one that .ci/run tests on too.
+	// defaultImage is the newest official image that .ci/run also tests on.
 	defaultImage = "redis:8.6"
 )
 
-// parallelTests is the default of -parallel here: these tests mostly wait, so that it need not be the number of processors.
-// With 8, two processors have nothing to do for two thirds of the time.
+// parallelTests is the default of -parallel: these tests mostly wait, so it need
+// not be the number of processors. With 8, two processors are idle for two thirds
+// of the time.
 const parallelTests = "16"
 
-// Main is a package's TestMain. It runs the tests, ends the shared servers, checks that no goroutine is left (opts are further
-// exceptions) and exits. A test binary that starts itself again as a child must branch off before Main, or be given an address.
+// Main is a package's TestMain. It runs the tests, ends the shared servers, checks
+// for leaked goroutines (opts are further exceptions) and exits. A test binary that
+// starts itself as a child must branch off before Main, or be given an address.
 func Main(m *testing.M, opts ...goleak.Option) {
 	flag.Parse()
 	given := false
@@ -54,7 +62,7 @@ func Main(m *testing.M, opts ...goleak.Option) {
 	goleak.VerifyTestMain(closing{m}, append(opts, ryukConnection())...)
 }
 
-// closing is m, with what is shared closed before goleak looks.
+// closing runs m, and closes the shared servers before goleak checks.
 type closing struct{ m *testing.M }
 
 func (c closing) Run() int {
@@ -99,7 +107,7 @@ func requireReal(t testing.TB, srv *Server) {
 	}
 }
 
-// notTested skips t loudly; where a real server must be, its absence is a failure.
+// notTested skips t visibly; if a real server is required, it fails t.
 func notTested(t testing.TB, why string) {
 	t.Helper()
 	if realOnly() {
@@ -123,7 +131,8 @@ func realOnly() bool { return os.Getenv(envReal) == "1" }
 
 func stderr(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
 
-// shared is lazy: listing tests, fuzz workers and tests without Redis start no server.
+// shared starts lazily: listing tests, fuzz workers and tests without Redis start
+// no server.
 var shared sharedServer
 
 type sharedServer struct {

@@ -128,10 +128,10 @@ func TestWithoutARealServer(t *testing.T) {
 		assert.Contains(t, r.message, "no redis-server")
 	}
 	assert.Len(t, skipped.names[before:], 3)
-	skipped.names = skipped.names[:before] // nothing of this package went untested
+	skipped.names = skipped.names[:before] // these skips of fake tests do not count
 }
 
-// A recorder is a test that ends when it is skipped or fails, as a real one does.
+// A recorder is a test that ends when it is skipped or fails, like a real one.
 type recorder struct {
 	testing.TB
 	outcome, message string
@@ -199,14 +199,14 @@ func TestPrivateLife(t *testing.T) {
 			srv.Restart()
 			eventually(t, client, "v")
 
-			srv.Freeze() // one left frozen is closed all the same
+			srv.Freeze() // a server left frozen is closed nevertheless
 			require.NoError(t, srv.close())
 			require.Error(t, ping(addr))
 		})
 	}
 }
 
-// A server that does not start says why, and is not waited for.
+// A server that does not start reports why, without a long wait.
 func TestStartFails(t *testing.T) {
 	for kind, start := range backends {
 		t.Run(kind, func(t *testing.T) {
@@ -267,8 +267,9 @@ func TestKilledBinaryLeavesNoServer(t *testing.T) {
 	}
 }
 
-// mustStart starts a server of the kind, or skips where that kind is not to be had: one kind is enough for a real server.
-// Only an image that was asked for must be there.
+// mustStart starts a server of that kind, or skips if that kind is not available:
+// one kind is enough for a real server. Only an image that was requested must be
+// available.
 func mustStart(t *testing.T, kind string, args ...string) *Server {
 	t.Helper()
 	began := time.Now()
@@ -284,7 +285,8 @@ func mustStart(t *testing.T, kind string, args ...string) *Server {
 	return srv
 }
 
-// eventually waits until the server answers the client again; then it must know what it was told.
+// eventually waits until the server answers the client again; then it must still
+// have its data.
 func eventually(t *testing.T, client *redis.Client, want string) {
 	t.Helper()
 	poll(t, "an answer", func() bool {
@@ -304,7 +306,8 @@ func poll(t *testing.T, what string, done func() bool) {
 	}
 }
 
-// runID names the server's life; it is empty while the server does not answer.
+// runID identifies the server's current run; it is empty while the server does not
+// answer.
 func runID(addr string) string {
 	if ping(addr) != nil {
 		return ""
@@ -313,7 +316,8 @@ func runID(addr string) string {
 	return info["run_id"]
 }
 
-// A test that looks for leaks while the shared server runs finds none of the server's.
+// A test that checks for leaks while the shared server runs finds none of the
+// server's goroutines.
 func TestLeakOptions(t *testing.T) {
 	kinds := maps.Clone(backends)
 	kinds["embedded"] = func([]string) (*Server, error) { return startEmbedded() }

@@ -1,31 +1,30 @@
 package xstream
 
-import (
-	"context"
+import "context"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
-)
-
-// Ack acks the entries, given as strings or pointers to them. It may run twice.
+// Ack acks the entries. The IDs are strings or pointers to strings. It may run
+// twice.
 func (s *Stream) Ack(ctx context.Context, ids ...any) error {
 	_, err := s.once(ctx, append([]any{"xack", s.Key, s.Group}, ids...)...)
 	return err
 }
 
-// Delete is how an acked entry leaves its stream.
+// Delete says how an acked entry is deleted from its stream.
 type Delete string
 
-// Ways to delete what is acked.
+// Ways to delete acked entries.
 const (
 	DeleteNever    Delete = "xack"
 	DeleteByServer Delete = "xackdel" // Redis 8.2: once every group has acked it
-	DeleteByScript Delete = "xdel"    // while the stream has one group only
+	DeleteByScript Delete = "xdel"    // while the stream has only one group
 )
 
-// fanOutsFunction returns the least ID that a fan-out subscription has come to;
-// nil if there is none. What comes after it must stay in the stream. KEYS[2] is
-// where fan-outs say how far they are: see Position. IDs are compared as text, since
-// Lua's numbers are too small for them.
+// fanOutsFunction returns the lowest position of the fan-out subscriptions, and its
+// fan-out's name; nil if there are none. Entries after it must stay in the stream. KEYS[2] holds the
+// positions: see SetPosition. One that has expired is kept for another minute, with a
+// mark: a step of the server's clock lets all of them expire, and a living fan-out stores
+// its own again within seconds. IDs are compared as text, since Lua's numbers are too
+// small for them.
 const fanOutsFunction = `
 local function less(a, b)
   local am, as = string.match(a, '^(%d+)-(%d+)$')
@@ -34,39 +33,102 @@ local function less(a, b)
   return #as < #bs or (#as == #bs and as < bs)
 end
 local function fanOuts()
-  local all, least = redis.call('HGETALL', KEYS[2]), nil
+  local all, least, name = redis.call('HGETALL', KEYS[2]), nil, nil
   if #all == 0 then return nil end
   local now = redis.call('TIME')
   for i = 1, #all, 2 do
-    local id, ends = string.match(all[i + 1], '^(%d+-%d+) (%d+)$')
-    if not id or tonumber(ends) < tonumber(now[1]) then
+    local id, ends, mark = string.match(all[i + 1], '^(%d+-%d+) (%d+)(!?)$')
+    local gone = not id or tonumber(ends) < tonumber(now[1])
+    if gone and id and mark == '' then
+      local kept = redis.pcall('HSET', KEYS[2], all[i], id .. ' ' .. string.format('%.0f', now[1] + 60) .. '!')
+      gone = type(kept) == 'table' and kept.err ~= nil
+    end
+    if gone then
       redis.pcall('HDEL', KEYS[2], all[i])
     elseif not least or less(id, least) then
-      least = id
+      least, name = id, all[i]
     end
   end
-  return least
+  return least, name
 end`
 
-// ackDeleteScript acks entries and deletes those that nobody needs any more.
-// Deleting only what XACK took keeps an entry that was acked in vain (its lease was
-// lost, say) for whoever has it. A stream that is gone is no error for XACK either.
-// It returns how many it had to keep for a fan-out.
-const ackDeleteScript = deniedFunction + fanOutsFunction + `
-local group, by = ARGV[1], ARGV[2]
-if by == 'xdel' then
-  local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+// heldFunction returns whether entries that every group has acked must stay for now, since
+// one of the groups that should have had a say has vanished, or was recreated and has not
+// got all of its pending entries back. It also returns which groups are known already. key
+// is RetentionKey, now the server's time, and a hold lasts for vanished (both in
+// milliseconds).
+const heldFunction = `
+local function clock()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function stamp(ms) return string.format('%.0f', ms) end
+local function held(key, groups, now, vanished)
+  local present, known, hold = {}, {}, false
+  for _, g in ipairs(groups) do
+    for i = 1, #g, 2 do if g[i] == 'name' then present[g[i + 1]] = true end end
+  end
+  local state = redis.call('HGETALL', key)
+  for i = 1, #state, 2 do
+    local name = string.match(state[i], '^group (.*)$')
+    local from, lasts = string.match(state[i + 1], '^hold (%d+) (%d+)$')
+    local seen = tonumber(state[i + 1])
+    if name and not from and not present[name] then
+      from, lasts = now, vanished
+      redis.pcall('HSET', key, state[i], 'hold ' .. stamp(from) .. ' ' .. stamp(lasts))
+    end
+    if name and from then
+      from, lasts = tonumber(from), tonumber(lasts)
+      if now < from then -- the clock was set back
+        from = now
+        redis.pcall('HSET', key, state[i], 'hold ' .. stamp(from) .. ' ' .. stamp(lasts))
+      end
+      if now - from < lasts then
+        hold, known[name] = true, true
+      elseif not present[name] then
+        redis.pcall('HDEL', key, state[i])
+      end
+    elseif name and seen and seen <= now and seen > now - vanished / 4 then
+      known[name] = true
+    end
+  end
+  return hold, known
+end`
+
+// vanishedFor is how long nothing is deleted after a group was found missing, in
+// milliseconds: its consumers recreate it within seconds, and need the entries that it had
+// not acked. A group that was destroyed on purpose costs a minute.
+const vanishedFor = 60_000
+
+// ackDeleteScript acks entries and deletes those that nobody needs any more. It
+// deletes only entries that XACK has acked: an entry whose lease was lost stays for
+// its new consumer. What a fan-out has not read, what another group may need where
+// the server cannot tell, and what a vanished group may need, is left to retentionScript. A
+// missing stream is not an error, as for XACK.
+const ackDeleteScript = `-- ack` + deniedFunction + fanOutsFunction + heldFunction + `
+local group, by, vanished = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local groups = denied('XINFO', 'GROUPS', KEYS[1])
+if not groups then
+  groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
   if groups.err then
     if string.find(groups.err, 'no such key') then return 0 end
     return groups
   end
-  if #groups > 1 then return redis.error_reply('SEVERALGROUPS') end
+elseif by == 'xdel' then
+  return groups
+else
+  groups = nil
+end
+if groups and (by == 'xdel' and #groups > 1 or held(KEYS[3], groups, clock(), vanished)) then
+  return redis.call('XACK', KEYS[1], group, unpack(ARGV, 4))
+end
+if by == 'xdel' then
   local missing = denied('XDEL', KEYS[1], '0-1')
   if missing then return missing end
 end
 local least = fanOuts()
 local keep, rest = {}, {}
-for i = 3, #ARGV do
+for i = 4, #ARGV do
   local list = (least and less(least, ARGV[i])) and keep or rest
   list[#list + 1] = ARGV[i]
 end
@@ -78,81 +140,27 @@ elseif by == 'xdel' then
   end
 end
 if #keep > 0 then redis.call('XACK', KEYS[1], group, unpack(keep)) end
-return #keep`
+return 0`
 
-// AckAndDelete acks the entries and deletes those that nobody needs any more. It
-// returns how many are kept for a fan-out that has not come to them.
-func (s *Stream) AckAndDelete(ctx context.Context, by Delete, ids ...any) (kept int64, err error) {
-	args := []any{"eval", ackDeleteScript, 2, s.Key, PositionsKey(s.Key), s.Group, string(by)}
-	v, err := s.once(ctx, append(args, ids...)...)
-	kept, _ = v.(int64)
-	return kept, err
+// AckAndDelete acks the entries and deletes those that nobody needs any more.
+func (s *Stream) AckAndDelete(ctx context.Context, by Delete, ids ...any) error {
+	args := []any{"eval", ackDeleteScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), s.Group, string(by), vanishedFor}
+	_, err := s.once(ctx, append(args, ids...)...)
+	return err
 }
 
-// SeveralGroups reports whether err says that the stream has several groups, and
-// that the server cannot tell whether all of them have acked an entry.
-func SeveralGroups(err error) bool { return redisx.ReplyHas(err, "SEVERALGROUPS") }
-
-// HasAckAndDelete asks the server for XACKDEL, of an ID that no stream has, so that
-// nothing happens. redisx.IsDenied is true of the error where it is not to be had.
-// (The node is asked, since a Cluster's client writes to stderr of commands that it
-// does not know.)
+// HasAckAndDelete checks whether the server has XACKDEL, with an ID that no stream
+// has, so that nothing happens. If it has not, or does not permit it,
+// redisx.IsDenied is true for the error. (It asks the node, since a Cluster client
+// writes to stderr about unknown commands.)
 func (s *Stream) HasAckAndDelete(ctx context.Context) error {
 	_, err := s.ask(ctx, "xackdel", s.Key, s.Group, "acked", "ids", 1, "0-1")
 	return err
 }
 
-// trimScript deletes entries that every group has acked and every fan-out has come
-// to, a hundred at most, from the beginning of the stream. It returns how many, and
-// whether a fan-out keeps others.
-const trimScript = fanOutsFunction + `
-local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
-if groups.err then
-  if string.find(groups.err, 'no such key') then return {0, 0} end
-  return groups
-end
-local floor = nil -- the last entry that no group needs
-for _, g in ipairs(groups) do
-  local f = {}
-  for i = 1, #g, 2 do f[g[i]] = g[i + 1] end
-  local pending = redis.call('XPENDING', KEYS[1], f['name'])
-  local last = f['last-delivered-id']
-  if pending[1] > 0 and not less(last, pending[2]) then
-    -- One before the pending one: sequence numbers are too large to count with.
-    last = redis.call('XREVRANGE', KEYS[1], '(' .. pending[2], '-', 'COUNT', 1)
-    last = #last > 0 and last[1][1] or '0-0'
-  end
-  if not floor or less(last, floor) then floor = last end
-end
-if not floor then return {0, 0} end
-local least, kept = fanOuts(), 0
-if least and less(least, floor) then floor, kept = least, 1 end
-local ids = {}
-for _, e in ipairs(redis.call('XRANGE', KEYS[1], '-', floor, 'COUNT', 100)) do ids[#ids + 1] = e[1] end
-if #ids > 0 then redis.call('XDEL', KEYS[1], unpack(ids)) end
-return {#ids, kept}`
-
-// maxTrim is trimScript's most.
-const maxTrim = 100
-
-// TrimAcked deletes what every group has acked and every fan-out has come to, from
-// the beginning of the stream on, some at a time. It returns whether there may be
-// more, now or once a fan-out has gone on.
-func (s *Stream) TrimAcked(ctx context.Context) (more, later bool, err error) {
-	v, err := s.once(ctx, "eval", trimScript, 2, s.Key, PositionsKey(s.Key))
-	if err != nil {
-		return false, false, err
-	}
-	counts, _ := v.([]any)
-	if len(counts) != 2 {
-		return false, false, errReply
-	}
-	return counts[0] == int64(maxTrim), counts[1] == int64(1), nil
-}
-
-// ackTrimmedScript acks those of the entries that are not in the stream any more. It
-// returns how many it looked at, and which it acked: what is in the stream makes it
-// stop early if it is large, since looking at it copies it.
+// ackTrimmedScript acks the entries that are no longer in the stream. It returns
+// the number of entries checked, and the IDs acked. It stops early if the entries
+// in the stream are large, since checking one copies it.
 const ackTrimmedScript = `
 local trimmed, seen, bytes = {}, 0, 0
 for i = 2, #ARGV do
@@ -167,8 +175,8 @@ for i = 2, #ARGV do
 end
 return {seen, trimmed}`
 
-// AckTrimmed acks those of the pending entries that are not in the stream any more,
-// and returns which these were.
+// AckTrimmed acks the pending entries that are no longer in the stream, and returns
+// their IDs.
 func (s *Stream) AckTrimmed(ctx context.Context, ids []string) (trimmed map[string]bool, err error) {
 	trimmed = make(map[string]bool)
 	for len(ids) > 0 {

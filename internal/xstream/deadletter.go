@@ -12,13 +12,13 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// maxPiece is what a value is cut into on its way to a script. A server refuses an
-// argument above proto-max-bulk-len, which is 1 MiB at least, and the connection
-// with it; a script may store more.
+// maxPiece is the size of the pieces into which a script's large arguments are cut.
+// A server rejects an argument above proto-max-bulk-len, which is at least 1 MiB,
+// and closes the connection; but a script may store larger values.
 const maxPiece = 512 << 10
 
-// joinFunction returns the arguments from the i-th on, put together again: pieces
-// says of how many pieces each of them is; empty: of one.
+// joinFunction returns the arguments from the i-th, joined again. pieces lists the
+// number of pieces of each; an empty string means one piece each.
 const joinFunction = `
 local function join(i, pieces)
   if pieces == '' then return unpack(ARGV, i) end
@@ -31,8 +31,8 @@ local function join(i, pieces)
   return unpack(out)
 end`
 
-// cut appends the values to a script's arguments, for join: in pieces where they are
-// large.
+// cut appends the values to a script's arguments, large ones in pieces for
+// joinFunction.
 func cut(args []any, values []string) []any {
 	large := slices.ContainsFunc(values, func(v string) bool { return len(v) > maxPiece })
 	pieces := len(args)
@@ -53,10 +53,10 @@ func cut(args []any, values []string) []any {
 	return args
 }
 
-// letterFunction looks in a dead-letter stream for the letter that was made of an entry:
-// one in whose metadata all of the marks are. The last mark is the consumer's: without it
-// another one has moved the entry. It goes back from the end, over the last 10,000, and not
-// at all without the right to.
+// letterFunction searches a dead-letter stream for the dead letter of an entry: one
+// whose metadata contains all marks. The last mark is the consumer's: if only that
+// one is missing, another consumer has moved the entry. It searches the last 10,000
+// letters from the end, and nothing if XREVRANGE is denied.
 const letterFunction = `
 local function letter(first, last)
   if last < first or denied('XREVRANGE', KEYS[2], '+', '-') then return nil end
@@ -74,51 +74,53 @@ local function letter(first, last)
 end`
 
 // deadLetterScript moves an entry to the dead-letter stream, once: only while it is
-// pending in the caller's name. Where an answer was lost before, it looks there first,
-// since that the entry is not pending may have another reason than the move: the
-// consumer or the group was removed, or made anew. The rights to what follows XADD are
-// asked for before.
-const deadLetterScript = `-- dead-letter` + deniedFunction + standingFunction + joinFunction + letterFunction + `
+// pending for the caller. If an answer was lost before, it first searches for the
+// dead letter, since the entry may also be no longer pending because the consumer
+// or the group was removed or recreated. It checks the permissions for the commands
+// after XADD in advance.
+const deadLetterScript = `-- dead-letter` + deniedFunction + standingFunction + joinFunction + letterFunction + heldFunction + `
 local id, me, by, marks = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local moved, by_whom = letter(6, 5 + marks)
+local moved, by_whom = letter(7, 6 + marks)
 if moved then
   redis.call('XACK', KEYS[1], ARGV[1], id) -- it may have been put back
   return {by_whom, moved}
 end
 local how = standing(id, me)
 if how ~= 'mine' then return {how} end
-local missing, groups
+local missing
 if by == 'xackdel' then
   missing = denied('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, id)
 else
   missing = denied('XACK', KEYS[1], ARGV[1], id)
 end
-if by == 'xdel' then
-  missing = missing or denied('XDEL', KEYS[1], id)
-  groups = #redis.call('XINFO', 'GROUPS', KEYS[1])
-end
+if by == 'xdel' then missing = missing or denied('XDEL', KEYS[1], id) or denied('XINFO', 'GROUPS', KEYS[1]) end
 if missing then return missing end
-local fanOuts = by ~= 'xack' and #redis.call('HGETALL', KEYS[3]) > 0
-moved = redis.call('XADD', KEYS[2], '*', join(7 + marks, ARGV[6 + marks]))
-if fanOuts then
-  redis.call('XACK', KEYS[1], ARGV[1], id) -- a fan-out may need it still: TrimAcked sees to that
+local keep = by == 'xack' or #redis.call('HGETALL', KEYS[3]) > 0 -- a fan-out may need it still
+if not keep and not denied('XINFO', 'GROUPS', KEYS[1]) then
+  local groups = redis.call('XINFO', 'GROUPS', KEYS[1])
+  keep = by == 'xdel' and #groups > 1 or held(KEYS[4], groups, clock(), tonumber(ARGV[6]))
+end
+moved = redis.call('XADD', KEYS[2], '*', join(8 + marks, ARGV[7 + marks]))
+if keep then
+  redis.call('XACK', KEYS[1], ARGV[1], id) -- what must not stay: see retentionScript
 elseif by == 'xackdel' then
   redis.call('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, id)
 else
   redis.call('XACK', KEYS[1], ARGV[1], id)
-  if groups == 1 then redis.call('XDEL', KEYS[1], id) end
+  redis.call('XDEL', KEYS[1], id)
 end
 return {how, moved}`
 
-// DeadLetter moves an entry to the dead-letter stream and returns its ID there; "" if it
-// is not the consumer's to move any more. The marks are parts of the letter's metadata
-// by which to know one that was moved by a call before without an answer.
+// DeadLetter moves an entry to the dead-letter stream and returns its ID there; ""
+// if the entry is no longer pending for the consumer. The marks are parts of the
+// letter's metadata, by which to find a letter that an earlier call without an
+// answer has added.
 func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Delete, marks, fields []string) (string, Standing, error) {
-	args := []any{"eval", deadLetterScript, 3, s.Key, deadLetters, PositionsKey(s.Key)}
+	args := []any{"eval", deadLetterScript, 4, s.Key, deadLetters, PositionsKey(s.Key), RetentionKey(s.Key)}
 	if by == DeleteNever {
-		args = []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // one key less to have a right to
+		args = []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // two keys less that need permission
 	}
-	args = append(args, s.Group, id, s.Consumer, string(by), len(marks))
+	args = append(args, s.Group, id, s.Consumer, string(by), len(marks), vanishedFor)
 	for _, m := range marks {
 		args = append(args, m)
 	}
@@ -141,7 +143,7 @@ func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Dele
 	return moved, Mine, nil
 }
 
-// Entries returns those of the entries that are in the stream.
+// Entries returns the entries that are in the stream, by ID.
 func (s *Stream) Entries(ctx context.Context, ids []string) (map[string]Entry, error) {
 	cmds := make([]redis.Cmder, len(ids))
 	for i, id := range ids {
@@ -166,7 +168,8 @@ func (s *Stream) Entries(ctx context.Context, ids []string) (map[string]Entry, e
 	return found, nil
 }
 
-// pipeline sends the commands together, to the master. Each has its own error then.
+// pipeline sends the commands together, to the master. Afterwards each has its own
+// error.
 func (s *Stream) pipeline(ctx context.Context, cmds []redis.Cmder) error {
 	node, err := s.Client.Node(ctx, s.Key)
 	switch {
@@ -181,7 +184,7 @@ func (s *Stream) pipeline(ctx context.Context, cmds []redis.Cmder) error {
 	return nil
 }
 
-// Delete deletes the entries and returns what became of each.
+// Delete deletes the entries and returns the outcome of each.
 func (s *Stream) Delete(ctx context.Context, ids []string) ([]error, error) {
 	cmds := make([]redis.Cmder, len(ids))
 	sent := make([]*redisx.Sent, len(ids))
@@ -202,9 +205,9 @@ func (s *Stream) Delete(ctx context.Context, ids []string) ([]error, error) {
 	return errs, nil
 }
 
-// replayScript moves a dead letter to its topic, while it is there. XADD comes
-// first: it can fail, and nothing undoes what a script has done before. The right
-// to XDEL is asked for before that.
+// replayScript moves a dead letter to its topic, if it exists. XADD comes first: it
+// can fail, and a script is not rolled back. The permission for XDEL is checked
+// before that.
 const replayScript = deniedFunction + joinFunction + `
 if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return false end
 local missing = denied('XDEL', KEYS[1], ARGV[1])
@@ -213,15 +216,16 @@ local id = redis.call('XADD', KEYS[2], '*', join(3, ARGV[2]))
 redis.call('XDEL', KEYS[1], ARGV[1])
 return id`
 
-// maxUnpack is below what Lua's unpack takes, 8,000 values less what a call needs.
-const maxUnpack = 7_900
+// MaxFields is below the limit of Lua's unpack: 8,000 values, minus those that a
+// call needs.
+const MaxFields = 7_900
 
-// Replay is a dead letter on its way back to a topic.
+// Replay is a dead letter to be moved back to a topic.
 type Replay struct {
 	ID     string
 	Topic  string
 	Fields []string
-	Err    error // what became of it; ErrMissing if it is not there
+	Err    error // the outcome; ErrMissing if the letter does not exist
 }
 
 // Replay moves dead letters.
@@ -230,7 +234,7 @@ func (s *Stream) Replay(ctx context.Context, moves []*Replay) error {
 	var scripted []*Replay
 	var sent []*redisx.Sent
 	for _, m := range moves {
-		if len(m.Fields) > maxUnpack {
+		if len(m.Fields) > MaxFields {
 			m.Err = s.replayInTwo(ctx, m)
 			continue
 		}
@@ -250,7 +254,8 @@ func (s *Stream) Replay(ctx context.Context, moves []*Replay) error {
 	return nil
 }
 
-// replayInTwo is for what has more fields than a script can pass on.
+// replayInTwo replays a letter with more fields than a script can pass on, in two
+// steps.
 func (s *Stream) replayInTwo(ctx context.Context, m *Replay) error {
 	sent := redisx.NewSent("*")
 	args := []any{"xadd", m.Topic, sent}
@@ -258,14 +263,14 @@ func (s *Stream) replayInTwo(ctx context.Context, m *Replay) error {
 		args = append(args, f)
 	}
 	if _, err := redisx.Do(ctx, s.Via, "xdel", s.Key, "0-1"); err != nil {
-		return err // without that right it would stay in both
+		return err // without that permission it would stay in both streams
 	}
 	if _, err := s.once(ctx, args...); err != nil {
 		return sent.Outcome(err)
 	}
 	_, err := s.once(ctx, "xdel", s.Key, m.ID)
 	if err != nil && !redisx.IsReply(err) {
-		return fmt.Errorf("%w: it is in the topic, and may be a dead letter still: %w", redisx.ErrOutcomeUnknown, err)
+		return fmt.Errorf("%w: it is in the topic, and may still be in the dead-letter stream: %w", redisx.ErrOutcomeUnknown, err)
 	}
 	return err
 }

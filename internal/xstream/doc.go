@@ -1,10 +1,11 @@
-// Package xstream has every command, script and reply of Redis Streams that the
-// library uses. It knows no leases and no policy. Two rules hold in it:
+// Package xstream contains every Redis Streams command, script and reply that the
+// library uses. It knows nothing about leases or policy. It follows two rules:
 //
-//   - A command that must not run twice is one that go-redis does not send again
+//   - A command that must not run twice is one that go-redis does not resend
 //     (redisx.OnceCmd).
-//   - XCLAIM always says which delivery count it means, so that the count stays
-//     exact whatever becomes of the answer.
+//   - XCLAIM always sets the delivery count explicitly, so that the count stays
+//     exact even if the answer is lost.
 //
-// Scripts are required: every managed Redis allows EVAL. Rights says what is missing.
+// Scripts are required: every managed Redis allows EVAL. CheckRights reports
+// missing permissions.
 package xstream

@@ -8,10 +8,10 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// KnowsIdempotence reports whether XADD IDMP can be relied on. The server is asked for
-// XIDMPRECORD, which came with Redis 8.6.2 and what that mended: what 8.6.0 and 8.6.1
-// remember does not outlive a rewrite of the AOF as commands. It is asked without the
-// arguments that it needs, so that nothing happens, and that no right is needed.
+// KnowsIdempotence reports whether XADD IDMP is reliable. It checks for
+// XIDMPRECORD, which came with Redis 8.6.2 and its fix: what 8.6.0 and 8.6.1
+// remember does not survive a rewrite of the AOF as commands. It sends the command
+// without arguments, so that nothing happens and no permission is needed.
 func (s *Stream) KnowsIdempotence(ctx context.Context) (bool, error) {
 	_, err := s.ask(ctx, "xidmprecord", s.Key)
 	switch {
@@ -25,9 +25,9 @@ func (s *Stream) KnowsIdempotence(ctx context.Context) (bool, error) {
 	return false, err
 }
 
-// SetIdempotence sets for how long and how many UUIDs the stream remembers. It makes
-// the stream if need be: what is remembered before it is set would be forgotten. It
-// may run twice.
+// SetIdempotence sets how long, and how many, UUIDs the stream remembers. It
+// creates the stream if necessary, since a later change of the settings would
+// forget the UUIDs. It may run twice.
 func (s *Stream) SetIdempotence(ctx context.Context, window time.Duration, maxIDs int64) error {
 	set := func() error {
 		_, err := s.ask(ctx, "xcfgset", s.Key, "idmp-duration", int64(window/time.Second), "idmp-maxsize", maxIDs)
@@ -37,8 +37,9 @@ func (s *Stream) SetIdempotence(ctx context.Context, window time.Duration, maxID
 	if !redisx.ReplyHas(err, "no such key") {
 		return err
 	}
-	// An entry with the least ID there is, trimmed away in the same step, leaves an
-	// empty stream. One that ever had an entry refuses the ID, before it trims.
+	// Adding an entry with the lowest possible ID and trimming it in the same step
+	// leaves an empty stream. A stream that ever had an entry rejects the ID before
+	// it trims.
 	_, err = s.ask(ctx, "xadd", s.Key, "maxlen", 0, "0-1", "-", "-")
 	if err != nil && !redisx.ReplyHas(err, "equal or smaller") {
 		return err

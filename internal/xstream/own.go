@@ -8,26 +8,26 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// This file is who owns a pending entry. XCLAIM has no "only if it is still mine", so
-// that each of these commands is a script: it looks at the owner, and acts in the same
-// step, whatever the clocks say. Each may run twice, since an answer can be lost.
+// This file handles ownership of pending entries. XCLAIM has no condition "if it is
+// still mine", so each of these commands is a script: it checks the owner and acts
+// in the same step, whatever the clocks say. Each may run twice, since an answer
+// can be lost.
 
-// Standing is what a script found that was asked to do something to a pending entry of
-// the caller's.
+// Standing is the state in which a script found a pending entry of the caller's.
 type Standing string
 
-// The standings.
+// Standings of an entry.
 const (
-	Mine      Standing = "mine"      // it was done
-	Elsewhere Standing = "elsewhere" // it is another consumer's
-	Settled   Standing = "settled"   // it is not pending, though in the stream: acked, or the group was made anew
-	Trimmed   Standing = "trimmed"   // it was not in the stream, and is not pending any more
-	Gone      Standing = "gone"      // it is neither in the stream nor pending
-	Moved     Standing = "moved"     // another consumer has moved it to the dead-letter stream
+	Mine      Standing = "mine"      // ours: the script has acted on it
+	Elsewhere Standing = "elsewhere" // pending for another consumer
+	Settled   Standing = "settled"   // in the stream, but not pending: acked, or the group was recreated
+	Trimmed   Standing = "trimmed"   // was pending, but not in the stream; now acked
+	Gone      Standing = "gone"      // neither in the stream nor pending
+	Moved     Standing = "moved"     // moved to the dead-letter stream by another consumer
 )
 
-// standingFunction says how an entry stands to a consumer, and returns its row of
-// XPENDING. One that is not in the stream any more is acked away.
+// standingFunction returns an entry's standing for a consumer, and its row of
+// XPENDING. It acks an entry that is no longer in the stream.
 const standingFunction = `
 local function standing(id, me)
   local p = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
@@ -40,8 +40,8 @@ local function standing(id, me)
   return p[2] == me and 'mine' or 'elsewhere', p, there
 end`
 
-// mineFunction returns which entries between the first and the last one, in the order
-// of their IDs, are pending in a consumer's name.
+// mineFunction returns which entries from first to last, in ID order, are pending
+// for a consumer.
 const mineFunction = `
 local function mine(first, last, me)
   local found, from = {}, first
@@ -54,7 +54,7 @@ local function mine(first, last, me)
 end`
 
 // renewScript returns the IDs that it did not renew, each with its standing. XCLAIM
-// drops what is not in the stream any more from the pending entries.
+// removes entries that are no longer in the stream from the pending entries.
 const renewScript = `-- renew` + standingFunction + mineFunction + `
 local me, ids, others = ARGV[2], {}, {}
 local found = mine(ARGV[3], ARGV[#ARGV], me)
@@ -79,13 +79,12 @@ for _, id in ipairs(ids) do
 end
 return others`
 
-// MaxOwned is the most entries of one call of Renew, Assign or Restore: 250 take the
-// server some 1 ms.
+// MaxOwned is the maximum number of entries per call of Renew, Assign or Restore:
+// 250 take the server about 1 ms.
 const MaxOwned = 250
 
-// Renew resets the idle time of those of the entries, MaxOwned at most and in the order
-// of their IDs, that are pending in the consumer's name. It returns the standing of the
-// others.
+// Renew resets the idle time of the entries that are pending for the consumer, and
+// returns the standings of the others. Pass at most MaxOwned IDs, in ID order.
 func (s *Stream) Renew(ctx context.Context, ids []string) (map[string]Standing, error) {
 	args := make([]any, 0, 2+len(ids))
 	args = append(args, s.Group, s.Consumer)
@@ -109,9 +108,10 @@ func standings(v any, err error) (map[string]Standing, error) {
 	return found, nil
 }
 
-// takeScript is for a retry of the caller's own entry, and for the take-over of one that
-// was seen in a consumer's name. Whether that has touched it since is told by its
-// count and its idle time, which grows. A second run finds it taken.
+// takeScript retries an entry of the caller's, or takes over an entry that was seen
+// pending for another consumer. The count and the idle time, which only grows, show
+// whether that consumer has touched it since. If the script runs a second time, it
+// finds the entry taken.
 const takeScript = `-- take` + standingFunction + `
 local id, me, owner, count, idle, next = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local how, p, entry = standing(id, me)
@@ -124,9 +124,9 @@ if how ~= 'mine' then return {how} end
 redis.call('XCLAIM', KEYS[1], ARGV[1], me, 0, id, 'RETRYCOUNT', next, 'JUSTID')
 return {how, entry}`
 
-// Take has an entry delivered once more: it gets the count given as next. Without an
-// owner it must be the consumer's own already; else it must be pending in the owner's
-// name, with that count, and have been idle for that time at least.
+// Take delivers an entry once more, with next as its new count. Without an owner it
+// must already be pending for the consumer. Otherwise it must be pending for the
+// owner with that count, and have been idle for at least that time.
 func (s *Stream) Take(ctx context.Context, id, owner string, count int64, idle time.Duration, next int64) (*Entry, Standing, error) {
 	v, err := s.eval(ctx, takeScript, s.Group, id, s.Consumer, owner, count, idle.Milliseconds(), next)
 	if err != nil {
@@ -147,7 +147,7 @@ func (s *Stream) Take(ctx context.Context, id, owner string, count int64, idle t
 	return &entries[0], Mine, nil
 }
 
-// assignScript returns the IDs that it gave away.
+// assignScript returns the IDs that it has assigned.
 const assignScript = `-- assign` + mineFunction + `
 local me, to, given, counts = ARGV[2], ARGV[3], {}, {}
 local found = mine(ARGV[4], ARGV[#ARGV - 1], me)
@@ -173,9 +173,9 @@ type Counted struct {
 	Count int64
 }
 
-// Assign gives those of the entries, MaxOwned at most and in the order of their IDs,
-// that are pending in the consumer's name to another one, with the delivery counts
-// given. It returns which these were.
+// Assign assigns the entries that are pending for the consumer to another one, with
+// the given delivery counts, and returns their IDs. Pass at most MaxOwned entries,
+// in ID order.
 func (s *Stream) Assign(ctx context.Context, to string, entries []Counted) (map[string]bool, error) {
 	args := make([]any, 0, 3+2*len(entries))
 	args = append(args, s.Group, s.Consumer, to)
@@ -203,8 +203,8 @@ for i = 3, #ARGV, 2 do
 end
 return others`
 
-// Restore makes the entries, MaxOwned at most, pending in the consumer's name again,
-// unless they are in another one's. It returns the standing of those.
+// Restore makes the entries, at most MaxOwned, pending for the consumer again,
+// unless they are pending for another one. It returns the standings of those.
 func (s *Stream) Restore(ctx context.Context, entries []Counted) (map[string]Standing, error) {
 	args := make([]any, 0, 2+2*len(entries))
 	args = append(args, s.Group, s.Consumer)
@@ -214,13 +214,13 @@ func (s *Stream) Restore(ctx context.Context, entries []Counted) (map[string]Sta
 	return standings(s.eval(ctx, restoreScript, args...))
 }
 
-// OneMore returns the count of the delivery after it. It stays at the greatest, which
-// XNACK FATAL sets.
+// OneMore returns the next delivery count. It stays at the maximum, which XNACK
+// FATAL sets.
 func OneMore(count int64) int64 { return count + min(1, math.MaxInt64-count) }
 
-// Probe writes nothing, by a command that the server takes for a write: where it is
-// answered, a living consumer can renew its leases. (XGROUP CREATECONSUMER would be
-// refused by a server that is full, which leases do not need.)
+// Probe sends a command that writes nothing but that the server treats as a write:
+// if it is answered, a living consumer can renew its leases. (A server that is out
+// of memory rejects XGROUP CREATECONSUMER, but accepts renewals.)
 func (s *Stream) Probe(ctx context.Context) error {
 	_, err := redisx.Do(ctx, s.Via, "xclaim", s.Key, s.Group, s.Consumer, 0, "0-1", "justid")
 	return err

@@ -2,6 +2,7 @@ package xstream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -29,9 +30,8 @@ func (s *Stream) pendingArgs(idle time.Duration, start, end string, count int, c
 	return args
 }
 
-// Pending returns the entries that have been idle for idle at least, from the
-// ID start on ("(" before an ID: after it), at most count. A consumer's name
-// limits it to that consumer's.
+// Pending returns at most count entries that have been idle for at least idle,
+// starting at the ID start. A consumer's name limits it to that consumer.
 func (s *Stream) Pending(ctx context.Context, idle time.Duration, start, end string, count int, consumer string) ([]Pending, error) {
 	v, err := s.ask(ctx, s.pendingArgs(idle, start, end, count, consumer)...)
 	if err != nil {
@@ -40,7 +40,7 @@ func (s *Stream) Pending(ctx context.Context, idle time.Duration, start, end str
 	return parsePending(v)
 }
 
-// PendingOn is Pending of all of a consumer's, a page of count at a time, on a
+// PendingOn returns all pending entries of a consumer, in pages of count, over a
 // connection of the caller's.
 func (s *Stream) PendingOn(ctx context.Context, p redisx.Processor, consumer string, count int) (all []Pending, err error) {
 	for start := "-"; ; {
@@ -56,7 +56,7 @@ func (s *Stream) PendingOn(ctx context.Context, p redisx.Processor, consumer str
 		if len(rows) < count {
 			return all, nil
 		}
-		start = "(" + rows[len(rows)-1].ID
+		start = After(rows[len(rows)-1].ID)
 	}
 }
 
@@ -77,15 +77,15 @@ func parsePending(v any) ([]Pending, error) {
 	return out, nil
 }
 
-// Summary is XPENDING's of a group.
+// Summary is the summary form of XPENDING.
 type Summary struct {
 	Count     int64
-	First     string           // the first of the IDs; "" if nothing is pending
-	Consumers map[string]int64 // those with something pending, and how much
+	First     string           // the lowest ID; "" if nothing is pending
+	Consumers map[string]int64 // consumers with pending entries, and their numbers
 }
 
-// PendingSummary returns what is pending in the group. Unlike GroupInfo its cost does
-// not grow with the stream's groups.
+// PendingSummary summarizes the pending entries of the group. Unlike GroupInfo, its
+// cost does not grow with the number of groups.
 func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
 	v, err := s.ask(ctx, "xpending", s.Key, s.Group)
 	if err != nil {
@@ -97,7 +97,7 @@ func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
 	}
 	sum := Summary{Consumers: make(map[string]int64)}
 	sum.Count, _ = cols[0].(int64)
-	sum.First, _ = cols[1].(string) // nil if there is none
+	sum.First, _ = cols[1].(string) // nil if nothing is pending
 	rows, _ := cols[3].([]any)
 	for _, row := range rows {
 		if row, ok := row.([]any); ok && len(row) == 2 {
@@ -109,7 +109,7 @@ func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
 	return sum, nil
 }
 
-// GroupInfo is what XINFO GROUPS says of a group.
+// GroupInfo is the entry of a group in XINFO GROUPS.
 type GroupInfo struct {
 	LastDelivered string
 	Pending       int64
@@ -117,10 +117,13 @@ type GroupInfo struct {
 	Lag           int64 // -1 if the server cannot tell
 }
 
-// GroupInfo returns what the server knows of the group. It is for rare moments: the
-// answer has all groups of the stream in it.
+// GroupInfo returns the server's information about the group. Use it rarely: the
+// reply contains all groups of the stream.
 func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 	v, err := s.ask(ctx, "xinfo", "groups", s.Key)
+	if redisx.ReplyHas(err, "ASK ") {
+		v, err = s.follow(ctx, s.Key, "xinfo", "groups", s.Key)
+	}
 	if err != nil {
 		if redisx.ReplyHas(err, "no such key") {
 			return GroupInfo{}, ErrNoGroup
@@ -145,37 +148,47 @@ func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 	return GroupInfo{}, ErrNoGroup
 }
 
-// Groups returns how many groups the stream has.
+// Groups returns the number of groups of the stream.
 func (s *Stream) Groups(ctx context.Context) (int, error) {
 	v, err := s.ask(ctx, "xinfo", "groups", s.Key)
 	groups, _ := v.([]any)
 	return len(groups), err
 }
 
-// GroupExists returns an error if the server knows that the group is not there.
+// GroupExists returns an error if the group is known not to exist.
 func (s *Stream) GroupExists(ctx context.Context) error {
 	_, err := s.GroupInfo(ctx)
 	switch {
 	case GroupLost(err):
-		return fmt.Errorf("group %q of topic %q does not exist any more", s.Group, s.Key)
+		return fmt.Errorf("group %q of topic %q no longer exists", s.Group, s.Key)
 	case redisx.IsDenied(err):
 		return nil
 	}
 	return err
 }
 
-// ConsumerInfo is what XINFO CONSUMERS says of one of them.
+// HasGroup returns an error if the group does not exist. Unlike GroupExists, it needs the
+// permission to ask.
+func (s *Stream) HasGroup(ctx context.Context) error {
+	_, err := s.GroupInfo(ctx)
+	if GroupLost(err) {
+		return errors.New("the topic has no such group")
+	}
+	return err
+}
+
+// ConsumerInfo is the entry of a consumer in XINFO CONSUMERS.
 type ConsumerInfo struct {
 	Name    string
 	Pending int64
-	Idle    time.Duration // since it took or renewed something, at least
+	Idle    time.Duration // minimum time since it took or renewed an entry
 
-	// Inactive is the time since it last took or renewed something; -1: it never did.
-	// Before Redis 7.2 it is not known; Idle is the same then.
+	// Inactive is the time since it last took or renewed an entry; -1 if it never
+	// did. Before Redis 7.2 it is unknown, and equal to Idle.
 	Inactive time.Duration
 }
 
-// Consumers returns the group's.
+// Consumers returns the group's consumers.
 func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
 	v, err := s.ask(ctx, "xinfo", "consumers", s.Key, s.Group)
 	if err != nil {
@@ -196,10 +209,11 @@ func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
 	return all, nil
 }
 
-// removeConsumersScript removes consumers with nothing pending: the one named
-// in ARGV[2], or if that is empty all that are idle for ARGV[3] milliseconds.
-// XGROUP DELCONSUMER drops what is pending for good, so that asking and
-// removing must be one step. It returns how many; -1 if that named has something.
+// removeConsumersScript removes consumers with nothing pending: the one named in
+// ARGV[2], or if that is empty, all that have been idle for ARGV[3] milliseconds.
+// XGROUP DELCONSUMER drops pending entries for good, so the check and the removal
+// must be one step. It returns the number removed; -1 if the named consumer has
+// pending entries.
 const removeConsumersScript = `
 local removed = 0
 for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
@@ -214,7 +228,7 @@ for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
 end
 return removed`
 
-// RemoveConsumer removes the consumer, unless something is pending in its name.
+// RemoveConsumer removes the consumer, unless entries are pending for it.
 func (s *Stream) RemoveConsumer(ctx context.Context) error {
 	_, err := s.eval(ctx, removeConsumersScript, s.Group, s.Consumer, 0)
 	if GroupLost(err) {
@@ -223,8 +237,8 @@ func (s *Stream) RemoveConsumer(ctx context.Context) error {
 	return err
 }
 
-// RemoveIdleConsumers removes those that have been idle for so long and have
-// nothing pending.
+// RemoveIdleConsumers removes the consumers that have been idle for the given time
+// and have nothing pending.
 func (s *Stream) RemoveIdleConsumers(ctx context.Context, idle time.Duration) (int64, error) {
 	v, err := s.eval(ctx, removeConsumersScript, s.Group, "", idle.Milliseconds())
 	n, _ := v.(int64)

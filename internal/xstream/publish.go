@@ -11,8 +11,9 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// AddPrefix returns the arguments that are the same for all messages of a topic. A
-// positive maxLen trims the stream to about as many entries; noMake does not make it.
+// AddPrefix returns the XADD arguments that all messages of a topic share. A
+// positive maxLen trims the stream to about that length; noMake does not create the
+// stream.
 func AddPrefix(key string, maxLen int64, noMake bool) []any {
 	args := []any{"xadd", key}
 	if noMake {
@@ -24,28 +25,29 @@ func AddPrefix(key string, maxLen int64, noMake bool) []any {
 	return args
 }
 
-// Publishing is one call of Publish: a bare XADD, or several within MULTI and EXEC.
+// Publishing is one call of Publish: a single XADD, or several within MULTI and
+// EXEC.
 type Publishing struct {
 	ctx   context.Context
-	sent  redisx.Sent // the ID of each: "*"
+	sent  redisx.Sent // the ID of each XADD: "*"
 	adds  []redisx.OnceStringCmd
-	multi redisx.OnceCmd // around several
+	multi redisx.OnceCmd // only for several messages
 	exec  redisx.OnceRawCmd
 }
 
-// NewPublishing returns a call of n messages. The context is there for its values.
+// NewPublishing returns a call of n messages. Only the context's values are used.
 func NewPublishing(ctx context.Context, n int) *Publishing {
 	c := &Publishing{ctx: context.WithoutCancel(ctx), adds: make([]redisx.OnceStringCmd, 0, n)}
 	c.sent.Asterisk()
 	return c
 }
 
-// usualArgs is the room for an ID, the UUID to remember, and what DefaultMarshaler
-// returns.
+// usualArgs is the number of arguments for an ID, the UUID to remember, and
+// DefaultMarshaler's fields.
 const usualArgs = 1 + 3 + 6
 
-// Begin returns the arguments of the next message up to its fields. A producer ID has
-// the server store the UUID once.
+// Begin returns the arguments of the next message up to its fields. With a producer
+// ID the server stores the UUID once.
 func (c *Publishing) Begin(prefix []any, producerID, uuid string) []any {
 	args := make([]any, len(prefix), len(prefix)+usualArgs)
 	copy(args, prefix)
@@ -60,13 +62,14 @@ func (c *Publishing) Add(args []any) {
 	c.adds = append(c.adds, redisx.OnceStringCmd{StringCmd: redis.NewStringCmd(context.Background(), args...)})
 }
 
-// Len returns how many messages there are.
+// Len returns the number of messages.
 func (c *Publishing) Len() int { return len(c.adds) }
 
-// Context returns what the call's commands run in.
+// Context returns the context of the call's commands.
 func (c *Publishing) Context() context.Context { return c.ctx }
 
-// Again returns the call anew, to be sent once more.
+// Again returns the call to be sent once more. It takes over the arguments: the original
+// must not be sent again.
 func (c *Publishing) Again() *Publishing {
 	call := NewPublishing(c.ctx, len(c.adds))
 	for _, add := range c.adds {
@@ -81,14 +84,15 @@ func (c *Publishing) Again() *Publishing {
 	return call
 }
 
-// ErrNoMulti is what MultiRefused reports.
+// errNoMulti is the error that MultiRefused reports.
 var errNoMulti = errors.New("MULTI was refused")
 
-// MultiRefused reports whether a call failed for want of the right to MULTI or EXEC.
+// MultiRefused reports whether a call failed because MULTI or EXEC is not
+// permitted.
 func MultiRefused(err error) bool { return errors.Is(err, errNoMulti) }
 
-// Send sends the call over the pipeline, in one round trip, with others that come at the
-// same time.
+// Send sends the call over the pipeline, in one round trip, together with
+// concurrent calls.
 func (c *Publishing) Send(pipe *pipeline.Pipeline) error {
 	if len(c.adds) == 1 {
 		return c.single(pipe.Process(c.ctx, c.adds[0]))
@@ -123,10 +127,10 @@ func mark(err error) error {
 	return fmt.Errorf("%w: %w", errNoMulti, err)
 }
 
-// errQueued says that a command was queued in a transaction that nobody can
-// execute: EXEC was denied to whoever began it on this connection. It is then
-// never executed, so that nothing is stored.
-var errQueued = redisx.ReplyError("ERR queued on a connection whose EXEC was denied")
+// errQueued means that a command was queued in a transaction that cannot be
+// executed, because EXEC was denied on this connection. It will never run, so
+// nothing is stored.
+var errQueued = redisx.ReplyError("ERR queued in a transaction whose EXEC was denied")
 
 // single returns the outcome of a message that was sent by itself.
 func (c *Publishing) single(err error) error {
@@ -136,8 +140,8 @@ func (c *Publishing) single(err error) error {
 	return c.sent.Outcome(err)
 }
 
-// executed reads EXEC's reply, which has the errors of the commands in it. Their
-// IDs are of no use here, but a missing one is redis.Nil, as of a bare XADD.
+// executed reads EXEC's reply, which contains the errors of the commands. The IDs
+// are not needed, but a missing one becomes redis.Nil, as for a single XADD.
 func (c *Publishing) executed() error {
 	if err := c.exec.Err(); err != nil {
 		return c.sent.Outcome(err)
@@ -145,7 +149,7 @@ func (c *Publishing) executed() error {
 	reply := resp(c.exec.Val())
 	n, err := reply.list()
 	if err != nil {
-		// EXECABORT says that a command was refused, but not why.
+		// EXECABORT means that a command was rejected, but does not say why.
 		for _, add := range c.adds {
 			if add.Err() != nil && redisx.IsReply(add.Err()) && redisx.IsReply(err) {
 				return redisx.Redacted(add.Err())
@@ -153,7 +157,7 @@ func (c *Publishing) executed() error {
 		}
 		return redisx.Redacted(err)
 	}
-	if n < len(c.adds) { // EXEC's nil: somebody had left a WATCH on the connection
+	if n < len(c.adds) { // nil from EXEC: somebody left a WATCH on the connection
 		return redis.TxFailedErr
 	}
 	outcomes := make([]error, len(c.adds))
@@ -170,8 +174,8 @@ func (c *Publishing) executed() error {
 	return summary(outcomes)
 }
 
-// separately reads the answers to several messages that ran one by one, since MULTI
-// was refused: the right to it was taken away after the Publisher had asked.
+// separately reads the replies to several messages that ran one by one, since MULTI
+// was denied: the permission was revoked after the Publisher had checked it.
 func (c *Publishing) separately() error {
 	outcomes := make([]error, len(c.adds))
 	for i, add := range c.adds {
@@ -186,8 +190,9 @@ func (c *Publishing) separately() error {
 	return nil
 }
 
-// summary returns nil if all messages are stored, the first error if none is, and
-// what it is if only some are: Redis's transactions undo nothing.
+// summary returns nil if all messages are stored, and the first error if none is.
+// If only some are stored, it returns ErrOutcomeUnknown: Redis's transactions do
+// not roll back.
 func summary(outcomes []error) error {
 	stored := 0
 	var first error
@@ -195,7 +200,7 @@ func summary(outcomes []error) error {
 		switch {
 		case err == nil:
 			stored++
-		case first == nil, redisx.IsReply(first) && !redisx.IsReply(err): // which says less of what happened
+		case first == nil, redisx.IsReply(first) && !redisx.IsReply(err): // a broken connection says less about what happened
 			first = redisx.Redacted(err)
 		}
 	}
@@ -205,8 +210,8 @@ func summary(outcomes []error) error {
 	return fmt.Errorf("%w: %d of %d messages are stored: %w", redisx.ErrOutcomeUnknown, stored, len(outcomes), first)
 }
 
-// SendTo sends the call by itself, where a pipeline is not one connection: the
-// client routes the transaction to the key's node.
+// SendTo sends the call by itself, for clients whose pipelines may use several
+// connections: the client routes the transaction to the key's node.
 func (c *Publishing) SendTo(client redisx.Client) error {
 	if len(c.adds) == 1 {
 		return c.single(client.Process(c.ctx, c.adds[0]))
@@ -218,7 +223,8 @@ func (c *Publishing) SendTo(client redisx.Client) error {
 		return nil
 	})
 	if redisx.ReplyHas(err, "'multi'") && redisx.IsDenied(err) {
-		// The messages run one by one then, and go-redis does not say what became of each.
+		// Then the messages run one by one, and go-redis does not report the
+		// outcome of each.
 		return mark(fmt.Errorf("%w: the messages ran one by one: %w", redisx.ErrOutcomeUnknown, redisx.Redacted(err)))
 	}
 	if err == nil || !redisx.IsReply(err) {
@@ -234,14 +240,14 @@ func (c *Publishing) SendTo(client redisx.Client) error {
 	return redisx.Redacted(err)
 }
 
-// AskMulti returns an error if the node does not allow MULTI: what follows it in a
-// pipeline would run all the same, but not as one.
+// AskMulti returns an error if the node does not permit MULTI: the remaining
+// commands of a pipeline would still run, but not atomically.
 func AskMulti(ctx context.Context, node *redis.Client) error {
 	multi, exec := redisx.NewOnce(ctx, "multi"), redisx.NewOnce(ctx, "exec")
 	redisx.ExecPipeline(ctx, node, []redis.Cmder{multi, exec})
 	for _, err := range []error{multi.Err(), exec.Err()} {
 		if redisx.IsDenied(err) {
-			return fmt.Errorf("several messages in one call need the right to MULTI and EXEC: %w", err)
+			return fmt.Errorf("several messages in one call need permission for MULTI and EXEC: %w", err)
 		}
 		if err != nil {
 			return err

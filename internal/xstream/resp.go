@@ -12,28 +12,28 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// What a read brings is the bulk of what goes through this library, and go-redis's
-// own parser makes an interface and a string of each name, value and list in it:
-// 17 allocations for a message, two thirds of all. So reads take the reply as it
-// comes, and cut it up here: its strings are parts of one.
+// Reads are the bulk of the traffic, and go-redis's own parser allocates an
+// interface and a string for each name, value and list: 17 allocations per message,
+// two thirds of all. So reads receive the raw reply, and parse it here: the strings
+// are parts of the reply.
 
-// Buffer takes the reply to a read as it comes (redis.RawWriteToCmd). It is used again for
-// the next one: go-redis's RawCmd begins with nothing each time, and grows it step by
-// step to five times of what is needed.
+// Buffer receives the raw reply to a read (redis.RawWriteToCmd), and is reused for
+// the next one. go-redis's RawCmd starts with an empty buffer each time, and grows
+// it step by step to five times the necessary size.
 type Buffer struct {
 	b     []byte
-	small []byte // what is used again, while b is a larger one
+	small []byte // the buffer to reuse, while b is a larger one
 	large int    // the size of the last large reply
 }
 
-// maxLarge is the most room that is made beforehand.
+// maxLarge is the maximum size allocated in advance.
 const maxLarge = 2 << 20
 
-// keepBuffer is the most that an idle buffer keeps.
+// keepBuffer is the maximum size of an idle buffer.
 const keepBuffer = 256 << 10
 
-// grow makes room for n more bytes: for a large reply at once as much as the last
-// one had.
+// grow makes room for n more bytes; for a large reply, as much at once as the last
+// large one needed.
 func (r *Buffer) grow(n int) {
 	need := len(r.b) + n
 	if need <= keepBuffer || cap(r.b) > keepBuffer {
@@ -50,7 +50,7 @@ func (r *Buffer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// ReadFrom is what io.CopyN calls for each string.
+// ReadFrom is called by io.CopyN for each string.
 func (r *Buffer) ReadFrom(src io.Reader) (int64, error) {
 	limited, ok := src.(*io.LimitedReader)
 	if !ok {
@@ -65,30 +65,30 @@ func (r *Buffer) ReadFrom(src io.Reader) (int64, error) {
 	return int64(read), err
 }
 
-// take returns what has come, and empties the buffer.
+// take returns the reply and empties the buffer.
 func (r *Buffer) take() resp {
 	if cap(r.b) <= keepBuffer {
 		reply := resp(r.b)
 		r.b = r.b[:0]
 		return reply
 	}
-	// A copy of a large one would cost more than all else: nobody writes to it again.
+	// Copying a large buffer would cost more than everything else: give it away.
 	reply := resp(unsafe.String(unsafe.SliceData(r.b), len(r.b)))
 	if len(r.b) < cap(r.b)/2 {
-		reply = resp(strings.Clone(string(reply))) // not to keep what is empty
+		reply = resp(strings.Clone(string(reply))) // do not keep unused capacity
 	}
 	r.large = len(r.b)
 	r.b, r.small = r.small[:0], nil
 	return reply
 }
 
-// resp is what is left of a reply.
+// resp is the unparsed rest of a reply.
 type resp string
 
 var errReply = errors.New("goxstreams: unexpected reply")
 
-// head takes the beginning of a value off: its type, and its length or text.
-// A missing value has the length -1.
+// head cuts the start of a value off: its type, and its length or text. A null
+// value has the length -1.
 func (r *resp) head() (kind byte, n int, text string, err error) {
 	text, rest, ok := strings.Cut(string(*r), "\r\n")
 	if !ok || text == "" {
@@ -99,9 +99,9 @@ func (r *resp) head() (kind byte, n int, text string, err error) {
 	switch kind {
 	case '*', '%', '$', '=', '~':
 		if n, err = strconv.Atoi(text); err != nil || n < -1 {
-			return 0, 0, "", fmt.Errorf("%w: a length expected", errReply) // not what is there: it may be part of a payload
+			return 0, 0, "", fmt.Errorf("%w: a length expected", errReply) // without the text, which may be part of a payload
 		}
-		if n > len(rest) { // each element takes a byte at least
+		if n > len(rest) { // each element takes at least one byte
 			return 0, 0, "", fmt.Errorf("%w: it ends too early", errReply)
 		}
 	case '_':
@@ -110,8 +110,8 @@ func (r *resp) head() (kind byte, n int, text string, err error) {
 	return kind, n, text, nil
 }
 
-// list takes the beginning of a list off, and returns how many elements follow: of
-// a map twice as many as it has keys. None if it is missing.
+// list cuts the start of a list off, and returns its number of elements; for a map,
+// twice the number of its keys; 0 for null.
 func (r *resp) list() (int, error) {
 	kind, n, text, err := r.head()
 	switch {
@@ -129,7 +129,7 @@ func (r *resp) list() (int, error) {
 	return 0, fmt.Errorf("%w: a list expected, have %q", errReply, kind)
 }
 
-// bulk takes a string off. An error in its place is returned as one.
+// bulk cuts a string off. If the value is an error, it returns that as an error.
 func (r *resp) bulk() (string, error) {
 	kind, n, text, err := r.head()
 	switch {
@@ -139,7 +139,7 @@ func (r *resp) bulk() (string, error) {
 		return text, nil
 	case kind == '-':
 		return "", redisx.ReplyError(text)
-	case n < 0: // missing, in RESP2 or RESP3
+	case n < 0: // null, in RESP2 or RESP3
 		return "", nil
 	case kind != '$':
 		return "", fmt.Errorf("%w: a string expected, have %q", errReply, kind)
@@ -151,8 +151,8 @@ func (r *resp) bulk() (string, error) {
 	return s, nil
 }
 
-// readings parses the reply to XREAD or XREADGROUP: [[stream, entries], ...], or
-// in RESP3 a map. An error reply is returned as an error.
+// readings parses the reply to XREAD or XREADGROUP: [[stream, entries], ...], or a
+// map in RESP3. It returns an error reply as an error.
 func (r resp) readings() ([]Reading, error) {
 	inMap := strings.HasPrefix(string(r), "%")
 	n, err := r.list()
@@ -179,7 +179,7 @@ func (r resp) readings() ([]Reading, error) {
 	return all, nil
 }
 
-// entries takes a list of entries off: [[id, [name, value, ...]], ...].
+// entries cuts a list of entries off: [[id, [name, value, ...]], ...].
 func (r *resp) entries() ([]Entry, error) {
 	size := len(*r)
 	n, err := r.list()
@@ -187,7 +187,7 @@ func (r *resp) entries() ([]Entry, error) {
 		return nil, err
 	}
 	entries := make([]Entry, 0, n)
-	var fields []string // of several entries
+	var fields []string // backing array for several entries
 	for i := range n {
 		if pair, err := r.list(); err != nil || pair != 2 {
 			return nil, malformed(err, "an entry's ID and fields expected")
@@ -220,15 +220,15 @@ func (r *resp) entries() ([]Entry, error) {
 }
 
 const (
-	// smallString is what is copied out of a large reply, and smallReply one of which
-	// nothing is.
+	// Strings up to smallString bytes are copied out of a reply, unless the reply
+	// is smaller than smallReply.
 	smallString = 512
 	smallReply  = 32 << 10
 )
 
-// own makes IDs, and in large replies all small strings, parts of a string of their
-// own: an ID, a UUID and metadata are kept for as long as a message is in flight, and
-// must not keep the payloads of a hundred others.
+// own moves the IDs, and in large replies all small strings, to a string of their
+// own: an ID, a UUID and metadata are kept while a message is in flight, and must
+// not keep the payloads of a hundred others in memory.
 func own(entries []Entry, small int) []Entry {
 	size := 0
 	each := func(do func(s *string)) {

@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// wire writes a reply: strings as bulk strings, lists as lists.
+// wire encodes a reply: strings as bulk strings, lists as lists.
 func wire(v any) string {
 	switch v := v.(type) {
 	case string:
@@ -69,7 +69,7 @@ func TestReadings(t *testing.T) {
 	}
 }
 
-// An entry that is kept must not keep what was read with it.
+// An entry that is kept must not keep the entries that were read with it in memory.
 func TestReadingsOwnTheirIDs(t *testing.T) {
 	reply := wire([]any{[]any{"a", []any{[]any{"1-0", []any{"k", strings.Repeat("x", 100)}}, []any{"2-0", []any{"k", "v"}}}}})
 	got, err := resp(reply).readings()
@@ -80,8 +80,8 @@ func TestReadingsOwnTheirIDs(t *testing.T) {
 	assert.Equal(t, "2-0", got[0].Entries[1].ID)
 }
 
-// FuzzReadings: whatever comes, the parser neither panics nor takes much more
-// memory than it was given.
+// FuzzReadings: whatever the input, the parser neither panics nor takes much more
+// memory than its size.
 func FuzzReadings(f *testing.F) {
 	f.Add(wire([]any{[]any{"a", []any{[]any{"1-0", []any{"k", "v"}}}}}))
 	f.Add("%1\r\n$1\r\na\r\n*1\r\n*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nk\r\n$1\r\nv\r\n")
@@ -107,7 +107,7 @@ func FuzzReadings(f *testing.F) {
 	})
 }
 
-// A reply that broke off must not come before the next one.
+// A truncated reply must not precede the next one.
 func TestReplyBuffer(t *testing.T) {
 	var buf Buffer
 	read := func(s string) {
@@ -126,8 +126,8 @@ func TestReplyBuffer(t *testing.T) {
 	assert.LessOrEqual(t, cap(buf.b), keepBuffer, "a buffer for rare large replies is not kept")
 }
 
-// What was taken stays as it is, whatever comes next and however large each is: a large
-// buffer goes with its reply.
+// A reply that was taken stays unchanged, whatever comes next and however large
+// each is: a large buffer leaves with its reply.
 func TestReplyBuffer_SmallAndLarge(t *testing.T) {
 	var buf Buffer
 	var want []string
@@ -135,7 +135,7 @@ func TestReplyBuffer_SmallAndLarge(t *testing.T) {
 	for i, size := range []int{10, keepBuffer - 1, keepBuffer + 1, 10, 4 * keepBuffer, keepBuffer + 1, keepBuffer + 1, 1, 4 * keepBuffer} {
 		reply := strings.Repeat(string(rune('a'+i)), size)
 		want = append(want, reply)
-		for rest := reply; rest != ""; { // in pieces, as its fields come
+		for rest := reply; rest != ""; { // in pieces, as its fields arrive
 			n := min(len(rest), 100_000)
 			_, err := io.CopyN(&buf, strings.NewReader(rest), int64(n))
 			require.NoError(t, err)
@@ -146,5 +146,17 @@ func TestReplyBuffer_SmallAndLarge(t *testing.T) {
 	}
 	for i := range want {
 		assert.True(t, want[i] == string(got[i]), "reply %d", i)
+	}
+}
+
+func TestAfter(t *testing.T) {
+	for id, want := range map[string]string{
+		"0-0":                    "0-1",
+		"1700000000000-9":        "1700000000000-10",
+		"5-18446744073709551615": "6-0",
+		"18446744073709551615-0": "18446744073709551615-1",
+		"18446744073709551615-18446744073709551615": "(18446744073709551615-18446744073709551615",
+	} {
+		assert.Equal(t, want, After(id))
 	}
 }

@@ -11,19 +11,19 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// deniedFunction is for scripts of which one half must not happen without the other:
-// a command that is denied to a script ends it, and undoes nothing. It returns an
-// error if the command would be denied. (To try it on an ID that no entry has would
-// be a write, after which a server that is full of memory refuses nothing. The
-// embedded server has neither the function nor ACLs.)
+// deniedFunction is for scripts that must be atomic: a command that is denied to a
+// script aborts it without a rollback. It returns an error if the command would be
+// denied. (Trying the command on an ID that does not exist would count as a write,
+// after which a server that is out of memory rejects nothing more. The embedded
+// server has neither the function nor ACLs.)
 const deniedFunction = `
 local function denied(...)
   if not redis.acl_check_cmd or redis.acl_check_cmd(...) then return nil end
   return redis.error_reply('NOPERM no permissions to run ' .. (...) .. ': nothing is done')
 end`
 
-// rightsScript names the commands that are denied, of those that its arguments
-// name. The server looks at the command and at its keys.
+// rightsScript returns the commands that are denied. The server checks the command
+// and its keys.
 const rightsScript = deniedFunction + `
 local missing = {}
 local function need(name, ...)
@@ -37,12 +37,12 @@ need('XPENDING', 'XPENDING', key, group)
 need('XRANGE', 'XRANGE', key, '-', '+')
 return missing`
 
-// CheckRights returns an error that names the rights which a consumer of the group
-// lacks.
+// CheckRights returns an error that names the permissions which a consumer of the
+// group lacks.
 func (s *Stream) CheckRights(ctx context.Context) error {
 	v, err := redisx.Do(ctx, s.Via, "eval", rightsScript, 1, s.Key, s.Group)
 	if redisx.ReplyHas(err, "'eval'", "unknown command") {
-		return fmt.Errorf("the right to EVAL is missing: %w", err)
+		return fmt.Errorf("the permission for EVAL is missing: %w", err)
 	}
 	if err != nil && err != redis.Nil {
 		return err
@@ -53,15 +53,15 @@ func (s *Stream) CheckRights(ctx context.Context) error {
 		names = append(names, fmt.Sprint(row))
 	}
 	if len(names) > 0 {
-		return redisx.ReplyError("NOPERM the right to " + strings.Join(names, ", ") + " is missing")
+		return redisx.ReplyError("NOPERM the permission for " + strings.Join(names, ", ") + " is missing")
 	}
 	return nil
 }
 
-// ErrUnsupported is the library's sentinel of that name.
+// ErrUnsupported is the library's exported error of that name.
 var ErrUnsupported = errors.New("goxstreams: not supported by the server")
 
-// Unsupported returns the error for what this server does not have.
+// Unsupported returns the error for a feature that this server lacks.
 func (s *Stream) Unsupported(ctx context.Context, what string) error {
 	return fmt.Errorf("%w: %s; this is %s", ErrUnsupported, what, s.Version(ctx))
 }

@@ -40,7 +40,7 @@ func newStream(t *testing.T, entries int) (*redis.Client, Stream, []string) {
 	return client, s, ids
 }
 
-// mixed has one entry of each standing, in the order of their IDs.
+// mixed returns one entry of each standing, in ID order.
 func mixed(t *testing.T) (*redis.Client, Stream, map[Standing]string) {
 	t.Helper()
 	client, s, ids := newStream(t, 5)
@@ -60,8 +60,8 @@ func pendingRow(t *testing.T, s Stream, id string) *Pending {
 	return &rows[0]
 }
 
-// A renewal renews what is ours, and tells of the rest how it stands; it leaves alone
-// what somebody else has, however idle it is.
+// A renewal renews our entries, and returns the standing of the others; it does not
+// touch another consumer's entries, however idle they are.
 func TestRenew(t *testing.T) {
 	_, s, of := mixed(t)
 	ids := []string{of[Mine], of[Elsewhere], of[Settled], of[Trimmed], of[Gone]}
@@ -76,7 +76,7 @@ func TestRenew(t *testing.T) {
 }
 
 func TestRenew_ManyPages(t *testing.T) {
-	client, s, ids := newStream(t, 2300) // more than one page of the script's
+	client, s, ids := newStream(t, 2300) // more than one page of the script
 	ask := ids[2000:2250]
 	require.NoError(t, client.XClaimJustID(t.Context(), &redis.XClaimArgs{Stream: s.Key, Group: s.Group, Consumer: "other", Messages: ask[:10]}).Err())
 	others, err := s.Renew(t.Context(), ask)
@@ -84,8 +84,8 @@ func TestRenew_ManyPages(t *testing.T) {
 	require.Len(t, others, 10)
 }
 
-// Take counts what is ours, or was seen elsewhere and has not been touched since; it
-// may run twice.
+// Take counts a delivery of an entry that is ours, or that was found elsewhere and
+// not touched since; it may run twice.
 func TestTake(t *testing.T) {
 	client, s, of := mixed(t)
 	for range 2 {
@@ -151,7 +151,7 @@ func TestRestore(t *testing.T) {
 	}
 }
 
-// Without a group there is nothing to be told of an entry.
+// Without a group an entry has no standing.
 func TestOwnership_NoGroup(t *testing.T) {
 	client, s, ids := newStream(t, 1)
 	require.NoError(t, client.XGroupDestroy(t.Context(), s.Key, s.Group).Err())
@@ -182,8 +182,9 @@ func TestAckTrimmed(t *testing.T) {
 	require.Equal(t, Summary{Count: 500, First: ids[1], Consumers: map[string]int64{"consumer": 500}}, sum)
 }
 
-// DeleteAcked keeps what a fan-out has not come to; when it has, or is gone, that
-// goes too. Sequence numbers may be larger than Lua's numbers are exact.
+// DeleteAcked keeps entries that a fan-out has not read; once it has, or is gone,
+// they are deleted too. Sequence numbers may exceed the exact range of Lua's
+// numbers.
 func TestPositions(t *testing.T) {
 	for _, by := range []Delete{DeleteByScript, DeleteByServer} {
 		t.Run(string(by), func(t *testing.T) {
@@ -211,34 +212,59 @@ func TestPositions(t *testing.T) {
 			}
 			require.NoError(t, s.SetPosition(t.Context(), "one", "2-1", time.Minute))
 			require.NoError(t, s.SetPosition(t.Context(), "two", "5-"+large, time.Minute))
-			kept, err := s.AckAndDelete(t.Context(), by, all[1:]...) // the first stays pending
-			require.NoError(t, err)
-			require.EqualValues(t, 4, kept)
+			require.NoError(t, s.AckAndDelete(t.Context(), by, all[1:]...)) // the first stays pending
 			require.Equal(t, []string{ids[0], ids[2], ids[3], ids[4], ids[5]}, left())
 
-			// One is gone, the other is before the last. What is pending holds all up.
+			// One is gone, the other is before the last entry. The pending entry
+			// blocks everything after it.
 			require.NoError(t, s.RemovePosition(t.Context(), "one"))
-			_, _, err = s.TrimAcked(t.Context())
+			trimmed, err := s.Trim(t.Context(), Retention{}, 0)
 			require.NoError(t, err)
+			require.Zero(t, trimmed.Trimmed)
+			require.Equal(t, Pin{Group: s.Group, Consumer: s.Consumer, ID: ids[0], Age: trimmed.Pin.Age}, trimmed.Pin)
 			require.Len(t, left(), 5)
-			_, err = s.AckAndDelete(t.Context(), by, all[0])
+			require.NoError(t, s.AckAndDelete(t.Context(), by, all[0]))
+			trimmed, err = s.Trim(t.Context(), Retention{}, 0)
 			require.NoError(t, err)
-			more, later, err := s.TrimAcked(t.Context())
-			require.NoError(t, err)
-			require.False(t, more)
-			require.True(t, later, "a fan-out has not come to the last one")
+			require.False(t, trimmed.More)
+			require.Equal(t, Pin{Consumer: "two", ID: ids[5], Age: trimmed.Pin.Age}, trimmed.Pin, "a fan-out has not come to the last one")
 			require.Equal(t, []string{ids[5]}, left())
 			require.NoError(t, s.SetPosition(t.Context(), "two", ids[5], time.Minute))
-			_, later, err = s.TrimAcked(t.Context())
+			trimmed, err = s.Trim(t.Context(), Retention{}, 0)
 			require.NoError(t, err)
-			require.False(t, later)
+			require.Equal(t, Pin{}, trimmed.Pin)
 			require.Empty(t, left())
 		})
 	}
 }
 
-// What is larger than an argument may be goes to a script in pieces, and is stored
-// whole.
+// A step of the server's clock lets all positions expire. They are kept for another
+// minute, in which a living fan-out stores its own again.
+func TestTrim_ExpiredPosition(t *testing.T) {
+	client, s, ids := newStream(t, 2)
+	all := []any{ids[0], ids[1]}
+	require.NoError(t, s.SetPosition(t.Context(), "living", ids[0], time.Hour))
+	server, err := client.Time(t.Context()).Result()
+	require.NoError(t, err)
+	expired := func(mark string) { // as if the clock had been set forward since
+		value := fmt.Sprintf("%s %d%s", ids[0], server.Unix()-1, mark)
+		require.NoError(t, client.HSet(t.Context(), PositionsKey(s.Key), "living", value).Err())
+	}
+	expired("")
+	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, all...))
+	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val(), "the fan-out has not read the second one")
+	_, err = s.Trim(t.Context(), Retention{}, 0)
+	require.NoError(t, err)
+	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val())
+	expired("!") // it died
+	_, err = s.Trim(t.Context(), Retention{}, 0)
+	require.NoError(t, err)
+	require.Zero(t, client.XLen(t.Context(), s.Key).Val())
+	require.Zero(t, client.Exists(t.Context(), PositionsKey(s.Key)).Val())
+}
+
+// A value that is too large for an argument is sent to a script in pieces, and
+// stored whole.
 func TestDeadLetter_Pieces(t *testing.T) {
 	client, s, ids := newStream(t, 1)
 	fields := []string{"small", "x", "", strings.Repeat("a", maxPiece+1), "large", strings.Repeat("b", 3*maxPiece), "exact", strings.Repeat("c", maxPiece)}
@@ -262,8 +288,8 @@ func TestDeadLetter_Pieces(t *testing.T) {
 	require.EqualValues(t, 2, client.XLen(t.Context(), s.Key).Val())
 }
 
-// A move whose answer was lost is found by the marks in the letter's metadata, whatever
-// has become of the consumer and the group since.
+// A move whose answer was lost is found by the marks in the letter's metadata,
+// whatever happened to the consumer and the group since.
 func TestDeadLetter_Marks(t *testing.T) {
 	client, s, ids := newStream(t, 3)
 	dead := s.Key + ".dead"
@@ -277,7 +303,7 @@ func TestDeadLetter_Marks(t *testing.T) {
 		require.NoError(t, err)
 		moved = append(moved, id)
 	}
-	for range 150 { // more than a page of others
+	for range 150 { // more than a page of other letters
 		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: dead, Values: []string{"uuid", "y", "metadata", "<id 0-0>"}}).Err())
 	}
 	require.NoError(t, client.XGroupDelConsumer(t.Context(), s.Key, s.Group, s.Consumer).Err())
@@ -298,8 +324,8 @@ func TestDeadLetter_Marks(t *testing.T) {
 	require.EqualValues(t, 152, client.XLen(t.Context(), dead).Val())
 }
 
-// A group is made again where it was, unless the stream has begun anew since it was looked
-// at.
+// A group is recreated at its position, unless the stream was recreated since it
+// was looked at.
 func TestCreateGroupAt(t *testing.T) {
 	testserver.RequireReal(t)
 	client := testserver.Client(t)

@@ -15,28 +15,29 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// Entry is what a stream holds. Its fields are name, value, name, value, ... in
-// the stream's order, duplicates included, which go-redis's map would lose.
+// Entry is an entry of a stream. Its fields are name, value, name, value, ... in
+// stream order, including duplicates, which go-redis's map would lose.
 type Entry struct {
 	ID     string
 	Fields []string
 }
 
-// Stream is a topic, as one consumer of one group sees it if these are set.
+// Stream is a topic, as seen by a consumer of a group if these are set.
 type Stream struct {
 	Client   redisx.Client
-	Via      redisx.Processor // what commands go through: the client, or a pipeline over it
+	Via      redisx.Processor // sends the commands: the client, or a pipeline over it
 	Key      string
 	Group    string
 	Consumer string
 }
 
-// New returns a stream whose commands go to the client by themselves.
+// New returns a stream that sends its commands directly through the client.
 func New(client redisx.Client, key, group string) Stream {
 	return Stream{Client: client, Via: client, Key: key, Group: group}
 }
 
-// ask sends a command to the master that only reads, or else may run twice.
+// ask sends a command to the master. The command must be read-only, or safe to run
+// twice.
 func (s *Stream) ask(ctx context.Context, args ...any) (any, error) {
 	send := func() (any, error) {
 		master, err := s.Client.Master(ctx, s.Via, s.Key)
@@ -55,6 +56,12 @@ func (s *Stream) ask(ctx context.Context, args ...any) (any, error) {
 	return v, err
 }
 
+// follow is ask while the key's slot moves from one node of a Cluster to another, and the
+// old one does not have it: go-redis sends scripts to masters, and where these say it is.
+func (s *Stream) follow(ctx context.Context, key string, args ...any) (any, error) {
+	return redisx.Do(ctx, s.Via, append([]any{"eval", "return redis.call(unpack(ARGV))", 1, key}, args...)...)
+}
+
 func (s *Stream) once(ctx context.Context, args ...any) (any, error) {
 	return redisx.DoOnce(ctx, s.Via, args...)
 }
@@ -64,33 +71,32 @@ func (s *Stream) eval(ctx context.Context, script string, args ...any) (any, err
 	return s.once(ctx, append([]any{"eval", script, 1, s.Key}, args...)...)
 }
 
-// ErrNoGroup stands for NOGROUP where the server says it by leaving out.
+// ErrNoGroup stands for NOGROUP where the server's reply merely lacks the group.
 var ErrNoGroup error = redisx.ReplyError("NOGROUP no such group")
 
-// GroupLost reports whether err says that the group, or the whole stream, is
-// gone. UNBLOCKED is what Redis 7.0 says to a read that was waiting then.
+// GroupLost reports whether err says that the group, or the whole stream, is gone.
+// UNBLOCKED is Redis 7.0's reply to a read that was blocking at that time.
 func GroupLost(err error) bool {
 	return redisx.ReplyHas(err, "NOGROUP", "UNBLOCKED the stream key no longer exists")
 }
 
-// Cursor is a stream and the ID after which to read it: ">" is what the group has
-// not delivered yet.
+// Cursor is a stream and the ID after which to read it; ">" means the entries that
+// were not yet delivered to the group.
 type Cursor struct{ Key, After string }
 
-// Reading is what was read of one stream.
+// Reading is the result of reading one stream.
 type Reading struct {
 	Key     string
 	Entries []Entry
 }
 
-// Read is a read of several streams of one group in one consumer's name, or
-// without a group.
+// Read is a read of several streams, for a consumer of a group or without a group.
 type Read struct {
 	Group, Consumer string
 	NoAck           bool
 	From            []Cursor
-	Count           int           // entries of each stream
-	Block           time.Duration // negative: does not wait
+	Count           int           // maximum entries per stream
+	Block           time.Duration // negative: do not block
 }
 
 func (r *Read) args() []any {
@@ -117,10 +123,10 @@ func (r *Read) args() []any {
 	return args
 }
 
-// Do reads on the connection given. It returns none, without an error, when there
-// are none. The buffer is there to be used again.
+// Do reads on the given connection. If there are no entries, it returns none,
+// without an error. It reuses the buffer.
 func (r *Read) Do(ctx context.Context, p redisx.Processor, buf *Buffer) ([]Reading, error) {
-	buf.b = buf.b[:0] // what a failed read has left
+	buf.b = buf.b[:0] // left over from a failed read
 	if err := p.Process(ctx, redis.NewRawWriteToCmd(ctx, buf, r.args()...)); err != nil {
 		return nil, redisx.Redacted(err)
 	}
@@ -128,8 +134,8 @@ func (r *Read) Do(ctx context.Context, p redisx.Processor, buf *Buffer) ([]Readi
 	return readings, redisx.Redacted(err)
 }
 
-// CreateGroup makes the group, and the stream with it, to deliver what comes
-// after start. That the group exists already is success.
+// CreateGroup creates the group, and the stream if necessary, to deliver the
+// entries after start. An existing group is not an error.
 func (s *Stream) CreateGroup(ctx context.Context, start string) (made bool, err error) {
 	_, err = redisx.Do(ctx, s.Via, "xgroup", "create", s.Key, s.Group, start, "mkstream")
 	if redisx.ReplyHas(err, "BUSYGROUP") {
@@ -138,8 +144,8 @@ func (s *Stream) CreateGroup(ctx context.Context, start string) (made bool, err 
 	return err == nil, err
 }
 
-// createScript makes a group in a stream that is the one that was looked at, or has gone
-// on since.
+// createScript creates a group, unless the stream was recreated since it was looked
+// at.
 const createScript = `-- create
 local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
 if not info.err then
@@ -162,8 +168,8 @@ elseif ARGV[3] ~= '0-0' then
 end
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')`
 
-// CreateGroupAt makes the group as CreateGroup does, unless the stream has begun anew
-// since it was looked at: that is an error.
+// CreateGroupAt creates the group as CreateGroup does, but returns an error if the
+// stream was recreated since it was looked at.
 func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info) (made bool, err error) {
 	if start == "0" || seen.Last == "" {
 		return s.CreateGroup(ctx, start)
@@ -175,8 +181,8 @@ func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info) (ma
 	return err == nil, err
 }
 
-// CreateConsumer makes the consumer known to the group. Before 7.2 one that waits
-// for its first entry is not.
+// CreateConsumer adds the consumer to the group. Before Redis 7.2 a consumer that
+// waits for its first entry is not listed.
 func (s *Stream) CreateConsumer(ctx context.Context) error {
 	_, err := redisx.Do(ctx, s.Via, "xgroup", "createconsumer", s.Key, s.Group, s.Consumer)
 	return err
@@ -207,7 +213,7 @@ func (s *Stream) Entry(ctx context.Context, id string) (*Entry, error) {
 	return &entries[0], nil
 }
 
-// Newest returns the ID of the last entry; "" without any.
+// Newest returns the ID of the last entry; "" if there is none.
 func (s *Stream) Newest(ctx context.Context) (string, error) {
 	v, err := s.ask(ctx, "xrevrange", s.Key, "+", "-", "count", 1)
 	if err != nil {
@@ -220,19 +226,20 @@ func (s *Stream) Newest(ctx context.Context) (string, error) {
 	return entries[0].ID, nil
 }
 
-// Info is what XINFO STREAM says. Without a stream its IDs are "0-0".
+// Info is the information of XINFO STREAM. If the stream does not exist, its IDs
+// are "0-0".
 type Info struct {
 	Last       string // the greatest ID that the stream ever had
-	First      string // of the first entry; "0-0" without entries
-	FirstPrint string // a digest of that entry
-	MaxDeleted string // the greatest ID that was deleted by XDEL
-	Added      int64  // entries, since the stream was made; -1 if the server does not say
+	First      string // ID of the first entry; "0-0" without entries
+	FirstPrint string // digest of the first entry
+	MaxDeleted string // the greatest ID deleted by XDEL
+	Added      int64  // number of entries ever added; -1 if the server does not say
 }
 
-// printed is how many bytes of an entry its digest is of.
+// printed is how many bytes of an entry its digest covers.
 const printed = 4096
 
-// infoScript is XINFO STREAM without the entries in its answer.
+// infoScript is XINFO STREAM without the entries in its reply.
 const infoScript = `
 local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
 if info.err then return info end
@@ -246,11 +253,11 @@ for i = 1, #info, 2 do
 end
 return info`
 
-// Info asks for it.
+// Info returns information about the stream.
 func (s *Stream) Info(ctx context.Context) (Info, error) {
 	info := Info{Last: "0-0", First: "0-0", MaxDeleted: "0-0"}
 	v, err := s.ask(ctx, "eval", infoScript, 1, s.Key, printed)
-	if redisx.IsDenied(err) { // a fan-out needs no right to EVAL
+	if redisx.IsDenied(err) { // fan-outs work without EVAL
 		v, err = s.ask(ctx, "xinfo", "stream", s.Key)
 	}
 	if redisx.ReplyHas(err, "no such key") {
@@ -278,7 +285,8 @@ func (s *Stream) Info(ctx context.Context) (Info, error) {
 	return info, nil
 }
 
-// digest is what infoScript has made of an entry's fields, or makes it.
+// digest returns the digest that infoScript has computed of an entry's fields, or
+// computes it.
 func digest(fields any) string {
 	if made, ok := fields.(string); ok {
 		return made
@@ -295,16 +303,16 @@ func digest(fields any) string {
 	return fmt.Sprintf("%x", sha1.Sum(all[:min(len(all), printed)]))
 }
 
-// Mark is an entry that was seen. IDs alone do not tell whether it is still the same
-// one: a stream that is deleted and made again may use them again.
+// Mark identifies an entry that was seen. Its ID alone does not: a stream that is
+// deleted and recreated may reuse it.
 type Mark struct {
 	ID    string
-	Print uint64 // 0: not known
+	Print uint64 // fingerprint of the fields; 0: unknown
 }
 
 var printSeed = maphash.MakeSeed()
 
-// Mark returns the entry's mark, for this process.
+// Mark returns the entry's mark, valid in this process.
 func (e Entry) Mark() Mark {
 	var h maphash.Hash
 	h.SetSeed(printSeed)
@@ -339,8 +347,8 @@ func lookup(v any, name string) any {
 	return nil
 }
 
-// Version is what the server says that it is. It is for messages only: Valkey says
-// that it is Redis 7.2.4 as well, and services have features of their own.
+// Version returns the server's name and version, for messages only: Valkey also
+// calls itself Redis 7.2.4, and managed services have features of their own.
 func (s *Stream) Version(ctx context.Context) string {
 	v, _ := s.ask(ctx, "info", "server")
 	info, _ := v.(string)
@@ -350,24 +358,24 @@ func (s *Stream) Version(ctx context.Context) string {
 			return server.name + version
 		}
 	}
-	return "a server that does not say its version"
+	return "a server of unknown version"
 }
 
-// parseEntries reads the entries of an answer that go-redis has parsed.
+// parseEntries converts entries of a reply that go-redis has parsed.
 func parseEntries(v any) ([]Entry, error) {
 	rows, ok := v.([]any)
 	if !ok && v != nil {
-		return nil, fmt.Errorf("goxstreams: entries expected, got %T", v)
+		return nil, fmt.Errorf("goxstreams: expected entries, got %T", v)
 	}
 	entries := make([]Entry, 0, len(rows))
 	for _, row := range rows {
 		pair, ok := row.([]any)
 		if !ok || len(pair) != 2 {
-			continue // before 7.0 XCLAIM answers nil for what was deleted
+			continue // before Redis 7.0 XCLAIM returns nil for deleted entries
 		}
 		id, ok := pair[0].(string)
 		if !ok {
-			return nil, fmt.Errorf("goxstreams: an entry's ID expected, got %T", pair[0])
+			return nil, fmt.Errorf("goxstreams: expected an entry ID, got %T", pair[0])
 		}
 		values, _ := pair[1].([]any)
 		fields := make([]string, len(values))
@@ -379,7 +387,7 @@ func parseEntries(v any) ([]Entry, error) {
 	return entries, nil
 }
 
-// stringSet is a list of strings in a reply.
+// stringSet converts a list of strings in a reply to a set.
 func stringSet(v any) map[string]bool {
 	rows, _ := v.([]any)
 	set := make(map[string]bool, len(rows))
@@ -391,10 +399,10 @@ func stringSet(v any) map[string]bool {
 	return set
 }
 
-// ErrMissing says that an ID is not in the stream.
+// ErrMissing means that an ID is not in the stream.
 var ErrMissing = errors.New("not found")
 
-// CompareIDs orders entry IDs. A missing sequence number is zero.
+// CompareIDs compares entry IDs. A missing sequence number counts as zero.
 func CompareIDs(a, b string) int {
 	am, as := SplitID(a)
 	bm, bs := SplitID(b)
@@ -405,6 +413,18 @@ func CompareIDs(a, b string) int {
 		return 0
 	}
 	return 1
+}
+
+// After returns the ID after an entry's, to continue a list with. XPENDING's "(" says the
+// same, but only to Redis: miniredis, the embedded server, does not know it there.
+func After(id string) string {
+	ms, seq := SplitID(id)
+	if seq++; seq == 0 {
+		if ms++; ms == 0 {
+			return "(" + id // there is none after the last possible ID
+		}
+	}
+	return strconv.FormatUint(ms, 10) + "-" + strconv.FormatUint(seq, 10)
 }
 
 // SplitID returns the two numbers of an entry ID.

@@ -57,8 +57,9 @@ func newRig(t *testing.T, config Config) *rig {
 	r.Telemetry, err = New(config)
 	require.NoError(t, err)
 	r.server = miniredis.RunT(t)
-	r.client = redis.NewClient(&redis.Options{Addr: r.server.Addr(), MaxRetries: -1})
-	t.Cleanup(func() { require.NoError(t, r.client.Close()) })
+	client := redis.NewClient(&redis.Options{Addr: r.server.Addr(), MaxRetries: -1})
+	t.Cleanup(func() { _ = client.Close() }) // the test may have closed it
+	r.client = client
 	return r
 }
 
@@ -116,6 +117,27 @@ func (r *rig) ended(n int) []sdktrace.ReadOnlySpan {
 	return spans
 }
 
+// linked returns what a span has links to.
+func linked(s sdktrace.ReadOnlySpan) (ids []trace.SpanID) {
+	for _, l := range s.Links() {
+		ids = append(ids, l.SpanContext.SpanID())
+	}
+	return ids
+}
+
+// carried returns the spans that the metadata of a topic's messages tell of, by their
+// UUIDs.
+func (r *rig) carried(topic string) map[string]trace.SpanContext {
+	r.t.Helper()
+	spans := map[string]trace.SpanContext{}
+	for _, entry := range r.client.XRange(r.t.Context(), topic, "-", "+").Val() {
+		msg, err := goxstreams.DefaultMarshaler{}.Unmarshal(entry.Values)
+		require.NoError(r.t, err)
+		spans[msg.UUID] = trace.SpanContextFromContext(r.Context(r.t.Context(), msg.Metadata))
+	}
+	return spans
+}
+
 func attributes(s sdktrace.ReadOnlySpan) map[string]any {
 	values := map[string]any{}
 	for _, a := range s.Attributes() {
@@ -163,6 +185,7 @@ func TestOneTrace(t *testing.T) {
 		require.Equal(t, trace.SpanKindConsumer, s.SpanKind())
 		require.Equal(t, send.SpanContext().SpanID(), s.Parent().SpanID())
 		require.True(t, s.Parent().IsRemote())
+		require.Equal(t, []trace.SpanID{send.SpanContext().SpanID()}, linked(s), "the conventions' way, beside the parent")
 		require.Equal(t, sdktrace.Status{Code: codes.Error, Description: "make invoice: the tax service does not answer"}, s.Status())
 		require.Len(t, s.Events(), 1)
 		want := map[string]any{
@@ -171,10 +194,10 @@ func TestOneTrace(t *testing.T) {
 			"messaging.consumer.group.name": "billing", "messaging.client.id": attributes(spans[5])["messaging.client.id"], // see below
 			"goxstreams.entry_id": entries[0].ID, "goxstreams.handler": "handler",
 			"goxstreams.delivery_count": count, "goxstreams.retry_count": count - 1,
-			"error.type": attributes(s)["error.type"], // OpenTelemetry's matter
+			"error.type": "*errors.errorString", "goxstreams.outcome": "retried",
 		}
 		if count == 3 {
-			want["goxstreams.dead"] = true
+			want["goxstreams.dead"], want["goxstreams.outcome"] = true, "dead"
 		}
 		require.Equal(t, want, attributes(s))
 	}
@@ -186,7 +209,8 @@ func TestOneTrace(t *testing.T) {
 	require.Equal(t, "dead_letter orders", letter.Name())
 	require.Equal(t, send.SpanContext().SpanID(), letter.Parent().SpanID())
 	require.Equal(t, letter.SpanContext().SpanID(), (<-told).SpanID(), "OnDead is called within the span")
-	require.Equal(t, sdktrace.Status{Code: codes.Error, Description: "make invoice: the tax service does not answer"}, letter.Status())
+	require.Equal(t, sdktrace.Status{Code: codes.Unset}, letter.Status(), "the move has succeeded")
+	require.Equal(t, []trace.SpanID{send.SpanContext().SpanID()}, linked(letter))
 	require.Equal(t, map[string]any{
 		"messaging.system": "redis", "messaging.destination.name": "orders", "messaging.message.id": "order-1",
 		"messaging.operation.name": "dead_letter", "messaging.operation.type": "settle",
@@ -194,6 +218,7 @@ func TestOneTrace(t *testing.T) {
 		"goxstreams.entry_id": entries[0].ID, "goxstreams.handler": "handler",
 		"goxstreams.delivery_count": int64(3), "goxstreams.retry_count": int64(2),
 		"goxstreams.dead_kind": "exhausted", "goxstreams.replays": int64(0),
+		"goxstreams.reason": "make invoice: the tax service does not answer",
 	}, attributes(letter))
 
 	queue, err := goxstreams.NewDeadLetterQueue(r.client, goxstreams.DeadLetterTopic("orders"))
@@ -204,8 +229,8 @@ func TestOneTrace(t *testing.T) {
 	}
 }
 
-// What a handler publishes is a child of its delivery; what it sends on stays in the
-// trace.
+// What a handler publishes is a child of its delivery. What it sends on was created
+// elsewhere: it keeps the context of that, which the call links to.
 func TestHandlersPublish(t *testing.T) {
 	r := newRig(t, Config{})
 	own := make(chan trace.Span, 1)
@@ -214,28 +239,33 @@ func TestHandlersPublish(t *testing.T) {
 		defer span.End()
 		own <- span
 		return []*message.Message{
+			msg, // sent on
 			message.NewMessage("plain", nil),
 			message.NewMessageWithContext(ctx, "within own", nil),
-			msg, // sent on
 		}, nil
 	})
 	require.NoError(t, r.publisher().Publish("orders", message.NewMessage("order", nil)))
 	parents := map[any]trace.SpanID{}
-	var delivery, send sdktrace.ReadOnlySpan
-	for _, s := range r.ended(7) { // send, own, process, 3 create, send
-		require.Equal(t, r.ended(7)[0].SpanContext().TraceID(), s.SpanContext().TraceID(), s.Name())
+	var delivery, send, call sdktrace.ReadOnlySpan
+	for _, s := range r.ended(6) { // send, own, process, 2 create, send
+		require.Equal(t, r.ended(6)[0].SpanContext().TraceID(), s.SpanContext().TraceID(), s.Name())
 		switch s.Name() {
 		case "process orders":
 			delivery = s
 		case "send orders":
 			send = s
+		case "send invoices":
+			call = s
 		case "create invoices":
 			parents[attributes(s)["messaging.message.id"]] = s.Parent().SpanID()
 		}
 	}
 	require.Equal(t, map[any]trace.SpanID{
-		"plain": delivery.SpanContext().SpanID(), "within own": (<-own).SpanContext().SpanID(), "order": send.SpanContext().SpanID(),
+		"plain": delivery.SpanContext().SpanID(), "within own": (<-own).SpanContext().SpanID(),
 	}, parents)
+	require.Equal(t, delivery.SpanContext().SpanID(), call.Parent().SpanID())
+	require.Equal(t, send.SpanContext().SpanID(), linked(call)[0])
+	require.Equal(t, send.SpanContext().SpanID(), r.carried("invoices")["order"].SpanID())
 }
 
 func TestBatch(t *testing.T) {
@@ -409,6 +439,11 @@ func TestErrorsThatAreNotUTF8(t *testing.T) {
 				all = append(all, a.Value.String())
 			}
 		}
+		for _, l := range s.Links() {
+			for _, a := range l.Attributes {
+				all = append(all, a.Value.String())
+			}
+		}
 		for _, text := range all {
 			require.True(t, utf8.ValidString(text), "%s: %q", s.Name(), text)
 		}
@@ -427,8 +462,9 @@ func TestOmitErrorText(t *testing.T) {
 	require.NoError(t, pub.Publish("orders", message.NewMessage("1", nil)))
 	for _, s := range r.ended(3) { // send, process, dead letter
 		require.NotContains(t, fmt.Sprint(s.Attributes(), s.Events(), s.Status()), "secret", s.Name())
-		if s.Name() != "send orders" {
+		if s.Name() == "process orders" {
 			require.Equal(t, codes.Error, s.Status().Code)
+			require.Equal(t, "*errors.errorString", attributes(s)["error.type"])
 		}
 		if s.Name() == "dead_letter orders" {
 			require.Equal(t, "permanent", attributes(s)["goxstreams.dead_kind"])
@@ -507,10 +543,10 @@ func (r *rig) read() map[string]metricdata.Metrics {
 func only(t *testing.T, m metricdata.Metrics) (float64, attribute.Set) {
 	t.Helper()
 	switch data := m.Data.(type) {
-	case metricdata.Sum[int64]:
+	case metricdata.Sum[float64]:
 		require.Len(t, data.DataPoints, 1, m.Name)
 		require.True(t, data.IsMonotonic, m.Name)
-		return float64(data.DataPoints[0].Value), data.DataPoints[0].Attributes
+		return data.DataPoints[0].Value, data.DataPoints[0].Attributes
 	case metricdata.Gauge[float64]:
 		require.Len(t, data.DataPoints, 1, m.Name)
 		return data.DataPoints[0].Value, data.DataPoints[0].Attributes
@@ -532,19 +568,33 @@ func TestMetrics(t *testing.T) {
 	r.ended(3 + 4 + 1)
 
 	want := map[string]float64{
-		"delivered": 4, "retried": 2, "acked": 1, "nacked": 3, "claimed": 0, "released": 0, "broken": 0, "dead": 1, "lost": 0,
-		"subscriptions": 1, "in_flight": 0, "waiting": 0, "up": 1, "outage": 0,
-		"topic.stats_success": 1, "topic.length": 2, "topic.pending": 0, "topic.oldest_pending": 0, "topic.consumers": 1, "topic.dead_letters": 1,
+		"messages.delivered": 4, "messages.redelivered": 2, "messages.acked": 1, "messages.nacked": 3, "messages.claimed": 0,
+		"messages.released": 0, "messages.dead_lettered": 1, "messages.lost": 0, "entries.malformed": 0, "entries.trimmed": 0, "group.cut_off_entries": 0,
+		"subscriptions.open": 1, "subscriptions.failing": 0, "subscriptions.outage": 0, "messages.in_flight": 0, "messages.awaiting_retry": 0,
+		"group.stats_success": 1, "group.pending_entries": 0, "group.oldest_pending_age": 0, "group.consumers": 1, "group.paused": 0,
+		"topic.entries": 2, "topic.dead_letters": 1, "topic.delayed_messages": 0, "topic.delayed_overdue": 0,
 	}
-	group := attribute.NewSet(attribute.String("messaging.destination.name", "orders"), attribute.String("messaging.consumer.group.name", "billing"))
+	topic := attribute.String("messaging.destination.name", "orders")
+	group := attribute.NewSet(topic, attribute.String("messaging.consumer.group.name", "billing"))
+	others := map[string]attribute.Set{
+		"topic.entries":          attribute.NewSet(topic),
+		"topic.delayed_messages": attribute.NewSet(topic),
+		"topic.delayed_overdue":  attribute.NewSet(topic),
+		"topic.dead_letters":     attribute.NewSet(topic, attribute.String("goxstreams.dead_letter_topic", goxstreams.DeadLetterTopic("orders"))),
+	}
 	var got map[string]float64
 	var metrics map[string]metricdata.Metrics
 	for deadline := time.Now().Add(enough); ; time.Sleep(time.Millisecond) {
 		got, metrics = map[string]float64{}, r.read()
 		for name, m := range metrics {
-			if name, ok := strings.CutPrefix(name, "goxstreams."); ok && name != "topic.lag" { // miniredis has a number of its own there
+			if name, ok := strings.CutPrefix(name, "goxstreams."); ok && name != "message.latency" &&
+				name != "group.lag" && name != "topic.pin_age" { // miniredis has numbers of its own there
 				v, attributes := only(t, m)
-				require.Equal(t, group, attributes, name)
+				if set, ok := others[name]; ok {
+					require.Equal(t, set, attributes, name)
+				} else {
+					require.Equal(t, group, attributes, name)
+				}
 				got[name] = v
 			}
 		}
@@ -553,7 +603,7 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	require.Equal(t, want, got)
-	require.Contains(t, metrics, "goxstreams.topic.lag")
+	require.Contains(t, metrics, "goxstreams.group.lag")
 
 	processed := metrics["messaging.process.duration"]
 	require.Equal(t, "s", processed.Unit)
@@ -566,9 +616,18 @@ func TestMetrics(t *testing.T) {
 		require.Equal(t, "process", name.AsString())
 	}
 	require.Equal(t, map[bool]uint64{false: 1, true: 3}, counts)
+	require.Equal(t, map[string]int64{"messaging.consumer.group.name=billing": 1}, r.series("goxstreams.message.latency"), "of what succeeded")
 	sent := metrics["messaging.client.sent.messages"].Data.(metricdata.Sum[int64]).DataPoints
 	require.Len(t, sent, 1)
 	require.Equal(t, int64(2), sent[0].Value)
+	consumed := map[bool]int64{}
+	for _, p := range metrics["messaging.client.consumed.messages"].Data.(metricdata.Sum[int64]).DataPoints {
+		_, failed := p.Attributes.Value("error.type")
+		consumed[failed] += p.Value
+		name, _ := p.Attributes.Value("messaging.operation.name")
+		require.Equal(t, "process", name.AsString())
+	}
+	require.Equal(t, map[bool]int64{false: 1, true: 3}, consumed)
 	published := metrics["messaging.client.operation.duration"].Data.(metricdata.Histogram[float64]).DataPoints
 	require.Len(t, published, 1)
 	require.Equal(t, uint64(1), published[0].Count)

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
+	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 
 	"github.com/goxstreams/watermill-goxstreams/plugin/goxotel/internal/statswatch"
 )
@@ -19,36 +21,50 @@ type Source = statswatch.Source
 // by the names of the semantic conventions. Counters begin at 0 and only grow:
 // those of a subscription that closed stay in the sum; what it did between the
 // last reading and its end is missing there. Sources and counters are kept for
-// good.
+// good. Close ends these metrics.
 func (t *Telemetry) Add(sources ...Source) { t.watcher.Add(sources...) }
 
 // observe registers the metrics that are read, rather than counted here.
 func (t *Telemetry) observe(meter metric.Meter) error {
 	var errs []error
 	var all []metric.Observable
-	var counters [len(statswatch.Counters)]metric.Int64ObservableCounter
-	for i, c := range statswatch.Counters {
-		counter, err := meter.Int64ObservableCounter("goxstreams."+c.Name, metric.WithUnit("{message}"), metric.WithDescription(c.Help))
-		counters[i], all, errs = counter, append(all, counter), append(errs, err)
+	instruments := map[*statswatch.Metric]metric.Float64Observable{}
+	for _, m := range statswatch.Metrics(t.timeout) {
+		var instrument metric.Float64Observable
+		var err error
+		if m.Counter {
+			instrument, err = meter.Float64ObservableCounter(m.Name, metric.WithUnit(m.Unit), metric.WithDescription(m.Help))
+		} else {
+			instrument, err = meter.Float64ObservableGauge(m.Name, metric.WithUnit(m.Unit), metric.WithDescription(m.Help))
+		}
+		instruments[m], all, errs = instrument, append(all, instrument), append(errs, err)
 	}
-	values := map[metric.Float64Observable]func(*statswatch.State) (float64, bool){}
-	for _, g := range statswatch.Gauges(t.timeout) {
-		instrument, err := meter.Float64ObservableGauge("goxstreams."+g.Name, metric.WithUnit(g.Unit), metric.WithDescription(g.Help))
-		values[instrument], all, errs = g.Value, append(all, instrument), append(errs, err)
-	}
-	_, err := meter.RegisterCallback(func(_ context.Context, observer metric.Observer) error {
-		for _, s := range t.watcher.Look(t.timeout) {
-			attributes := metric.WithAttributes(destination(s.Topic, s.Group)...)
-			for i, total := range s.Total {
-				observer.ObserveInt64(counters[i], total, attributes)
-			}
-			for instrument, value := range values {
-				if v, ok := value(s); ok {
-					observer.ObserveFloat64(instrument, v, attributes)
-				}
-			}
+	observing, err := meter.RegisterCallback(func(ctx context.Context, observer metric.Observer) error {
+		samples := t.watcher.Samples(ctx, t.timeout)
+		if err := ctx.Err(); err != nil {
+			return err // that Redis has not answered is not its failure
+		}
+		for _, s := range samples {
+			observer.ObserveFloat64(instruments[s.Metric], s.Value, metric.WithAttributes(attributesOf(s)...))
 		}
 		return nil
 	}, all...)
+	t.observing = observing
 	return errors.Join(append(errs, err)...)
+}
+
+// attributesOf returns a sample's labels by the names of the semantic conventions,
+// without a group in fan-out.
+func attributesOf(s statswatch.Sample) (attributes []attribute.KeyValue) {
+	for i, value := range s.LabelValues {
+		switch name := s.Labels[i]; {
+		case name == statswatch.Topic:
+			attributes = append(attributes, semconv.MessagingDestinationName(value))
+		case name == statswatch.DeadLetterTopic:
+			attributes = append(attributes, DeadLetterTopicKey.String(value))
+		case value != "":
+			attributes = append(attributes, semconv.MessagingConsumerGroupName(value))
+		}
+	}
+	return attributes
 }

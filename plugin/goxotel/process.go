@@ -2,13 +2,11 @@ package goxotel
 
 import (
 	"context"
-	"strings"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
 	"go.opentelemetry.io/otel/attribute"
-	"go.opentelemetry.io/otel/codes"
-	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/metric"
 	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/trace"
 
@@ -25,12 +23,16 @@ type panicked struct{}
 func (panicked) Error() string     { return "panic" }
 func (panicked) ErrorType() string { return "panic" }
 
-// Middleware makes a span of each delivery, a child of the span that the message
-// was published in, and measures it. Handlers find the span in the message's
-// context. What they return gets it there too, unless it has a span already, so
-// that Publisher's spans become its children.
+// Middleware makes a span of each delivery, and measures it. The span has a link to
+// the one that created the message, and is its child unless Config.LinkOnly is set.
+// Handlers find the span in the message's context. What they return gets it there
+// too, unless it has a span already, so that Publisher's spans become its children.
 //
-// Messages of other Subscribers, and copies of ours, pass through unchanged.
+// The handler's error is the span's, unless it is no failure: after a Snooze, and
+// after what a shutdown interrupted, the status is unset, and OutcomeKey and
+// ReasonKey tell of it.
+//
+// Messages of other Subscribers pass through unchanged.
 func (t *Telemetry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 	return func(msg *message.Message) (produced []*message.Message, err error) {
 		delivery, ours := goxstreams.DeliveryFromContext(msg.Context())
@@ -43,21 +45,33 @@ func (t *Telemetry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 		err = panicked{}
 		defer func() { // a panic goes on, for others to recover with its stack
 			msg.SetContext(before)
-			t.endDelivery(ctx, span, delivery, time.Since(began), err)
+			t.endDelivery(ctx, span, delivery, time.Since(began), err, goxstreams.OutcomeOf(msg, err))
 		}()
 		produced, err = h(msg)
-		for _, p := range produced {
-			if p != msg && !trace.SpanContextFromContext(p.Context()).IsValid() {
-				p.SetContext(trace.ContextWithSpan(p.Context(), span))
-			}
-		}
-		return produced, err
+		return inSpan(span, msg, produced), err
 	}
 }
 
+// inSpan returns what a handler returned, with the span in the contexts. The handled
+// message itself keeps its context: a copy is sent on.
+func inSpan(span trace.Span, handled *message.Message, produced []*message.Message) []*message.Message {
+	messages := make([]*message.Message, len(produced))
+	for i, p := range produced {
+		switch {
+		case p == nil:
+		case p == handled:
+			p = p.CopyWithContext() // the context has the span
+		case !trace.SpanContextFromContext(p.Context()).IsValid():
+			p.SetContext(trace.ContextWithSpan(p.Context(), span))
+		}
+		messages[i] = p
+	}
+	return messages
+}
+
 func (t *Telemetry) startDelivery(delivery goxstreams.Delivery, msg *message.Message) (context.Context, trace.Span) {
-	ctx := t.propagator.Extract(msg.Context(), propagation.MapCarrier(msg.Metadata))
-	attributes := append(destination(delivery.Topic, delivery.Group),
+	ctx, links := t.within(msg.Context(), msg.Metadata)
+	attributes := append(t.destination(delivery.Topic, delivery.Group),
 		semconv.MessagingSystemKey.String(string(system)),
 		semconv.MessagingOperationName("process"), semconv.MessagingOperationTypeProcess,
 		semconv.MessagingMessageID(statswatch.Label(msg.UUID)), EntryIDKey.String(delivery.ID),
@@ -67,67 +81,43 @@ func (t *Telemetry) startDelivery(delivery goxstreams.Delivery, msg *message.Mes
 		attributes = append(attributes, semconv.MessagingClientID(statswatch.Label(delivery.Consumer)))
 	}
 	if name := message.HandlerNameFromCtx(ctx); name != "" {
-		attributes = append(attributes, HandlerKey.String(name))
+		attributes = append(attributes, HandlerKey.String(statswatch.Label(name)))
 	}
 	ctx, span := t.tracer.Start(ctx, "process "+statswatch.Label(delivery.Topic),
-		trace.WithSpanKind(trace.SpanKindConsumer), trace.WithAttributes(attributes...))
+		trace.WithSpanKind(trace.SpanKindConsumer), trace.WithLinks(links...), trace.WithAttributes(attributes...))
 	return context.WithValue(ctx, deliveryKey{}, true), span
 }
 
-func (t *Telemetry) endDelivery(ctx context.Context, span trace.Span, delivery goxstreams.Delivery, took time.Duration, err error) {
-	labels := destination(delivery.Topic, delivery.Group)
-	if err != nil {
-		labels = append(labels, semconv.ErrorType(err))
-		t.fail(span, err)
+func (t *Telemetry) endDelivery(ctx context.Context, span trace.Span, delivery goxstreams.Delivery, took time.Duration, err error, outcome goxstreams.OutcomeKind) {
+	labels := t.destination(delivery.Topic, delivery.Group)
+	if outcome != "" {
+		span.SetAttributes(OutcomeKey.String(string(outcome)))
+	}
+	switch {
+	case err == nil:
+		if published := delivery.Time(); !published.IsZero() {
+			t.latency.Record(ctx, max(0, time.Since(published).Seconds()), metric.WithAttributes(labels...))
+		}
+	case outcome == goxstreams.OutcomeSnoozed, outcome == goxstreams.OutcomeReleased:
+		span.SetAttributes(t.reason(err.Error())...)
+	default:
+		kind := deliveryErrorType(err, outcome)
+		labels = append(labels, kind)
+		t.fail(span, err, kind)
 		if goxstreams.IsDead(err) {
 			span.SetAttributes(DeadKey.Bool(true))
 		}
 	}
 	span.End()
 	t.processed.Record(ctx, took.Seconds(), "process", system, labels...)
+	t.consumed.Add(ctx, 1, "process", system, labels...)
 }
 
-// destination returns the attributes of a topic and a group; in fan-out there is
-// none.
-func destination(topic, group string) []attribute.KeyValue {
-	attributes := []attribute.KeyValue{semconv.MessagingDestinationName(statswatch.Label(topic))}
-	if group != "" {
-		attributes = append(attributes, semconv.MessagingConsumerGroupName(statswatch.Label(group)))
+// deliveryErrorType is the type of a handler's error: the lost lease, whatever the
+// handler says of the end of its context.
+func deliveryErrorType(err error, outcome goxstreams.OutcomeKind) attribute.KeyValue {
+	if outcome == goxstreams.OutcomeLeaseLost {
+		err = goxstreams.ErrLeaseLost
 	}
-	return attributes
-}
-
-// OnDead returns a SubscriberConfig.OnDead that makes a span of the move to the
-// dead-letter stream, in the message's trace, with the kind of death as an
-// attribute and the reason as the status (see Config.OmitErrorText), and within it
-// calls next, which may be nil. A broken entry has no message that could tell of a
-// trace: its span begins one.
-func (t *Telemetry) OnDead(next func(context.Context, goxstreams.DeadMessage)) func(context.Context, goxstreams.DeadMessage) {
-	return func(ctx context.Context, dead goxstreams.DeadMessage) {
-		attributes := append(destination(dead.Topic, dead.Group),
-			semconv.MessagingSystemKey.String(string(system)),
-			semconv.MessagingOperationName("dead_letter"), semconv.MessagingOperationTypeSettle,
-			semconv.MessagingClientID(statswatch.Label(dead.Consumer)), EntryIDKey.String(dead.EntryID),
-			DeliveryCountKey.Int64(dead.Deliveries), RetryCountKey.Int64(max(dead.Deliveries-1, 0)),
-			DeadKindKey.String(dead.Kind.String()), ReplaysKey.Int(dead.Replays),
-		)
-		if dead.Handler != "" {
-			attributes = append(attributes, HandlerKey.String(dead.Handler))
-		}
-		if dead.Message != nil {
-			attributes = append(attributes, semconv.MessagingMessageID(statswatch.Label(dead.Message.UUID)))
-			ctx = t.propagator.Extract(ctx, propagation.MapCarrier(dead.Message.Metadata))
-		}
-		ctx, span := t.tracer.Start(ctx, "dead_letter "+statswatch.Label(dead.Topic),
-			trace.WithSpanKind(trace.SpanKindClient), trace.WithAttributes(attributes...))
-		defer span.End()
-		reason := strings.ToValidUTF8(dead.Reason, "\uFFFD")
-		if t.omitErrorText {
-			reason = ""
-		}
-		span.SetStatus(codes.Error, reason)
-		if next != nil {
-			next(ctx, dead)
-		}
-	}
+	return errorType(err)
 }

@@ -19,10 +19,13 @@ import (
 // context in their metadata, through pub. It is a decorator for
 // Router.AddPublisherDecorators; its error is always nil.
 //
-// A message's span is a child of the one in the message's context; without one
-// there, of the one that its metadata tells of: a message that is sent on stays
-// in its trace. A call of several messages makes a span for each, and one for the
-// call, with links to them. Closing it closes pub.
+// A message's span is a child of the one in the message's context. A call of several
+// messages makes a span for each, and one for the call, with links to them; see
+// Config.OmitCreateSpans. Closing it closes pub.
+//
+// A message whose metadata carries a trace's context already keeps it: it was created
+// elsewhere, and is sent on. The call's span has a link to the one that created it,
+// and is its child if the message's context has no span.
 //
 // A Marshaler that does not store metadata, such as BodyMarshaler without a
 // MetadataField, does not carry the context.
@@ -48,65 +51,106 @@ func (p *publisher) Publish(topic string, messages ...*message.Message) error {
 		return p.Publisher.Publish(topic)
 	}
 	began := time.Now()
-	destination := semconv.MessagingDestinationName(statswatch.Label(topic))
-	attributes := []attribute.KeyValue{
-		semconv.MessagingSystemKey.String(string(system)), destination,
-		semconv.MessagingOperationName("send"), semconv.MessagingOperationTypeSend,
-	}
-	var ctx context.Context // the call's
-	var spans []trace.Span
-	copies := make([]*message.Message, len(messages))
-	if len(messages) == 1 {
-		var span trace.Span
-		ctx, span, copies[0] = p.create("send ", topic, messages[0], attributes)
-		spans = append(spans, span)
-	} else {
-		ctx = p.parent(messages[0])
-		var links []trace.Link
-		creating := append(attributes[:2:2], semconv.MessagingOperationName("create"), semconv.MessagingOperationTypeCreate)
-		for i, msg := range messages {
-			var span trace.Span
-			_, span, copies[i] = p.create("create ", topic, msg, creating)
-			spans = append(spans, span)
-			links = append(links, trace.Link{SpanContext: span.SpanContext()})
-		}
-		var call trace.Span
-		ctx, call = p.t.tracer.Start(ctx, "send "+statswatch.Label(topic), trace.WithSpanKind(trace.SpanKindClient), trace.WithLinks(links...),
-			trace.WithAttributes(append(attributes, semconv.MessagingBatchMessageCount(len(messages)))...))
-		spans = append(spans, call)
-	}
-
-	err := p.Publisher.Publish(topic, copies...)
-
-	labels := []attribute.KeyValue{destination}
-	if err != nil {
-		labels = append(labels, semconv.ErrorType(err))
-	}
-	for _, span := range spans {
-		if err != nil {
-			p.t.fail(span, err)
-		}
-		span.End()
-	}
-	p.t.sent.Add(ctx, int64(len(messages)), "send", system, labels...)
-	p.t.published.Record(ctx, time.Since(began).Seconds(), "send", system, append(labels, p.t.published.AttrOperationType(messagingconv.OperationTypeSend))...)
+	s := p.t.startSending(topic, messages)
+	err := p.Publisher.Publish(topic, s.copies...)
+	s.end(time.Since(began), err)
 	return err
 }
 
-// create starts a message's span, and returns a copy of the message with the
-// span's context in its metadata.
-func (p *publisher) create(what, topic string, msg *message.Message, attributes []attribute.KeyValue) (context.Context, trace.Span, *message.Message) {
-	ctx, span := p.t.tracer.Start(p.parent(msg), what+statswatch.Label(topic), trace.WithSpanKind(trace.SpanKindProducer),
-		trace.WithAttributes(append(attributes[:len(attributes):len(attributes)], semconv.MessagingMessageID(statswatch.Label(msg.UUID)))...))
-	sent := msg.CopyWithContext()
-	p.t.propagator.Inject(ctx, propagation.MapCarrier(sent.Metadata))
-	return ctx, span, sent
+// sending is a call of Publish.
+type sending struct {
+	t      *Telemetry
+	topic  string
+	copies []*message.Message
+	ctx    context.Context // the call's span is in it
+	spans  []trace.Span    // of the messages, and then the call's
 }
 
-// parent returns the context of what a message is sent for.
-func (p *publisher) parent(msg *message.Message) context.Context {
-	if trace.SpanContextFromContext(msg.Context()).IsValid() {
-		return msg.Context()
+// startSending copies the messages, and sees to it that each copy carries the context
+// of the span that created it.
+func (t *Telemetry) startSending(topic string, messages []*message.Message) *sending {
+	s := &sending{t: t, topic: topic, ctx: context.Background()}
+	var links []trace.Link
+	var uncreated []*message.Message // the call's span creates them
+	for _, msg := range messages {
+		if msg == nil { // for the Publisher to refuse
+			s.copies = append(s.copies, nil)
+			continue
+		}
+		copied := msg.CopyWithContext()
+		s.copies = append(s.copies, copied)
+		creation := t.creation(msg.Metadata)
+		switch {
+		case creation.IsValid():
+		case t.omitCreateSpans || len(messages) == 1:
+			uncreated = append(uncreated, copied)
+			continue
+		default:
+			creation = s.create(copied)
+		}
+		links = append(links, trace.Link{SpanContext: creation, Attributes: []attribute.KeyValue{messageID(msg)}})
 	}
-	return p.t.propagator.Extract(msg.Context(), propagation.MapCarrier(msg.Metadata))
+	s.send(messages, links, len(uncreated) > 0)
+	for _, copied := range uncreated {
+		t.propagator.Inject(s.ctx, propagation.MapCarrier(copied.Metadata))
+	}
+	return s
+}
+
+// create starts a message's span, and puts its context into the metadata.
+func (s *sending) create(msg *message.Message) trace.SpanContext {
+	ctx, span := s.t.tracer.Start(msg.Context(), "create "+statswatch.Label(s.topic), trace.WithSpanKind(trace.SpanKindProducer),
+		trace.WithAttributes(s.attributes(semconv.MessagingOperationName("create"), semconv.MessagingOperationTypeCreate, messageID(msg))...))
+	s.spans = append(s.spans, span)
+	s.t.propagator.Inject(ctx, propagation.MapCarrier(msg.Metadata))
+	return span.SpanContext()
+}
+
+// send starts the call's span, in the context of the first message.
+func (s *sending) send(messages []*message.Message, links []trace.Link, creates bool) {
+	attributes := s.attributes(semconv.MessagingOperationName("send"), semconv.MessagingOperationTypeSend)
+	if first := messages[0]; first != nil {
+		if s.ctx = first.Context(); !trace.SpanContextFromContext(s.ctx).IsValid() {
+			s.ctx = s.t.propagator.Extract(s.ctx, propagation.MapCarrier(first.Metadata))
+		}
+		if len(messages) == 1 {
+			attributes = append(attributes, messageID(first))
+		}
+	}
+	if len(messages) > 1 {
+		attributes = append(attributes, semconv.MessagingBatchMessageCount(len(messages)))
+	}
+	kind := trace.SpanKindClient
+	if creates {
+		kind = trace.SpanKindProducer
+	}
+	var span trace.Span
+	s.ctx, span = s.t.tracer.Start(s.ctx, "send "+statswatch.Label(s.topic),
+		trace.WithSpanKind(kind), trace.WithLinks(links...), trace.WithAttributes(attributes...))
+	s.spans = append(s.spans, span)
+}
+
+func (s *sending) end(took time.Duration, err error) {
+	labels := s.t.destination(s.topic, "")
+	if err != nil {
+		kind := errorType(err)
+		labels = append(labels, kind)
+		for _, span := range s.spans {
+			s.t.fail(span, err, kind)
+		}
+	}
+	for _, span := range s.spans {
+		span.End()
+	}
+	s.t.sent.Add(s.ctx, int64(len(s.copies)), "send", system, labels...)
+	s.t.operation.Record(s.ctx, took.Seconds(), "send", system, append(labels, s.t.operation.AttrOperationType(messagingconv.OperationTypeSend))...)
+}
+
+// attributes returns those of a span of the call, with more.
+func (s *sending) attributes(more ...attribute.KeyValue) []attribute.KeyValue {
+	return append(append(s.t.destination(s.topic, ""), semconv.MessagingSystemKey.String(string(system))), more...)
+}
+
+func messageID(msg *message.Message) attribute.KeyValue {
+	return semconv.MessagingMessageID(statswatch.Label(msg.UUID))
 }

@@ -19,6 +19,14 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	client := redis.NewClient(&redis.Options{Addr: "localhost:6379"}) // yours: the library never closes it
+	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	order := message.NewMessage(watermill.NewUUID(), []byte(`{"Article": "kettle", "Quantity": 1}`))
+	if err := publisher.Publish("orders", order); err != nil { // of several messages it stores all or none
+		log.Fatal(err)
+	}
 	if err := run(ctx, client, bill); err != nil {
 		log.Fatal(err)
 	}

@@ -6,15 +6,13 @@ import (
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
-	"github.com/alicebob/miniredis/v2"
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
-	"github.com/redis/go-redis/v9"
+	"github.com/goxstreams/watermill-goxstreams/goxstreamstest"
 )
 
 // A message whose handler runs when the shutdown begins is finished and acked.
 func TestRun_Drains(t *testing.T) {
-	client := redis.NewClient(&redis.Options{Addr: miniredis.RunT(t).Addr()})
-	defer client.Close()
+	client := goxstreamstest.NewServer(t).Client()
 	publisher, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client}, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -15,7 +15,7 @@ import (
 const (
 	shards = 3
 	slots  = 16384
-	// nodeTimeout is how long a node does not answer before the others take it for dead.
+	// nodeTimeout is how long a node may not answer before the others consider it dead.
 	nodeTimeout = 1500 * time.Millisecond
 )
 
@@ -23,7 +23,7 @@ const (
 // the master: replicas do not move between shards.
 type ClusterDeployment struct{ *base }
 
-// Cluster starts one. All of it are processes.
+// Cluster starts one whose nodes are processes.
 func Cluster(ctx context.Context, config Config) (*ClusterDeployment, error) {
 	b, err := newBase(config)
 	if err != nil {
@@ -92,7 +92,7 @@ func (d *ClusterDeployment) form(ctx context.Context) error {
 	})
 }
 
-// Settle waits until all nodes that run agree on the slots' masters, and each is master or replica as they say.
+// Settle waits until all running nodes agree on the slots' masters, and each node has the role that follows from that.
 func (d *ClusterDeployment) Settle(ctx context.Context) error {
 	if err := until(ctx, d.settled); err != nil {
 		return fmt.Errorf("settle: %w", err)
@@ -114,7 +114,7 @@ func (d *ClusterDeployment) settled(ctx context.Context) error {
 	})
 }
 
-// agreed returns each shard's master, or in what the nodes that run do not agree on them.
+// agreed returns each shard's master, or an error that says what the running nodes disagree on.
 func (d *ClusterDeployment) agreed(ctx context.Context) ([]*Node, error) {
 	up := running(d.nodes)
 	if len(up) == 0 {
@@ -186,7 +186,7 @@ func (d *ClusterDeployment) MasterOf(ctx context.Context, key string) (*Node, er
 	return d.awaitMasterOf(ctx, key, nil)
 }
 
-// ReplicaOf returns the replica of the key's master, running or not.
+// ReplicaOf returns the replica of the key's master, whether it runs or not.
 func (d *ClusterDeployment) ReplicaOf(ctx context.Context, key string) (*Node, error) {
 	master, err := d.MasterOf(ctx, key)
 	if err != nil {
@@ -217,7 +217,7 @@ func (d *ClusterDeployment) awaitMasterOf(ctx context.Context, key string, not *
 	return master, nil
 }
 
-// sees returns an error while the nodes do not all see one owner of the slot who is a master and right.
+// sees returns an error while not all nodes see the same owner of the slot, or it is no master, or right says no.
 func (d *ClusterDeployment) sees(ctx context.Context, nodes []*Node, slot int, right func(owner *Node) error) error {
 	found := make([]*Node, len(nodes))
 	err := each(nodes, func(i int, n *Node) error {
@@ -239,7 +239,7 @@ func (d *ClusterDeployment) sees(ctx context.Context, nodes []*Node, slot int, r
 	return found[0].is(ctx, RoleMaster)
 }
 
-// slot asks a node, any will do.
+// slot asks any node.
 func (d *ClusterDeployment) slot(ctx context.Context, key string) (int64, error) {
 	up := running(d.nodes)
 	if len(up) == 0 {
@@ -256,7 +256,7 @@ func (d *ClusterDeployment) FailoverShard(ctx context.Context, key string) error
 			return err
 		}
 		_, err := d.awaitMasterOf(ctx, key, old)
-		return errors.Join(err, old.Restart(ctx)) // again in any case: the Cluster shall not stay maimed
+		return errors.Join(err, old.Restart(ctx)) // in any case, so that the Cluster is whole again
 	})
 	if err != nil {
 		return fmt.Errorf("fail over the shard of %q: %w", key, err)
@@ -267,7 +267,7 @@ func (d *ClusterDeployment) FailoverShard(ctx context.Context, key string) error
 // Failover has the replica of the key's master take its place by agreement (CLUSTER FAILOVER): no write is lost.
 func (d *ClusterDeployment) Failover(ctx context.Context, key string) error {
 	err := d.change(ctx, key, func(old *Node) error {
-		var asked time.Time // Redis says OK, and gives up after 5 s without a word: it is asked again then
+		var asked time.Time // Redis says OK, and gives up silently after 5 s: then it is asked again
 		return until(ctx, func(ctx context.Context) error {
 			if err := d.partner(old).is(ctx, RoleMaster); err == nil {
 				return nil
@@ -287,7 +287,7 @@ func (d *ClusterDeployment) Failover(ctx context.Context, key string) error {
 	return nil
 }
 
-// PauseMaster freezes the key's master for d. Longer than the node timeout (1.5 s), and its replica takes its place.
+// PauseMaster freezes the key's master for a while. If that is longer than the node timeout (1.5 s), its replica takes its place.
 func (d *ClusterDeployment) PauseMaster(ctx context.Context, key string, pause time.Duration) error {
 	err := d.change(ctx, key, func(master *Node) error {
 		if err := master.Freeze(); err != nil {
@@ -306,7 +306,7 @@ func (d *ClusterDeployment) PauseMaster(ctx context.Context, key string, pause t
 	return nil
 }
 
-// change does what f does to the key's master, one such thing at a time, from a settled Cluster to a settled Cluster.
+// change calls f with the key's master. It waits until the Cluster has settled before and after, and for other changes to end.
 func (d *ClusterDeployment) change(ctx context.Context, key string, f func(master *Node) error) error {
 	d.changing.Lock()
 	defer d.changing.Unlock()

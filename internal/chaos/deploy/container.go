@@ -68,8 +68,8 @@ func (b *base) startContainer(ctx context.Context) (*Node, error) {
 	return n, nil
 }
 
-// createNetwork returns a network's name and an address in it. Only a network whose addresses were given lets a container have
-// a certain one, again and again.
+// createNetwork returns a network's name and an address in it. Only a network with a given subnet lets a container have
+// the same address again.
 func createNetwork(ctx context.Context) (name, ip string, err error) {
 	for i := range 256 {
 		name = fmt.Sprintf("goxstreams-chaos-%d-%d", os.Getpid(), i)
@@ -77,14 +77,14 @@ func createNetwork(ctx context.Context) (name, ip string, err error) {
 		if err == nil {
 			return name, fmt.Sprintf("10.213.%d.10", i), nil
 		}
-		if !strings.Contains(err.Error(), "overlaps") { // another one has these addresses
+		if !strings.Contains(err.Error(), "overlaps") { // another network has these addresses
 			return "", "", err
 		}
 	}
 	return "", "", err
 }
 
-// docker runs the program, not a client library: it finds the Docker that the user means, and adds no dependency.
+// docker runs the program instead of using a client library: it finds the Docker that the user means, and adds no dependency.
 func docker(ctx context.Context, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, dockerTimeout)
 	defer cancel()
@@ -149,7 +149,7 @@ func (c *box) kill() error {
 	return err
 }
 
-// stop sends SIGTERM by itself: docker stop sends SIGKILL after a while.
+// stop does not use docker stop, which sends SIGKILL after a while.
 func (c *box) stop(ctx context.Context) error {
 	if !c.running() {
 		return nil
@@ -204,7 +204,7 @@ func (c *box) connect() error {
 	return until(ctx, func(context.Context) error { return ping(c.addr) })
 }
 
-// close removes by name what there is: a container that was not created yet is no error to Docker.
+// close removes by name. A container that was not created yet is no error to Docker.
 func (c *box) close() error {
 	_, err := c.call("rm", "--force", "--volumes")
 	if _, gone := c.call("network", "rm"); gone != nil {
@@ -216,10 +216,10 @@ func (c *box) close() error {
 	return err
 }
 
-// lastWill sees to it that the shell script runs with args if this process ends before revoke is called: containers are children
-// of Docker's, and do not end with us.
+// lastWill has a shell run the script with args if this process ends before revoke is called: containers are children of
+// Docker's, and do not end with us.
 //
-// The shell reads from a pipe whose other end only this process holds: it reads nothing until this process is no more.
+// The shell reads from a pipe whose other end only this process has, so the read returns when this process is gone.
 func lastWill(script string, args ...string) (revoke func(), err error) {
 	r, w, err := os.Pipe()
 	if err != nil {

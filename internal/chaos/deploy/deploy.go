@@ -1,6 +1,6 @@
-// Package deploy starts Redis the ways it is run (alone, with Sentinel, as a Cluster, in a container), and does to it what
-// happens to it: servers die, freeze, restart and change their roles, slots move. What a function says has happened is true on
-// the servers when it returns. All that is started ends with the process that started it. Linux only.
+// Package deploy runs Redis alone, with Sentinel, as a Cluster or in a container, and does to it what happens in production:
+// servers die, freeze, restart and change their roles, slots move. When a function returns, what it did is true on the servers.
+// Everything ends with the process that started it. Linux only.
 package deploy
 
 import (
@@ -21,7 +21,7 @@ import (
 type AOF string
 
 const (
-	// NoAOF is without persistence, RDB snapshots included: a server that ends has lost all.
+	// NoAOF means no persistence, no RDB snapshots either: a server that ends has lost everything.
 	NoAOF    AOF = ""
 	EverySec AOF = "everysec"
 	Always   AOF = "always"
@@ -31,22 +31,22 @@ const (
 type Config struct {
 	// Binary is the server's program. Default: redis-server of the PATH.
 	Binary string
-	// Image is Container's, and must be there: nothing is pulled.
+	// Image is the one of Container. It must exist locally: nothing is pulled.
 	Image string
 	AOF   AOF
 	// Dir gets a folder for each node, with its data, config and log, and keeps them after Close. The nodes' folders must
 	// not exist yet. Default: a folder of its own that Close removes.
 	Dir string
-	// Args are further arguments of each server that holds data, such as "--maxmemory", "100mb". They win.
+	// Args are further arguments of each server that holds data, such as "--maxmemory", "100mb". They override the others.
 	Args []string
 }
 
-// A Deployment is some servers that are one Redis to its clients.
+// A Deployment is one Redis to its clients, made of one or more servers.
 type Deployment interface {
-	// Options says how to reach it. Only Addrs, MasterName and IsClusterMode are set (UniversalOptions as a whole cannot be
-	// JSON: it has functions).
+	// Options says how to reach it. Only Addrs, MasterName and IsClusterMode are set: UniversalOptions has functions, which
+	// cannot be marshaled to JSON.
 	Options() redis.UniversalOptions
-	// Client is an admin's: the same one at each call, closed by Close.
+	// Client is for administration: the same one at each call, closed by Close.
 	Client() redis.UniversalClient
 	// Nodes are the servers that hold data.
 	Nodes() []*Node
@@ -63,7 +63,7 @@ var (
 	_ Deployment = (*ClusterDeployment)(nil)
 )
 
-// ErrNoServer is the error when there is no redis-server on this machine, or no Docker or image for Container.
+// ErrNoServer: this machine has no redis-server, or no Docker or image for Container.
 var ErrNoServer = errors.New("no server to start")
 
 // A base is what all deployments have in common.
@@ -77,7 +77,7 @@ type base struct {
 	closing sync.Once
 	closed  error
 
-	// changing is held by what changes the topology: one such thing at a time.
+	// changing lets one change of the topology happen at a time.
 	changing sync.Mutex
 }
 
@@ -100,7 +100,7 @@ func newBase(config Config) (*base, error) {
 	return b, os.MkdirAll(dir, 0o755)
 }
 
-// binary returns the server's program, looked up at each call: what is not there is an error of the first start.
+// binary returns the server's program, looked up at each call: if there is none, the first start fails.
 func (c Config) binary() (string, error) {
 	name := c.Binary
 	if name == "" {
@@ -113,7 +113,7 @@ func (c Config) binary() (string, error) {
 	return path, nil
 }
 
-// persistence is the part of a server's config that is about its data.
+// persistence returns the settings of a server's config that are about its data.
 func (c Config) persistence() []setting {
 	if c.AOF == NoAOF {
 		return []setting{{"save", `""`}, {"appendonly", "no"}}
@@ -148,7 +148,7 @@ func (b *base) Close() error {
 	return b.closed
 }
 
-// failed ends what was started when the rest was not.
+// failed ends what was started after the rest failed to start.
 func (b *base) failed(what string, err error) error {
 	return errors.Join(fmt.Errorf("start %s: %w", what, err), b.Close())
 }

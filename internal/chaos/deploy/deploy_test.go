@@ -13,7 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// patience bounds what a test waits for, which takes seconds; only a machine that stands still takes longer.
+// patience bounds every wait of a test. They take seconds, and longer only on a machine that stalls.
 const patience = 2 * time.Minute
 
 func testContext(t *testing.T) context.Context {
@@ -30,7 +30,7 @@ func needServer(t *testing.T) {
 	}
 }
 
-// missing skips, but fails where real servers have to be there.
+// missing skips the test, or fails it where real servers are required.
 func missing(t *testing.T, err error) {
 	t.Helper()
 	if os.Getenv("GOXSTREAMS_TEST_REAL") == "1" {
@@ -49,7 +49,7 @@ func closeLater(t *testing.T, d Deployment) {
 	})
 }
 
-// add writes an entry by a client that knows of nothing, as soon as that is possible.
+// add writes an entry with an unsuspecting client, as soon as that is possible.
 func add(ctx context.Context, t *testing.T, client redis.UniversalClient, key string) {
 	t.Helper()
 	require.NoError(t, until(ctx, func(ctx context.Context) error {
@@ -241,7 +241,7 @@ func TestLiveMoveSlot(t *testing.T) {
 	}
 }
 
-// Broken off between any two steps, a move can be called again.
+// A move that is interrupted between any two steps can be called again.
 func TestAMoveGoesOn(t *testing.T) {
 	t.Parallel()
 	needServer(t)

@@ -11,19 +11,19 @@ import (
 const (
 	// moveBatch is how many keys one MIGRATE takes, as redis-cli's pipeline.
 	moveBatch = 10
-	// moveTimeout is redis-cli's of a MIGRATE, which stops both servers while it lasts.
+	// moveTimeout is redis-cli's timeout of a MIGRATE, which blocks both servers meanwhile.
 	moveTimeout = 60 * time.Second
 )
 
-// LiveMoveSlot moves the slot of the key, and all keys in it, while clients use them: to the next shard, and when it is not where
-// it was at first, back there. It returns when all nodes know. Meanwhile clients are told ASK, then MOVED.
+// LiveMoveSlot moves the slot of the key, with all of its keys, while clients use them: to the next shard, or back to its first
+// one if it was moved before. It returns when all nodes know. Meanwhile clients are told ASK, then MOVED.
 //
-// The order is redis-cli's: at whichever point it is broken off, the slot has one owner, and to call it again goes on from
-// there. What Redis itself does not survive is the source's failover in the middle: the new source knows of no move, and makes
-// anew the keys that have gone. This is then an error (BUSYKEY) that only an operator can resolve.
+// The order is redis-cli's: wherever it is interrupted, the slot has one owner, and another call continues from there. Redis
+// itself does not survive a failover of the source in the middle: the new source knows of no move, and recreates the keys that
+// have moved. The move then fails (BUSYKEY), and only an operator can resolve that.
 //
-// MIGRATE stops source and target while a key is on its way: with a stream that takes longer than the node timeout, that
-// looks like their death to the others.
+// MIGRATE blocks source and target while a key is on its way. If a stream takes longer than the node timeout, the other nodes
+// consider both dead.
 func (d *ClusterDeployment) LiveMoveSlot(ctx context.Context, key string) error {
 	var to *Node
 	err := d.change(ctx, key, func(from *Node) error {
@@ -58,7 +58,7 @@ func (d *ClusterDeployment) target(ctx context.Context, from *Node, slot int) (*
 	return masters[shard], nil
 }
 
-// home is the shard that had the slot at first.
+// home returns the shard that had the slot at first.
 func home(slot int) int {
 	shard := 0
 	for slot >= slots*(shard+1)/shards {
@@ -68,7 +68,7 @@ func home(slot int) int {
 }
 
 func (d *ClusterDeployment) moveSlot(ctx context.Context, slot int64, from, to *Node) error {
-	// The target first: should a client be sent there before, it would be sent back.
+	// The target first: it sends back clients that come before.
 	if err := setSlot(ctx, to, slot, "importing", from); err != nil {
 		return err
 	}
@@ -78,8 +78,8 @@ func (d *ClusterDeployment) moveSlot(ctx context.Context, slot int64, from, to *
 	if err := moveKeys(ctx, slot, from, to); err != nil {
 		return err
 	}
-	// The target first again: between the two, the source sends clients there, which must not be sent back; and should all end
-	// here, the target has told the source. The other masters would hear of it, but that takes its time.
+	// The target first again: between the two calls the source sends clients there, which must not be sent back; and if this is
+	// interrupted here, the target has told the source. The other masters would hear of it too, but only after a while.
 	if err := setSlot(ctx, to, slot, "node", to); err != nil {
 		return err
 	}
@@ -111,8 +111,7 @@ func setSlot(ctx context.Context, n *Node, slot int64, what string, other *Node)
 	return nil
 }
 
-// moveKeys moves the keys that are there, until none is: none comes once the slot is migrating, as new ones are made at the
-// target.
+// moveKeys moves keys until none is left. None is added while the slot is migrating: new ones are created at the target.
 func moveKeys(ctx context.Context, slot int64, from, to *Node) error {
 	host, port, err := net.SplitHostPort(to.Addr)
 	if err != nil {
@@ -128,7 +127,7 @@ func moveKeys(ctx context.Context, slot int64, from, to *Node) error {
 		for _, k := range keys {
 			migrate = append(migrate, k)
 		}
-		// NOKEY is fine: they expired or were deleted.
+		// NOKEY is fine: the keys expired or were deleted.
 		if err := client.Do(ctx, migrate...).Err(); err != nil {
 			return errors.Join(fmt.Errorf("migrate %q from %s to %s", keys, from, to), err)
 		}

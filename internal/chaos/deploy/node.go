@@ -22,19 +22,19 @@ const (
 	RoleSentinel Role = "sentinel"
 )
 
-// A Node is one server. Its methods may be called from any goroutine, though not Kill, Stop, Restart at once.
+// A Node is one server. Its methods may be called from any goroutine, except Kill, Stop and Restart concurrently.
 type Node struct {
 	Name string
 	Addr string // the same over restarts
 
 	server server
 	client *redis.Client
-	// started, if not nil, is done after each start.
+	// started, if not nil, is called after each start.
 	started func(ctx context.Context) error
 	id      string // a Cluster node's own
 }
 
-// A server runs a Node. Its methods return when what they say is so.
+// A server runs a Node. Its methods return when they have taken effect.
 type server interface {
 	start(ctx context.Context) error
 	running() bool
@@ -51,17 +51,17 @@ func newNode(name, addr string, s server) *Node {
 	return &Node{Name: name, Addr: addr, server: s, client: newClient(addr)}
 }
 
-// newClient returns a client for an admin: it does nothing twice, and heeds its context.
+// newClient returns a client for administration: it retries nothing, and respects the context.
 func newClient(addr string) *redis.Client {
 	return redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1, DialerRetries: 1, ContextTimeoutEnabled: true, PoolSize: 4})
 }
 
 func (n *Node) String() string { return n.Name + " (" + n.Addr + ")" }
 
-// Client is an admin's client of this very server. The deployment closes it.
+// Client is a client of this very server, for administration. The deployment closes it.
 func (n *Node) Client() *redis.Client { return n.client }
 
-// Running tells whether the server was started, and has not ended since. A frozen server is running.
+// Running reports whether the server was started and has not ended since. A frozen server is running.
 func (n *Node) Running() bool { return n.server.running() }
 
 // Role asks the server.
@@ -90,7 +90,7 @@ func (n *Node) role(ctx context.Context) (role, error) {
 	return r, nil
 }
 
-// replicates returns an error while the node is no replica of that master, or its copy is not up to date with the link.
+// replicates returns an error while the node is no replica of that master, or its link is not up.
 func (n *Node) replicates(ctx context.Context, master *Node) error {
 	r, err := n.role(ctx)
 	if err != nil {
@@ -116,20 +116,20 @@ func (n *Node) Kill() error { return n.did("kill", n.server.kill()) }
 // Stop ends the server with SIGTERM and waits until it is gone; a frozen one is thawed for it.
 func (n *Node) Stop(ctx context.Context) error { return n.did("stop", n.server.stop(ctx)) }
 
-// Freeze stops the server in its tracks: the kernel goes on accepting connections, and nothing is answered.
+// Freeze suspends the server: the kernel still accepts connections, and nothing is answered.
 func (n *Node) Freeze() error { return n.did("freeze", n.server.freeze()) }
 
-// Thaw lets a frozen server go on; it works off what came in meanwhile.
+// Thaw resumes a frozen server, which then handles what has arrived meanwhile.
 func (n *Node) Thaw() error { return n.did("thaw", n.server.thaw()) }
 
-// Disconnect cuts a container off its network, without a word to its peers. A process: errors.ErrUnsupported.
+// Disconnect takes a container off its network, unnoticed by its peers. For a process it returns errors.ErrUnsupported.
 func (n *Node) Disconnect() error { return n.did("disconnect", n.server.disconnect()) }
 
 // Connect undoes Disconnect: the container has its address again.
 func (n *Node) Connect() error { return n.did("connect", n.server.connect()) }
 
 // Restart stops the server if it runs, starts it at its address with the data that it kept, and waits until it has loaded them
-// and answers. Whether it is the master that it was is another matter: Settle.
+// and answers. It may not be the master any more: see Settle.
 func (n *Node) Restart(ctx context.Context) error { return n.did("restart", n.restart(ctx)) }
 
 func (n *Node) restart(ctx context.Context) error {
@@ -158,7 +158,7 @@ func (n *Node) did(what string, err error) error {
 
 func (n *Node) close() error { return errors.Join(n.client.Close(), n.server.close()) }
 
-// ping is done by hand because go-redis, once dials have failed, tries again only after a second.
+// ping does without go-redis, which waits for a second after failed dials.
 func ping(addr string) error {
 	conn, err := net.DialTimeout("tcp", addr, time.Second)
 	if err != nil {

@@ -34,7 +34,7 @@ func hang(image string) error {
 		return err
 	}
 	addrs := d.Node().Addr
-	if err := d.Node().Freeze(); err != nil { // a frozen one ends, too
+	if err := d.Node().Freeze(); err != nil { // a frozen one must end, too
 		return err
 	}
 	if c, err := Container(context.Background(), Config{Image: image}); err == nil {

@@ -21,7 +21,7 @@ import (
 // A setting is a line of a server's config.
 type setting struct{ name, value string }
 
-// nodePlan is what a node that is a process starts from.
+// nodePlan says how to start a node that is a process.
 type nodePlan struct {
 	name     string
 	settings []setting
@@ -70,7 +70,7 @@ func tryNode(ctx context.Context, binary, dir string, plan nodePlan) (*Node, err
 	return n, nil
 }
 
-// writeConfig writes a file, not a command line, because Sentinel and Redis write to it what they became.
+// writeConfig writes a file, because Sentinel and Redis update their config in it.
 func writeConfig(file string, settings []setting) error {
 	var text strings.Builder
 	for _, s := range settings {
@@ -79,15 +79,15 @@ func writeConfig(file string, settings []setting) error {
 	return os.WriteFile(file, []byte(text.String()), 0o644)
 }
 
-// The ports are below the range from which the kernel takes clients' ports (32768 and above): while a server is down, a client
-// might come to have its port, even one that dials the server, which then talks to itself. That goes for a Cluster's bus too.
+// The ports are below those that the kernel gives to clients (32768 and above): while a server is down, a client could get its
+// port, even one that dials that server, and would then talk to itself. The same is true of a Cluster's bus.
 const (
 	firstPort = 32000
 	busOffset = 384
 	ports     = 384
 )
 
-// A port is ours, also while no server listens on it.
+// A port stays ours while no server listens on it.
 type port struct {
 	number int
 	claim  io.Closer
@@ -98,7 +98,7 @@ func reservePort() (port, error) {
 	return port{number, claim}, err
 }
 
-// ReservePort returns one of the count ports from first on, which stays the caller's until the claim is closed, also while
+// ReservePort returns one of the count ports from first on, which is the caller's until the claim is closed, even while
 // nothing listens on it: no other caller of ReservePort on this machine gets it. The ports at the offsets from it are free.
 func ReservePort(first, count int, offsets ...int) (number int, claim io.Closer, err error) {
 	for number := first; number < first+count; number++ {
@@ -145,7 +145,7 @@ type process struct {
 func (p *process) configFile() string { return filepath.Join(p.dir, "server.conf") }
 func (p *process) logFile() string    { return filepath.Join(p.dir, "server.log") }
 
-// start tries again while the port is taken: it is this node's, and whoever has it for the moment will let go of it.
+// start tries again while the port is taken: it belongs to this node, so another program has it only for a moment.
 func (p *process) start(ctx context.Context) error {
 	for {
 		err := p.startOnce(ctx)
@@ -190,7 +190,7 @@ func (p *process) startOnce(ctx context.Context) error {
 	}
 }
 
-// answers returns an error while the server does not answer, or another one does in its place.
+// answers returns an error until the server answers, and not another one in its place.
 func (p *process) answers(ctx context.Context, cmd *exec.Cmd) error {
 	if err := ping(p.node.Addr); err != nil {
 		return err
@@ -215,12 +215,12 @@ func (p *process) ended(cmd *exec.Cmd, log io.ReaderAt, before int64) error {
 	return fmt.Errorf("%s: %s\n%s", p.binary, cmd.ProcessState, words)
 }
 
-// spawn starts the process on a thread that stays until the process has ended: its parent, whose death is the signal for it to
-// die (Pdeathsig), is that thread and not this process as a whole.
+// spawn starts the process on a thread that lives until the process has ended: Pdeathsig kills the process when that thread
+// dies, which may be before this program does.
 func (p *process) spawn(log *os.File) (*exec.Cmd, <-chan struct{}, error) {
 	cmd := exec.Command(p.binary, slices.Concat([]string{p.configFile()}, p.args)...)
 	cmd.Stdout, cmd.Stderr = log, log
-	// Its own group: a Ctrl-C is for the runner, which ends the servers when it sees fit.
+	// A group of its own: Ctrl-C reaches only this program, which ends the servers in its own time.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	gone := make(chan struct{})
 	started := make(chan error)
@@ -244,7 +244,7 @@ func (p *process) spawn(log *os.File) (*exec.Cmd, <-chan struct{}, error) {
 	return cmd, gone, nil
 }
 
-// current returns the process that was started last, and what is closed when it has ended.
+// current returns the process that was started last, and a channel that is closed when it has ended.
 func (p *process) current() (*exec.Cmd, <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -276,23 +276,31 @@ func (p *process) kill() error {
 	return nil
 }
 
+// askAgain is when a server that still runs is asked again to end. It refuses while it takes
+// part in a failover, for example, and then forgets that it was asked. (By default it waits
+// for its replicas for 10 s.)
+const askAgain = 12 * time.Second
+
 func (p *process) stop(ctx context.Context) error {
 	if !p.running() {
 		return nil
 	}
 	cmd, gone := p.current()
-	if err := errors.Join(signal(cmd, syscall.SIGTERM), signal(cmd, syscall.SIGCONT)); err != nil {
-		return err
-	}
-	select {
-	case <-gone:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("it does not end: %w", context.Cause(ctx))
+	for {
+		if err := errors.Join(signal(cmd, syscall.SIGTERM), signal(cmd, syscall.SIGCONT)); err != nil {
+			return err
+		}
+		select {
+		case <-gone:
+			return nil
+		case <-time.After(askAgain):
+		case <-ctx.Done():
+			return fmt.Errorf("it does not end: %w", context.Cause(ctx))
+		}
 	}
 }
 
-// signal tolerates that the process has ended already.
+// signal is no error if the process has ended already.
 func signal(cmd *exec.Cmd, sig syscall.Signal) error {
 	if err := cmd.Process.Signal(sig); !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -307,7 +315,7 @@ func (p *process) thaw() error {
 	return p.sendUntil(syscall.SIGCONT, func(state byte) bool { return state != 'T' })
 }
 
-// sendUntil sends the signal and waits until the kernel says that the process is as it should be then.
+// sendUntil sends the signal and waits until the process is in the state that done accepts.
 func (p *process) sendUntil(sig syscall.Signal, done func(state byte) bool) error {
 	if !p.running() {
 		return errors.New("it is not running")

@@ -17,16 +17,16 @@ const (
 	sentinels  = 3
 	quorum     = 2
 
-	// downAfter is how long a master does not answer before it is taken for dead.
+	// downAfter is how long a master may not answer before it is considered dead.
 	downAfter = time.Second
-	// failoverTimeout bounds each part of a failover; one that failed is tried again after twice as long.
+	// failoverTimeout bounds each part of a failover; a failed one is repeated after twice as long.
 	failoverTimeout = 3 * time.Second
 )
 
 // A SentinelDeployment is a master, two replicas, and three Sentinels that elect another master.
 type SentinelDeployment struct{ *base }
 
-// Sentinel starts one. All of it are processes.
+// Sentinel starts one whose servers are processes.
 func Sentinel(ctx context.Context, config Config) (*SentinelDeployment, error) {
 	b, err := newBase(config)
 	if err != nil {
@@ -86,23 +86,23 @@ func (b *base) add(ctx context.Context, plan nodePlan) error {
 // configAddr is how a config names a server: with a space, not a colon.
 func configAddr(n *Node) string { return strings.Replace(n.Addr, ":", " ", 1) }
 
-// hurry has a Sentinel look more often than its 2 s and 10 s, at which an old master stays a second one for some 10 s. A server
-// that lost the CPU for 2 s does not count as a clock that cannot be trusted for the 30 s after. And a new master gets its first
-// PING before it has been silent for downAfter: with the 1 s of both, Sentinel took it for dead 1 s after each failover, and often
-// enough began another one. Only SENTINEL DEBUG can do all that.
+// hurry makes a Sentinel look more often than every 2 s and 10 s, with which an old master remains a second one for some 10 s.
+// One that lost the CPU for 2 s distrusts its clock for 3 s, not 30 s. And a new master gets its first PING before downAfter has
+// passed: with 1 s for both, Sentinel considered it dead 1 s after each failover, and often started another one. Only
+// SENTINEL DEBUG can set these.
 func hurry(ctx context.Context, n *Node) error {
 	return n.client.Do(ctx, "sentinel", "debug", "ping-period", 200, "publish-period", 500, "info-period", 500, "tilt-period", 3000).Err()
 }
 
-// Sentinels are not among Nodes.
+// Sentinels returns the Sentinels, which Nodes does not.
 func (d *SentinelDeployment) Sentinels() []*Node { return append([]*Node(nil), d.nodes[d.data:]...) }
 
-// Master returns the master, once all Sentinels that run agree on it, and it does too.
+// Master returns the master, once all running Sentinels and the server itself agree on it.
 func (d *SentinelDeployment) Master(ctx context.Context) (*Node, error) {
 	return d.AwaitMaster(ctx, nil)
 }
 
-// AwaitMaster returns the master, once it is another one than not.
+// AwaitMaster returns the master, once it is a different one than not.
 func (d *SentinelDeployment) AwaitMaster(ctx context.Context, not *Node) (*Node, error) {
 	var master *Node
 	err := until(ctx, func(ctx context.Context) (err error) {
@@ -118,7 +118,7 @@ func (d *SentinelDeployment) AwaitMaster(ctx context.Context, not *Node) (*Node,
 	return master, nil
 }
 
-// agreed returns the master, or in what the servers do not agree on it.
+// agreed returns the master, or an error that says what the servers disagree on.
 func (d *SentinelDeployment) agreed(ctx context.Context) (*Node, error) {
 	masters := map[string]bool{}
 	for _, s := range running(d.Sentinels()) {
@@ -172,7 +172,7 @@ func (d *SentinelDeployment) settled(ctx context.Context) error {
 }
 
 // calm returns an error while the Sentinel could not lead a failover: one is under way, it does not know the others yet, or it
-// takes a server that runs for dead.
+// considers a running server dead.
 func (d *SentinelDeployment) calm(ctx context.Context, s *Node) error {
 	m, err := s.client.Do(ctx, "sentinel", "master", masterName).Result()
 	if err != nil {
@@ -223,8 +223,8 @@ func stringMap(reply any) (map[string]string, error) {
 	return fields, nil
 }
 
-// Failover has a Sentinel make a replica the master while the master is well, and waits until all replicate the new one. It
-// starts once all is settled: Sentinel refuses before.
+// Failover makes a Sentinel promote a replica while the master is healthy, and waits until all replicate the new one. It waits
+// for Settle first, because Sentinel refuses until then.
 func (d *SentinelDeployment) Failover(ctx context.Context) error {
 	d.changing.Lock()
 	defer d.changing.Unlock()
@@ -242,7 +242,7 @@ func (d *SentinelDeployment) failover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var asked time.Time // a failover that came to nothing is not reported: it is asked for again
+	var asked time.Time // a failover that failed is not reported, so it is asked for again
 	err = until(ctx, func(ctx context.Context) error {
 		master, err := d.agreed(ctx)
 		if err == nil && master != old {
@@ -267,8 +267,8 @@ func (d *SentinelDeployment) KillMaster(ctx context.Context) error {
 	return d.replaceMaster(ctx, "kill the master", (*Node).Kill, func(n *Node) error { return n.Restart(ctx) })
 }
 
-// FreezeMaster freezes the master, awaits a new one, thaws the old one and waits until it is a replica. Until Sentinel tells it
-// so, the old one is a second master that takes writes, which are lost.
+// FreezeMaster freezes the master, awaits a new one, thaws the old one and waits until it is a replica. Until Sentinel makes
+// it one, the old one is a second master and accepts writes, which are lost.
 func (d *SentinelDeployment) FreezeMaster(ctx context.Context) error {
 	return d.replaceMaster(ctx, "freeze the master", (*Node).Freeze, (*Node).Thaw)
 }
@@ -284,7 +284,7 @@ func (d *SentinelDeployment) replaceMaster(ctx context.Context, what string, end
 		return err
 	}
 	_, err = d.AwaitMaster(ctx, old)
-	if err := errors.Join(err, back(old)); err != nil { // back in any case, or it stays frozen
+	if err := errors.Join(err, back(old)); err != nil { // in any case, or it stays frozen
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	if err := d.Settle(ctx); err != nil {

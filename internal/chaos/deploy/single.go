@@ -10,7 +10,7 @@ import (
 // A SingleDeployment is one server, of Single or Container.
 type SingleDeployment struct{ *base }
 
-// Single starts one server that is a process.
+// Single starts one server as a process.
 func Single(ctx context.Context, config Config) (*SingleDeployment, error) {
 	b, err := newBase(config)
 	if err != nil {

@@ -16,7 +16,7 @@ type scenario struct {
 	sentinel bool
 	aof      deploy.AOF
 	args     []string
-	wait     int  // each Publish is followed by WAIT for so many replicas, of two
+	wait     int  // the number of replicas, of two, for which a WAIT follows each Publish
 	cut      bool // the replicas get nothing for cutFor before the master is killed
 }
 
@@ -85,7 +85,8 @@ func (s scenario) run(ctx context.Context, d deploy.Deployment, topic string) (l
 	return p.loss(there, killed), nil
 }
 
-// strike lets the producer run, kills the server, and returns when a master serves again and all is settled. killed is when.
+// strike lets the producer run and kills the server. It returns the time of the kill, once a master serves again and the
+// deployment has settled.
 func (s scenario) strike(ctx context.Context, d deploy.Deployment) (killed time.Time, err error) {
 	// At random within everysec's second.
 	if err := pass(ctx, time.Second+rand.N(time.Second)); err != nil {
@@ -116,8 +117,8 @@ func (s scenario) strike(ctx context.Context, d deploy.Deployment) (killed time.
 	return killed, errors.Join(old.Restart(ctx), group.Settle(ctx))
 }
 
-// cutAndKill keeps the replicas from copying for a while, and then kills the master. The replicas are back, with what they had at
-// the beginning, before Sentinel looks for a new master.
+// cutAndKill cuts the replicas off for a while, and then kills the master. The replicas are back, with what they had at the
+// beginning, before Sentinel looks for a new master.
 func cutAndKill(ctx context.Context, group *deploy.SentinelDeployment, master *deploy.Node) (killed time.Time, err error) {
 	var replicas []*deploy.Node
 	for _, n := range group.Nodes() {
@@ -145,7 +146,7 @@ func cutAndKill(ctx context.Context, group *deploy.SentinelDeployment, master *d
 	return killed, nil
 }
 
-// pass lets time pass: it is how long the producer runs.
+// pass waits while the producer runs.
 func pass(ctx context.Context, d time.Duration) error {
 	select {
 	case <-time.After(d):

@@ -20,7 +20,7 @@ func TestLoss(t *testing.T) {
 	require.Equal(t, "| x | 2 | 3 | 2 | 2, 2 | 2000, 2000 | 1000, 1000 |", row("x", []loss{{}, l}))
 }
 
-// What is certain: without persistence all is lost, with appendfsync always nothing.
+// These are certain: without persistence everything is lost, with appendfsync always nothing.
 func TestSingle(t *testing.T) {
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		if os.Getenv("GOXSTREAMS_TEST_REAL") == "1" {

@@ -1,4 +1,4 @@
-// Losswindow measures what an acknowledged Publish is worth when the server dies: how many messages that Publish returned nil for
+// Losswindow measures what an acknowledged Publish is worth when the server dies: how many messages for which Publish returned nil
 // are gone afterwards, and how old the oldest of them was when the server died. It prints a Markdown table.
 package main
 
@@ -67,7 +67,7 @@ there to the newest lost one.
   acknowledged between the two freezes is lost when the first one is promoted.
 `
 
-// A loss is what came of one run.
+// A loss is the result of one run.
 type loss struct {
 	acknowledged, refused, lost int
 	window, lasting             time.Duration

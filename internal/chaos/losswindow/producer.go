@@ -28,7 +28,7 @@ type producer struct {
 	stop, done chan struct{}
 	ending     sync.Once
 
-	// acknowledged has when, by UUID. It and refused are run's until done is closed.
+	// acknowledged has the times of acknowledgment, by UUID. It and refused belong to run until done is closed.
 	acknowledged map[string]time.Time
 	refused      int
 }
@@ -38,7 +38,7 @@ func newProducer(options redis.UniversalOptions, topic string, wait int) (*produ
 		topic: topic, wait: wait, acknowledged: map[string]time.Time{},
 		stop: make(chan struct{}), done: make(chan struct{}),
 	}
-	// WAIT is about the writes of its own connection, so there is one; on a new one it returns at once, and says nothing.
+	// WAIT counts for the writes of its own connection only, so there is one; on a new one it would return at once.
 	options.PoolSize = 1
 	options.OnConnect = func(context.Context, *redis.Conn) error {
 		p.connects.Add(1)
@@ -64,7 +64,7 @@ func (p *producer) run() {
 			continue
 		}
 		p.refused++
-		select { // it is refused as fast as it is asked
+		select { // a refusal takes no time
 		case <-p.stop:
 			return
 		case <-time.After(time.Millisecond):
@@ -90,7 +90,7 @@ func (p *producer) publish(uuid string) error {
 	return nil
 }
 
-// end ends run and returns when it has ended.
+// end stops run and waits for it.
 func (p *producer) end() {
 	p.ending.Do(func() {
 		close(p.stop)
@@ -100,7 +100,7 @@ func (p *producer) end() {
 	})
 }
 
-// loss compares what was acknowledged with what is there.
+// loss compares what was acknowledged with what is stored.
 func (p *producer) loss(there map[string]bool, killed time.Time) loss {
 	l := loss{acknowledged: len(p.acknowledged), refused: p.refused}
 	var oldest, newest time.Time

@@ -12,7 +12,9 @@ import (
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/sim/model"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // inBubble runs a test of each version in virtual time.
@@ -344,5 +346,38 @@ func TestLibrary(t *testing.T) {
 		require.NoError(t, sub.Close())
 		require.NoError(t, pub.Close())
 		require.Zero(t, client.XPending(t.Context(), "topic", "g").Val().Count)
+	})
+}
+
+// A snapshot has what a script has done, or nothing of it: a tail that is lost puts a message that was moved back where it waited.
+func TestSnapshotOfDelayed(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *model.Server, client *redis.Client) {
+		ctx := t.Context()
+		stream := xstream.New(redisx.Client{UniversalClient: client}, "s", "")
+		call := xstream.NewScheduling(ctx, "s", 0, "")
+		require.NoError(t, call.Add("u", xstream.DueIn(time.Second), func(args []any) ([]any, error) { return append(args, "f", "v"), nil }))
+		require.NoError(t, call.Send(client))
+		require.Equal(t, time.Second, call.UntilNext())
+		waiting := s.Snapshot()
+
+		time.Sleep(time.Second)
+		moved, err := stream.MoveDue(ctx)
+		require.NoError(t, err)
+		require.Equal(t, 1, moved.Count)
+		require.EqualValues(t, 0, client.Exists(ctx, xstream.DueKey("s"), xstream.DelayedKey("s")).Val())
+
+		s.Restore(waiting)
+		require.Error(t, client.Ping(ctx).Err(), "its connections are cut")
+		require.EqualValues(t, 0, client.XLen(ctx, "s").Val())
+		moved, err = stream.MoveDue(ctx)
+		require.NoError(t, err)
+		require.Equal(t, 1, moved.Count)
+		require.EqualValues(t, 1, client.XLen(ctx, "s").Val())
+
+		s.Restore(waiting)
+		require.Error(t, client.Ping(ctx).Err(), "its connections are cut")
+		require.NoError(t, stream.Cancel(ctx, "u"))
+		require.ErrorIs(t, stream.Cancel(ctx, "u"), xstream.ErrMissing)
+		require.ErrorIs(t, stream.Reschedule(ctx, "u", time.Now()), xstream.ErrMissing)
 	})
 }

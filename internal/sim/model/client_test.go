@@ -24,6 +24,7 @@ type (
 	simple  string
 	failure string
 	missing string // "_", "$-1" or "*-1"
+	number  string // ","
 	list    []any
 	dict    []any
 )
@@ -84,6 +85,8 @@ func (c *rawClient) read() (any, error) {
 		return strconv.ParseInt(text, 10, 64)
 	case '_':
 		return missing(line), nil
+	case ',':
+		return number(text), nil
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil {

@@ -272,6 +272,9 @@ func xack(r *request) any {
 // xackdel answers for each entry: 1 acked and deleted, 2 acked and kept for another
 // group, -1 not pending.
 func xackdel(r *request) any {
+	if _, err := value[stream](r.s, r.arg(1)); err != nil {
+		return err
+	}
 	given, how, err := parseAckDel(r)
 	if err != nil {
 		return err

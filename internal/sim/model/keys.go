@@ -1,6 +1,10 @@
 package model
 
-import "strings"
+import (
+	"math"
+	"strconv"
+	"strings"
+)
 
 func exists(r *request) any {
 	n := int64(0)
@@ -36,6 +40,8 @@ func typeOf(r *request) any {
 		return status("stream")
 	case *hash:
 		return status("hash")
+	case *zset:
+		return status("zset")
 	}
 	return status("none")
 }
@@ -123,6 +129,31 @@ func hset(r *request) any {
 	return added
 }
 
+func hincrby(r *request) any {
+	by, err := parseInt(r.arg(3))
+	if err != nil {
+		return err
+	}
+	h, err := value[hash](r.s, r.arg(1))
+	if err != nil {
+		return err
+	}
+	now := int64(0)
+	if h != nil {
+		if v, ok := h.values[r.arg(2)]; ok {
+			if now, err = parseInt(v); err != nil {
+				return Error("ERR hash value is not an integer")
+			}
+		}
+	}
+	if by < 0 && now < math.MinInt64-by || by > 0 && now > math.MaxInt64-by {
+		return Error("ERR increment or decrement would overflow")
+	}
+	now += by
+	hset(&request{s: r.s, client: r.client, args: []string{"hset", r.arg(1), r.arg(2), strconv.FormatInt(now, 10)}, inside: r.inside})
+	return now
+}
+
 func hget(r *request) any {
 	h, err := value[hash](r.s, r.arg(1))
 	if err != nil || h == nil {
@@ -132,6 +163,23 @@ func hget(r *request) any {
 		return v
 	}
 	return nil
+}
+
+func hmget(r *request) any {
+	h, err := value[hash](r.s, r.arg(1))
+	if err != nil {
+		return err
+	}
+	values := make([]any, len(r.args)-2)
+	for i, f := range r.args[2:] {
+		if h == nil {
+			continue
+		}
+		if v, ok := h.values[f]; ok {
+			values[i] = v
+		}
+	}
+	return values
 }
 
 // orNil keeps a missing error from becoming a reply that is not nil.

@@ -45,7 +45,7 @@ type random struct{ *rand.Rand }
 func pick[T any](r random, from ...T) T { return from[r.IntN(len(from))] }
 
 func (r random) key() string {
-	return prefix + pick(r, "a", "a", "a", "b", "b", "dead", "none", "hash")
+	return prefix + pick(r, "a", "a", "a", "b", "b", "dead", "none", "hash", "scores")
 }
 func (r random) stream() string   { return prefix + pick(r, "a", "a", "b") }
 func (r random) group() string    { return pick(r, "g", "g", "g", "h", "nogroup") }
@@ -110,7 +110,7 @@ func words(parts ...any) []string {
 
 // sequence returns commands of which the first ones make streams and groups.
 func (r random) sequence(n int, version string) []step {
-	steps := []step{{args: words("hset", prefix+"hash", "f", "v")}}
+	steps := []step{{args: words("hset", prefix+"hash", "f", "v")}, {args: words("zadd", prefix+"scores", "1", "a", "2.5", "b", "2.5", "c")}}
 	if r.IntN(2) == 0 {
 		steps = append(steps, step{args: words("hello", "3")})
 	}
@@ -136,6 +136,8 @@ func (r random) sequence(n int, version string) []step {
 			steps = append(steps, step{other: true, args: r.blocking()})
 		case 2, 3, 4, 5, 6:
 			steps = append(steps, step{args: r.script()})
+		case 7, 8:
+			steps = append(steps, step{args: r.delayed(version)})
 		default:
 			steps = append(steps, step{args: r.command(version)})
 		}
@@ -230,7 +232,7 @@ func (r random) wellFormed(version string) []string {
 		return words("xinfo", "consumers", r.stream(), r.group())
 	case 31:
 		if r.IntN(3) > 0 {
-			return words(pick(r, "hset", "hset", "hget", "hdel"), r.key(), pick(r, "f", "g"), r.maybe("v"))
+			return words(pick(r, "hset", "hset", "hget", "hdel", "hincrby"), r.key(), pick(r, "f", "g"), r.maybe(pick(r, "v", "3", "-4", "9223372036854775807", " 1", "01")))
 		}
 		return words(pick(r, "del", "expire", "pexpire", "flush"), r.key(), r.maybe(pick(r, "1000", "0", "-1", "x")))
 	case 32:
@@ -247,6 +249,100 @@ func (r random) wellFormed(version string) []string {
 		return words("xcfgset", r.stream(), r.maybe("idmp-duration", pick(r, "100", "200", r.number())), r.maybe("idmp-maxsize", pick(r, "1", "2", r.number())))
 	}
 	return words("xadd", r.stream(), r.maybe("nomkstream"), "idmp", pick(r, "p", "q"), pick(r, "1", "2", "3", ""), pick(r, "*", "*", "*", r.id()), "f", "v")
+}
+
+// sorted returns a command of a sorted set.
+func (r random) sorted() []string {
+	key, member := prefix+pick(r, "scores", "scores", "scores", "hash", "none", "a"), func() string { return pick(r, "a", "b", "c", "d", "e") }
+	score := func() string {
+		if r.IntN(12) == 0 {
+			return pick(r, "x", "", " 1", "nan", "1e3", "-0.5", "1..2")
+		}
+		return pick(r, "-1", "0", "0.1", "1", "2.5", "3", "4102444800000", "inf", "-inf")
+	}
+	end := func(infinite string) string { return pick(r, infinite, pick(r, "", "", "(")+score()) }
+	switch r.IntN(9) {
+	case 0, 1, 2:
+		options := pick(r, nil, nil, words("nx"), words("xx"), words("gt"), words("lt", "ch"), words("ch"), words("xx", "gt"), words("nx", "xx"), words("NX", "gt"))
+		return words("zadd", key, options, score(), member(), r.maybe(score(), member()))
+	case 3:
+		return words("zrem", key, member(), r.maybe(member(), member()))
+	case 4:
+		return words(pick(r, "zscore", "zrank"), key, member())
+	case 5:
+		return pick(r, words("zcard", key), words("zcount", key, end("-inf"), end("+inf")))
+	case 6:
+		return words("zrange", key, r.rank(), r.rank(), r.maybe("withscores"))
+	case 7:
+		return words("zrangebyscore", key, end("-inf"), end("+inf"), r.maybe("withscores"), r.maybe("limit", r.rank(), r.rank()))
+	}
+	return words("hmget", pick(r, key, prefix+"hash"), "f", r.maybe("g", "f"))
+}
+
+func (r random) rank() string { return pick(r, "0", "0", "1", "2", "-1", "-2", r.number()) }
+
+// delayed returns a command of a sorted set, or a call of one of the scripts for delayed messages. These are
+// due at once or in years, so that both servers agree.
+func (r random) delayed(version string) []string {
+	if r.IntN(2) == 0 {
+		return r.sorted()
+	}
+	key := r.stream()
+	if r.IntN(4) == 0 {
+		key = xstream.DueKey(key)
+		return pick(r, words("zrange", key, "0", "-1", "withscores"), words("zcard", key), words("type", key), words("exists", key, xstream.DelayedKey(r.stream())),
+			words("zrem", key, "u1"), words("hdel", xstream.DelayedKey(r.stream()), "u2"), words("hset", xstream.DelayedKey(r.stream()), "u2", pick(r, "", "5:x", "nonsense")),
+			words("hgetall", xstream.DelayedKey(r.stream())), words("del", key))
+	}
+	return recorded(func(s xstream.Stream) { r.callDelayed(s, version) }, xstream.Stream{Key: key})
+}
+
+var farAway = time.UnixMilli(4102444800000)
+
+func (r random) callDelayed(s xstream.Stream, version string) {
+	ctx := context.Background()
+	uuid := func() string { return pick(r, "u1", "u2", "u3", "u4") }
+	due := func() time.Time {
+		return pick(r, time.UnixMilli(1), time.UnixMilli(2), farAway, farAway.Add(time.Second), farAway.Add(-time.Second))
+	}
+	switch r.IntN(13) {
+	case 0, 1, 2, 3, 4:
+		producer := ""
+		if version == "8.6" && r.IntN(3) == 0 {
+			producer = "p"
+		}
+		call := xstream.NewScheduling(ctx, s.Key, pick(r, int64(0), 0, 0, 100), producer)
+		for range 1 + r.IntN(3) {
+			at := pick(r, xstream.Due{}, xstream.DueIn(0), xstream.DueIn(time.Hour), xstream.DueAt(farAway), xstream.DueAt(due()))
+			_ = call.Add(uuid(), at, func(args []any) ([]any, error) { return append(args, "f", pick(r, "v", "w")), nil })
+		}
+		_ = call.Send(s.Via)
+	case 5, 6:
+		_, _ = s.MoveDue(ctx)
+	case 7:
+		s.Group = pick(r, "g", "h")
+		if r.IntN(2) == 0 {
+			_ = s.Pause(ctx)
+		} else {
+			_, _ = s.Resume(ctx)
+		}
+	case 12:
+		_ = s.Cancel(ctx, uuid())
+	case 8, 9:
+		_ = s.Reschedule(ctx, uuid(), due())
+	case 10:
+		_, _ = s.DelayedSummary(ctx)
+	case 11:
+		switch r.IntN(3) {
+		case 0:
+			_, _ = s.DelayedGet(ctx, uuid())
+		case 1:
+			_, _ = s.DelayedPage(ctx, xstream.Waiting{}, 1+r.IntN(3))
+		default:
+			at := pick(r, time.Time{}, time.UnixMilli(5), time.UnixMilli(7), farAway)
+			_, _ = s.Recur(ctx, pick(r, "one", "two"), pick(r, time.Time{}, time.UnixMilli(5)), at, 0, []any{"f", "v"})
+		}
+	}
 }
 
 func (r random) idOrNext() string {
@@ -345,9 +441,9 @@ func (r random) call(s xstream.Stream) {
 	case 5:
 		_, _ = s.Restore(ctx, counted)
 	case 6, 7:
-		_, _ = s.AckAndDelete(ctx, by, any...)
+		_ = s.AckAndDelete(ctx, by, any...)
 	case 8, 9:
-		_, _, _ = s.TrimAcked(ctx)
+		r.trimOf(ctx, s, ids[0])
 	case 10:
 		_, _ = s.AckTrimmed(ctx, ids)
 	case 11:
@@ -377,12 +473,34 @@ func (r random) call(s xstream.Stream) {
 	}
 }
 
+// trimOf calls one of the scripts of retention. All IDs are old enough for any KeepFor but the
+// longest, and of two intervals the second one ends long after the test.
+func (r random) trimOf(ctx context.Context, s xstream.Stream, id string) {
+	keep := xstream.Retention{KeepLast: pick(r, int64(0), 0, 1, 3, xstream.KeepAll), HardMaxLen: pick(r, int64(0), 0, 1, 4)}
+	keep.KeepFor = pick(r, 0, 0, time.Hour, 100*365*24*time.Hour)
+	if r.IntN(3) == 0 {
+		keep.Ignore = []string{r.group()}
+	}
+	switch r.IntN(8) {
+	case 0:
+		_, _, _ = s.Plan(ctx, keep, pick(r, "", id), r.Int64N(3))
+	case 1:
+		_, _, _ = s.Floor(ctx)
+	default:
+		_, _ = s.Trim(ctx, keep, pick(r, 0, 0, 0, time.Hour))
+	}
+}
+
 var errRecorded = errors.New("recorded, not sent")
 
 // recorder notes the first command that is sent through it.
 type recorder struct{ args []string }
 
 func (rec *recorder) note(cmd redis.Cmder) error {
+	if look, ok := cmd.(*redis.Cmd); ok && cmd.Name() == "zrange" { // by which MoveDue finds out whether to run its script
+		look.SetVal([]any{"u1"})
+		return nil
+	}
 	if rec.args == nil {
 		for _, a := range cmd.Args() {
 			if m, ok := a.(encoding.BinaryMarshaler); ok {

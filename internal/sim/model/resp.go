@@ -7,7 +7,7 @@ import (
 	"strconv"
 )
 
-// A reply is a string (a bulk string), status, Error, int64, nil, nullArray, []any, flatMap, entries or readings.
+// A reply is a string (a bulk string), status, Error, int64, nil, nullArray, []any, flatMap, entries, readings, double or scores.
 type (
 	// Error is a server's error, with its code.
 	Error  string
@@ -22,7 +22,17 @@ type (
 
 	// readings are a map from keys to entries in RESP3, pairs in RESP2.
 	readings []reading
-	reading  struct {
+
+	// double is a number: of its own type in RESP3, a bulk string in RESP2.
+	double string
+
+	// scores are pairs in RESP3, members and scores in turn in RESP2.
+	scores      []memberScore
+	memberScore struct {
+		member string
+		score  double
+	}
+	reading struct {
 		key     string
 		entries entries
 	}
@@ -37,6 +47,14 @@ func plain(v any) any {
 		return string(v)
 	case nullArray:
 		return nil
+	case double:
+		return string(v)
+	case scores:
+		out := make([]any, 0, 2*len(v))
+		for _, m := range v {
+			out = append(out, m.member, string(m.score))
+		}
+		return out
 	case flatMap:
 		return plain([]any(v))
 	case []any:
@@ -106,6 +124,19 @@ func appendReply(b []byte, proto int, v any) []byte {
 		return append(append(append(b, '-'), v...), "\r\n"...)
 	case int64:
 		return appendHead(b, ':', int(v))
+	case double:
+		if proto == 3 {
+			return append(append(append(b, ','), v...), "\r\n"...)
+		}
+		return appendBulk(b, string(v))
+	case scores:
+		if proto != 3 {
+			return appendReply(b, proto, plain(v))
+		}
+		b = appendHead(b, '*', len(v))
+		for _, m := range v {
+			b = appendReply(b, proto, []any{m.member, m.score})
+		}
 	case nil:
 		return appendMissing(b, proto, "$-1\r\n")
 	case nullArray:

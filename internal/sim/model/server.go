@@ -49,7 +49,7 @@ type Server struct {
 
 // Data is what a server stores.
 type Data struct {
-	keys    map[string]any   // *stream or *hash
+	keys    map[string]any   // *stream, *hash or *zset
 	expires map[string]int64 // in milliseconds of the server's clock
 }
 
@@ -63,6 +63,8 @@ func (d *Data) clone() *Data {
 		case *stream:
 			c.keys[key] = v.clone()
 		case *hash:
+			c.keys[key] = v.clone()
+		case *zset:
 			c.keys[key] = v.clone()
 		}
 	}

@@ -1,6 +1,7 @@
 package model
 
 import (
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -12,7 +13,8 @@ type stream struct {
 	maxDeleted ID
 	added      int64
 	groups     map[string]*group
-	node       node // that the last entry is in
+	node       node       // that the last entry is in
+	ends       map[int]ID // by node: its last entry, which may be deleted
 	idmp       idempotence
 }
 
@@ -38,6 +40,7 @@ func (s *stream) clone() *stream {
 		c.groups[name] = g.clone()
 	}
 	c.idmp = s.idmp.clone()
+	c.ends = maps.Clone(s.ends)
 	return &c
 }
 
@@ -61,6 +64,10 @@ func (s *stream) add(id ID, fields []string) {
 	n.entries++
 	n.bytes += size + 5*len(fields)/2 + 8 // roughly what it takes
 	s.entries = append(s.entries, item[entry]{id, entry{fields, n.number}})
+	if s.ends == nil {
+		s.ends = make(map[int]ID)
+	}
+	s.ends[n.number] = id
 	s.lastID = id
 	s.added++
 }
@@ -152,9 +159,11 @@ func (s *stream) trim(t trimming) int64 {
 			for end < len(s.entries) && s.entries[end].value.node == s.entries[whole].value.node {
 				end++
 			}
-			if end > n || t.limit > 0 && int64(end) > t.limit {
+			number := s.entries[whole].value.node
+			if end > n || t.limit > 0 && int64(end) > t.limit || t.by == "minid" && !s.ends[number].less(t.minID) {
 				break
 			}
+			delete(s.ends, number)
 			whole = end
 		}
 		n = whole

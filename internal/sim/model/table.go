@@ -30,10 +30,21 @@ func init() {
 		{name: "flushall", arity: -1, flags: write, run: flushAll},
 
 		{name: "hset", arity: -4, flags: write | memory, run: hset},
+		{name: "hincrby", arity: 4, flags: write | memory, run: hincrby},
 		{name: "hget", arity: 3, run: hget},
 		{name: "hdel", arity: -3, flags: write, run: hdel},
 		{name: "hgetall", arity: 2, run: hgetall},
 		{name: "hlen", arity: 2, run: hlen},
+		{name: "hmget", arity: -3, run: hmget},
+
+		{name: "zadd", arity: -4, flags: write | memory, run: zadd},
+		{name: "zrem", arity: -3, flags: write, run: zrem},
+		{name: "zscore", arity: 3, run: zscore},
+		{name: "zrank", arity: -3, run: zrank},
+		{name: "zcard", arity: 2, run: zcard},
+		{name: "zcount", arity: 4, run: zcount},
+		{name: "zrange", arity: -4, run: zrange},
+		{name: "zrangebyscore", arity: -4, run: zrangebyscore},
 
 		{name: "xadd", arity: -5, flags: write | memory, run: xadd},
 		{name: "xdel", arity: -3, flags: write, run: xdel},

@@ -15,14 +15,14 @@ import (
 type mutant struct {
 	file     string // below the repository's root
 	line     int
-	from, to int // what is replaced: offsets
+	from, to int // offsets of what is replaced
 	with     string
 	what     string
 }
 
 func (m mutant) String() string { return fmt.Sprintf("%s:%d: %s", m.file, m.line, m.what) }
 
-// mutants returns all mutants of a package's files, tests left out.
+// mutants returns all mutants of a package's files, except tests.
 func mutants(root, dir string) (all []mutant, err error) {
 	files, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
 	if err != nil {
@@ -54,7 +54,7 @@ type file struct {
 	found  []mutant
 }
 
-// The operators that are put in each other's place.
+// Operators and their replacements.
 var swapped = map[token.Token]token.Token{
 	token.LSS: token.LEQ, token.LEQ: token.LSS, token.GTR: token.GEQ, token.GEQ: token.GTR, token.EQL: token.NEQ, token.NEQ: token.EQL,
 	token.LAND: token.LOR, token.LOR: token.LAND, token.ADD: token.SUB, token.SUB: token.ADD,
@@ -62,7 +62,7 @@ var swapped = map[token.Token]token.Token{
 
 func (f *file) visit(n ast.Node) bool {
 	switch n := n.(type) {
-	case *ast.GenDecl: // the value of a constant is a matter of taste, a bound is found where it is used
+	case *ast.GenDecl: // constants are a matter of taste; bounds are mutated where they are used
 		return n.Tok != token.IMPORT && n.Tok != token.CONST
 	case *ast.BinaryExpr:
 		if with, ok := swapped[n.Op]; ok {
@@ -82,6 +82,9 @@ func (f *file) visit(n ast.Node) bool {
 			}
 		}
 	case *ast.ExprStmt:
+		if f.logs(n) {
+			return false
+		}
 		f.replace(n, "", "left out: "+f.text(n))
 	case *ast.IncDecStmt:
 		f.replace(n, "", "left out: "+f.text(n))
@@ -91,6 +94,17 @@ func (f *file) visit(n ast.Node) bool {
 		}
 	}
 	return true
+}
+
+// logs reports whether the statement only logs: it calls a method of something that is
+// named log.
+func (f *file) logs(n *ast.ExprStmt) bool {
+	call, ok := n.X.(*ast.CallExpr)
+	if !ok {
+		return false
+	}
+	method, ok := call.Fun.(*ast.SelectorExpr)
+	return ok && (f.text(method.X) == "log" || strings.HasSuffix(strings.ToLower(f.text(method.X)), ".log"))
 }
 
 func (f *file) offset(p token.Pos) int { return f.set.Position(p).Offset }

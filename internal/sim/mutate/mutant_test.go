@@ -19,6 +19,7 @@ func f(a, b int) (n int) {
 	if a < b && b > 0 {
 		n++
 		println(a)
+		c.cfg.Log.Info("a < 0", a+1)
 	}
 	return n + limit
 }
@@ -39,6 +40,6 @@ func f(a, b int) (n int) {
 		"p/p.go:6: 1 for 0 -> > 1",
 		"p/p.go:7: left out: n++ -> \t\t",
 		"p/p.go:8: left out: println(a) -> \t\t",
-		"p/p.go:10: - for + -> n -",
+		"p/p.go:11: - for + -> n -",
 	}, got)
 }

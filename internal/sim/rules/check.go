@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -13,8 +14,9 @@ const (
 	RuleVanished    = "vanished"        // acknowledged and not stored, though no fault made Redis lose anything
 	RulePending     = "left pending"    // nobody finished it
 	RuleOverlap     = "handled at once" // by two holders whose leases were both good
-	RuleOrder       = "out of order"    // first deliveries of a topic with MaxConcurrency 1
+	RuleOrder       = "out of order"    // first deliveries of a topic with MaxConcurrency 1, or of a key
 	RuleRetryOrder  = "overtaken"       // a nacked message comes again before its successors
+	RuleKey         = "key at once"     // two messages of a key, in one subscription
 	RuleConcurrency = "too many at once"
 	RuleLimit       = "past the limit" // handled more often than MaxRetries allows
 	RuleDeadTwice   = "dead twice"
@@ -28,6 +30,13 @@ const (
 	RuleDied        = "process died" // by itself
 	RuleCloseLate   = "close late"
 	RuleProgress    = "progress" // something waits that an idle consumer should take
+
+	// Of delayed messages.
+	RuleEarly     = "early"        // in the stream before it is due
+	RuleMoved     = "moved late"   // due, and not moved into the stream, though somebody could
+	RuleWaiting   = "left waiting" // nobody ever did
+	RuleCancelled = "cancelled, but stored"
+	RuleNotFound  = "not found, but waiting"
 )
 
 // A Violation is one breach of a rule.
@@ -70,6 +79,8 @@ type Verdict struct {
 	// Victims are dead, though innocent: in each delivery that they had by themselves, something else ended the process.
 	Victims int
 	Crashes int // of processes, by messages that do that
+
+	Delayed, Cancelled, Rescheduled int // messages, calls that succeeded
 }
 
 // Broken returns the rules that were broken, each once.
@@ -103,6 +114,7 @@ func Check(e *Evidence) Verdict {
 	c.index()
 	c.count()
 	c.published()
+	c.delayed()
 	c.settled()
 	c.alone()
 	c.ordered()
@@ -113,6 +125,7 @@ func Check(e *Evidence) Verdict {
 	c.alive()
 	c.closes()
 	c.progress()
+	c.paused()
 	return c.verdict
 }
 
@@ -138,7 +151,8 @@ func (c *checker) index() {
 	c.indexTrimmed()
 }
 
-// indexTrimmed: what was settled and then trimmed was stored. What was trimmed before that has vanished.
+// indexTrimmed: what was settled and then trimmed was stored. What was trimmed before that has vanished, unless the group was
+// lost with it, and its holder could not put it back.
 func (c *checker) indexTrimmed() {
 	for _, event := range c.Events {
 		key := entryKey{event.Topic, event.ID}
@@ -147,7 +161,7 @@ func (c *checker) indexTrimmed() {
 		}
 		c.trimmed[key] = event.Mono
 		handled := slices.ContainsFunc(c.entries[key], func(r *Run) bool { return r.Ending == Acked && r.End <= event.Mono })
-		if handled || c.dead[key] {
+		if handled || c.dead[key] || c.forgotten(key) != nil {
 			c.stored[event.UUID] = append(c.stored[event.UUID], key)
 		}
 	}
@@ -187,11 +201,11 @@ func (c *checker) published() {
 	for _, m := range c.sortedMessages() {
 		places := c.stored[m.UUID]
 		switch {
-		case len(places) > 1:
+		case len(places) > 1 && !(m.Delay > 0 && c.relapsed(m.Topic, m.From, c.End)): // moved, forgotten, and moved again
 			c.violate(RuleStoredTwice, places[0], m.UUID, "it is in the stream %d times: %v", len(places), places)
 		case len(places) == 1 && m.Outcome == Refused:
 			c.violate(RuleRefused, places[0], m.UUID, "Publish said that nothing is stored")
-		case len(places) == 0 && m.Outcome == Published:
+		case len(places) == 0 && m.Outcome == Published && !m.cancelled(forever) && !slices.Contains(c.Final[m.Topic].Waiting, m.UUID):
 			c.missing(m)
 		}
 		if m.UUID == m.Batch[0] {
@@ -229,7 +243,7 @@ func (c *checker) missing(m *Message) {
 func (c *checker) culprit(m *Message) (culprit *Window) {
 	for _, w := range c.Faults {
 		switch {
-		case !w.loses(m.Topic) || w.Group:
+		case !w.loses(m.Topic) || w.Group || c.spared(m, w):
 		case w.Destroys && w.To >= m.Last: // what it destroyed before, the last call would have stored again
 			return w
 		case !w.Destroys && culprit == nil && w.From-late <= m.At && m.Last <= w.To+late:
@@ -246,7 +260,15 @@ func (c *checker) diedBefore(uuid string) bool {
 
 // whole: a call of Publish stores all of its messages in their order, or none. Redis writes and replicates a transaction as one,
 // so faults are no excuse.
+// But what was trimmed, and so surely stored, is not lost with the rest of its call.
 func (c *checker) whole(first *Message) {
+	if len(c.trimmed) > 0 && c.culprit(first) != nil {
+		return
+	}
+	if c.delayedCall(first) {
+		c.sameCall(first)
+		return
+	}
 	var ids []string
 	for _, uuid := range first.Batch {
 		if places := c.stored[uuid]; len(places) > 0 {
@@ -323,8 +345,8 @@ func (c *checker) forgotten(key entryKey) *Window {
 }
 
 func (c *checker) lastHolder(key entryKey, before time.Duration) (holder LifeID, seen bool) {
-	for _, e := range c.Events {
-		if (e.Kind == Started || e.Kind == Delivered) && e.ID == key.id && e.Topic == key.topic && e.Mono < before {
+	for _, e := range c.holdings(key) {
+		if e.Mono < before {
 			holder, seen = LifeID{e.Process, e.Life}, true
 		}
 	}
@@ -408,16 +430,43 @@ func (c *checker) lostSince(first, second *Run) bool {
 }
 
 // ordered: on a topic with MaxConcurrency 1 the first deliveries to each subscription ascend, and what failed comes again
-// before its successors.
+// before its successors. With ordering keys that holds for each key, of which a subscription handles one message at a time.
+// What a process that died or closed had is no first delivery, or may come late: other processes have handled its successors
+// meanwhile, or do so at the same time.
 func (c *checker) ordered() {
 	type subscription struct {
 		LifeID
 		topic, consumer string
 	}
 	for _, all := range groups(c.Runs, func(r *Run) subscription { return subscription{r.LifeID(), r.Start.Topic, r.Start.Consumer} }) {
-		if c.Rules.Topics[all[0].Start.Topic].MaxConcurrency == 1 {
+		topic := c.Rules.Topics[all[0].Start.Topic]
+		if topic.MaxConcurrency == 1 {
 			c.ascending(all)
 			c.notOvertaken(all)
+		}
+		if topic.Keys == 0 {
+			continue
+		}
+		for _, ofKey := range groups(all, func(r *Run) string { return KeyOf(r.Start.UUID, topic.Keys) }) {
+			if KeyOf(ofKey[0].Start.UUID, topic.Keys) != "" {
+				c.ascending(ofKey)
+				c.notOvertaken(ofKey)
+				c.oneByOne(ofKey)
+			}
+		}
+	}
+}
+
+// oneByOne: no run begins before the one before it has ended.
+func (c *checker) oneByOne(runs []*Run) {
+	var last *Run
+	for _, r := range runs {
+		if last != nil && r.Start.Mono < last.End {
+			c.violate(RuleKey, r.key(), r.Start.UUID, "%s handles it (run %d) while it handles %s (run %d), which has the same key",
+				r.Start.Process, r.Start.Run, last.Start.ID, last.Start.Run)
+		}
+		if last == nil || r.End > last.End {
+			last = r
 		}
 	}
 }
@@ -453,11 +502,22 @@ func (c *checker) ascending(runs []*Run) {
 }
 
 // mayComeLate tells whether r's entry may come after its successor and still be delivered for the first time by its count:
-// because it was given back by a process that closed (which does not count), because Redis lost the group's position, or because
-// the reply that brought it was lost on its way to somebody who did not handle it.
+// because one of the two was released by a process that closed its subscriptions (which does not count) or by another process in
+// a pause, because Redis lost the group's position, or because the reply that brought it was lost on its way to somebody who did
+// not handle it.
 func (c *checker) mayComeLate(successor, r *Run) bool {
 	for _, l := range c.Lives {
 		if l.Closing != 0 && l.Closing <= r.Start.Mono && c.addedBefore(r, l.To) {
+			return true
+		}
+	}
+	for _, s := range c.Reopened {
+		if s.From <= r.Start.Mono && c.addedBefore(r, s.To) {
+			return true
+		}
+	}
+	for _, p := range c.pauses() {
+		if p.topic == r.Start.Topic && p.From <= r.Start.Mono && c.addedBefore(r, p.To) && c.hadOthers(r.LifeID(), p.Span) {
 			return true
 		}
 	}
@@ -476,8 +536,22 @@ func (c *checker) mayComeLate(successor, r *Run) bool {
 	return slices.ContainsFunc(c.entries[r.key()], func(other *Run) bool { return other.Ending == Closed && other.Start.Mono < r.Start.Mono })
 }
 
+// hadOthers tells whether there was another consumer in that time, or another life of the same one.
+func (c *checker) hadOthers(id LifeID, s Span) bool {
+	for other, l := range c.Lives {
+		if other != id && strings.HasPrefix(other.Process, "consumer") && l.From <= s.To && l.To >= s.From {
+			return true
+		}
+	}
+	return false
+}
+
+// addedBefore tells whether the run's entry may have been in the stream by then. A delayed message is there when it is moved.
 func (c *checker) addedBefore(r *Run, at time.Duration) bool {
 	m, ok := c.Messages[r.Start.UUID]
+	if ok && m.Delay > 0 && len(c.clock) > 0 {
+		return (appearance{entryKey: r.key()}).added() <= c.clock.latest(at)+c.tolerance(m)
+	}
 	return ok && m.From <= at
 }
 
@@ -581,7 +655,7 @@ func (c *checker) deaths() {
 	for _, key := range sortedKeys(told) {
 		events := told[key]
 		for i, event := range events[1:] {
-			if !c.lostBetween(key.topic, events[i].Mono, event.Mono) {
+			if !c.mayDieAgain(key, events[i].Mono, event.Mono) {
 				c.violate(RuleDeadTwice, key, event.UUID, "OnDead was called %d times", len(events))
 				break
 			}
@@ -603,11 +677,52 @@ func (c *checker) letters(topic string, letters []Letter) {
 		default:
 			c.violate(RuleInnocent, key, letter.UUID, "dead by %s after %d deliveries: %s", letter.Consumer, letter.Deliveries, letter.Reason)
 		}
-		if before, ok := seen[letter.EntryID]; ok && !c.lostBetween(topic, before.At, letter.At) {
+		if before, ok := seen[letter.EntryID]; ok && !c.mayDieAgain(key, before.At, letter.At) {
 			c.violate(RuleDeadTwice, key, letter.UUID, "it is in the dead-letter stream as %s and %s", before.ID, letter.ID)
 		}
 		seen[letter.EntryID] = letter
 	}
+}
+
+// mayDieAgain tells whether an entry that died may be dead a second time.
+func (c *checker) mayDieAgain(key entryKey, first, second time.Duration) bool {
+	return c.lostBetween(key.topic, first, second) || c.readAnew(key, first, second) || c.restoredLate(key, first, second)
+}
+
+// readAnew tells whether the group was given the entry as if it were new, because Redis had lost how far the group had read.
+// That shows when it reads on, which may be long after the loss.
+func (c *checker) readAnew(key entryKey, first, second time.Duration) bool {
+	seen, anew := forever, false
+	for _, e := range c.holdings(key) {
+		seen = min(seen, e.Mono)
+		anew = anew || e.Count == 1 && first < e.Mono && e.Mono <= second
+	}
+	return anew && slices.ContainsFunc(c.Faults, func(w *Window) bool {
+		return w.loses(key.topic) && !w.Keeps && w.From <= second && w.To+late >= seen
+	})
+}
+
+// restoredLate tells whether a former holder may have put the entry back that another one had moved: it was cut off for longer
+// than its lease, and meanwhile the group was lost, so that nothing told it of what had happened.
+func (c *checker) restoredLate(key entryKey, first, second time.Duration) bool {
+	return slices.ContainsFunc(c.holdings(key), func(e Event) bool {
+		return slices.ContainsFunc(c.Away[e.Process], func(away Span) bool {
+			back := away.Length() >= c.Rules.ClaimMinIdle && c.Lives[LifeID{e.Process, e.Life}].To > away.To
+			return back && e.Mono <= first && away.From <= first && away.To <= second && slices.ContainsFunc(c.Faults, func(w *Window) bool {
+				return w.Group && w.loses(key.topic) && away.From <= w.From && w.From <= away.To
+			})
+		})
+	})
+}
+
+// holdings returns the events that show who had the entry.
+func (c *checker) holdings(key entryKey) (events []Event) {
+	for _, e := range c.Events {
+		if (e.Kind == Started || e.Kind == Delivered) && e.ID == key.id && e.Topic == key.topic {
+			events = append(events, e)
+		}
+	}
+	return events
 }
 
 // victim tells whether nobody could tell the message from one that ends its process: each of its deliveries from suspectFrom on,
@@ -680,9 +795,19 @@ func (c *checker) suspect(r *Run) bool {
 		}
 		last = max(last, min(before.End, r.Start.Mono))
 	}
+	for _, p := range c.pauses() {
+		if p.topic == r.Start.Topic && c.Rules.Topics[p.topic].Keys > 0 && p.From <= r.Start.Mono && p.To >= last {
+			return false // it may have been released in a pause: then the order of its key comes first
+		}
+	}
 	for _, l := range c.Lives {
 		if l.Closing != 0 && l.Closing <= r.Start.Mono && l.To >= last {
 			return false // it may have given the message back before a handler had it
+		}
+	}
+	for _, s := range c.Reopened {
+		if s.From <= r.Start.Mono && s.To >= last {
+			return false
 		}
 	}
 	return true

@@ -99,6 +99,20 @@ func (r *record) publishOf(uuid string, number int) *record {
 	return r
 }
 
+// failedOf adds a message that consumer-1 fails to handle.
+func (r *record) failedOf(uuid string, number int) *record {
+	return r.publishOf(uuid, number).handleOf(uuid, "consumer-1", number, 1)
+}
+
+func (r *record) handleOf(uuid, process string, number int, count int64) *record {
+	return r.end(r.startOf(uuid, process, 1, number, count), Nacked)
+}
+
+// forget has Redis forget what is pending, and not how far the group has read.
+func (r *record) forget() *record {
+	return r.fault(Effect{Fault: "forget", Loses: Everything, Group: true, Keeps: true}, 0)
+}
+
 // crashes has the message handled in lives 1 to n of consumer-1, each of which it ends.
 func (r *record) crashes(uuid string, number, n int) *record {
 	for life := 1; life <= n; life++ {
@@ -114,6 +128,11 @@ func (r *record) crash(life int, while func()) {
 	}
 	while()
 	r.add(Event{Kind: Died, Process: "consumer-1", Life: life, Error: "signal: killed"})
+}
+
+func (r *record) pause(d time.Duration) *record {
+	r.add(Event{Kind: Paused, Topic: testTopic})
+	return r.wait(d).add(Event{Kind: Resuming, Topic: testTopic})
 }
 
 func (r *record) end(run Event, kind Kind) *record {
@@ -144,7 +163,7 @@ func (r *record) pend(number int, consumer string) *record {
 	return r
 }
 
-func (r *record) bury(number int, uuid string) *record {
+func (r *record) deadLetter(number int, uuid string) *record {
 	state := r.final[testTopic]
 	state.Dead = append(state.Dead, Letter{
 		ID: fmt.Sprintf("%d-%d", testStart.Add(r.now).UnixMilli(), len(state.Dead)), EntryID: testID(number), UUID: uuid,
@@ -170,7 +189,7 @@ func testRules() Rules {
 	}
 }
 
-// TestCheck: each breach is found, and what looks like one and is none is not.
+// TestCheck: each breach is reported, and nothing that only looks like one.
 func TestCheck(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -314,10 +333,29 @@ func TestCheck(t *testing.T) {
 		{"order: a second delivery", func(r *record) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 2, Acked)
 		}, ""},
-		{"order: given back by one who closed", func(r *record) {
+		{"order: released by one who closed", func(r *record) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked)
 			r.process(Closing, "consumer-2").process(Ended, "consumer-2").handle("consumer-1", 1, 1, Acked)
 		}, ""},
+		{"order: released by one who closed its subscriptions and lives on", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked)
+			r.process(Reopened, "consumer-2").handle("consumer-1", 1, 1, Acked)
+		}, ""},
+		{"order: released by another one in a pause", func(r *record) {
+			r.process(Spawned, "consumer-2").publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).pause(time.Minute).handle("consumer-1", 1, 1, Acked)
+		}, ""},
+		{"order: a pause of one alone", func(r *record) {
+			r.process(Closing, "consumer-2").process(Ended, "consumer-2").wait(time.Minute)
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).pause(time.Minute).handle("consumer-1", 1, 1, Acked)
+		}, RuleOrder},
+		{"order: published after a pause", func(r *record) {
+			r.process(Spawned, "consumer-2").pause(time.Minute).publish(Published, true, 1, 2)
+			r.handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
+		}, RuleOrder},
+		{"order: published after the other one had opened others", func(r *record) {
+			r.process(Reopened, "consumer-2").wait(time.Minute)
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
+		}, RuleOrder},
 		{"order: published after the other one closed", func(r *record) {
 			r.process(Closing, "consumer-2").process(Ended, "consumer-2").wait(time.Minute)
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).handle("consumer-1", 1, 1, Acked)
@@ -340,14 +378,14 @@ func TestCheck(t *testing.T) {
 			for count := range int64(testRetries + 2) {
 				r.handle("consumer-1", 1, count+1, Nacked)
 			}
-			r.bury(1, "poison-1")
+			r.deadLetter(1, "poison-1")
 		}, RuleLimit},
 		{"as many failures as runs are granted, one of a process that ended before Redis knew", func(r *record) {
 			r.publishOf("poison-1", 1)
 			for count := range int64(testRetries + 1) {
 				r.end(r.startOf("poison-1", "consumer-1", 1, 1, count+1), Nacked)
 			}
-			r.process(Ended, "consumer-1").end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).bury(1, "poison-1")
+			r.process(Ended, "consumer-1").end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).deadLetter(1, "poison-1")
 		}, ""},
 		{"as many failures as runs are granted, one of a process that was cut off then", func(r *record) {
 			r.publishOf("poison-1", 1)
@@ -355,7 +393,7 @@ func TestCheck(t *testing.T) {
 				r.end(r.startOf("poison-1", "consumer-1", 1, 1, count+1), Nacked)
 			}
 			r.fault(Effect{Fault: "partition", Isolates: []string{"consumer-1"}, Breaks: true}, 2*testMinIdle)
-			r.end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).bury(1, "poison-1")
+			r.end(r.startOf("poison-1", "consumer-2", 1, 1, testRetries+2), Nacked).deadLetter(1, "poison-1")
 		}, ""},
 		{"too many runs", func(r *record) {
 			r.publish(Published, true, 1)
@@ -372,7 +410,7 @@ func TestCheck(t *testing.T) {
 			r.handle("consumer-1", 1, 1, Acked)
 		}, ""},
 
-		{"a dead poison", func(r *record) { r.publish(Published, true, 1).bury(1, "poison-1") }, ""},
+		{"a dead poison", func(r *record) { r.publish(Published, true, 1).deadLetter(1, "poison-1") }, ""},
 		{"a poison that lives", func(r *record) {
 			e := Event{Kind: Publishing, Process: "producer-1", Life: 1, Topic: testTopic, UUIDs: []string{"poison-9"}}
 			r.add(e)
@@ -382,23 +420,69 @@ func TestCheck(t *testing.T) {
 			run := r.start("consumer-1", 9, 1)
 			r.end(run, Nacked)
 		}, RuleImmortal},
-		{"dead twice", func(r *record) { r.publish(Published, true, 1).bury(1, "poison-1").bury(1, "poison-1") }, RuleDeadTwice},
+		{"dead twice", func(r *record) { r.publish(Published, true, 1).deadLetter(1, "poison-1").deadLetter(1, "poison-1") }, RuleDeadTwice},
 		{"dead twice, the first time forgotten by Redis", func(r *record) {
-			r.publish(Published, true, 1).bury(1, "poison-1")
-			r.fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true}, 0).bury(1, "poison-1")
+			r.publish(Published, true, 1).deadLetter(1, "poison-1")
+			r.fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true}, 0).deadLetter(1, "poison-1")
 		}, ""},
+		{"dead twice, delivered anew long after Redis lost how far the group had read", func(r *record) {
+			r.failedOf("poison-1", 1).fault(Effect{Fault: "failover", Loses: Everything}, time.Second).wait(time.Minute)
+			r.deadLetter(1, "poison-1").end(r.startOf("poison-1", "consumer-1", 1, 1, 1), Nacked).deadLetter(1, "poison-1")
+		}, ""},
+		{"dead twice, delivered again after Redis lost something, but not as if it were new", func(r *record) {
+			r.failedOf("poison-1", 1).fault(Effect{Fault: "failover", Loses: Everything}, time.Second).wait(time.Minute)
+			r.deadLetter(1, "poison-1").end(r.startOf("poison-1", "consumer-1", 1, 1, 2), Nacked).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
+		{"dead twice, delivered anew, though Redis kept how far the group had read", func(r *record) {
+			r.failedOf("poison-1", 1).fault(Effect{Fault: "delete consumer", Loses: Everything, Group: true, Keeps: true}, 0).wait(time.Minute)
+			r.deadLetter(1, "poison-1").end(r.startOf("poison-1", "consumer-1", 1, 1, 1), Nacked).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
+		{"dead twice, delivered anew, though it came long after the loss", func(r *record) {
+			r.fault(Effect{Fault: "failover", Loses: Everything}, time.Second).wait(time.Minute).failedOf("poison-1", 1).wait(time.Minute)
+			r.deadLetter(1, "poison-1").end(r.startOf("poison-1", "consumer-1", 1, 1, 1), Nacked).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
+		{"dead twice, put back by a former holder that was away when the group was lost", func(r *record) {
+			r.failedOf("poison-1", 1).process(Stopped, "consumer-1").wait(testMinIdle)
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1").forget()
+			r.process(Continued, "consumer-1").handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1")
+		}, ""},
+		{"dead twice, and a former holder was not away for long", func(r *record) {
+			r.failedOf("poison-1", 1).process(Stopped, "consumer-1").wait(testMinIdle / 2)
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1").forget()
+			r.process(Continued, "consumer-1").handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
+		{"dead twice, and the group was lost when a former holder was back", func(r *record) {
+			r.failedOf("poison-1", 1).process(Stopped, "consumer-1").wait(testMinIdle)
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1")
+			r.process(Continued, "consumer-1").forget().handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
+		{"dead twice, and a former holder is still away", func(r *record) {
+			r.failedOf("poison-1", 1).process(Stopped, "consumer-1").wait(testMinIdle)
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1").forget()
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1").process(Continued, "consumer-1")
+		}, RuleDeadTwice},
+		{"dead twice, and a former holder was killed", func(r *record) {
+			r.failedOf("poison-1", 1).process(Stopped, "consumer-1").wait(testMinIdle)
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1").forget()
+			r.process(Ended, "consumer-1").handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
+		{"dead twice, and who was away when the group was lost had never had it", func(r *record) {
+			r.publishOf("poison-1", 1).process(Stopped, "consumer-1").wait(testMinIdle)
+			r.handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1").forget()
+			r.process(Continued, "consumer-1").handleOf("poison-1", "consumer-2", 1, 2).deadLetter(1, "poison-1")
+		}, RuleDeadTwice},
 		{"a deadly one, dead in time", func(r *record) {
-			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+2).bury(1, "deadly-1")
+			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+2).deadLetter(1, "deadly-1")
 		}, ""},
 		{"a deadly one, dead too late", func(r *record) {
-			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+3).bury(1, "deadly-1")
+			r.publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+3).deadLetter(1, "deadly-1")
 		}, RuleLimit},
 		{"a deadly one that is forgotten", func(r *record) { r.publishOf("deadly-1", 1).crashes("deadly-1", 1, 2) }, RuleImmortal},
 		{"an innocent killed by another one each time, alone in its subscription from the third on", func(r *record) {
-			r.publish(Published, true, 1).crashes(testUUID(1), 1, testRetries+2).bury(1, testUUID(1))
+			r.publish(Published, true, 1).crashes(testUUID(1), 1, testRetries+2).deadLetter(1, testUUID(1))
 		}, ""},
 		{"an innocent killed by others twice", func(r *record) {
-			r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).bury(1, testUUID(1))
+			r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).deadLetter(1, testUUID(1))
 		}, RuleInnocent},
 		{"a suspect with company", func(r *record) {
 			r.publish(Published, true, 2).publishOf("deadly-1", 1).crashes("deadly-1", 1, suspectFrom-1)
@@ -407,7 +491,7 @@ func TestCheck(t *testing.T) {
 				other := r.startOf(testUUID(2), "consumer-1", suspectFrom, 2, 1)
 				r.end(other, Acked).end(run, Crashed)
 			})
-			r.bury(1, "deadly-1")
+			r.deadLetter(1, "deadly-1")
 		}, RuleConcurrency},
 		{"one in its last delivery with company", func(r *record) {
 			r.publish(Published, true, 2).publishOf("deadly-1", 1).crashes("deadly-1", 1, testRetries+1)
@@ -416,7 +500,7 @@ func TestCheck(t *testing.T) {
 				other := r.startOf(testUUID(2), "consumer-1", testRetries+2, 2, 1)
 				r.end(other, Acked).end(run, Crashed)
 			})
-			r.bury(1, "deadly-1")
+			r.deadLetter(1, "deadly-1")
 		}, RuleSuspect + "," + RuleConcurrency},
 		{"two suspects", func(r *record) {
 			r.publishOf("deadly-1", 1).publishOf("deadly-2", 2)
@@ -427,16 +511,16 @@ func TestCheck(t *testing.T) {
 					r.end(other, Crashed).end(run, Crashed)
 				})
 			}
-			r.bury(1, "deadly-1").bury(2, "deadly-2")
+			r.deadLetter(1, "deadly-1").deadLetter(2, "deadly-2")
 		}, RuleSuspect + "," + RuleConcurrency},
-		{"a broken one, dead", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1") }, ""},
+		{"a broken one, dead", func(r *record) { r.publishOf("broken-1", 1).deadLetter(1, "broken-1") }, ""},
 		{"a broken one, not dead", func(r *record) { r.publishOf("broken-1", 1) }, RuleImmortal},
-		{"a broken one, dead twice", func(r *record) { r.publishOf("broken-1", 1).bury(1, "broken-1").bury(1, "broken-1") }, RuleDeadTwice},
+		{"a broken one, dead twice", func(r *record) { r.publishOf("broken-1", 1).deadLetter(1, "broken-1").deadLetter(1, "broken-1") }, RuleDeadTwice},
 		{"a broken one that is handled", func(r *record) {
 			run := r.publishOf("broken-1", 1).startOf("broken-1", "consumer-1", 1, 1, 1)
-			r.end(run, Nacked).bury(1, "broken-1")
+			r.end(run, Nacked).deadLetter(1, "broken-1")
 		}, RuleHandled},
-		{"an innocent dead", func(r *record) { r.publish(Published, true, 1).bury(1, testUUID(1)) }, RuleInnocent},
+		{"an innocent dead", func(r *record) { r.publish(Published, true, 1).deadLetter(1, testUUID(1)) }, RuleInnocent},
 		{"a process that panics", func(r *record) { r.process(Died, "consumer-1") }, RuleDied},
 
 		{"a group destroyed while the holder lives", func(r *record) {
@@ -500,6 +584,26 @@ func TestRedisForgets(t *testing.T) {
 	assert.Len(t, v.LostByRedis, 1)
 }
 
+// TestReach: neither an absence nor an outage counts, nor both at a time twice.
+func TestReach(t *testing.T) {
+	r := newRecord().wait(time.Second)
+	from := r.now
+	r.process(Stopped, "consumer-1").wait(2 * time.Second)
+	r.fault(Effect{Fault: "freeze"}, 3*time.Second).process(Continued, "consumer-1").wait(time.Second)
+	r.fault(Effect{Fault: "freeze of mails", Ails: []string{testWide}}, 4*time.Second)
+	r.fault(Effect{Fault: "clock step", Idle: true}, 5*time.Second).wait(6 * time.Second)
+	r.process(Settled, "runner")
+	e := Sift(testRules(), r.events, r.final)
+	for _, test := range []struct {
+		process, topic string
+		want           time.Duration
+	}{
+		{"consumer-1", testTopic, 16 * time.Second}, {"consumer-2", testTopic, 18 * time.Second}, {"consumer-1", testWide, 12 * time.Second},
+	} {
+		assert.InDelta(t, test.want, e.Reach(test.process, test.topic, from, r.now), float64(20*time.Millisecond), "%s of %s", test.process, test.topic)
+	}
+}
+
 // TestDuplicates: more than one success is counted, and is no violation.
 func TestDuplicates(t *testing.T) {
 	r := newRecord()
@@ -530,7 +634,7 @@ func TestMaxRetries(t *testing.T) {
 	assert.Equal(t, []string{RuleLimit}, r.checkBy(rules).Broken())
 
 	r = newRecord()
-	r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).bury(1, testUUID(1))
+	r.publish(Published, true, 1).crashes(testUUID(1), 1, 2).deadLetter(1, testUUID(1))
 	assert.Equal(t, 1, r.checkBy(rules).Victims, "its second and last delivery ended with its process")
 }
 

@@ -12,6 +12,7 @@
 //	nature.go    what a message is, by its UUID
 //	evidence.go  the journal, sorted for the rules
 //	check.go     the rules
+//	delayed.go   the rules about delayed messages
 //	progress.go  the rule against starvation
 //	waits.go     when an entry waits, for that rule
 //	span.go      arithmetic of times

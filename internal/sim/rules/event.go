@@ -16,6 +16,12 @@ const (
 	Unknown    Kind = "unknown"    // ErrOutcomeUnknown
 	Refused    Kind = "refused"    // any other error: nothing is stored
 
+	// Of who changes delayed messages, with UUID. Run counts these calls of a process.
+	Changing Kind = "changing"  // Cancel, or with Due Reschedule, is about to be called: if nothing follows, its outcome is unknown
+	Changed  Kind = "changed"   // nil
+	NotFound Kind = "not found" // *NotFoundError
+	Unsure   Kind = "unsure"    // any other error: it may have been changed
+
 	// Of a consumer. A run of the handler is one Started and at most one of the next four.
 	Started Kind = "started"
 	Acked   Kind = "acked"   // the handler returns nil
@@ -32,9 +38,18 @@ const (
 	Delivered Kind = "delivered" // the entry ID became pending in the name of Process and Life, with that Count; also by a claim
 	Trimmed   Kind = "trimmed"   // the entry ID with UUID left the stream by retention or DeleteAcked
 
+	// Clocked: the server's clock shows Mono and Clock, until the next such event. Without any, nothing is judged by that clock.
+	Clocked Kind = "clocked"
+
+	// Of who pauses the group on Topic.
+	Paused   Kind = "paused"   // Pause has returned nil
+	Resuming Kind = "resuming" // Resume is about to be called
+
 	// Of any process of ours.
 	Stalled Kind = "stalled" // it did not run for Took, by the signal of a fault or by a busy machine
-	Sampled Kind = "sampled"
+	// Reopened: the process has closed all of its subscriptions, which took Took, and opens others.
+	Reopened Kind = "reopened"
+	Sampled  Kind = "sampled"
 
 	// Of the runner. Each process has a Spawned before anything else is said of it.
 	Spawned   Kind = "spawned" // Process lives
@@ -67,10 +82,15 @@ type Event struct {
 	Consumer string   `json:"consumer,omitempty"`
 	Error    string   `json:"error,omitempty"`
 
-	Took   time.Duration `json:"took,omitempty"`
-	Delay  time.Duration `json:"delay,omitempty"` // of Nacked: until the retry is due
-	Sample *Sample       `json:"sample,omitempty"`
-	Strike *Effect       `json:"strike,omitempty"`
+	Took  time.Duration `json:"took,omitempty"`
+	Delay time.Duration `json:"delay,omitempty"` // of Nacked: until the retry is due
+
+	Delays map[string]time.Duration `json:"delays,omitempty"` // of Publishing, by UUID: those greater than 0
+	Due    int64                    `json:"due,omitempty"`    // of Changing: milliseconds by the server's clock
+	Clock  time.Duration            `json:"clock,omitempty"`  // of Clocked, since 1970
+
+	Sample *Sample `json:"sample,omitempty"`
+	Strike *Effect `json:"strike,omitempty"`
 }
 
 // A Sample is a size: of a process of ours, or of what Redis has of us. No rule looks at it.
@@ -98,6 +118,10 @@ type Effect struct {
 	Destroys bool `json:"destroys,omitempty"`
 	// Group: it is only the group that is lost, what was delivered and acked. The entries stay.
 	Group bool `json:"group,omitempty"`
+	// Stream: it is only the stream that is lost, and what was delayed and has been moved into it. The others wait as before.
+	Stream bool `json:"stream,omitempty"`
+	// Denies: permissions are missing.
+	Denies bool `json:"denies,omitempty"`
 	// Keeps, of a group: how far it had got is not lost, so that nothing that is settled is delivered again.
 	Keeps bool `json:"keeps,omitempty"`
 	// Held is, of a group that is destroyed, the holder of each pending entry.
@@ -107,6 +131,8 @@ type Effect struct {
 	Local bool `json:"local,omitempty"`
 	// Ails are the topics whose server is not well while the fault lasts; none: all of them, unless it is Local or isolates.
 	Ails []string `json:"ails,omitempty"`
+	// Pauses: the group is paused on Ails. That is no excuse for what does not concern handlers.
+	Pauses bool `json:"pauses,omitempty"`
 	// Idle: idle times are wrong while it lasts. That holds up who takes over, and nobody else.
 	Idle bool `json:"idle,omitempty"`
 }

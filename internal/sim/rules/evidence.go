@@ -16,6 +16,13 @@ type Rules struct {
 	// Progress states that nothing starves. Nil: it is not stated.
 	Progress *Progress
 
+	// Delayed states how late delayed messages may be. Nil: it is not stated.
+	Delayed *Delayed
+
+	// PauseBound states how long after a group was paused a handler may still begin, and PauseRecovery what a process may take to
+	// find its way back to Redis until it can know. 0: it is not stated.
+	PauseBound, PauseRecovery time.Duration
+
 	// CloseTimeout and CloseBound state that a process which is Closing has Ended within both together. CloseBound 0: it is
 	// not stated.
 	CloseTimeout, CloseBound time.Duration
@@ -43,7 +50,9 @@ type Evidence struct {
 	Away     map[string][]Span // by process: when it did not run, or did not reach Redis
 	Halted   map[string][]Span // by process: when it did not run
 	Lives    map[LifeID]*Life
+	Reopened []Span // when processes closed their subscriptions and lived on
 	End      time.Duration
+	clock    clock
 }
 
 // A Message is what a producer logged about it.
@@ -54,6 +63,8 @@ type Message struct {
 	Last        time.Duration // the beginning of the last one, which is the first one unless calls are repeated
 	At          time.Duration // its end, or, of a call that never ended, its beginning
 	Batch       []string
+	Delay       time.Duration // 0: it is not delayed
+	Changes     []*Change     // in the order of their beginnings
 }
 
 // A LifeID names one process of a place: the first, the second, and so on.
@@ -107,7 +118,9 @@ func Sift(rules Rules, events []Event, final map[string]TopicState) *Evidence {
 	}
 	e.siftFaults()
 	e.siftLives()
+	e.siftClock()
 	e.siftMessages()
+	e.siftChanges()
 	e.siftRuns()
 	e.siftAway()
 	return e
@@ -126,6 +139,7 @@ func (e *Evidence) siftMessages() {
 				m = &Message{UUID: uuid, Topic: event.Topic, From: event.Mono, Batch: event.UUIDs}
 				e.Messages[uuid] = m
 			}
+			m.Delay = max(m.Delay, event.Delays[uuid])
 			m.Outcome, m.At = event.Kind, event.Mono
 			if event.Kind == Publishing {
 				m.Outcome, m.Last = Unknown, event.Mono // until its outcome is logged
@@ -157,6 +171,8 @@ func (e *Evidence) siftLives() {
 			e.Lives[key] = &Life{From: event.Mono, To: e.End}
 		case Closing:
 			e.Lives[key].Closing = event.Mono
+		case Reopened:
+			e.Reopened = append(e.Reopened, Span{event.Mono - event.Took, event.Mono})
 		case Crashed:
 			if l, ok := e.Lives[key]; ok {
 				l.Crashed = &event
@@ -230,6 +246,20 @@ func (e *Evidence) siftAway() {
 		// A living holder renews every third of ClaimMinIdle: between two absences closer than that it may not have come to it.
 		e.Away[process] = merge(spans, e.Rules.ClaimMinIdle/3)
 	}
+}
+
+// Reach returns for how long the process could reach Redis between two times: it was there, and the topic's server was well.
+func (e *Evidence) Reach(process, topic string, from, to time.Duration) (length time.Duration) {
+	unreachable := slices.Clone(e.Away[process])
+	for _, f := range e.Faults {
+		if f.ails(topic) && !f.Idle {
+			unreachable = append(unreachable, f.Span)
+		}
+	}
+	for _, s := range without([]Span{{from, to}}, unreachable) {
+		length += s.Length()
+	}
+	return length
 }
 
 // byEntry returns the runs of each entry, in the order of their beginnings.

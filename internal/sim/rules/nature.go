@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"strconv"
 	"strings"
 
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -27,6 +28,15 @@ func Nature(uuid string) string {
 func Doomed(uuid string) bool {
 	nature := Nature(uuid)
 	return nature == Poison || nature == Broken || nature == Deadly
+}
+
+// KeyOf returns the ordering key of the message with this UUID, of so many; "" for some: they have no order.
+func KeyOf(uuid string, keys int) string {
+	number, err := strconv.Atoi(uuid[strings.LastIndex(uuid, "-")+1:])
+	if err != nil || keys == 0 || number%(keys+1) == keys {
+		return ""
+	}
+	return strconv.Itoa(number % (keys + 1))
 }
 
 // A Saboteur is a marshaler of a producer that does not know the format: entries of Broken

@@ -26,8 +26,11 @@ import (
 // A suspect (see suspectFrom) has SuspectBound, and waits for no longer than that since the last run of another suspect. While one
 // may wait for its last delivery, or is in it, nothing else need be started: it runs alone.
 //
+// With ordering keys an entry waits for its turn, too: while another one of its key is handled, wherever that is, or waits, and is
+// older or was handled before. That one is to be started in time, and whoever is first of its key waits for nobody.
+//
 // It is not stated of broken entries, of what Redis may have lost, and of what was handled to success and is delivered again. Where
-// a topic is paused, a fault with Ails says so.
+// a topic is paused, a fault that Pauses says so.
 type Progress struct {
 	// Bound must cover what the network and hooks of the user's take, and the patience of a subscription that takes nothing new for
 	// the sake of a suspect which another process has taken meanwhile (5 s, or ClaimMinIdle/6 if that is more).
@@ -55,6 +58,15 @@ type head struct {
 	key entryKey
 }
 
+// A laneKey is an ordering key of a topic.
+type laneKey struct{ topic, key string }
+
+// A hold is a time during which an entry is handled, or waits.
+type hold struct {
+	head
+	fresh bool // it waits, and was never handled
+}
+
 // A wait is a time during which an entry is not handled.
 type wait struct {
 	Span
@@ -80,8 +92,10 @@ type starvation struct {
 	waits     []wait
 	ended     map[*Run]wait // by the run that began at its end
 	alone     map[string][]head
+	lanes     map[laneKey][]hold
 	unwell    map[string][]Span
 	timeless  map[string][]Span // when its idle times may be wrong
+	held      map[string][]Span // when it is paused
 }
 
 func (c *checker) progress() {
@@ -90,13 +104,15 @@ func (c *checker) progress() {
 	}
 	s := &starvation{
 		checker: c, Progress: *c.Rules.Progress, consumers: make(map[string][]*consumer),
-		ended: make(map[*Run]wait), alone: make(map[string][]head), unwell: make(map[string][]Span), timeless: make(map[string][]Span),
+		ended: make(map[*Run]wait), alone: make(map[string][]head), unwell: make(map[string][]Span), timeless: make(map[string][]Span), held: make(map[string][]Span),
 	}
 	s.exact = slices.ContainsFunc(c.Events, func(e Event) bool { return e.Kind == Delivered })
 	s.indexConsumers()
 	s.indexFaults()
 	s.indexWaits()
 	s.indexAlone()
+	s.indexKeys()
+	s.moved()
 	told := make(map[entryKey]bool)
 	for _, w := range s.waits {
 		if !told[w.key] {
@@ -129,7 +145,13 @@ func (s *starvation) indexConsumers() {
 		}
 	}
 	for key, p := range known {
-		p.busy = full(p.runs, s.Rules.Topics[key.topic].MaxConcurrency)
+		slots := s.Rules.Topics[key.topic].MaxConcurrency
+		p.busy = full(p.runs, slots)
+		for _, r := range p.runs {
+			if slots == 1 && r.Ending == Nacked { // also of an entry of which no story is told, or no more
+				p.heads = append(p.heads, head{Span{r.End, r.End + r.Delay}, r.key()})
+			}
+		}
 	}
 }
 
@@ -166,6 +188,8 @@ func (s *starvation) indexFaults() {
 		for _, f := range s.Faults {
 			switch {
 			case !f.ails(topic):
+			case f.Pauses:
+				s.held[topic] = append(s.held[topic], f.Span)
 			case f.Idle:
 				s.timeless[topic] = append(s.timeless[topic], f.Span)
 			default:
@@ -210,6 +234,37 @@ func (s *starvation) indexAlone() {
 	}
 }
 
+// indexKeys finds when each ordering key may be held.
+func (s *starvation) indexKeys() {
+	s.lanes = make(map[laneKey][]hold)
+	add := func(uuid string, h hold) {
+		if lane := s.lane(h.key, uuid); lane.key != "" {
+			s.lanes[lane] = append(s.lanes[lane], h)
+		}
+	}
+	for _, w := range s.waits {
+		add(w.uuid, hold{head{w.Span, w.key}, w.fresh})
+	}
+	for _, r := range s.Runs {
+		add(r.Start.UUID, hold{head{Span{r.Start.Mono, r.End}, r.key()}, false})
+	}
+}
+
+func (s *starvation) lane(key entryKey, uuid string) laneKey {
+	return laneKey{key.topic, KeyOf(uuid, s.Rules.Topics[key.topic].Keys)}
+}
+
+// precede returns when others of its key come before the entry.
+func (s *starvation) precede(w wait) []Span {
+	var spans []Span
+	for _, h := range s.lanes[s.lane(w.key, w.uuid)] {
+		if h.key != w.key && (!h.fresh || CompareIDs(h.key.id, w.key.id) < 0) {
+			spans = append(spans, h.Span)
+		}
+	}
+	return spans
+}
+
 // judge reports whether the entry waits for too long.
 func (s *starvation) judge(w wait) bool {
 	bound := s.Bound
@@ -219,7 +274,7 @@ func (s *starvation) judge(w wait) bool {
 	if w.To-w.due <= bound {
 		return false // as nearly all do
 	}
-	unwell := s.unwell[w.key.topic]
+	unwell := slices.Concat(s.unwell[w.key.topic], s.held[w.key.topic])
 	if w.holder == (LifeID{}) {
 		unwell = slices.Concat(unwell, s.timeless[w.key.topic])
 	}
@@ -227,6 +282,7 @@ func (s *starvation) judge(w wait) bool {
 	if !w.suspect {
 		calm = without(calm, others(s.alone[w.key.topic], w.key))
 	}
+	calm = without(calm, s.precede(w))
 	for _, p := range s.consumers[w.key.topic] {
 		if w.holder != (LifeID{}) && w.holder != p.LifeID {
 			continue

@@ -51,8 +51,8 @@ func (r *record) put(numbers ...int) {
 }
 
 // deliver has a process get the entry, not its handler.
-func (r *record) deliver(process string, number int, count int64) {
-	r.add(Event{Kind: Delivered, Process: process, Life: 1, Topic: r.topic, ID: testID(number), UUID: testUUID(number), Count: count})
+func (r *record) deliver(process string, number int, count int64) *record {
+	return r.add(Event{Kind: Delivered, Process: process, Life: 1, Topic: r.topic, ID: testID(number), UUID: testUUID(number), Count: count})
 }
 
 func (r *record) begin(process string, number int, count int64) Event {
@@ -94,7 +94,7 @@ func TestProgress(t *testing.T) {
 		}, starves: true},
 		{name: "stored, and never started", story: func(r *record) {
 			r.put(1)
-			r.wait(time.Minute).bury(9, "poison-9")
+			r.wait(time.Minute).deadLetter(9, "poison-9")
 		}, starves: true},
 		{name: "stored, and never started, by what Publish said", topic: testTopic, story: func(r *record) {
 			r.publish(Published, true, 1).wait(testLong)
@@ -287,6 +287,29 @@ func TestProgress(t *testing.T) {
 			r.end(run, Acked)
 			r.ack(one, 1, 2)
 		}},
+		{name: "another one waits for its retry, which was handled to success before", topic: testTopic, served: []string{one}, story: func(r *record) {
+			r.put(9)
+			r.ack(one, 9, 1)
+			r.put(1)
+			r.nack(r.begin(one, 9, 1), testLong)
+			r.wait(testLong).ack(one, 9, 2)
+			r.ack(one, 1, 1)
+		}},
+		{name: "another one waits for its retry, which is not in the stream any more", topic: testTopic, served: []string{one}, story: func(r *record) {
+			r.put(1)
+			r.nack(r.begin(one, 9, 1), testLong)
+			r.wait(testLong).ack(one, 1, 1)
+		}},
+		{name: "another one waited for its retry, and the topic waits on", topic: testTopic, served: []string{one}, story: func(r *record) {
+			r.put(1)
+			r.nack(r.begin(one, 9, 1), testBound)
+			r.wait(testBound+testBound*11/10).ack(one, 1, 1)
+		}, starves: true},
+		{name: "another one waits for its retry, beside free slots", served: []string{one}, story: func(r *record) {
+			r.put(1)
+			r.nack(r.begin(one, 9, 1), testLong)
+			r.wait(testLong).ack(one, 1, 1)
+		}, starves: true},
 		{name: "a retry that the server is asked for before its time", story: func(r *record) {
 			r.put(1)
 			r.nack(r.begin(one, 1, 1), testLong)
@@ -388,34 +411,59 @@ func TestProgress(t *testing.T) {
 			r.deliver(one, 1, suspectFrom-1)
 			r.wait(testLong).ack(one, 1, suspectFrom)
 		}, starves: true},
-		{name: "given back, and taken in time", story: func(r *record) {
+		{name: "released, and taken in time", story: func(r *record) {
 			r.put(1)
 			r.end(r.begin(one, 1, 1), Closed)
 			r.process(Closing, one).process(Ended, one).wait(2*testInterval+testBound*9/10).ack(two, 1, 1)
 		}},
-		{name: "not given back, since the server was not well", story: func(r *record) {
+		{name: "not released, since the server was not well", story: func(r *record) {
 			r.put(1)
 			r.deliver(one, 1, 1)
 			r.process(Closing, one).fault(Effect{Fault: "freeze"}, 0).process(Ended, one)
 			r.wait(testRecovery+testMinIdle*4/3+2*testInterval+testBound*9/10).ack(two, 1, 2)
 		}},
-		{name: "given back by one who closes for long", story: func(r *record) {
+		{name: "not released, since it may not have arrived", story: func(r *record) {
+			r.put(1)
+			r.process(Stopped, one).deliver(one, 1, 1)
+			r.wait(testMinIdle/2).process(Continued, one).process(Closing, one).process(Ended, one)
+			r.wait(testMinIdle*4/3+2*testInterval+testBound*9/10).ack(two, 1, 2)
+		}},
+		{name: "not released, since it may not have arrived in an outage that was just over", story: func(r *record) {
+			r.put(1)
+			r.add(Event{Kind: Injected, Strike: &Effect{Number: 7, Fault: "freeze"}}).deliver(one, 1, 1)
+			r.add(Event{Kind: Healed, Strike: &Effect{Number: 7, Fault: "freeze"}})
+			r.wait(testRecovery/2).process(Closing, one).process(Ended, one)
+			r.wait(testMinIdle*4/3+2*testInterval+testBound*9/10).ack(two, 1, 2)
+		}},
+		{name: "released late, though there was time to ask for what had not arrived", story: func(r *record) {
+			r.put(1)
+			r.process(Stopped, one).deliver(one, 1, 1)
+			r.wait(testMinIdle/2).process(Continued, one).wait(testRecovery*11/10).process(Closing, one).process(Ended, one)
+			r.wait(4*testInterval+testBound*11/10).ack(two, 1, 2)
+		}, starves: true},
+		{name: "released late, though it came before the absence", story: func(r *record) {
+			r.put(1)
+			r.deliver(one, 1, 1)
+			r.process(Stopped, one).wait(testMinIdle/2).process(Continued, one).process(Closing, one).process(Ended, one)
+			r.wait(4*testInterval+testBound*11/10).ack(two, 1, 2)
+		}, starves: true},
+		{name: "released by one who closes for long", story: func(r *record) {
 			r.put(1)
 			r.deliver(one, 1, 1)
 			r.process(Closing, one).wait(testBound*8/10).process(Ended, one).wait(2*testInterval+testBound*9/10).ack(two, 1, 1)
 		}},
-		{name: "given back, and taken late", story: func(r *record) {
+		{name: "released, and taken late", story: func(r *record) {
 			r.put(1)
 			r.deliver(one, 1, 1)
 			r.process(Closing, one).process(Ended, one).wait(4*testInterval+testBound*11/10).ack(two, 1, 1)
 		}, starves: true},
-		{name: "not given back, since it was killed", story: func(r *record) {
+		{name: "not released, since it was killed", story: func(r *record) {
 			r.put(1)
 			r.deliver(one, 1, 1)
 			r.process(Closing, one).add(Event{Kind: Ended, Process: one, Life: 1, Error: "killed"})
 			r.wait(4*testInterval+testBound*11/10).ack(two, 1, 2)
 		}},
-		{name: "not given back in time, since the handler went on", story: func(r *record) {
+		{name: "not released in time, since the handler went on", story: func(r *record) {
 			r.put(1)
 			r.begin(one, 1, 1)
 			r.process(Closing, one).process(Ended, one)
@@ -548,15 +596,123 @@ func TestProgressWords(t *testing.T) {
 		"1m15.006s, though Redis was well and consumer-1/1 had a free slot", strings.TrimSpace(v.Violations[0].String()))
 }
 
-// TestProgressKeyed: it is not stated where messages wait for each other.
-func TestProgressKeyed(t *testing.T) {
-	r := newServed("consumer-1")
-	r.topic = testWide
-	r.put(1)
-	r.wait(testLong).ack("consumer-1", 1, 1)
-	rules := progressRules()
-	rules.Topics[testWide] = Topic{Name: testWide, MaxConcurrency: 8, Keyed: true}
-	assert.Empty(t, r.checkBy(rules).Violations)
+// TestProgressKeys: an entry waits while others of its key come first, and these must begin in time. Of three keys, 1 and 5 have
+// the same; 3 and 7 have none.
+func TestProgressKeys(t *testing.T) {
+	const one = "consumer-1"
+	tests := []struct {
+		name   string
+		story  func(r *record)
+		starve string // the entry that waits for too long
+	}{
+		{"behind another that is handled", func(r *record) {
+			r.put(1, 5)
+			first := r.begin(one, 1, 1)
+			r.deliver(one, 5, 1)
+			r.wait(testLong).end(first, Acked)
+			r.ack(one, 5, 1)
+		}, ""},
+		{"behind a retry", func(r *record) {
+			r.put(1, 5)
+			first := r.begin(one, 1, 1)
+			r.deliver(one, 5, 1)
+			r.nack(first, testLong)
+			r.wait(testLong).ack(one, 1, 2)
+			r.ack(one, 5, 1)
+		}, ""},
+		{"behind another that is late", func(r *record) {
+			r.put(1, 5)
+			r.deliver(one, 1, 1)
+			r.deliver(one, 5, 1)
+			r.wait(testLong).ack(one, 1, 1)
+			r.ack(one, 5, 1)
+		}, testID(1)},
+		{"both late", func(r *record) {
+			r.put(1, 5)
+			r.deliver(one, 1, 1)
+			r.deliver(one, 5, 1)
+			r.wait(testLong).ack(one, 1, 1)
+			r.wait(testLong).ack(one, 5, 1)
+		}, testID(1) + testID(5)},
+		{"behind one that was settled", func(r *record) {
+			r.put(1, 5)
+			r.deliver(one, 5, 1)
+			r.ack(one, 1, 1)
+			r.wait(testLong).ack(one, 5, 1)
+		}, testID(5)},
+		{"beside another key", func(r *record) {
+			r.put(1, 6)
+			first := r.begin(one, 1, 1)
+			r.deliver(one, 6, 1)
+			r.wait(testLong).ack(one, 6, 1)
+			r.end(first, Acked)
+		}, testID(6)},
+		{"without a key", func(r *record) {
+			r.put(3, 7)
+			first := r.begin(one, 3, 1)
+			r.deliver(one, 7, 1)
+			r.wait(testLong).ack(one, 7, 1)
+			r.end(first, Acked)
+		}, testID(7)},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			r := newServed(one)
+			r.topic = testWide
+			test.story(r)
+			rules := progressRules()
+			rules.Topics[testWide] = Topic{Name: testWide, MaxConcurrency: 8, Keys: 3}
+			var starved string
+			for _, v := range r.checkBy(rules).Violations {
+				if v.Rule == RuleProgress {
+					starved += v.ID
+				}
+			}
+			assert.Equal(t, test.starve, starved)
+		})
+	}
+}
+
+// TestKeys: within a subscription the messages of a key are handled one by one, in order, and what failed comes first.
+func TestKeys(t *testing.T) {
+	const one, two = "consumer-1", "consumer-2"
+	tests := []struct {
+		name  string
+		story func(r *record)
+		rule  string
+	}{
+		{"in order", func(r *record) { r.ack(one, 1, 1); r.ack(one, 5, 1) }, ""},
+		{"out of order", func(r *record) { r.ack(one, 5, 1); r.ack(one, 1, 1) }, RuleOrder},
+		{"at once", func(r *record) { first := r.begin(one, 1, 1); r.ack(one, 5, 1); r.end(first, Acked) }, RuleKey},
+		{"in two processes", func(r *record) { first := r.begin(one, 1, 1); r.ack(two, 5, 1); r.end(first, Acked) }, ""},
+		{"overtaken", func(r *record) {
+			r.nack(r.begin(one, 1, 1), time.Second)
+			r.ack(one, 5, 1)
+			r.wait(time.Second).ack(one, 1, 2)
+		}, RuleRetryOrder},
+		{"beside another key", func(r *record) {
+			r.nack(r.begin(one, 5, 1), time.Second)
+			r.ack(one, 6, 1)
+			r.wait(time.Second).ack(one, 5, 2)
+			r.ack(one, 4, 1)
+		}, ""},
+		{"without a key", func(r *record) { last := r.begin(one, 7, 1); r.ack(one, 3, 1); r.end(last, Acked) }, ""},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			r := newServed(one, two)
+			r.topic = testWide
+			test.story(r)
+			rules := progressRules()
+			rules.Progress = nil
+			rules.Topics[testWide] = Topic{Name: testWide, MaxConcurrency: 8, Keys: 3}
+			var want []string
+			if test.rule != "" {
+				want = []string{test.rule}
+			}
+			assert.Equal(t, want, r.checkBy(rules).Broken())
+		})
+	}
 }
 
 func TestCloseLate(t *testing.T) {

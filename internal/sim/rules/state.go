@@ -12,8 +12,8 @@ type Topic struct {
 	MaxConcurrency int
 	// Named: the consumers have given names, which outlive their processes. Else each subscription has one of its own.
 	Named bool
-	// Keyed: messages wait for others of their key. Which is whose, no rule knows: Progress is not stated of the topic.
-	Keyed bool
+	// Keys: there is an OrderingKey, with so many different keys, and MaxConcurrency is more than 1. See KeyOf.
+	Keys int
 }
 
 // A TopicState is what Redis has of a topic in the end. Unless the journal says by Trimmed what left the stream on purpose,
@@ -22,6 +22,7 @@ type TopicState struct {
 	Entries []Entry
 	Pending []Pending
 	Dead    []Letter
+	Waiting []string // UUIDs of delayed messages that are due, or were long ago: none should be
 }
 
 // An Entry is one message in the stream.

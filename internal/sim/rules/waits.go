@@ -60,7 +60,7 @@ func (s *starvation) stories() []*story {
 	var stories []*story
 	for _, key := range sortedKeys(all) {
 		t := all[key]
-		if Nature(t.uuid) == Broken || s.Rules.Topics[key.topic].Keyed {
+		if Nature(t.uuid) == Broken {
 			continue
 		}
 		slices.SortStableFunc(t.moments, func(a, b moment) int { return cmp.Compare(a.at, b.at) })
@@ -114,9 +114,9 @@ func (s *starvation) tell(all map[entryKey]*story) {
 			}
 		}
 	}
-	if !known { // then what Publish said is what there is
+	if !known { // then what Publish said is what there is. When what it delayed was moved, nobody said.
 		for _, t := range all {
-			if m := s.Messages[t.uuid]; m != nil && m.Outcome == Published {
+			if m := s.Messages[t.uuid]; m != nil && m.Outcome == Published && m.Delay == 0 {
 				t.moments = slices.Insert(t.moments, 0, moment{at: m.At, kind: Stored})
 			}
 		}
@@ -289,10 +289,18 @@ func (t *story) closed(rest *wait, w wait, l *Life) {
 	promised, why := t.Rules.handover(), whyClosed
 	whole := []Span{{l.Closing, l.To}}
 	disturbed := len(intersect(whole, merge(slices.Concat(t.unwell[w.key.topic], t.timeless[w.key.topic]), 0)))+len(intersect(whole, t.Away[w.holder.Process])) > 0
-	if disturbed || l.Died != "" || l.Error != "" || l.Closing <= w.From && w.why != whyClosed {
+	if disturbed || l.Died != "" || l.Error != "" || l.Closing <= w.From && w.why != whyClosed || t.unheard(w, l) {
 		promised, why = t.Rules.takeover(), whyEnded
 	}
 	rest.leave(max(l.Closing, w.From), promised, why)
 	rest.due = max(l.To, w.From) + promised
 	rest.turn = rest.due
+}
+
+// unheard tells whether the reply that brought the entry may not have reached its holder, which closed before it can have
+// asked for what it had missed.
+func (t *story) unheard(w wait, l *Life) bool {
+	return w.why == whyDelivered && slices.ContainsFunc(slices.Concat(t.unwell[w.key.topic], t.Away[w.holder.Process]), func(s Span) bool {
+		return s.From <= w.From && l.Closing <= s.To+t.Recovery
+	})
 }

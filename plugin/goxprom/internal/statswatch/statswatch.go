@@ -1,10 +1,9 @@
-// Package statswatch sums up what Sources say of themselves, for metrics.
+// Package statswatch makes metrics of what Sources report of themselves.
 //
-// goxprom and goxotel each have a copy of this file, rather than a package of the
+// goxprom and goxotel each have a copy of this package, rather than a package of the
 // library that both import: so a plugin works with any version of the library that
 // has the exported API it uses. A test of the library (TestDocs_Copies) compares
-// the copies. Which metrics there are, metrics.go says: that file is each plugin's
-// own.
+// the copies. metrics.go defines the metrics, the same for both plugins.
 package statswatch
 
 import (
@@ -29,27 +28,26 @@ type Source interface {
 
 type stats = goxstreams.SubscriptionStats
 
-// counters are the values of Counters.
-type counters [len(Counters)]int64
+// totals are the values of counters.
+type totals [len(counters)]int64
 
-func countersOf(s stats) (values counters) {
-	for i, c := range Counters {
+func totalsOf(s stats) (values totals) {
+	for i, c := range counters {
 		values[i] = c.value(s)
 	}
 	return values
 }
 
 // pair is what all is summed up by.
-type pair struct{ Topic, Group string }
+type pair struct{ topic, group string }
 
-// State is what is known of a topic and a group.
-type State struct {
-	pair
-	Total counters // since the first look
+// state is what is known of a topic and a group.
+type state struct {
+	total totals // since the first look
 
-	open, inFlight, waiting int
-	failing                 bool
-	outage                  time.Duration // of the longest one under way
+	open, failing     int // subscriptions
+	inFlight, waiting int
+	outage            time.Duration // of the longest one under way
 
 	asked bool                   // Redis, about what it holds
 	redis *goxstreams.TopicStats // nil: no answer
@@ -57,11 +55,11 @@ type State struct {
 
 // Watcher sums up what Sources say. Its counters only grow: a subscription that
 // closes takes its counters along, and a sum that falls by one subscription of
-// several would look as if all of them had begun anew.
+// several would look like a reset of all of them.
 type Watcher struct {
 	mu      sync.Mutex
 	sources []*watched
-	totals  map[pair]counters
+	totals  map[pair]totals
 	round   *round // the questions to Redis under way; nil: none are
 }
 
@@ -72,8 +70,8 @@ type watched struct {
 
 // sum is of a Source's open subscriptions of a topic.
 type sum struct {
-	open     int
-	counters counters
+	open   int
+	totals totals
 }
 
 // Add makes it watch Sources.
@@ -86,31 +84,31 @@ func (w *Watcher) Add(sources ...Source) {
 }
 
 // New returns a Watcher of nothing yet.
-func New() *Watcher { return &Watcher{totals: map[pair]counters{}} }
+func New() *Watcher { return &Watcher{totals: map[pair]totals{}} }
 
-// Look returns the state of every topic and group that ever was subscribed to.
-// Redis is asked unless the timeout is negative.
-func (w *Watcher) Look(timeout time.Duration) map[pair]*State {
+// look returns the state of every topic and group that ever was subscribed to.
+// Redis is asked unless the timeout is negative, until ctx ends.
+func (w *Watcher) look(ctx context.Context, timeout time.Duration) map[pair]*state {
 	states := w.count()
 	if timeout > 0 {
-		w.ask(states, timeout)
+		w.ask(ctx, states, timeout)
 	}
 	return states
 }
 
-func (w *Watcher) count() map[pair]*State {
+func (w *Watcher) count() map[pair]*state {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	states := map[pair]*State{}
+	states := map[pair]*state{}
 	for key := range w.totals {
-		states[key] = &State{pair: key}
+		states[key] = &state{}
 	}
 	for _, s := range w.sources {
 		now := map[pair]sum{}
 		for _, sub := range s.source.Stats() {
 			key := pair{sub.Topic, sub.Group}
 			if states[key] == nil {
-				states[key] = &State{pair: key}
+				states[key] = &state{}
 			}
 			states[key].add(sub)
 			now[key] = now[key].plus(sub)
@@ -123,47 +121,47 @@ func (w *Watcher) count() map[pair]*State {
 		s.last = now
 	}
 	for key, total := range w.totals {
-		states[key].Total = total
+		states[key].total = total
 	}
 	return states
 }
 
-func (s *State) add(sub stats) {
+func (s *state) add(sub stats) {
 	s.open++
 	s.inFlight += sub.InFlight
 	s.waiting += sub.Waiting
 	if sub.Err != nil {
-		s.failing = true
+		s.failing++
 		s.outage = max(s.outage, time.Since(sub.Since))
 	}
 }
 
-func (c counters) plus(d counters) counters {
+func (c totals) plus(d totals) totals {
 	for i := range c {
 		c[i] += d[i]
 	}
 	return c
 }
 
-func (s sum) plus(sub stats) sum { return sum{s.open + 1, s.counters.plus(countersOf(sub))} }
+func (s sum) plus(sub stats) sum { return sum{s.open + 1, s.totals.plus(totalsOf(sub))} }
 
 // since returns by how much the counters have grown since the last look, at
 // least, and what to compare the next look with. What a subscription did between
 // the last look and its end is not known.
-func (s sum) since(last sum) (grown counters, seen sum) {
+func (s sum) since(last sum) (grown totals, seen sum) {
 	closed := s.open < last.open
-	for i := range s.counters {
+	for i := range s.totals {
 		// Delivered, the first, falls by one also when nobody takes a message.
-		closed = closed || i > 0 && s.counters[i] < last.counters[i]
+		closed = closed || i > 0 && s.totals[i] < last.totals[i]
 	}
 	if closed && s.open == 1 && last.open == 1 {
-		return s.counters, s // another one in its place
+		return s.totals, s // another one in its place
 	}
 	seen = s
-	for i := range s.counters {
-		grown[i] = max(0, s.counters[i]-last.counters[i])
+	for i := range s.totals {
+		grown[i] = max(0, s.totals[i]-last.totals[i])
 		if !closed {
-			seen.counters[i] = max(s.counters[i], last.counters[i])
+			seen.totals[i] = max(s.totals[i], last.totals[i])
 		}
 	}
 	return grown, seen
@@ -180,10 +178,10 @@ type round struct {
 }
 
 // ask adds to the states what Redis says of those with open subscriptions,
-// within the timeout. What is not answered by then goes on: go-redis may wait for
+// within the timeout, and until ctx ends. What is not answered by then goes on: go-redis may wait for
 // an answer longer than its context lives. The next call waits for that, rather
 // than asking once more a server that does not answer.
-func (w *Watcher) ask(states map[pair]*State, timeout time.Duration) {
+func (w *Watcher) ask(ctx context.Context, states map[pair]*state, timeout time.Duration) {
 	w.mu.Lock()
 	questions := w.questionsLocked()
 	r := w.round
@@ -199,6 +197,7 @@ func (w *Watcher) ask(states map[pair]*State, timeout time.Duration) {
 	select {
 	case <-r.done:
 	case <-timer.C:
+	case <-ctx.Done():
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -233,7 +232,7 @@ func (w *Watcher) run(r *round, questions map[pair]Source, timeout time.Duration
 		places <- struct{}{}
 		running.Go(func() {
 			defer func() { <-places }()
-			answer, err := source.TopicStats(ctx, key.Topic)
+			answer, err := source.TopicStats(ctx, key.topic)
 			if err != nil {
 				return
 			}

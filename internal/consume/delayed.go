@@ -1,0 +1,100 @@
+package consume
+
+import (
+	"errors"
+	"time"
+
+	"github.com/ThreeDotsLabs/watermill"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
+)
+
+const (
+	// DelayedInterval is the longest time between two looks for delayed messages. Messages
+	// with longer delays are moved on time. One with a shorter delay, whose Publisher has
+	// died, can be late by this.
+	DelayedInterval = time.Second
+
+	// delayedPause is the shortest time between two looks of which one found nothing: where
+	// many subscriptions look for messages that are due one after the other, most are late.
+	delayedPause = 5 * time.Millisecond
+
+	// delayedDenied is the pause between two looks while the permission is missing.
+	delayedDenied = time.Minute
+)
+
+// tickLoop asks every second, in one round trip, whether the group is paused and whether
+// delayed messages wait, until the subscription closes. It moves those that are due into
+// the stream, and looks again when the next one is. All subscriptions of the topic do
+// this, without a leader: the script moves each message once.
+func (s *Subscription) tickLoop() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var denied time.Time // until when not to ask for delayed messages; zero: they may be moved
+	for {
+		select {
+		case <-timer.C:
+		case <-s.life.closing:
+			return
+		}
+		select {
+		case s.pause.turn <- struct{}{}:
+		case <-s.life.closing:
+			return
+		}
+		pausable := s.mode.pausable()
+		tick := s.stream.Tick(s.life.ctx, !time.Now().Before(denied), pausable)
+		if pausable {
+			s.obey(tick.Control, tick.ControlErr)
+		}
+		<-s.pause.turn
+		wait := s.shared.untilDelayed()
+		moved, err := xstream.MoveResult{Next: -1}, tick.DelayedErr
+		if tick.Delayed {
+			moved, err = s.stream.Move(s.life.ctx)
+		}
+		switch {
+		case redisx.IsDenied(err):
+			if denied.IsZero() {
+				s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
+			}
+			denied = time.Now().Add(jitter(delayedDenied))
+			s.markHealthy(dutyDelayed)
+		case err != nil:
+			s.markFailed(dutyDelayed, err)
+		case time.Now().Before(denied):
+		default:
+			s.markHealthy(dutyDelayed)
+			LogLostDelayed(s.cfg.Log, s.cfg.Fields, moved)
+			denied, wait = time.Time{}, untilDue(moved, wait)
+		}
+		timer.Reset(wait)
+	}
+}
+
+// untilDue returns the time until the next look after one that found this; regular is the
+// longest.
+func untilDue(moved xstream.MoveResult, regular time.Duration) time.Duration {
+	wait := regular
+	if moved.Next >= 0 {
+		wait = min(wait, moved.Next)
+	}
+	if moved.Count == 0 {
+		wait = max(wait, jitter(delayedPause))
+	}
+	return wait
+}
+
+// untilDelayed returns the time until the next tick. All topics tick together, to share a
+// pipeline.
+func (s *Shared) untilDelayed() time.Duration {
+	return DelayedInterval - time.Since(s.epoch)%DelayedInterval
+}
+
+// LogLostDelayed logs delayed messages whose fields were missing.
+func LogLostDelayed(log watermill.LoggerAdapter, fields watermill.LogFields, moved xstream.MoveResult) {
+	for _, uuid := range moved.Lost {
+		log.Error("Delayed message lost", errors.New("its fields were deleted while it waited"), fields.Add(watermill.LogFields{"message_uuid": uuid}))
+	}
+}

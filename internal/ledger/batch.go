@@ -1,0 +1,88 @@
+package ledger
+
+import (
+	"slices"
+	"time"
+)
+
+// This file makes batches. Entries wait for theirs in their queues, without a slot: a batch
+// begins once there are enough fresh entries, or the first entry has waited long enough.
+// Then it takes due retries too. What was claimed from dead consumers waits for nothing, and
+// has batches of its own: see share.
+
+// capacity is how many entries may run.
+func (l *Ledger) capacity() int { return l.cfg.Slots * max(1, l.cfg.Batch) }
+
+// single reports whether an entry shares no batch.
+func (e *Entry) single() bool { return e.Single || e.Death != nil }
+
+// ripe returns the first fresh entry, unless it waits for others.
+func (l *Ledger) ripe(now time.Time) *Entry {
+	e := l.fresh.peek()
+	if e != nil && l.fresh.len() < l.cfg.Batch && now.Before(e.due.Add(l.cfg.Wait)) {
+		return nil
+	}
+	return e
+}
+
+// dueRetry is ripe for the first retry.
+func (l *Ledger) dueRetry(now time.Time) *Entry {
+	e := l.retries.first(now)
+	if e != nil && !e.single() && now.Before(e.due.Add(l.cfg.Wait)) {
+		return nil
+	}
+	return e
+}
+
+// fill fills a batch with due retries and fresh entries. While there are fresh ones, the
+// retries are at most every second entry, and half of all that runs.
+func (l *Ledger) fill(now time.Time, batch []*Entry) []*Entry {
+	for len(batch) < l.cfg.Batch {
+		l.readmit(now)
+		e := l.fresh.peek()
+		retry := l.retries.first(now)
+		if retry != nil && !retry.single() && (e == nil || len(batch)%2 == 1 && l.use.past < l.capacity()/2) {
+			e = retry
+		}
+		if e == nil || e.single() {
+			break
+		}
+		l.take(e)
+		batch = append(batch, e)
+	}
+	return batch
+}
+
+// fillClaims fills a batch with claims, up to the least share of any.
+func (l *Ledger) fillClaims(batch []*Entry) []*Entry {
+	most := l.share(batch[0])
+	for len(batch) < most {
+		e := l.claim()
+		if e == nil || e.single() {
+			break
+		}
+		if most = min(most, l.share(e)); len(batch) >= most {
+			break
+		}
+		l.take(e)
+		batch = append(batch, e)
+	}
+	return batch
+}
+
+// share is how large the batch of a claimed entry may be. It halves with each delivery of one
+// that may have crashed its consumer: so one that did is alone after log2(Batch) crashes, and
+// the others of its first batch have long been handled.
+func (l *Ledger) share(e *Entry) int {
+	if e.innocent() {
+		return l.cfg.Batch
+	}
+	return max(1, l.cfg.Batch>>min(e.Next-1, 62))
+}
+
+// Running returns the entries that have not come to their outcome.
+func (l *Ledger) Running(entries []*Entry) []*Entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(entries), func(e *Entry) bool { return e.state != Running })
+}

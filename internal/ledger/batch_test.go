@@ -1,0 +1,152 @@
+package ledger
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func batches(size int) func(*Config) {
+	return func(c *Config) { c.Batch = size }
+}
+
+func ids(entries []*Entry) (ids []string) {
+	for _, e := range entries {
+		ids = append(ids, e.ID)
+	}
+	return ids
+}
+
+// takeBatch takes a batch as a slot.
+func takeBatch(l *Ledger) []*Entry {
+	l.use.slots++ // this slot, whatever the effects have requested
+	batch, _ := l.Take(start, nil)
+	return batch
+}
+
+// Messages that share no batch take a slot each. They have half of the slots, however few
+// entries that is, while fresh ones wait.
+func TestBatch_PastIsSlow(t *testing.T) {
+	slow := func() (ids []string) {
+		for i := range 10 {
+			ids = append(ids, fmt.Sprint(1000+i))
+		}
+		return ids
+	}()
+	for name, prepare := range map[string]func(*testing.T, *Ledger){
+		"Single": func(t *testing.T, l *Ledger) {
+			l.Add(start, start, read(slow...))
+			batch := takeBatch(l)
+			require.Len(t, batch, 10)
+			for _, e := range batch {
+				e.Single = true
+				l.Retry(start, e, start, false)
+			}
+		},
+		"Claim": func(t *testing.T, l *Ledger) {
+			for _, id := range slow {
+				l.Offer(start, []*Entry{claim(id, 9)}, false)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLedger(4, batches(100), func(c *Config) { c.Suspect, c.Last = 0, 0 })
+			prepare(t, l)
+			running := 0
+			for i := range 40 {
+				l.Add(start, start, read(fmt.Sprint(i)))
+				for l.fresh.len() > 0 {
+					batch := takeBatch(l)
+					require.Len(t, batch, 1)
+					if batch[0].ID == fmt.Sprint(i) {
+						l.Acked(start, batch...)
+					} else {
+						running++
+					}
+				}
+			}
+			require.Equal(t, 2, running)
+			require.Equal(t, 200, l.use.past)
+		})
+	}
+}
+
+// A message that shares no batch takes none in and joins none, also after a pause has held
+// it back or withdrawn it.
+func TestBatch_SingleStaysAlone(t *testing.T) {
+	for _, withdrawn := range []bool{false, true} {
+		t.Run(fmt.Sprint("withdrawn ", withdrawn), func(t *testing.T) {
+			l := newLedger(1, batches(10), func(c *Config) { c.Leased = true })
+			l.Add(start, start, read("1", "2", "3", "4"))
+			batch := takeBatch(l)
+			require.Len(t, batch, 4)
+			l.Pause()
+			batch[2].Single = true
+			for _, e := range batch {
+				require.True(t, l.HoldBack(start, e))
+			}
+			if withdrawn {
+				require.True(t, l.Withdrawn(start, l.Withdraw(), "released", true))
+			}
+			l.Resume(start)
+			for _, want := range [][]string{{"1", "2"}, {"3"}, {"4"}} {
+				batch := takeBatch(l)
+				require.Equal(t, want, ids(batch))
+				l.Acked(start, batch...)
+			}
+		})
+	}
+}
+
+// What may have crashed its consumer is as suspect after a pause as it was before.
+func TestWithdrawn_Suspects(t *testing.T) {
+	l := newLedger(4, batches(8), func(c *Config) { c.Leased, c.Suspect, c.Last = true, 5, 7 })
+	all := []*Entry{claim("1", 1), claim("2", 3), claim("3", 5), claim("4", 7)}
+	all[0].Released = true
+	l.Offer(start, all, false)
+	for range 100 {
+		if batch := takeBatch(l); len(batch) > 0 {
+			for _, e := range batch {
+				e.SetCount(e.Next, e.Next+1)
+				l.Claimed(start, e)
+			}
+			l.Pause()
+			for _, e := range batch {
+				require.True(t, l.HoldBack(start, e))
+			}
+			require.True(t, l.Withdrawn(start, l.Withdraw(), "released", true))
+			l.Resume(start.Add(time.Hour))
+		}
+	}
+	require.Equal(t, []string{"3"}, ids(l.suspects.entries))
+	require.Equal(t, []string{"4"}, ids(l.lonely.entries))
+	require.Equal(t, []string{"1", "2"}, ids(l.claims.entries))
+	require.Equal(t, 8, l.share(all[0]))
+	require.Equal(t, 2, l.share(all[1]))
+}
+
+// Withdrawn entries that are reclaimed are queued in stream order, with what was read since.
+func TestReclaim(t *testing.T) {
+	l := newLedger(1, func(c *Config) { c.Leased = true })
+	l.Add(start, start, read("1", "2", "3", "4", "5"))
+	l.Pause()
+	withdrawn := l.Withdraw()
+	require.Len(t, withdrawn, 5)
+	require.True(t, l.Withdrawn(start, withdrawn, "released", true))
+	require.Equal(t, []string{"1", "2", "3", "4", "5"}, ids(l.Withdrawals()))
+	require.Empty(t, l.Ours())
+	l.Resume(start)
+	first := takeBatch(l)[0] // another consumer has recreated the group
+	require.True(t, l.WasWithdrawn(first))
+	l.Own(first)
+	l.Reclaim()
+	require.Empty(t, l.Withdrawals())
+	require.ElementsMatch(t, withdrawn, l.Ours())
+	require.Equal(t, []string{"2", "3", "4", "5"}, ids(l.fresh.entries))
+	for _, e := range withdrawn {
+		require.EqualValues(t, 1, e.Count())
+		require.EqualValues(t, 1, e.Next)
+	}
+}

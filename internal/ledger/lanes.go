@@ -1,0 +1,295 @@
+package ledger
+
+import (
+	"slices"
+	"time"
+)
+
+// This file keeps the order per key. The first entry of a key that is not settled holds
+// the key: from when the key becomes known, over all of its retries, until its outcome.
+// Later entries of the key wait behind it, in stream order, without a slot.
+//
+// Keys are computed by the user's function, which the ledger cannot call: the keyer, one
+// goroutine at a time, takes the entries that were read, in their order, and returns them
+// with their keys. Before them it claims those that consumers have released, also in order.
+// The key of any other candidate is known only once a slot has claimed it.
+
+// starved is how long slots may find nothing to do, although entries wait behind others,
+// until more is read than the read-ahead limit allows. The key of a slow handler, or of one
+// that fails for an hour, must not stop the others.
+const starved = 100 * time.Millisecond
+
+// lane is a key that is held.
+type lane struct {
+	key    string
+	holder *Entry
+	behind []*Entry // in stream order
+}
+
+// keys are the lanes of a ledger, and what is on its way to them.
+type keys struct {
+	lanes    map[string]*lane
+	queue    queue     // read, and to be taken by the keyer
+	released queue     // candidates that were released, for the keyer
+	keyer    bool      // it runs
+	with     int       // entries that the keyer has
+	ahead    int       // entries behind others, with their fields
+	thin     int       // the same without their fields, which only take memory
+	taken    time.Time // when a slot last took an entry
+	read     bool      // more is read than the window allows, since slots are idle
+	told     bool      // that nothing is read because of thin
+}
+
+// HasKey reports whether the key of a running entry is known.
+func (e *Entry) HasKey() bool { return e.keyed }
+
+// TakeUnkeyed returns at most n entries whose keys are to be computed, in stream order.
+// Those without fields must be claimed, or fetched, first. After none the keyer ends.
+func (l *Ledger) TakeUnkeyed(n int) (entries []*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for e := l.unkeyed(); e != nil && len(entries) < n && (!l.closed || l.cfg.Serve) && !l.paused; e = l.unkeyed() {
+		l.leave(e)
+		e.state = Keying
+		l.keys.with++
+		entries = append(entries, e)
+	}
+	l.keys.keyer = len(entries) > 0
+	return entries
+}
+
+// unkeyed returns the next entry for the keyer, in stream order. As many released ones are
+// claimed as may wait behind others.
+func (l *Ledger) unkeyed() *Entry {
+	e, read := l.keys.released.peek(), l.keys.queue.peek()
+	switch {
+	case e == nil, read != nil && l.cfg.Compare(read.ID, e.ID) < 0:
+		return read
+	case l.closed, l.keys.thin > 0 && l.crowded():
+		return nil
+	}
+	return e
+}
+
+// KeyerEnded reports a keyer that ended without another call of TakeUnkeyed, and gives
+// back what it had not looked at. After Close it returns what is to be released.
+func (l *Ledger) KeyerEnded(entries []*Entry) (late []*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.keys.keyer = false
+	behind := l.keys.queue.entries
+	l.keys.queue.entries = nil
+	for _, e := range entries {
+		switch {
+		case e.state != Keying:
+		case e.Owner != "": // not claimed yet
+			l.leave(e)
+			l.candidate(e)
+		case l.isLate():
+			l.leave(e)
+			e.state = Releasing
+			late = append(late, e)
+		default:
+			l.leave(e)
+			l.enqueue(e)
+		}
+	}
+	l.keys.queue.entries = append(l.keys.queue.entries, behind...)
+	l.sort(&l.keys.released)
+	return late
+}
+
+// isLate reports whether Close has taken back what nobody was processing, and takes back
+// nothing more.
+func (l *Ledger) isLate() bool { return l.over && !l.cfg.Serve }
+
+// Keyed gives back what the keyer has taken, in the same order. Entries that came to their
+// outcome meanwhile are skipped. It returns those that came after Close, and are to be
+// released.
+func (l *Ledger) Keyed(now time.Time, entries []*Entry, keys []string) (late []*Entry, fx Effects) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, e := range entries {
+		switch {
+		case e.state != Keying:
+		case e.lost.Load():
+			l.remove(now, e)
+		case l.isLate():
+			l.leave(e)
+			e.state = Releasing
+			late = append(late, e)
+		default:
+			l.leave(e)
+			l.line(e, keys[i], &l.fresh)
+		}
+	}
+	return late, l.effects(now)
+}
+
+// Line gives a running entry its key. It returns false if another entry has the key: then
+// the entry waits behind it, and its slot is free; or, after Close, it is late, and to be
+// released.
+func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Effects) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if ln := l.keys.lanes[key]; key == "" || ln == nil {
+		l.hold(e, key)
+		return true, false, fx
+	}
+	from := &l.fresh
+	switch e {
+	case l.apart.alone:
+		from = &l.lonely
+	case l.apart.suspect:
+		from = &l.suspects
+	}
+	l.settle(now, e)
+	l.leave(e)
+	if late = l.isLate(); late {
+		e.state = Releasing
+	} else {
+		l.line(e, key, from)
+	}
+	return false, late, l.effects(now)
+}
+
+// hold gives a key that nobody has.
+func (l *Ledger) hold(e *Entry, key string) {
+	if e.keyed = true; key == "" {
+		return
+	}
+	e.lane = &lane{key: key, holder: e}
+	l.keys.lanes[key] = e.lane
+}
+
+// line queues an entry, or has it wait behind another one of its key.
+func (l *Ledger) line(e *Entry, key string, to *queue) {
+	e.state = Queued
+	l.cfg.Bounds.ahead.Add(1)
+	ln := l.keys.lanes[key]
+	if key == "" || ln == nil {
+		l.hold(e, key)
+		to.push(e)
+		return
+	}
+	e.keyed, e.lane, e.behind = true, ln, to
+	at := len(ln.behind)
+	for at > 0 && l.cfg.Compare(ln.behind[at-1].ID, e.ID) > 0 { // claimed: older than what was read
+		at--
+	}
+	ln.behind = slices.Insert(ln.behind, at, e)
+	if l.keys.ahead++; ln.holder.state == Waiting || l.keys.ahead > l.window() {
+		l.slim(e)
+	}
+}
+
+// slim drops what can be fetched again from an entry that waits behind another. Its
+// delivery has not begun: it does not count again.
+func (l *Ledger) slim(e *Entry) {
+	if e.slim {
+		return
+	}
+	e.slim = true
+	l.keys.ahead--
+	l.keys.thin++
+	l.cfg.Bounds.Waiting.used.Add(1)
+	if l.cfg.Leased {
+		e.Fields, e.Prepared, e.Next = nil, nil, e.Count()
+	}
+}
+
+// slimAll is for an entry that begins to wait: so do all behind it.
+func (l *Ledger) slimAll(e *Entry) {
+	if e.lane != nil {
+		for _, other := range e.lane.behind {
+			l.slim(other)
+		}
+	}
+}
+
+// stepOut removes an entry from behind another.
+func (l *Ledger) stepOut(e *Entry) {
+	if e.slim {
+		e.slim = false
+		l.keys.thin--
+		l.cfg.Bounds.Waiting.used.Add(-1)
+	} else {
+		l.keys.ahead--
+	}
+	if ln := e.lane; ln.behind[0] == e {
+		ln.behind[0] = nil
+		ln.behind = ln.behind[1:]
+	} else {
+		ln.behind = slices.DeleteFunc(ln.behind, func(other *Entry) bool { return other == e })
+	}
+	e.behind = nil
+}
+
+// free lets the next entry of the key follow, once one is settled.
+func (l *Ledger) free(e *Entry) {
+	ln := e.lane
+	if e.lane = nil; ln == nil || ln.holder != e {
+		return
+	}
+	if len(ln.behind) == 0 {
+		delete(l.keys.lanes, ln.key)
+		return
+	}
+	next := ln.behind[0]
+	to := next.behind
+	l.stepOut(next)
+	ln.holder = next
+	to.push(next)
+}
+
+// window is how many entries with their fields may wait behind others.
+func (l *Ledger) window() int { return l.ahead + l.capacity() }
+
+// enough reports whether no more is read since that many entries wait behind others. Half
+// of the window is left for them, so that a read brings more than a few.
+func (l *Ledger) enough() bool { return 2*l.keys.ahead > l.window() }
+
+// idle reports whether slots find nothing to do although entries wait behind others, which
+// may be why nothing is read: more is read after starved. It does not ask how many they are,
+// since that depends on the read-ahead limit, which changes without Effects.
+func (l *Ledger) idle() bool {
+	return l.keys.ahead > 0 && l.use.running < l.capacity() && l.queued() == 0
+}
+
+// crowded reports whether no more entries may wait behind others. Half of the bound is for
+// entries that wait for their retries.
+func (l *Ledger) crowded() bool {
+	b := l.cfg.Bounds
+	return 2*l.keys.thin >= b.Most(&b.Waiting, l.waits())
+}
+
+// claim returns the next candidate that is no suspect. No more are claimed than may wait
+// behind others. (Suspects come one by one; those that others had preceded are not candidates
+// any more, and must not wait for room.)
+func (l *Ledger) claim() *Entry {
+	if l.keys.thin > 0 && l.crowded() {
+		return nil
+	}
+	return l.claims.peek()
+}
+
+// waits is the ledger's part of Bounds.Waiting.
+func (l *Ledger) waits() int { return l.use.waiting + l.broken.len() + l.keys.thin }
+
+// queued is how many entries were read and wait for a slot.
+func (l *Ledger) queued() int { return l.fresh.len() + l.keys.queue.len() + l.keys.with }
+
+// keyEffects returns what has to be done for keys.
+func (l *Ledger) keyEffects(now time.Time, fx *Effects) {
+	if !l.keys.keyer && l.unkeyed() != nil {
+		l.keys.keyer, fx.Key = true, true
+	}
+	if !l.idle() {
+		l.keys.read = false
+	} else if !now.Before(l.keys.taken.Add(starved)) {
+		l.keys.read = true
+	}
+	if l.keys.thin > 0 && !l.keys.told && l.crowded() {
+		l.keys.told, fx.Crowded = true, true
+	}
+}

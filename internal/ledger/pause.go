@@ -1,0 +1,174 @@
+package ledger
+
+import (
+	"slices"
+	"time"
+)
+
+// Pause stops reading, deliveries, retries, claims and calls of OnBroken, until Resume.
+// Entries that are running come to their outcomes; those that wait for their retries
+// remain, and so do candidates. What was read ahead is for Withdraw.
+func (l *Ledger) Pause() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.paused = true
+	// Nobody waits for an entry to run alone now; what is measured in time begins anew.
+	l.apart.idle, l.apart.until = time.Time{}, time.Time{}
+	if l.apart.alone == nil {
+		l.apart.from = time.Time{}
+	}
+}
+
+// Resume ends a pause.
+func (l *Ledger) Resume(now time.Time) Effects {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.paused = false
+	l.keys.taken = now
+	return l.effects(now)
+}
+
+// IsPaused reports whether the group is paused.
+func (l *Ledger) IsPaused() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.paused
+}
+
+// HoldBack queues an entry again whose handler has not begun, because of a pause; its
+// delivery counts already. After Close it does nothing, and returns false.
+func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over {
+		return false
+	}
+	if e.Detach(); e.lost.Load() || e.gone {
+		l.remove(now, e)
+		return true
+	}
+	l.settle(now, e)
+	l.leave(e)
+	e.state = Queued
+	l.cfg.Bounds.ahead.Add(1)
+	l.fresh.push(e)
+	l.sort(&l.fresh)
+	return true
+}
+
+// Withdraw takes back, during a pause, the entries that are ours and that nobody has
+// taken, in stream order, to be released; none if they cannot be released, or while the
+// keyer has some: these would come before others of their keys that precede them. Pass
+// them to Withdrawn.
+func (l *Ledger) Withdraw() (queued []*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.paused || l.over || !l.cfg.Leased || l.keys.with > 0 {
+		return nil
+	}
+	for _, e := range l.entries {
+		if e.state == Queued {
+			queued = append(queued, e)
+		}
+	}
+	slices.SortFunc(queued, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
+	for _, e := range queued {
+		l.leave(e)
+		e.state = Releasing
+	}
+	for _, e := range queued {
+		l.free(e)
+	}
+	return queued
+}
+
+// Withdrawn ends a release of the entries by Withdraw. Released entries become candidates
+// that belong to owner, so that they precede after the pause what is read then; other
+// consumers may take them first. If the release has failed, they are queued again. After
+// Close it does nothing, and returns false: they are late.
+func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, released bool) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over {
+		return false
+	}
+	for _, e := range entries {
+		switch {
+		case e.lost.Load() || e.gone || l.entries[e.ID] != e:
+			l.remove(now, e)
+			continue
+		case released:
+			if e.crashed = e.Count() > 1 && !e.innocent(); l.cfg.Keyed || l.capacity() == 1 {
+				e.crashed = false // the order comes first
+			}
+			e.Fields, e.Prepared, e.Owner, e.Idle, e.Released = nil, nil, owner, 0, true
+			e.orphan, e.again = false, nil
+			count := max(e.Count()-1, 0)
+			l.candidate(e.SetCount(count, count+1))
+			e.withdrawn = true
+		default:
+			l.enqueue(e)
+		}
+		e.keyed = false
+	}
+	// More may have been read meanwhile, and what was with a slot comes after its successors.
+	l.sort(&l.claims, &l.keys.released, &l.fresh, &l.keys.queue)
+	return true
+}
+
+// sort puts queues in stream order.
+func (l *Ledger) sort(queues ...*queue) {
+	for _, q := range queues {
+		slices.SortFunc(q.entries, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
+	}
+}
+
+// Withdrawals returns the candidates that Withdraw has taken back, in stream order.
+func (l *Ledger) Withdrawals() (withdrawn []*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.entries {
+		if e.state == Candidate && e.withdrawn {
+			withdrawn = append(withdrawn, e)
+		}
+	}
+	slices.SortFunc(withdrawn, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
+	return withdrawn
+}
+
+// WasWithdrawn reports whether the entry was read here, and released because of a pause.
+func (l *Ledger) WasWithdrawn(e *Entry) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return e.withdrawn
+}
+
+// Reclaim makes withdrawn entries ours again, to be restored in a group that was lost:
+// nobody else would.
+func (l *Ledger) Reclaim() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.entries {
+		if e.state == Candidate && e.withdrawn {
+			l.leave(e)
+			l.own(e)
+			l.enqueue(e)
+		}
+	}
+	l.sort(&l.fresh, &l.keys.queue)
+}
+
+// Own is Reclaim for an entry that has just been taken.
+func (l *Ledger) Own(e *Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.own(e)
+}
+
+// own makes a withdrawn entry ours, with an unchanged count.
+func (l *Ledger) own(e *Entry) {
+	e.Owner, e.Released, e.withdrawn = "", false, false
+	l.clock++
+	e.since, e.sure = l.clock, l.clock
+	e.SetCount(e.Next, e.Next)
+}

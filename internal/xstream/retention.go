@@ -1,0 +1,377 @@
+package xstream
+
+import (
+	"context"
+	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// Retention says which entries of a stream may go, the oldest first: those that every
+// group has acked and every fan-out has read, if they are neither among the last KeepLast
+// nor younger than KeepFor. Beyond HardMaxLen the oldest go in any case.
+type Retention struct {
+	KeepLast   int64         // 0: none are kept for their number; KeepAll: only HardMaxLen applies
+	KeepFor    time.Duration // 0: none are kept for their age
+	HardMaxLen int64         // 0: no limit
+	Ignore     []string      // groups for which nothing is kept
+}
+
+// KeepAll as Retention.KeepLast trims nothing but what exceeds HardMaxLen.
+const KeepAll = -1
+
+// RetentionKey is the key of a hash beside the stream: "orders.retention{orders}". Its
+// fields are "next", the time of the next trimming; "group NAME", when a group was last
+// seen, or "hold FROM FOR" if nothing is deleted for a while since it was missing; and "cut NAME", the number of entries that HardMaxLen has cut off before the group
+// acked them (with the empty name: before the slowest fan-out had read them).
+func RetentionKey(key string) string { return Beside(key, "retention") }
+
+// floorFunction returns the groups that count, and the floor: what must stay. All entries
+// from floor.id on are needed, or if floor.after is set, those that follow it. The floor is
+// nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1] the number
+// of ignored groups, which follow it.
+//
+// The oldest pending entry of a group comes from XPENDING's list: the summary has all
+// consumers. After XGROUP SETID entries can be pending that will also be read again.
+const floorFunction = fanOutsFunction + `
+local needAll = {id = '18446744073709551615-18446744073709551615', after = true}
+local function lower(a, b)
+  return less(a.id, b.id) or a.id == b.id and b.after and not a.after
+end
+local function floorOf()
+  local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+  if groups.err then
+    groups = string.find(groups.err, 'no such key') and {} or redis.call('XINFO', 'GROUPS', KEYS[1])
+  end
+  local ignored, counted, all, floor = {}, {}, {}, nil
+  for i = 2, 1 + ARGV[1] do ignored[ARGV[i]] = true end
+  for _, g in ipairs(groups) do
+    local f = {}
+    for i = 1, #g, 2 do f[g[i]] = g[i + 1] end
+    local group = {name = f['name'], last = f['last-delivered-id']}
+    if not string.find(group.last, '-') then group.last = group.last .. '-0' end -- the embedded server has "0"
+    all[#all + 1] = group
+    if not ignored[group.name] then
+      counted[#counted + 1] = group
+      local first = redis.call('XPENDING', KEYS[1], group.name, '-', '+', 1)[1]
+      local at = {id = group.last, after = true, group = group.name, consumer = ''}
+      if first and not less(group.last, first[1]) then
+        at.id, at.after, at.consumer = first[1], false, first[2]
+      end
+      if not floor or lower(at, floor) then floor = at end
+    end
+  end
+  local least, name = fanOuts()
+  if least then
+    local at = {id = least, after = true, group = '', consumer = name}
+    if not floor or lower(at, floor) then floor = at end
+  end
+  return floor, counted, all, least, groups
+end
+-- The entry that pins the floor; nothing if there is none.
+local function pin(floor)
+  local id = floor and floor.id
+  if floor and floor.after then
+    local rows = redis.call('XRANGE', KEYS[1], '(' .. floor.id, '+', 'COUNT', 1)
+    id = rows[1] and rows[1][1]
+  end
+  if not id then return {} end
+  return {floor.group, floor.consumer, id}
+end`
+
+// pageFunction returns the IDs of at most n entries, and stops after a quarter of a
+// megabyte of fields, since Redis copies these too.
+const pageFunction = `
+local function page(from, to, n)
+  local ids, bytes, count = {}, 0, 1
+  while #ids < n and bytes < 262144 do
+    local asked = math.min(count, n - #ids)
+    local rows = redis.call('XRANGE', KEYS[1], from, to, 'COUNT', asked)
+    for _, e in ipairs(rows) do
+      ids[#ids + 1] = e[1]
+      for _, f in ipairs(e[2]) do bytes = bytes + #f end
+    end
+    if #rows < asked then break end
+    from = '(' .. ids[#ids]
+    count = math.max(1, math.min(100, math.floor(65536 * #ids / (bytes + 1))))
+  end
+  return ids
+end
+-- For each group, how many of these entries it has not acked: name, number, ... Each is
+-- looked up, since other pending entries in between may have been deleted.
+local function unacked(ids, groups, least)
+  local counts = {}
+  local function count(name, last, pending)
+    local n = 0
+    for _, id in ipairs(ids) do
+      if less(last, id) or pending and redis.call('XPENDING', KEYS[1], name, id, id, 1)[1] then n = n + 1 end
+    end
+    if n > 0 then counts[#counts + 1] = name; counts[#counts + 1] = n end
+  end
+  for _, g in ipairs(groups) do count(g.name, g.last, true) end
+  if least then count('', least, false) end
+  return counts
+end`
+
+// boundFunction returns up to which entry a Retention allows to trim: the floor, or what
+// is old enough, whichever comes first; and how many entries its KeepLast allows. Without
+// a group nothing but number and age decides, and if neither is limited, nothing goes.
+const boundFunction = `
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local options = 2 + ARGV[1]
+local keepLast, keepFor, hard = tonumber(ARGV[options]), tonumber(ARGV[options + 1]), tonumber(ARGV[options + 2])
+local function boundOf(floor, groups)
+  if keepLast < 0 or #groups == 0 and keepLast == 0 and keepFor == 0 then return nil, 0 end
+  local bound = floor or needAll
+  if keepFor > 0 then
+    local age = {id = string.format('%.0f-0', math.max(0, now - keepFor)), after = false}
+    if lower(age, bound) then bound = age end
+  end
+  return bound, math.max(0, redis.call('XLEN', KEYS[1]) - keepLast)
+end`
+
+// Bounds of one run of retentionScript, which takes the server about a millisecond. XTRIM
+// by nodes takes some 0.05 us for an entry and 2 us for a node, of which large entries need
+// one each (measured on 7.0, 8.6 and Valkey). The number of nodes is not asked for unless
+// there is much to trim, since XINFO STREAM copies two entries.
+const (
+	fewTrimmed  = 400  // entries, however large, that are trimmed without asking
+	maxTrimTime = 1000 // microseconds that one run may take, about
+	maxCut      = 500  // entries that HardMaxLen cuts off, times groups
+)
+
+// retentionScript trims a bounded number of entries. XTRIM with "~" and LIMIT trims whole
+// nodes, so that it costs little and stops at the limit. What remains of the first node is
+// listed and trimmed by its number.
+//
+// Of the consumers that ask within an interval one trims; the others are told how long to
+// wait.
+const retentionScript = `-- retention` + deniedFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
+local interval, few, time, most, vanished = tonumber(ARGV[options + 3]), tonumber(ARGV[options + 4]),
+  tonumber(ARGV[options + 5]), tonumber(ARGV[options + 6]), tonumber(ARGV[options + 7])
+if interval > 0 then
+  local wait = (tonumber(redis.call('HGET', KEYS[3], 'next') or 0) or 0) - now
+  if wait > 0 and wait <= 5 * interval then return {wait} end
+end
+local missing = denied('XTRIM', KEYS[1], 'MINID', '0') or denied('HSET', KEYS[3], '', '') or denied('HINCRBY', KEYS[3], '', 1)
+if missing then return missing end
+local floor, groups, all, least, listed = floorOf()
+local hold, known = held(KEYS[3], listed, now, vanished)
+for _, g in ipairs(all) do
+  if not known[g.name] then redis.call('HSET', KEYS[3], 'group ' .. g.name, stamp(now)) end
+end
+
+local function trim(bound, n)
+  local trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound.id, 'LIMIT', n)
+  if trimmed >= n then return trimmed end
+  local rows = redis.call('XRANGE', KEYS[1], '-', bound.after and bound.id or '(' .. bound.id, 'COUNT', n - trimmed)
+  if #rows > 0 then redis.call('XTRIM', KEYS[1], 'MAXLEN', redis.call('XLEN', KEYS[1]) - #rows) end
+  return trimmed + #rows
+end
+local function quota()
+  local info, is = redis.pcall('XINFO', 'STREAM', KEYS[1]), {}
+  if info.err then return few end
+  for i = 1, #info, 2 do is[info[i]] = info[i + 1] end
+  local nodes = (is['radix-tree-keys'] or is['length']) / math.max(1, is['length'])
+  return math.floor(time / (0.05 + 2 * nodes))
+end
+local bound, excess = boundOf(floor, groups)
+local trimmed, more, pinned = 0, 0, {}
+if bound and excess > 0 and not hold then
+  local n = math.min(excess, few)
+  trimmed = trim(bound, n)
+  if trimmed == n and excess > n then
+    n = math.min(excess, n + quota())
+    trimmed = trimmed + trim(bound, n - trimmed)
+    if trimmed == n and excess > n then more = 1 end
+  end
+  if trimmed < n and bound == floor then pinned = pin(floor) end
+end
+
+local length = redis.call('XLEN', KEYS[1])
+local cut = {}
+if hard > 0 and length > hard and more == 0 then
+  local ids = page('-', '+', math.min(length - hard, math.max(1, math.floor(most / math.max(1, #all)))))
+  cut = unacked(ids, all, least)
+  for i = 1, #cut, 2 do redis.call('HINCRBY', KEYS[3], 'cut ' .. cut[i], cut[i + 1]) end
+  redis.call('XTRIM', KEYS[1], 'MAXLEN', length - #ids)
+  trimmed, length = trimmed + #ids, length - #ids
+end
+local wait = trimmed > 0 and interval or 5 * interval
+if interval > 0 then redis.call('HSET', KEYS[3], 'next', stamp(now + wait)) end
+return {wait, trimmed, length, more, now, pinned, cut}`
+
+// Pin is an entry that must stay, and whose absence would let others go.
+type Pin struct {
+	Group    string // empty: a fan-out
+	Consumer string // that has it; empty: it was not delivered yet. Of a fan-out, its name
+	ID       string // empty: nothing must stay
+	Age      time.Duration
+}
+
+// Trimming is the result of one run.
+type Trimming struct {
+	Wait    time.Duration // until the next run
+	Ran     bool          // not somebody else, within the interval
+	Trimmed int64         // entries that are gone now
+	Length  int64         // entries that are left
+	More    bool          // there is more to trim
+	Over    bool          // there is more to cut off
+	Pin     Pin           // what stopped it
+	Cut     map[string]int64
+}
+
+// holdScript has nothing deleted for a while, if somebody trims the stream and has seen the
+// group.
+const holdScript = `-- hold` + heldFunction + `
+if not redis.call('HGET', KEYS[1], ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], 'hold ' .. stamp(clock()) .. ' ' .. ARGV[2])
+return 1`
+
+// Hold keeps Retention and DeleteAcked of all groups from deleting anything for a while,
+// because the group was lost: until its consumers have restored what was pending for them,
+// nobody else knows that it is needed. Without the permission it does nothing.
+func (s *Stream) Hold(ctx context.Context, d time.Duration) error {
+	_, err := s.once(ctx, "eval", holdScript, 1, RetentionKey(s.Key), "group "+s.Group, max(vanishedFor, d.Milliseconds()))
+	if redisx.IsDenied(err) {
+		return nil
+	}
+	return err
+}
+
+func (s *Stream) retentionArgs(script string, r Retention) []any {
+	args := []any{"eval", script, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), len(r.Ignore)}
+	for _, group := range r.Ignore {
+		args = append(args, group)
+	}
+	return append(args, r.KeepLast, r.KeepFor.Milliseconds(), r.HardMaxLen)
+}
+
+// Trim trims a bounded number of entries, unless somebody else has done so within the
+// interval. 0 continues a run at once.
+func (s *Stream) Trim(ctx context.Context, r Retention, interval time.Duration) (t Trimming, err error) {
+	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor)
+	v, err := s.once(ctx, args...)
+	if err != nil {
+		return t, err
+	}
+	reply, _ := v.([]any)
+	if len(reply) != 1 && len(reply) != 7 {
+		return t, errReply
+	}
+	wait, ok := reply[0].(int64)
+	if t.Wait = time.Duration(wait) * time.Millisecond; !ok || len(reply) == 1 {
+		return t, errUnless(ok)
+	}
+	t.Ran = true
+	t.Trimmed, _ = reply[1].(int64)
+	t.Length, ok = reply[2].(int64)
+	t.More = reply[3] == int64(1)
+	t.Over = r.HardMaxLen > 0 && t.Length > r.HardMaxLen
+	t.Pin = parsePin(reply[4], reply[5])
+	t.Cut = parseCounts(reply[6])
+	return t, errUnless(ok)
+}
+
+func errUnless(ok bool) error {
+	if !ok {
+		return errReply
+	}
+	return nil
+}
+
+func parsePin(now, v any) (p Pin) {
+	cols, _ := v.([]any)
+	if len(cols) != 3 {
+		return p
+	}
+	p.Group, _ = cols[0].(string)
+	p.Consumer, _ = cols[1].(string)
+	p.ID, _ = cols[2].(string)
+	ms, _ := now.(int64)
+	if at, _ := SplitID(p.ID); at > 0 && at <= uint64(max(ms, 0)) { // an ID need not be a time
+		p.Age = time.Duration(uint64(ms)-at) * time.Millisecond
+	}
+	return p
+}
+
+func parseCounts(v any) map[string]int64 {
+	rows, _ := v.([]any)
+	counts := make(map[string]int64, len(rows)/2)
+	for i := 0; i+1 < len(rows); i += 2 {
+		name, _ := rows[i].(string)
+		counts[name], _ = rows[i+1].(int64)
+	}
+	return counts
+}
+
+// planScript does what retentionScript would, page by page, and trims nothing. The ID that
+// continues it is ARGV[options + 3]; ARGV[options + 4] counts the entries before it.
+const planScript = `-- plan` + floorFunction + pageFunction + boundFunction + `
+local from, before, most = ARGV[options + 3], tonumber(ARGV[options + 4]), tonumber(ARGV[options + 5])
+local floor, groups, all, least = floorOf()
+local bound, excess = boundOf(floor, groups)
+local ids, cut, pinned, length = {}, {}, {}, redis.call('XLEN', KEYS[1])
+if bound and excess > before then
+  ids = page(from, bound.after and bound.id or '(' .. bound.id, math.min(most, excess - before))
+  if #ids == 0 and bound == floor then pinned = pin(floor) end
+end
+if #ids == 0 and hard > 0 and length - before > hard then
+  ids = page(from, '+', math.min(length - before - hard, math.max(1, math.floor(most / math.max(1, #all)))))
+  cut = unacked(ids, all, least)
+end
+return {#ids, ids[#ids] or '', length, now, pinned, cut}`
+
+// maxPlanned limits one run of planScript.
+const maxPlanned = 500
+
+// Plan counts what Trim would trim, page by page. It continues after the ID, before which
+// there are as many entries; it is done when it counts none.
+func (s *Stream) Plan(ctx context.Context, r Retention, after string, before int64) (t Trimming, last string, err error) {
+	from := "-"
+	if after != "" {
+		from = "(" + after
+	}
+	v, err := s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned)...)
+	if err != nil {
+		return t, "", err
+	}
+	reply, _ := v.([]any)
+	if len(reply) != 6 {
+		return t, "", errReply
+	}
+	n, ok := reply[0].(int64)
+	last, _ = reply[1].(string)
+	t.Trimmed, t.Pin, t.Cut = n, parsePin(reply[3], reply[4]), parseCounts(reply[5])
+	t.Length, _ = reply[2].(int64)
+	return t, last, errUnless(ok)
+}
+
+// floorScript returns what pins the floor, and what HardMaxLen has cut off of a group.
+const floorScript = `-- floor` + floorFunction + `
+local cut = redis.call('HGET', KEYS[3], 'cut ' .. ARGV[2 + ARGV[1]])
+return {redis.call('TIME')[1] * 1000, pin((floorOf())), tonumber(cut or 0)}`
+
+// Floor returns the oldest entry that a group has not acked or a fan-out has not read, of
+// all of them, and how many entries HardMaxLen has cut off before this group acked them.
+func (s *Stream) Floor(ctx context.Context) (p Pin, cut int64, err error) {
+	v, err := s.ask(ctx, "eval", floorScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), 0, s.Group)
+	if err != nil {
+		return p, 0, err
+	}
+	reply, _ := v.([]any)
+	if len(reply) != 3 {
+		return p, 0, errReply
+	}
+	cut, ok := reply[2].(int64)
+	return parsePin(reply[0], reply[1]), cut, errUnless(ok)
+}
+
+// OneSlot returns an error if the stream and what is beside it are not in one slot.
+func (s *Stream) OneSlot(ctx context.Context) error {
+	if err := s.Client.OneServer(ctx, s.Key, PositionsKey(s.Key)); err != nil {
+		return err
+	}
+	return s.Client.OneServer(ctx, s.Key, RetentionKey(s.Key))
+}

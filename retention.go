@@ -1,0 +1,203 @@
+package goxstreams
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/consume"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
+)
+
+// Retention says how much of a topic stays in Redis. Entries are trimmed from the start of
+// the stream, and only those that every consumer group has acked and every fan-out
+// subscription has read; what a group has not acked yet stays, together with everything
+// after it, however much that is. For a topic without groups and fan-outs, number and age
+// alone decide.
+//
+// The zero value trims nothing. With KeepLast and KeepFor an entry stays that one of them
+// keeps.
+type Retention struct {
+	// KeepLast is the number of entries to keep: the newest ones. Default: 0, no entry is
+	// kept for its number.
+	KeepLast int64
+
+	// KeepFor is how long to keep entries, by their IDs and the server's clock. Default: 0,
+	// no entry is kept for its age. Minimum: 1ms.
+	KeepFor time.Duration
+
+	// HardMaxLen is an emergency brake that protects Redis's memory: beyond this number of
+	// entries the oldest are cut off, acked or not. This loses messages. They are
+	// counted for each group that had not acked them, see TopicStats.CutOff, and logged.
+	// Default: 0, no limit. At least KeepLast.
+	HardMaxLen int64
+
+	// IgnoreGroups are groups for which nothing is kept, such as one that nobody
+	// consumes any more but that must not be destroyed. What they have not acked is lost
+	// to them, and not counted, unless HardMaxLen cuts it off.
+	IgnoreGroups []string
+}
+
+// isZero reports whether nothing is trimmed.
+func (r Retention) isZero() bool { return r.KeepLast == 0 && r.KeepFor == 0 && r.HardMaxLen == 0 }
+
+// validate checks the fields, whose names in the errors begin with prefix.
+func (r Retention) validate(prefix string, errs *configErrors) {
+	if r.KeepLast < 0 {
+		errs.add(prefix+"KeepLast", "is negative: %d", r.KeepLast)
+	}
+	if r.KeepFor < 0 {
+		errs.add(prefix+"KeepFor", "is negative: %v", r.KeepFor)
+	} else if r.KeepFor > 0 && r.KeepFor < time.Millisecond {
+		errs.add(prefix+"KeepFor", "is %v; it must be at least 1ms", r.KeepFor)
+	}
+	if r.HardMaxLen < 0 {
+		errs.add(prefix+"HardMaxLen", "is negative: %d", r.HardMaxLen)
+	} else if r.HardMaxLen > 0 && r.HardMaxLen < r.KeepLast {
+		errs.add(prefix+"HardMaxLen", "is %d; it must be at least KeepLast (%d)", r.HardMaxLen, r.KeepLast)
+	}
+	if slices.Contains(r.IgnoreGroups, "") {
+		errs.add(prefix+"IgnoreGroups", "contains an empty name")
+	}
+}
+
+func (r Retention) internal() xstream.Retention {
+	in := xstream.Retention{KeepLast: r.KeepLast, KeepFor: r.KeepFor, HardMaxLen: r.HardMaxLen, Ignore: slices.Clone(r.IgnoreGroups)}
+	if r.KeepLast == 0 && r.KeepFor == 0 {
+		in.KeepLast = xstream.KeepAll
+	}
+	return in
+}
+
+// retention returns what the subscriptions trim; nil: nothing. DeleteAcked is a Retention
+// that keeps nothing.
+func (c *SubscriberConfig) retention() *xstream.Retention {
+	in := c.Retention.internal()
+	switch {
+	case c.DeleteAcked:
+		in.KeepLast = 0
+	case c.Retention.isZero():
+		return nil
+	}
+	return &in
+}
+
+// Pin is the oldest entry of a topic that a group has not acked, or that a fan-out has not
+// read. Retention keeps it and all entries after it.
+type Pin struct {
+	Group    string        // empty: a fan-out subscription
+	Consumer string        // for which it is pending; empty if it was not delivered yet. Of a fan-out, a random name
+	ID       string        // empty: every group has acked everything
+	Age      time.Duration // since it was published, by its ID and the server's clock
+}
+
+// TrimResult is the result of Trim.
+type TrimResult struct {
+	Trimmed int64 // entries that were removed, including those that were cut off
+	Length  int64 // entries that are left
+
+	// Pin is the entry that kept others from being trimmed. Its ID is empty if all that
+	// Retention does not keep is gone.
+	Pin Pin
+
+	// CutOff is how many of the trimmed entries each group had not acked: HardMaxLen has cut
+	// them off. The empty name stands for the fan-out that has read least. Groups with
+	// none are missing.
+	CutOff map[string]int64
+}
+
+func (r *TrimResult) add(t xstream.Trimming) {
+	r.Trimmed += t.Trimmed
+	r.Length, r.Pin = t.Length, Pin(t.Pin)
+	for group, n := range t.Cut {
+		if r.CutOff == nil {
+			r.CutOff = make(map[string]int64)
+		}
+		r.CutOff[group] += n
+	}
+}
+
+// Trim trims a topic, or a dead-letter stream, as SubscriberConfig.Retention does
+// continuously: for cron jobs, and topics whose consumers do not. It removes everything
+// that may go, in small steps that together take the server's time for a hundredth at most,
+// some 50,000 small entries a second, and returns what it has done also with an error.
+// Beyond HardMaxLen it does not pause. It may run several times at once.
+//
+// A topic of which a group has vanished is not trimmed for a minute after the first call
+// that finds it missing, unless beyond HardMaxLen, so that its consumers can recreate it.
+func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
+	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done, urgent bool, err error) {
+		t, err := s.Trim(ctx, r.internal(), 0)
+		if err != nil {
+			return false, false, err
+		}
+		result.add(t)
+		return !t.More && !t.Over, t.Over, nil
+	})
+}
+
+// PlanTrim returns what Trim would do, and changes nothing. It reads what would be
+// trimmed, so it takes longer than Trim.
+func PlanTrim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
+	last := ""
+	result, err := eachPage(ctx, "PlanTrim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done, urgent bool, err error) {
+		t, after, err := s.Plan(ctx, r.internal(), last, result.Trimmed)
+		if err != nil {
+			return false, false, err
+		}
+		result.add(t)
+		last = after
+		return t.Trimmed == 0, false, nil
+	})
+	result.Length -= result.Trimmed
+	return result, err
+}
+
+// trimPause is the pause between the steps of Trim and PlanTrim, of a millisecond each.
+const trimPause = consume.RetentionInterval / consume.MaxTrims
+
+func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(*xstream.Stream, *TrimResult) (done, urgent bool, err error)) (result TrimResult, err error) {
+	errs := configErrors{typeName: name}
+	if redisx.IsNil(c) {
+		errs.add("c", "a client is required")
+	}
+	if topic == "" {
+		errs.add("topic", "is empty")
+	}
+	if r.isZero() {
+		errs.add("r", "keeps everything: set KeepLast, KeepFor or HardMaxLen")
+	}
+	r.validate("r.", &errs)
+	if err := errs.err(); err != nil {
+		return result, err
+	}
+	stream := xstream.New(redisx.Client{UniversalClient: c}, topic, "")
+	if err = stream.OneSlot(ctx); err == nil {
+		for done := false; err == nil && !done; {
+			var urgent bool
+			done, urgent, err = step(&stream, &result)
+			if !done && !urgent && err == nil {
+				err = pause(ctx, trimPause)
+			}
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("goxstreams: trim %q: %w", topic, err)
+	}
+	return result, err
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
