@@ -306,19 +306,23 @@ func TestFault26_CrashDuplicatesDeadLetter(t *testing.T) {
 			t.Parallel()
 			var twice int
 			const most = 30
-			at := 1
-			for again := true; again && at < most; at++ {
-				again = false
-				for _, before := range []bool{true, false} {
-					letters, hit := crash(t, tt.process, at, before)
-					again = again || hit
-					require.Positive(t, letters, "lost, by an end at command %d, before it: %t", at, before)
-					if letters > 1 {
-						twice++
+			// On a busy machine a renewal can be sent just before, so that the command
+			// after which there would be two is never the last: the rounds are for that.
+			for round := 0; round == 0 || !tt.once && twice == 0 && round < 10; round++ {
+				at := 1
+				for again := true; again && at < most; at++ {
+					again = false
+					for _, before := range []bool{true, false} {
+						letters, hit := crash(t, tt.process, at, before)
+						again = again || hit
+						require.Positive(t, letters, "lost, by an end at command %d, before it: %t", at, before)
+						if letters > 1 {
+							twice++
+						}
 					}
 				}
+				require.Less(t, at, most, "there is no end")
 			}
-			require.Less(t, at, most, "there is no end")
 			require.Equal(t, tt.once, twice == 0, "%d times there were two", twice)
 		})
 	}

@@ -40,6 +40,8 @@ func command(args []string, out io.Writer) error {
 			return consumers(args[1:], out)
 		case "cluster":
 			return cluster(args[1:], out)
+		case "retention":
+			return retention(args[1:], out)
 		case "delayed":
 			return delayed(args[1:], out)
 		}

@@ -79,6 +79,32 @@ func TestLook_Dead(t *testing.T) {
 	require.GreaterOrEqual(t, took, minIdle+minIdle/3)
 }
 
+// An entry that was moved to another consumer, or delivered once more, was touched,
+// whatever idle time it has now: it counts as found for the first time.
+func TestSweep_Touched(t *testing.T) {
+	for _, tt := range []struct {
+		name, consumer string
+		count          int64
+		touched        bool
+	}{{"not", "dead", 1, false}, {"moved", "other", 1, true}, {"delivered again", "dead", 2, true}} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newSetup(t, testserver.Client(t), 1)
+			s.readAs("dead", 1)
+			require.Eventually(t, func() bool { return s.sweepAll(t.Context()) == nil && len(s.seen) == 1 }, 10*time.Second, minIdle/10)
+			rows, err := s.stream.Pending(t.Context(), 0, "-", "+", 1, "")
+			require.NoError(t, err)
+			id := rows[0].ID
+			before := s.seen[id]
+			require.NoError(t, s.client.Do(t.Context(), "XCLAIM", s.stream.Key, "group", tt.consumer, 0, id,
+				"IDLE", time.Hour.Milliseconds(), "RETRYCOUNT", tt.count, "JUSTID").Err())
+			require.NoError(t, s.sweepAll(t.Context()))
+			after := s.seen[id]
+			require.Equal(t, []any{tt.consumer, tt.count}, []any{after.owner, after.count})
+			require.Equal(t, tt.touched, after.at.After(before.at))
+		})
+	}
+}
+
 // A living consumer renews between two looks, however idle its entries looked
 // before.
 func TestLook_Living(t *testing.T) {

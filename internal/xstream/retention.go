@@ -22,8 +22,9 @@ const KeepAll = -1
 
 // RetentionKey is the key of a hash beside the stream: "orders.retention{orders}". Its
 // fields are "next", the time of the next trimming; "group NAME", when a group was last
-// seen, or "hold FROM FOR" if nothing is deleted for a while since it was missing; and "cut NAME", the number of entries that HardMaxLen has cut off before the group
-// acked them (with the empty name: before the slowest fan-out had read them).
+// seen, or "hold FROM FOR" if nothing is deleted for a while since it was missing; and
+// "cut NAME", the number of entries that HardMaxLen has cut off before the group acked them
+// (with the empty name: before the slowest fan-out had read them).
 func RetentionKey(key string) string { return Beside(key, "retention") }
 
 // floorFunction returns the groups that count, and the floor: what must stay. All entries
