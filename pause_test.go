@@ -585,10 +585,14 @@ func TestPause_Processes(t *testing.T) {
 		Addr: client.Options().Addr, Topic: topic, MaxConcurrency: 4, MaxRetries: 3,
 		ClaimMinIdle: 30 * time.Second, ClaimInterval: time.Second, Handle: 5 * time.Millisecond,
 	}
+	processes := 10
+	if testing.Short() {
+		processes = 4 // each costs a second of CPU
+	}
 	var all, running []*child
 	start := func() {
 		running = nil
-		for i := range 10 {
+		for i := range processes {
 			running = append(running, startChild(t, fmt.Sprint(i), args))
 		}
 		all = append(all, running...)

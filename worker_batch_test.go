@@ -489,7 +489,7 @@ func TestBatchWorker_Close(t *testing.T) {
 		return errs
 	}}
 	config := limited(client, 1)
-	config.CloseTimeout = time.Second
+	config.CloseTimeout = 2 * time.Second // of which the last one is for what a canceled handler returns
 	r := run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: topic, MaxSize: 20, MaxWait: time.Minute}, nil))
 	<-began
 	r.stop(t)

@@ -166,18 +166,23 @@ func look(e *env, topic string) (s state, err error) {
 }
 
 // stoppedGroup has one of three groups killed with entries pending, while messages come,
-// and started again.
+// and started again: with Retention, and at the same time on another topic with MAXLEN.
 func (k *keeping) stoppedGroup(e *env, out io.Writer) error {
-	for _, way := range []struct {
+	ways := []struct {
 		name      string
 		retention goxstreams.Retention
 		maxLen    int64
-	}{{"Retention.KeepLast", goxstreams.Retention{KeepLast: k.keepLast}, 0}, {"MAXLEN", goxstreams.Retention{}, k.keepLast}} {
-		if err := k.stopGroup(e, out, way.name, way.retention, way.maxLen); err != nil {
-			return err
-		}
+	}{{"Retention.KeepLast", goxstreams.Retention{KeepLast: k.keepLast}, 0}, {"MAXLEN", goxstreams.Retention{}, k.keepLast}}
+	results, errs := make([]strings.Builder, len(ways)), make([]error, len(ways))
+	var running sync.WaitGroup
+	for i, way := range ways {
+		running.Go(func() { errs[i] = k.stopGroup(e, &results[i], way.name, way.retention, way.maxLen) })
 	}
-	return nil
+	running.Wait()
+	for i := range results {
+		fmt.Fprint(out, results[i].String())
+	}
+	return errors.Join(errs...)
 }
 
 func (k *keeping) stopGroup(e *env, out io.Writer, name string, r goxstreams.Retention, maxLen int64) error {

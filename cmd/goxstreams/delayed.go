@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -307,11 +306,8 @@ func askDelayed(ctx context.Context, pipe redis.Pipeliner, topic string) delayed
 	return delayedQuestion{pipe.ZCard(ctx, key), pipe.ZRangeWithScores(ctx, key, 0, 0)}
 }
 
-// dueKey is the key under which the library keeps what waits to be due: docs/delayed.md. It
-// is named as a dead-letter stream is.
-func dueKey(topic string) string {
-	return topic + ".due" + strings.TrimPrefix(goxstreams.DeadLetterTopic(topic), topic+".dead")
-}
+// dueKey has what waits to be due: docs/delayed.md.
+func dueKey(topic string) string { return beside(topic, "due") }
 
 // delayedState is how many messages of a topic are delayed.
 type delayedState struct {

@@ -195,7 +195,7 @@ func (e *exporter) ask() []topicState {
 		go func() {
 			ctx, cancel := context.WithTimeout(context.Background(), e.timeout)
 			defer cancel()
-			r.states = states(ctx, e.client, topics, question{})
+			r.states = states(ctx, e.client, topics, question{cutOff: true})
 			e.mu.Lock()
 			defer e.mu.Unlock()
 			e.round = nil
@@ -220,6 +220,7 @@ var (
 	groupPending = desc("group_pending_entries", "Entries delivered to the group and not acked.", "topic", "group")
 	groupOldest  = desc("group_oldest_pending_age_seconds", "Time since the oldest of the pending entries was published; 0 if nothing is pending.", "topic", "group")
 	groupPaused  = desc("group_paused", "1 if the group is paused, 0 if not; absent without the permission to read that.", "topic", "group")
+	groupCutOff  = desc("group_cut_off_entries", "Entries that HardMaxLen cut off before the group acked them, over all times; absent without the permission to read it.", "topic", "group")
 	groupNames   = desc("group_consumers", "Names of consumers in the group.", "topic", "group")
 	topicEntries = desc("topic_entries", "Entries in the stream, acked ones included.", "topic")
 	topicLetters = desc("topic_dead_letters", "Entries in the topic's dead-letter stream, of all groups.", "topic", "dead_letter_topic")
@@ -231,7 +232,7 @@ var (
 	exporterDiscovery = desc("exporter_discovery_age_seconds", "Time since --pattern was last looked for with success; absent before the first time.")
 
 	descs = []*prometheus.Desc{
-		groupSuccess, groupLag, groupPending, groupOldest, groupNames, groupPaused, topicEntries, topicLetters, topicDelayed, topicOverdue,
+		groupSuccess, groupLag, groupPending, groupOldest, groupNames, groupPaused, groupCutOff, topicEntries, topicLetters, topicDelayed, topicOverdue,
 		exporterUp, exporterTopics, exporterDiscovery,
 	}
 )
@@ -308,6 +309,9 @@ func (e *exporter) collectLocked(gauge func(d *prometheus.Desc, v float64, label
 		gauge(groupNames, float64(g.Consumers), s.topic, g.Name)
 		if g.paused != nil {
 			gauge(groupPaused, float64(*g.paused), s.topic, g.Name)
+		}
+		if g.cutOff != nil {
+			gauge(groupCutOff, *g.cutOff, s.topic, g.Name)
 		}
 		if g.err == nil {
 			gauge(groupOldest, g.oldest.Seconds(), s.topic, g.Name)

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -32,12 +34,13 @@ type groupState struct {
 	oldest time.Duration // since the first of the pending entries was published; 0: nothing is pending
 	err    error         // oldest is not known
 	paused *int          // 1 if the group is paused, 0 if not; nil: not known
+	cutOff *float64      // entries that HardMaxLen cut off before the group acked them; nil: not known, or not asked for
 }
 
 // question is what to ask about topics.
 type question struct {
-	deadTopic string // empty: the default one
-	added     bool
+	deadTopic     string // empty: the default one
+	added, cutOff bool
 }
 
 // statesPage is how many topics are asked about at once.
@@ -58,6 +61,7 @@ func (q question) page(ctx context.Context, client redis.UniversalClient, topics
 		length, dead *redis.IntCmd
 		delayed      delayedQuestion
 		control      *redis.MapStringStringCmd
+		retention    *redis.MapStringStringCmd
 		stream       *redis.XInfoStreamCmd
 		groups       *redis.XInfoGroupsCmd
 	}
@@ -73,6 +77,9 @@ func (q question) page(ctx context.Context, client redis.UniversalClient, topics
 			asked[i] = answers{length: pipe.XLen(ctx, topic), dead: pipe.XLen(ctx, s.deadTopic), groups: pipe.XInfoGroups(ctx, topic), delayed: askDelayed(ctx, pipe, topic), control: pipe.HGetAll(ctx, controlKey(topic))}
 			if q.added {
 				asked[i].stream = pipe.XInfoStream(ctx, topic)
+			}
+			if q.cutOff {
+				asked[i].retention = pipe.HGetAll(ctx, retentionKey(topic))
 			}
 		}
 		return nil
@@ -93,11 +100,13 @@ func (q question) page(ctx context.Context, client redis.UniversalClient, topics
 		default:
 			s.exists = true
 			for _, g := range groups {
-				s.groups = append(s.groups, groupState{XInfoGroup: g, paused: pausedIn(a.control, g.Name)})
+				s.groups = append(s.groups, groupState{XInfoGroup: g, paused: pausedIn(a.control, g.Name), cutOff: cutOffIn(a.retention, g.Name)})
 			}
 		}
-		if err := a.control.Err(); err != nil && !refused(err) {
-			s.fail(err)
+		for _, beside := range []*redis.MapStringStringCmd{a.control, a.retention} {
+			if beside != nil && beside.Err() != nil && !refused(beside.Err()) {
+				s.fail(beside.Err())
+			}
 		}
 		if a.stream == nil {
 			continue
@@ -140,9 +149,28 @@ func askOldest(ctx context.Context, client redis.UniversalClient, page []topicSt
 	}
 }
 
-// controlKey is the key under which the library keeps which groups are paused: docs/pause.md.
-func controlKey(topic string) string {
-	return topic + ".control" + strings.TrimPrefix(goxstreams.DeadLetterTopic(topic), topic+".dead")
+// beside is a key that the library keeps beside a topic, named as a dead-letter stream is.
+func beside(topic, what string) string {
+	return topic + "." + what + strings.TrimPrefix(goxstreams.DeadLetterTopic(topic), topic+".dead")
+}
+
+// controlKey has which groups are paused: docs/pause.md.
+func controlKey(topic string) string { return beside(topic, "control") }
+
+// retentionKey has what HardMaxLen has cut off: docs/retention.md.
+func retentionKey(topic string) string { return beside(topic, "retention") }
+
+// cutOffIn returns how many entries were cut off before the group acked them; nil if that was
+// not asked for, or the server refuses to say.
+func cutOffIn(retention *redis.MapStringStringCmd, group string) *float64 {
+	if retention == nil || retention.Err() != nil {
+		return nil
+	}
+	n, err := strconv.ParseFloat(cmp.Or(retention.Val()["cut "+group], "0"), 64)
+	if err != nil {
+		return nil
+	}
+	return &n
 }
 
 // pausedIn returns 1 if the group is paused, and 0 if not; nil if the server refuses to say.

@@ -192,6 +192,8 @@ func TestExporter(t *testing.T) {
 	client, topic := testserver.Client(t), topic(t)
 	backlog(t, client, topic)
 	require.NoError(t, goxstreams.Pause(t.Context(), client, topic, "b"))
+	_, err := goxstreams.Trim(t.Context(), client, topic, goxstreams.Retention{HardMaxLen: 4}) // which only b has acked
+	require.NoError(t, err)
 	missing := topic + "!"
 	overdueIn(t, client, topic, 2*time.Hour)
 	url, stop := startExporter(t, redis.NewClient(&redis.Options{Addr: testserver.Addr(t)}), missing, "--pattern", topic, "--timeout", "30s", "--discover", "50ms")
@@ -207,7 +209,7 @@ func TestExporter(t *testing.T) {
 	delete(got, "exporter_discovery_age_seconds")
 	want := map[string]string{
 		"exporter_redis_up": "1", "exporter_topics": "2",
-		`topic_entries{topic="T"}`: "5", `topic_entries{topic="T!"}`: "0",
+		`topic_entries{topic="T"}`: "4", `topic_entries{topic="T!"}`: "0",
 		`topic_dead_letters{dead_letter_topic="T.dead{T}",topic="T"}`: "1", `topic_dead_letters{dead_letter_topic="T!.dead{T!}",topic="T!"}`: "0",
 		`topic_delayed_messages{topic="T"}`:  "2",
 		`topic_delayed_messages{topic="T!"}`: "0", `topic_delayed_overdue_seconds{topic="T!"}`: "0",
@@ -216,6 +218,7 @@ func TestExporter(t *testing.T) {
 		`group_pending_entries{group="a",topic="T"}`: "2", `group_pending_entries{group="b",topic="T"}`: "0",
 		`group_consumers{group="a",topic="T"}`: "1", `group_consumers{group="b",topic="T"}`: "1",
 		`group_paused{group="a",topic="T"}`: "0", `group_paused{group="b",topic="T"}`: "1",
+		`group_cut_off_entries{group="a",topic="T"}`: "1", `group_cut_off_entries{group="b",topic="T"}`: "0",
 		`group_oldest_pending_age_seconds{group="b",topic="T"}`: "0",
 	}
 	for name, v := range got {
@@ -239,7 +242,7 @@ func TestExporter(t *testing.T) {
 		assert.Equal(t, want, response.StatusCode, path)
 	}
 	assert.Zero(t, stop(), "SIGTERM is no failure")
-	_, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	_, err = net.Dial("tcp", strings.TrimPrefix(url, "http://"))
 	assert.Error(t, err)
 }
 
