@@ -21,7 +21,8 @@ type progress struct {
 	older xstream.Mark // an entry that was read some time earlier
 	at    time.Time    // when older was set
 
-	active time.Time // when the server last saw the consumer take or renew an entry
+	active  time.Time // when the server last saw the consumer take or renew an entry
+	missing time.Time // when the group did not know the consumer, if it has had no entry since
 }
 
 // progressAge is the minimum age difference between read and older: what a failover

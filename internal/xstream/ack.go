@@ -71,17 +71,21 @@ local function held(key, groups, now, vanished)
   local state = redis.call('HGETALL', key)
   for i = 1, #state, 2 do
     local name = string.match(state[i], '^group (.*)$')
-    local from, lasts = string.match(state[i + 1], '^hold (%d+) (%d+)$')
+    local word, from, lasts = string.match(state[i + 1], '^(%a+) (%d+) (%d+)$')
     local seen = tonumber(state[i + 1])
-    if name and not from and not present[name] then
-      from, lasts = now, vanished
-      redis.pcall('HSET', key, state[i], 'hold ' .. stamp(from) .. ' ' .. stamp(lasts))
+    local function keep() redis.pcall('HSET', key, state[i], word .. ' ' .. stamp(from) .. ' ' .. stamp(lasts)) end
+    if name and not present[name] and word ~= 'hold' then
+      word, from, lasts = 'hold', now, vanished
+      keep()
+    elseif name and present[name] and word == 'hold' then
+      word = 'back' -- if it vanishes again, that is another loss
+      keep()
     end
     if name and from then
       from, lasts = tonumber(from), tonumber(lasts)
       if now < from then -- the clock was set back
         from = now
-        redis.pcall('HSET', key, state[i], 'hold ' .. stamp(from) .. ' ' .. stamp(lasts))
+        keep()
       end
       if now - from < lasts then
         hold, known[name] = true, true

@@ -22,9 +22,10 @@ const KeepAll = -1
 
 // RetentionKey is the key of a hash beside the stream: "orders.retention{orders}". Its
 // fields are "next", the time of the next trimming; "group NAME", when a group was last
-// seen, or "hold FROM FOR" if nothing is deleted for a while since it was missing; and
-// "cut NAME", the number of entries that HardMaxLen has cut off before the group acked them
-// (with the empty name: before the slowest fan-out had read them).
+// seen, or "hold FROM FOR" if it is missing and nothing is deleted for a while, or "back
+// FROM FOR" if that is so because it was recreated; and "cut NAME", the number of entries
+// that HardMaxLen has cut off before the group acked them (with the empty name: before the
+// slowest fan-out had read them).
 func RetentionKey(key string) string { return Beside(key, "retention") }
 
 // floorFunction returns the groups that count, and the floor: what must stay. All entries
@@ -227,7 +228,7 @@ type Trimming struct {
 // group.
 const holdScript = `-- hold` + heldFunction + `
 if not redis.call('HGET', KEYS[1], ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], 'hold ' .. stamp(clock()) .. ' ' .. ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[1], 'back ' .. stamp(clock()) .. ' ' .. ARGV[2])
 return 1`
 
 // Hold keeps Retention and DeleteAcked of all groups from deleting anything for a while,

@@ -347,6 +347,42 @@ func TestTrim_VanishedGroup(t *testing.T) {
 	require.Equal(t, map[string]string{"group stays": field("stays")}, p.client.HGetAll(ctx, RetentionKey(p.s.Key)).Val(), "and it is forgotten")
 }
 
+// A group that vanishes a second time is held for as it was the first time, also if nobody
+// has looked since the first hold ended.
+func TestTrim_VanishedAgain(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		back func(p topicState)
+	}{
+		{"seen", func(p topicState) { p.group("lost"); require.Zero(t, p.all(Retention{KeepLast: 3}).Trimmed) }},
+		{"recreated by its consumer", func(p topicState) {
+			lost := p.s
+			lost.Group = "lost"
+			require.NoError(t, lost.Hold(t.Context(), 0))
+			p.group("lost")
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newTopic(t)
+			ctx := t.Context()
+			p.group("lost")
+			for i := range 10 {
+				p.add(fmt.Sprintf("%d-1", i+1), "x")
+			}
+			require.Zero(t, p.all(Retention{KeepLast: 3}).Trimmed)
+			require.NoError(t, p.client.XGroupDestroy(ctx, p.s.Key, "lost").Err())
+			require.Zero(t, p.all(Retention{KeepLast: 3}).Trimmed)
+			tt.back(p)
+			was := p.client.HGet(ctx, RetentionKey(p.s.Key), "group lost").Val()
+			word, _, _ := strings.Cut(was, " ")
+			long := fmt.Sprintf("%s %d %d", word, time.Now().Add(-time.Hour).UnixMilli(), vanishedFor)
+			require.NoError(t, p.client.HSet(ctx, RetentionKey(p.s.Key), "group lost", long).Err())
+			require.NoError(t, p.client.XGroupDestroy(ctx, p.s.Key, "lost").Err())
+			require.Zero(t, p.all(Retention{KeepLast: 3}).Trimmed)
+		})
+	}
+}
+
 // A group that was recreated has not got all of its pending entries back: nothing is deleted
 // for a while, by whatever way. A group that nobody had seen, and one without Retention,
 // leave no trace.
