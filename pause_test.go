@@ -372,7 +372,7 @@ func TestPause_Lost(t *testing.T) {
 func TestPause_GroupLost(t *testing.T) {
 	t.Parallel()
 	for _, consumers := range []int{1, 2} {
-		for _, when := range []string{"AtOnce", "Recreated", "Later"} {
+		for _, when := range []string{"AtOnce", "Recreated", "Known", "Later"} {
 			t.Run(fmt.Sprint(consumers, when), func(t *testing.T) {
 				t.Parallel()
 				client, topic := newClient(t), topic(t)
@@ -385,11 +385,12 @@ func TestPause_GroupLost(t *testing.T) {
 					outputs[i] = subscribe(t, subs[i], topic)
 				}
 				ids := publishN(t, client, topic, consumers*warm+400)
-				handled := newTally()
+				handled, names := newTally(), make(map[string]bool)
 				for range warm {
 					for _, messages := range outputs {
 						msg := next(t, messages)
 						handled.add(msg)
+						names[delivery(t, msg).Consumer] = true
 						msg.Ack()
 					}
 				}
@@ -415,7 +416,18 @@ func TestPause_GroupLost(t *testing.T) {
 				if when != "AtOnce" {
 					eventually(t, func() bool { return client.XPending(t.Context(), topic, testGroup).Err() == nil }, "the group is not made again")
 				}
-				if when == "Later" {
+				switch when {
+				case "Known": // all consumers are in the new group, and have had nothing from it
+					eventually(t, func() bool {
+						known := 0
+						for _, c := range client.XInfoConsumers(t.Context(), topic, testGroup).Val() {
+							if names[c.Name] {
+								known++
+							}
+						}
+						return known == len(names)
+					}, "not known")
+				case "Later":
 					eventually(t, func() bool { return released() == before }, "not restored")
 				}
 				resume(t, client, topic)

@@ -35,7 +35,7 @@ func (k *Keeper) SawEntry(e xstream.Entry) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
 	p := &k.progress
-	p.active = time.Now()
+	p.active, p.missing = time.Now(), time.Time{}
 	if xstream.CompareIDs(m.ID, p.read.ID) <= 0 {
 		return
 	}
@@ -54,17 +54,31 @@ func (k *Keeper) SawGroup(lastDelivered string) {
 	k.progress.known = lastDelivered
 }
 
-func (k *Keeper) wasActive() {
+// SawMissing remembers that the group does not know the consumer. Call it before the
+// consumer is added: a server before 7.2 does not say that it has had no entry since.
+func (k *Keeper) SawMissing() {
+	k.seen.Lock()
+	defer k.seen.Unlock()
+	k.progress.missing = time.Now()
+}
+
+// wasActive remembers that the consumer has entries, by the answer to a command.
+func (k *Keeper) wasActive(sent time.Time) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
 	k.progress.active = time.Now()
+	if sent.After(k.progress.missing) {
+		k.progress.missing = time.Time{}
+	}
 }
 
 // Probe sends a write that changes nothing.
 func (k *Keeper) Probe(ctx context.Context) error {
 	err := k.cfg.Stream.Probe(ctx)
 	if err == nil {
-		k.wasActive()
+		k.seen.Lock()
+		defer k.seen.Unlock()
+		k.progress.active = time.Now()
 	}
 	return err
 }
@@ -75,14 +89,14 @@ func (k *Keeper) Probe(ctx context.Context) error {
 // than a second before it was last active as far as is known here. That alone
 // proves nothing, since a lost or late answer looks the same.
 func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error) {
-	active := k.progressNow().active
+	known := k.progressNow()
 	consumers, err := k.cfg.Stream.Consumers(ctx)
 	if redisx.IsDenied(err) {
 		return true, nil // restoring entries that were acked elsewhere does less harm than losing them
 	}
 	for _, c := range consumers {
 		if c.Name == k.cfg.Stream.Consumer {
-			return c.Inactive < 0 || byClocks && c.Inactive+time.Second < time.Since(active), err
+			return c.Inactive < 0 || !known.missing.IsZero() || byClocks && c.Inactive+time.Second < time.Since(known.active), err
 		}
 	}
 	return true, err

@@ -90,7 +90,7 @@ func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 	if how != xstream.Mine {
 		return false, k.refused(ctx, e, how)
 	}
-	k.wasActive()
+	k.wasActive(sent)
 	e.Fields = got.Fields
 	e.SetCount(e.Next, xstream.OneMore(e.Next))
 	return k.cfg.Ledger.Claimed(sent, e), nil
@@ -107,7 +107,7 @@ func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]s
 	if how != xstream.Mine {
 		return nil, k.refused(ctx, e, how)
 	}
-	k.wasActive()
+	k.wasActive(sent)
 	e.SetCount(count, xstream.OneMore(count))
 	k.cfg.Ledger.Renewed(sent, e)
 	return got.Fields, nil
@@ -227,6 +227,7 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 		}
 	}
 	var renewed []*ledger.Entry
+	var last time.Time
 	others := make(map[*ledger.Entry]xstream.Standing)
 	for entries := range slices.Chunk(k.cfg.Ledger.Renewals(time.Now(), age, xstream.CompareIDs), xstream.MaxOwned) {
 		ids := make([]string, len(entries))
@@ -246,12 +247,14 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 				others[e] = how
 			}
 		}
-		renewed = append(renewed, ours...)
+		if renewed = append(renewed, ours...); len(ours) > 0 {
+			last = sent
+		}
 		defer k.cfg.Ledger.Renewed(sent, ours...) // after the missing entries have been compared with the previous state
 	}
 	remade, err := k.isRemade(ctx, others, renewed)
 	if len(renewed) > 0 {
-		k.wasActive()
+		k.wasActive(last)
 	}
 	switch {
 	case err != nil:

@@ -304,13 +304,16 @@ func (f *Finder) sweepAll(ctx context.Context) error {
 // living consumer would have renewed. Its cost does not depend on the entries of
 // living consumers.
 func (f *Finder) sweepGone(ctx context.Context) error {
-	// Our own consumer may have been removed as idle: see sweep and CreateConsumer.
-	if err := f.cfg.Stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
-		return err
-	}
 	consumers, err := f.cfg.Stream.Consumers(ctx)
 	if err != nil {
 		return err
+	}
+	us := func(c xstream.ConsumerInfo) bool { return c.Name == f.cfg.Stream.Consumer }
+	if !slices.ContainsFunc(consumers, us) { // it was removed as idle, or the group recreated: see sweep and CreateConsumer
+		f.cfg.Keeper.SawMissing()
+		if err := f.cfg.Stream.CreateConsumer(ctx); err != nil && !redisx.IsDenied(err) {
+			return err
+		}
 	}
 	again := make(map[string]idleEntry)
 	for _, other := range consumers {

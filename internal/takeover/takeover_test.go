@@ -40,7 +40,7 @@ func newSetup(t *testing.T, client *redis.Client, entries int) *setup {
 		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: stream.Key, Values: []string{"a", "b"}}).Err())
 	}
 	bounds := ledger.NewBounds()
-	l := ledger.New(ledger.Config{Slots: 5, Leased: true, Bounds: bounds})
+	l := ledger.New(ledger.Config{Slots: 5, Leased: true, Bounds: bounds, Compare: xstream.CompareIDs})
 	return &setup{
 		Finder: New(Config{
 			Stream: &stream, Ledger: l, Bounds: bounds, MinIdle: minIdle, Interval: minIdle / 10, Page: 5, Timeout: time.Hour, Log: watermill.NopLogger{},
@@ -278,4 +278,43 @@ func TestLook_ReleasedLongAgo(t *testing.T) {
 			s.ledger.Remove(time.Now(), e)
 		}
 	}
+}
+
+// The group was lost while nothing of ours was pending for us, since a pause had released
+// it. That the sweep adds our consumer to the new group does not hide that.
+func TestSweep_GroupLostInAPause(t *testing.T) {
+	s := newSetup(t, testserver.Client(t), 3)
+	ctx, keeper := t.Context(), s.cfg.Keeper
+	s.readAs("we", 3)
+	rows, err := s.stream.Pending(ctx, 0, "-", "+", 3, "we")
+	require.NoError(t, err)
+	var entries []*ledger.Entry
+	for _, r := range rows {
+		entries = append(entries, (&ledger.Entry{ID: r.ID}).SetCount(1, 2))
+	}
+	keeper.SawEntry(xstream.Entry{ID: rows[2].ID, Fields: []string{"a", "b"}})
+	s.ledger.Add(time.Now(), time.Now(), entries)
+	require.NoError(t, keeper.Renew(ctx, 0))
+	s.ledger.Pause()
+	withdrawn := s.ledger.Withdraw()
+	require.Len(t, withdrawn, 3)
+	give := make([]lease.Counted, len(withdrawn))
+	for i, e := range withdrawn {
+		give[i] = lease.Counted{Entry: e}
+	}
+	require.NoError(t, keeper.Release(ctx, give))
+	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true))
+	require.NoError(t, keeper.CheckReleased(ctx, s.ledger.Withdrawals(), false))
+	require.Len(t, s.ledger.Withdrawals(), 3, "they are as they should be")
+
+	require.NoError(t, s.client.XGroupDestroy(ctx, s.stream.Key, "group").Err())
+	require.NoError(t, s.client.XGroupCreate(ctx, s.stream.Key, "group", "$").Err())
+	require.NoError(t, s.sweepGone(ctx))
+	consumers, err := s.stream.Consumers(ctx)
+	require.NoError(t, err)
+	require.Len(t, consumers, 1)
+	require.NoError(t, keeper.CheckReleased(ctx, s.ledger.Withdrawals(), false))
+	rows, err = s.stream.Pending(ctx, 0, "-", "+", 10, "we")
+	require.NoError(t, err)
+	require.Len(t, rows, 3, "lost")
 }
