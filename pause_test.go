@@ -766,10 +766,13 @@ func TestPause_RoundTrips(t *testing.T) {
 	for i := range topics {
 		subscribe(t, sub, fmt.Sprint(topic, "-", i))
 	}
-	began, from := time.Now(), count.both.Load()
-	eventually(t, func() bool { return count.both.Load() > from+3 })
-	ticks := int64(time.Since(began)/time.Second) + 2
-	require.LessOrEqual(t, count.both.Load()-from, ticks*topics/2, "topics do not share their round trips")
+	// On a busy machine some are late and ask alone, which alone proves nothing.
+	eventually(t, func() bool {
+		began, from := time.Now(), count.both.Load()
+		<-time.After(2 * time.Second)
+		n := count.both.Load() - from
+		return n > 0 && n <= (int64(time.Since(began)/time.Second)+2)*topics/4
+	}, "topics do not share their round trips")
 	require.Zero(t, count.delayed.Load())
 	require.LessOrEqual(t, count.paused.Load(), int64(topics))
 }

@@ -223,6 +223,9 @@ func (k *Keeper) restore(ctx context.Context) error {
 			}
 		}
 		k.cfg.Ledger.Restored(sent, restored...)
+		if len(restored) > 0 {
+			k.wasActive(sent)
+		}
 		k.stand(others)
 	}
 	k.partly = false

@@ -317,4 +317,13 @@ func TestSweep_GroupLostInAPause(t *testing.T) {
 	rows, err = s.stream.Pending(ctx, 0, "-", "+", 10, "we")
 	require.NoError(t, err)
 	require.Len(t, rows, 3, "lost")
+	// Now the group knows us: what is not pending was settled.
+	require.Eventually(t, func() bool { return len(s.ledger.Withdraw()) == 3 }, 10*time.Second, time.Millisecond)
+	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true))
+	require.NoError(t, s.client.XAck(ctx, s.stream.Key, "group", rows[0].ID, rows[1].ID, rows[2].ID).Err())
+	require.NoError(t, keeper.CheckReleased(ctx, s.ledger.Withdrawals(), false))
+	require.Empty(t, s.ledger.Withdrawals())
+	rows, err = s.stream.Pending(ctx, 0, "-", "+", 10, "")
+	require.NoError(t, err)
+	require.Empty(t, rows, "restored though settled")
 }
