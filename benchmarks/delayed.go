@@ -106,7 +106,12 @@ func (w *waits) publish(send func(i int) error) error {
 
 // consumed subscribes, and calls handle with each message.
 func consumed(client redis.UniversalClient, topic string, handle func(*message.Message)) (*goxstreams.Subscriber, error) {
-	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "bench", MaxConcurrency: 100}, nil)
+	return subscribed(goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "bench", MaxConcurrency: 100}, topic, handle)
+}
+
+// subscribed subscribes, and acks each message once handle has returned.
+func subscribed(config goxstreams.SubscriberConfig, topic string, handle func(*message.Message)) (*goxstreams.Subscriber, error) {
+	sub, err := goxstreams.NewSubscriber(config, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -93,22 +93,12 @@ func (k *keeping) consumer(e *env, group, topic string, r goxstreams.Retention, 
 	for _, h := range hooks {
 		client.AddHook(h)
 	}
-	sub, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{
+	sub, err := subscribed(goxstreams.SubscriberConfig{
 		Client: client, ConsumerGroup: group, MaxConcurrency: 100, ClaimMinIdle: 5 * time.Second, Retention: r,
-	}, nil)
+	}, topic, handle)
 	if err != nil {
 		return nil, err
 	}
-	messages, err := sub.Subscribe(context.Background(), topic)
-	if err != nil {
-		return nil, err
-	}
-	go func() {
-		for msg := range messages {
-			handle(msg)
-			msg.Ack()
-		}
-	}()
 	return func() {
 		_ = sub.Close()
 		_ = client.Close()
@@ -144,7 +134,7 @@ func publishSteadily(e *env, topic string, maxLen int64, from, to int, span time
 type state struct {
 	length   int64
 	notAcked int64 // by the slowest group; -1: Redis cannot tell, since what it has not read was trimmed
-	done     bool  // all groups have acked what is there
+	done     bool  // all groups have acked all entries
 }
 
 func look(e *env, topic string) (s state, err error) {
