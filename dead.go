@@ -190,12 +190,7 @@ func (s *subscription) move(h *consume.Task, dead DeadMessage) {
 	if err != nil {
 		err = fmt.Errorf("moving %s to %s: %w", h.ID, topic, err)
 		if !redisx.IsReply(err) {
-			first := d.unsure == nil
 			d.unsure = &dead
-			if first && s.IsClosing() { // otherwise it would be released, and another consumer could move it again
-				s.move(h, dead)
-				return
-			}
 		}
 		if topic != s.deadLetters && redisx.ReplyHas(err, "CROSSSLOT") {
 			s.log.Error("DeadLetter.Topic is in another slot of the Cluster than the topic; using "+s.deadLetters, err, s.Fields(h))

@@ -1,6 +1,7 @@
 package consume
 
 import (
+	"context"
 	"time"
 )
 
@@ -33,10 +34,29 @@ func (s *Subscription) MoveEnded() { s.markHealthy(dutyDeadLetter) }
 func (s *Subscription) MoveFailed(t *Task, tries int, err error) {
 	s.markFailed(dutyDeadLetter, err)
 	if s.IsClosing() {
-		s.GiveBack(t, t.Count())
+		if s.ledger.IsMoving(t.Entry) {
+			_ = s.settleMove(t)
+		}
+		if !s.ledger.IsMoved(t.Entry) {
+			s.GiveBack(t, t.Count())
+		}
 		return
 	}
 	s.Aside(t, jitter(min(minBackoff<<min(tries, 11), maxMovePause)))
+}
+
+// settleMove repeats a move without an answer when the subscription closes, and ends the
+// entry if it is in the dead-letter stream. If the entry were released, another consumer
+// could move it again, since it would not know of this move.
+func (s *Subscription) settleMove(t *Task) error {
+	if s.isAbandoned() {
+		return context.Canceled
+	}
+	err := s.try(func() error { return s.work.MoveAgain(t) })
+	if s.ledger.IsMoved(t.Entry) {
+		s.Drop(t)
+	}
+	return err
 }
 
 // NotOurs ends an entry that was to be moved but is not ours. If the group was lost

@@ -290,19 +290,23 @@ func (s *Subscription) releaseAll() {
 	for _, e := range queued {
 		give = append(give, lease.Counted{Entry: e, Count: max(e.Count()-1, 0)})
 	}
-	answers := true
+	var moving []*Task
 	for _, e := range retries {
-		if answers && s.ledger.IsMoving(e) {
-			// Another consumer would not know that it may have been moved. After an
-			// error there is no time to try this with every entry.
-			t := &Task{Entry: e}
-			answers = s.work.MoveAgain(t) == nil
-			if s.ledger.IsMoved(e) {
-				s.Drop(t)
-				continue
-			}
+		if s.ledger.IsMoving(e) {
+			moving = append(moving, &Task{Entry: e})
+			continue
 		}
 		give = append(give, lease.Counted{Entry: e, Count: s.releaseCount(e, e.Next-1)})
+	}
+	s.release(give)
+	give = give[:0]
+	answers := true
+	for _, t := range moving {
+		// After an error there is no time to try this with every entry.
+		if answers = answers && s.settleMove(t) == nil; s.ledger.IsMoved(t.Entry) {
+			continue
+		}
+		give = append(give, lease.Counted{Entry: t.Entry, Count: s.releaseCount(t.Entry, t.Next-1)})
 	}
 	s.release(give)
 }
@@ -328,14 +332,19 @@ func (s *Subscription) release(give []lease.Counted) {
 	s.ledger.Remove(now, entries...)
 }
 
-// releaseTries allows for several stale connections: after a cut, each connection
+// releaseTries bounds the attempts of a closing subscription. It allows for several stale connections: after a cut, each connection
 // in the pool fails once, and it would take long for the leases to expire.
 const releaseTries = 5
 
-func (s *Subscription) tryRelease(give []lease.Counted) (err error) {
+func (s *Subscription) tryRelease(give []lease.Counted) error {
+	return s.try(func() error { return s.mode.release(s.life.ctx, give) })
+}
+
+// try repeats a command of a closing subscription.
+func (s *Subscription) try(command func() error) (err error) {
 	pause := backoff{}
 	for range releaseTries {
-		err = s.mode.release(s.life.ctx, give)
+		err = command()
 		if err == nil || redisx.IsReply(err) && !redisx.NotReady(err) || redisx.IsClosed(err) || !pause.wait(s.life.abandon) {
 			return err
 		}
