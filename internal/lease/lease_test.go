@@ -31,7 +31,6 @@ type holder struct {
 	client *redis.Client
 	stream *xstream.Stream
 	ledger *ledger.Ledger
-	buf    xstream.Buffer
 }
 
 func newHolder(t *testing.T, minIdle time.Duration) *holder {
@@ -61,7 +60,7 @@ func (h *holder) read() (taken []*ledger.Entry) {
 	h.t.Helper()
 	sent := time.Now()
 	read := xstream.Read{Group: "group", Consumer: "holder", From: []xstream.Cursor{{Key: h.stream.Key, After: ">"}}, Count: 1000, Block: -1}
-	readings, err := read.Do(h.t.Context(), h.client, &h.buf)
+	readings, err := read.Do(h.t.Context(), h.client)
 	require.NoError(h.t, err)
 	for _, r := range readings {
 		var entries []*ledger.Entry

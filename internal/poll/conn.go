@@ -33,7 +33,6 @@ type conn struct {
 	parts []part
 	slots int // slots that take turns, for a wrapped client
 	turn  int
-	buf   xstream.Buffer
 }
 
 // set is a topic and the number of its seats.
@@ -389,7 +388,7 @@ func (c *conn) read() {
 		}
 	}
 	sent := time.Now()
-	readings, err := read.Do(c.ctx, bconn, &c.buf)
+	readings, err := read.Do(c.ctx, bconn)
 	if err == nil && !c.known(readings) {
 		// For example, a hook renames keys. A reply for one stream needs no name.
 		c.unsure()
@@ -584,7 +583,7 @@ func (c *conn) readAlone(p part) {
 	if err == nil {
 		read := c.command([]part{p})
 		read.Block = -1
-		readings, err = read.Do(c.ctx, bconn, &c.buf)
+		readings, err = read.Do(c.ctx, bconn)
 	}
 	if err != nil {
 		if !redisx.IsReply(err) {

@@ -40,6 +40,11 @@ func NewOnce(ctx context.Context, args ...any) OnceCmd {
 	return OnceCmd{redis.NewCmd(ctx, args...)}
 }
 
+// NewOnceRaw returns a command with the given arguments, for an unparsed reply.
+func NewOnceRaw(ctx context.Context, args ...any) OnceRawCmd {
+	return OnceRawCmd{redis.NewRawCmd(ctx, args...)}
+}
+
 // DoOnce runs a command that must not run twice, and returns its reply.
 func DoOnce(ctx context.Context, p Processor, args ...any) (any, error) {
 	cmd := NewOnce(ctx, args...)

@@ -97,7 +97,7 @@ func (c *Publishing) Send(pipe *pipeline.Pipeline) error {
 	if len(c.adds) == 1 {
 		return c.single(pipe.Process(c.ctx, c.adds[0]))
 	}
-	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.OnceRawCmd{RawCmd: redis.NewRawCmd(c.ctx, "exec")}
+	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.NewOnceRaw(c.ctx, "exec")
 	cmds := make([]redis.Cmder, 0, len(c.adds)+2)
 	cmds = append(cmds, c.multi)
 	for _, add := range c.adds {

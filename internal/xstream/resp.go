@@ -3,8 +3,6 @@ package xstream
 import (
 	"errors"
 	"fmt"
-	"io"
-	"slices"
 	"strconv"
 	"strings"
 	"unsafe"
@@ -16,71 +14,11 @@ import (
 // interface and a string for each name, value and list: 17 allocations per message,
 // two thirds of all. So reads receive the raw reply, and parse it here: the strings
 // are parts of the reply.
+//
+// (redis.RawWriteToCmd, which could reuse a buffer, allocates for each string, too.)
 
-// Buffer receives the raw reply to a read (redis.RawWriteToCmd), and is reused for
-// the next one. go-redis's RawCmd starts with an empty buffer each time, and grows
-// it step by step to five times the necessary size.
-type Buffer struct {
-	b     []byte
-	small []byte // the buffer to reuse, while b is a larger one
-	large int    // the size of the last large reply
-}
-
-// maxLarge is the maximum size allocated in advance.
-const maxLarge = 2 << 20
-
-// keepBuffer is the maximum size of an idle buffer.
-const keepBuffer = 256 << 10
-
-// grow makes room for n more bytes; for a large reply, as much at once as the last
-// large one needed.
-func (r *Buffer) grow(n int) {
-	need := len(r.b) + n
-	if need <= keepBuffer || cap(r.b) > keepBuffer {
-		r.b = slices.Grow(r.b, n)
-		return
-	}
-	r.small = r.b
-	r.b = append(make([]byte, 0, max(need, min(r.large, maxLarge))), r.b...)
-}
-
-func (r *Buffer) Write(p []byte) (int, error) {
-	r.grow(len(p))
-	r.b = append(r.b, p...)
-	return len(p), nil
-}
-
-// ReadFrom is called by io.CopyN for each string.
-func (r *Buffer) ReadFrom(src io.Reader) (int64, error) {
-	limited, ok := src.(*io.LimitedReader)
-	if !ok {
-		return 0, fmt.Errorf("goxstreams: a reply comes from a %T", src)
-	}
-	n, size := int(limited.N), len(r.b)
-	r.grow(n)
-	r.b = r.b[:size+n]
-	read, err := io.ReadFull(limited.R, r.b[size:])
-	r.b = r.b[:size+read]
-	limited.N -= int64(read)
-	return int64(read), err
-}
-
-// take returns the reply and empties the buffer.
-func (r *Buffer) take() resp {
-	if cap(r.b) <= keepBuffer {
-		reply := resp(r.b)
-		r.b = r.b[:0]
-		return reply
-	}
-	// Copying a large buffer would cost more than everything else: give it away.
-	reply := resp(unsafe.String(unsafe.SliceData(r.b), len(r.b)))
-	if len(r.b) < cap(r.b)/2 {
-		reply = resp(strings.Clone(string(reply))) // do not keep unused capacity
-	}
-	r.large = len(r.b)
-	r.b, r.small = r.small[:0], nil
-	return reply
-}
+// unparsed returns the reply without a copy: it must not change later.
+func unparsed(reply []byte) resp { return resp(unsafe.String(unsafe.SliceData(reply), len(reply))) }
 
 // resp is the unparsed rest of a reply.
 type resp string
@@ -90,12 +28,13 @@ var errReply = errors.New("goxstreams: unexpected reply")
 // head cuts the start of a value off: its type, and its length or text. A null
 // value has the length -1.
 func (r *resp) head() (kind byte, n int, text string, err error) {
-	text, rest, ok := strings.Cut(string(*r), "\r\n")
-	if !ok || text == "" {
+	end := strings.IndexByte(string(*r), '\r') // no line contains another one
+	if end < 1 || len(*r) < end+2 {
 		return 0, 0, "", fmt.Errorf("%w: it ends too early", errReply)
 	}
-	*r = resp(rest)
-	kind, text = text[0], text[1:]
+	kind, text = (*r)[0], string((*r)[1:end])
+	rest := (*r)[end+2:]
+	*r = rest
 	switch kind {
 	case '*', '%', '$', '=', '~':
 		if n, err = strconv.Atoi(text); err != nil || n < -1 {
@@ -154,7 +93,7 @@ func (r *resp) bulk() (string, error) {
 // readings parses the reply to XREAD or XREADGROUP: [[stream, entries], ...], or a
 // map in RESP3. It returns an error reply as an error.
 func (r resp) readings() ([]Reading, error) {
-	inMap := strings.HasPrefix(string(r), "%")
+	inMap, whole := strings.HasPrefix(string(r), "%"), len(r)
 	n, err := r.list()
 	if err != nil || n == 0 {
 		return nil, err
@@ -172,16 +111,16 @@ func (r resp) readings() ([]Reading, error) {
 		if all[i].Key, err = r.bulk(); err != nil {
 			return nil, err
 		}
-		if all[i].Entries, err = r.entries(); err != nil {
+		if all[i].Entries, err = r.entries(whole); err != nil {
 			return nil, err
 		}
 	}
 	return all, nil
 }
 
-// entries cuts a list of entries off: [[id, [name, value, ...]], ...].
-func (r *resp) entries() ([]Entry, error) {
-	size := len(*r)
+// entries cuts a list of entries off: [[id, [name, value, ...]], ...]. The size is the
+// reply's.
+func (r *resp) entries(size int) ([]Entry, error) {
 	n, err := r.list()
 	if err != nil {
 		return nil, err
@@ -214,9 +153,9 @@ func (r *resp) entries() ([]Entry, error) {
 		entries = append(entries, Entry{id, fields[from:len(fields):len(fields)]})
 	}
 	if size < smallReply {
-		return own(entries, -1), nil
+		return own(entries, -1, size), nil
 	}
-	return own(entries, smallString), nil
+	return own(entries, smallString, size), nil
 }
 
 const (
@@ -228,8 +167,9 @@ const (
 
 // own moves the IDs, and in large replies all small strings, to a string of their
 // own: an ID, a UUID and metadata are kept while a message is in flight, and must
-// not keep the payloads of a hundred others in memory.
-func own(entries []Entry, small int) []Entry {
+// not keep the payloads of a hundred others in memory. If that is most of the reply,
+// nothing is gained.
+func own(entries []Entry, small, reply int) []Entry {
 	size := 0
 	each := func(do func(s *string)) {
 		for i := range entries {
@@ -242,6 +182,9 @@ func own(entries []Entry, small int) []Entry {
 		}
 	}
 	each(func(s *string) { size += len(*s) })
+	if size > reply/2 {
+		return entries
+	}
 	var b strings.Builder
 	b.Grow(size)
 	each(func(s *string) { b.WriteString(*s) })

@@ -2,7 +2,6 @@ package xstream
 
 import (
 	"fmt"
-	"io"
 	"strings"
 	"testing"
 
@@ -105,58 +104,4 @@ func FuzzReadings(f *testing.F) {
 			t.Fatalf("%d bytes out of %d", size, len(reply))
 		}
 	})
-}
-
-// A truncated reply must not precede the next one.
-func TestReplyBuffer(t *testing.T) {
-	var buf Buffer
-	read := func(s string) {
-		_, err := io.CopyN(&buf, strings.NewReader(s), int64(len(s)))
-		require.NoError(t, err)
-	}
-	_, err := buf.Write([]byte("*1\r\n"))
-	require.NoError(t, err)
-	read("$3\r\nabc\r\n")
-	assert.Equal(t, resp("*1\r\n$3\r\nabc\r\n"), buf.take())
-	assert.Empty(t, buf.take())
-	_, err = io.CopyN(&buf, strings.NewReader("short"), 100)
-	assert.Error(t, err)
-	read(strings.Repeat("x", 2*keepBuffer))
-	assert.Len(t, buf.take(), len("short")+2*keepBuffer)
-	assert.LessOrEqual(t, cap(buf.b), keepBuffer, "a buffer for rare large replies is not kept")
-}
-
-// A reply that was taken stays unchanged, whatever comes next and however large
-// each is: a large buffer leaves with its reply.
-func TestReplyBuffer_SmallAndLarge(t *testing.T) {
-	var buf Buffer
-	var want []string
-	var got []resp
-	for i, size := range []int{10, keepBuffer - 1, keepBuffer + 1, 10, 4 * keepBuffer, keepBuffer + 1, keepBuffer + 1, 1, 4 * keepBuffer} {
-		reply := strings.Repeat(string(rune('a'+i)), size)
-		want = append(want, reply)
-		for rest := reply; rest != ""; { // in pieces, as its fields arrive
-			n := min(len(rest), 100_000)
-			_, err := io.CopyN(&buf, strings.NewReader(rest), int64(n))
-			require.NoError(t, err)
-			rest = rest[n:]
-		}
-		got = append(got, buf.take())
-		assert.LessOrEqual(t, cap(buf.b), keepBuffer)
-	}
-	for i := range want {
-		assert.True(t, want[i] == string(got[i]), "reply %d", i)
-	}
-}
-
-func TestAfter(t *testing.T) {
-	for id, want := range map[string]string{
-		"0-0":                    "0-1",
-		"1700000000000-9":        "1700000000000-10",
-		"5-18446744073709551615": "6-0",
-		"18446744073709551615-0": "18446744073709551615-1",
-		"18446744073709551615-18446744073709551615": "(18446744073709551615-18446744073709551615",
-	} {
-		assert.Equal(t, want, After(id))
-	}
 }

@@ -34,8 +34,7 @@ func newStream(t *testing.T, entries int) (*redis.Client, Stream, []string) {
 		ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: fmt.Sprintf("%d-1", i+1), Values: []string{"a", "b"}}).Val())
 	}
 	read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: entries + 1, Block: -1}
-	var buf Buffer
-	_, err = read.Do(t.Context(), client, &buf)
+	_, err = read.Do(t.Context(), client)
 	require.NoError(t, err)
 	return client, s, ids
 }
@@ -197,7 +196,7 @@ func TestPositions(t *testing.T) {
 				ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: "5-" + seq, Values: []string{"a", "b"}}).Val())
 			}
 			read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: 10, Block: -1}
-			_, err := read.Do(t.Context(), client, new(Buffer))
+			_, err := read.Do(t.Context(), client)
 			require.NoError(t, err)
 			all := make([]any, len(ids))
 			for i, id := range ids {

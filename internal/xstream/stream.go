@@ -10,8 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/redis/go-redis/v9"
-
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
@@ -124,13 +122,13 @@ func (r *Read) args() []any {
 }
 
 // Do reads on the given connection. If there are no entries, it returns none,
-// without an error. It reuses the buffer.
-func (r *Read) Do(ctx context.Context, p redisx.Processor, buf *Buffer) ([]Reading, error) {
-	buf.b = buf.b[:0] // left over from a failed read
-	if err := p.Process(ctx, redis.NewRawWriteToCmd(ctx, buf, r.args()...)); err != nil {
+// without an error.
+func (r *Read) Do(ctx context.Context, p redisx.Processor) ([]Reading, error) {
+	cmd := redisx.NewOnceRaw(ctx, r.args()...)
+	if err := p.Process(ctx, cmd); err != nil {
 		return nil, redisx.Redacted(err)
 	}
-	readings, err := buf.take().readings()
+	readings, err := unparsed(cmd.Val()).readings()
 	return readings, redisx.Redacted(err)
 }
 
