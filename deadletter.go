@@ -256,7 +256,7 @@ func readLetter(e xstream.Entry) (DeadMessage, error) {
 	if !isDeadLetter(e.Fields) {
 		return DeadMessage{ID: e.ID, Fields: e.Fields}, fmt.Errorf("entry %s is not a dead letter of this library", e.ID)
 	}
-	msg, err := DefaultMarshaler{}.unmarshalFields(e.Fields, message.NewMessage)
+	msg, err := DefaultMarshaler{}.unmarshalFields(e.Fields, newOwnMessage)
 	var fields []string
 	if err == nil {
 		fields, err = UnpackFields([]byte(e.Fields[7]))

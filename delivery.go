@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -224,7 +225,7 @@ func (s *subscription) message(h *consume.Task, fields []string) (msg *message.M
 	if isDeadLetter(fields) {
 		u = DefaultMarshaler{}
 	}
-	create := newMessage(message.NewMessage)
+	create := newOwnMessage
 	if s.handler != nil && s.typed.alone {
 		create = newBareMessage
 	}
@@ -240,13 +241,19 @@ func (s *subscription) message(h *consume.Task, fields []string) (msg *message.M
 	return msg, err
 }
 
-// newMessage is the type of message.NewMessage.
-type newMessage func(uuid string, payload message.Payload) *message.Message
+// newMessage returns a message with the values of an entry's fields.
+type newMessage func(uuid, payload string) *message.Message
 
-// newBareMessage returns a message without the channels of Acked and Nacked. Its Ack and
-// Nack work.
-func newBareMessage(uuid string, payload message.Payload) *message.Message {
-	return &message.Message{UUID: uuid, Metadata: message.Metadata{}, Payload: payload}
+// newOwnMessage copies the values: they are parts of a reply with many entries, which a
+// message that outlives it must not keep in memory.
+func newOwnMessage(uuid, payload string) *message.Message {
+	return message.NewMessage(strings.Clone(uuid), []byte(payload))
+}
+
+// newBareMessage returns a message for a Worker, who does not see it: its UUID is part of
+// the reply, and it lacks the channels of Acked and Nacked. Its Ack and Nack work.
+func newBareMessage(uuid, payload string) *message.Message {
+	return &message.Message{UUID: uuid, Metadata: message.Metadata{}, Payload: []byte(payload)}
 }
 
 // deliver passes the message to its handler, or to the output channel, and waits until

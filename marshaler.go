@@ -115,7 +115,7 @@ func unmarshalFields(u Unmarshaler, fields []string, create newMessage) (*messag
 	}
 	values := make(map[string]any, len(fields)/2)
 	for i := 0; i < len(fields); i += 2 {
-		values[strings.Clone(fields[i])] = strings.Clone(fields[i+1]) // see DefaultMarshaler.unmarshalFields
+		values[strings.Clone(fields[i])] = strings.Clone(fields[i+1]) // see newOwnMessage
 	}
 	return unmarshalCustom(u, values)
 }
@@ -205,7 +205,7 @@ func (m DefaultMarshaler) Unmarshal(values map[string]any) (*message.Message, er
 	if err != nil {
 		return nil, err
 	}
-	return m.unmarshalFields(fields, message.NewMessage)
+	return m.unmarshalFields(fields, newOwnMessage)
 }
 
 func (DefaultMarshaler) appendFields(args []any, msg *message.Message) ([]any, error) {
@@ -237,9 +237,7 @@ func (DefaultMarshaler) unmarshalFields(fields []string, create newMessage) (*me
 	if !hasUUID {
 		return nil, missing(UUIDHeaderKey, fields, BodyMarshaler{}.field(), "use BodyMarshaler for the format of goxstreams")
 	}
-	// Copy the fields: they are parts of a reply with many entries, which a message
-	// that outlives it must not keep in memory.
-	msg := create(strings.Clone(uuid), []byte(payload))
+	msg := create(uuid, payload)
 	if err := unpackMetadata(strings.Clone(metadata), msg.Metadata); err != nil {
 		return nil, fmt.Errorf("field %q: %w", metadataField, err)
 	}
@@ -289,7 +287,7 @@ func (m BodyMarshaler) Unmarshal(values map[string]any) (*message.Message, error
 	if err != nil {
 		return nil, err
 	}
-	return m.unmarshalFields(fields, message.NewMessage)
+	return m.unmarshalFields(fields, newOwnMessage)
 }
 
 func (m BodyMarshaler) field() string { return cmp.Or(m.Field, "body") }
@@ -338,7 +336,7 @@ func (m BodyMarshaler) unmarshalFields(fields []string, create newMessage) (*mes
 	if !hasPayload {
 		return nil, missing(field, fields, UUIDHeaderKey, "use DefaultMarshaler for this format")
 	}
-	msg := create("", []byte(payload))
+	msg := create("", payload)
 	if m.MetadataField == "" || metadata == "" {
 		return msg, nil
 	}

@@ -87,7 +87,7 @@ func TestDefaultMarshaler_WritesWhatRedisstreamWrites(t *testing.T) {
 				"payload":                 []byte("p\x00\xff"),
 			}, values)
 
-			got, err := unmarshalFields(DefaultMarshaler{}, onWire(fields), message.NewMessage)
+			got, err := unmarshalFields(DefaultMarshaler{}, onWire(fields), newOwnMessage)
 			require.NoError(t, err)
 			requireSameMessage(t, msg, got)
 		})
@@ -192,15 +192,15 @@ func TestDefaultMarshaler_UnmarshalValues(t *testing.T) {
 }
 
 func TestUnmarshalFields_LastOfAName(t *testing.T) {
-	got, err := unmarshalFields(DefaultMarshaler{}, []string{"payload", "1", UUIDHeaderKey, "u", "payload", "2", UUIDHeaderKey, "v"}, message.NewMessage)
+	got, err := unmarshalFields(DefaultMarshaler{}, []string{"payload", "1", UUIDHeaderKey, "u", "payload", "2", UUIDHeaderKey, "v"}, newOwnMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("v", "2", nil), got)
 
-	got, err = unmarshalFields(BodyMarshaler{}, []string{"body", "1", "body", "2"}, message.NewMessage)
+	got, err = unmarshalFields(BodyMarshaler{}, []string{"body", "1", "body", "2"}, newOwnMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("", "2", nil), got)
 
-	got, err = unmarshalFields(customMarshaler{}, []string{"id", "u", "data", "1", "data", "2"}, message.NewMessage)
+	got, err = unmarshalFields(customMarshaler{}, []string{"id", "u", "data", "1", "data", "2"}, newOwnMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("u", "2", nil), got)
 }
@@ -266,7 +266,7 @@ func TestUnmarshal_HostileLengths(t *testing.T) {
 	} {
 		var err error
 		bytes := allocated(func() {
-			_, err = unmarshalFields(DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", metadata}, message.NewMessage)
+			_, err = unmarshalFields(DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", metadata}, newOwnMessage)
 		})
 		require.ErrorContains(t, err, `field "metadata"`)
 		require.ErrorContains(t, err, "truncated")
@@ -299,11 +299,11 @@ func TestBodyMarshaler_ReadsWhatGoxstreamsWrites(t *testing.T) {
 		newTestMessage("", `null`, nil),
 		newTestMessage("", `"text"`, nil),
 	} {
-		got, err := unmarshalFields(BodyMarshaler{MetadataField: "ctx"}, goxstreamsEntries[i], message.NewMessage)
+		got, err := unmarshalFields(BodyMarshaler{MetadataField: "ctx"}, goxstreamsEntries[i], newOwnMessage)
 		require.NoError(t, err)
 		requireSameMessage(t, want, got)
 
-		got, err = unmarshalFields(BodyMarshaler{}, goxstreamsEntries[i], message.NewMessage)
+		got, err = unmarshalFields(BodyMarshaler{}, goxstreamsEntries[i], newOwnMessage)
 		require.NoError(t, err)
 		requireSameMessage(t, newTestMessage("", string(want.Payload), nil), got)
 	}
@@ -370,11 +370,11 @@ func TestBodyMarshaler_Errors(t *testing.T) {
 		`{"a":"b"`:  "unexpected end of JSON input",
 		`{"a":""}x`: "invalid character",
 	} {
-		_, err := unmarshalFields(ctx, []string{"body", "{}", "ctx", metadata}, message.NewMessage)
+		_, err := unmarshalFields(ctx, []string{"body", "{}", "ctx", metadata}, newOwnMessage)
 		require.ErrorContains(t, err, `field "ctx": `)
 		require.ErrorContains(t, err, want)
 	}
-	_, err := unmarshalFields(BodyMarshaler{Field: "event"}, []string{"body", "{}"}, message.NewMessage)
+	_, err := unmarshalFields(BodyMarshaler{Field: "event"}, []string{"body", "{}"}, newOwnMessage)
 	require.EqualError(t, err, `field "event" is missing`)
 	_, err = BodyMarshaler{}.Unmarshal(map[string]any{"body": 1})
 	require.EqualError(t, err, `field "body": want a string or []byte, got int`)
@@ -470,13 +470,13 @@ func TestUnmarshalFields_Custom(t *testing.T) {
 		"panic with it": {func(map[string]any) (*message.Message, error) { panic(boom) }, "marshaler_test.go"}, // the stack
 	} {
 		t.Run(name, func(t *testing.T) {
-			msg, err := unmarshalFields(test.unmarshal, []string{"body", ""}, message.NewMessage)
+			msg, err := unmarshalFields(test.unmarshal, []string{"body", ""}, newOwnMessage)
 			require.ErrorContains(t, err, test.wantErr)
 			require.Nil(t, msg)
 		})
 	}
 	for _, u := range []Unmarshaler{DefaultMarshaler{}, BodyMarshaler{}, customMarshaler{}} {
-		_, err := unmarshalFields(u, []string{"body"}, message.NewMessage)
+		_, err := unmarshalFields(u, []string{"body"}, newOwnMessage)
 		require.ErrorContains(t, err, "odd number")
 	}
 }
@@ -491,7 +491,7 @@ func TestUnmarshalFields_MessageWithoutNewMessage(t *testing.T) {
 		msg.SetContext(ctx)
 		return msg, nil
 	})
-	msg, err := unmarshalFields(u, []string{"body", ""}, message.NewMessage)
+	msg, err := unmarshalFields(u, []string{"body", ""}, newOwnMessage)
 	require.NoError(t, err)
 	requireSameMessage(t, newTestMessage("u", "p", nil), msg)
 	require.Equal(t, ctx, msg.Context())
@@ -515,7 +515,7 @@ func TestMarshalers_EmbeddedOnesAreNotPassedBy(t *testing.T) {
 	fields, err := marshalFields(embedding{}, "topic", newTestMessage("u", "p", nil))
 	require.NoError(t, err)
 	require.Equal(t, []any{"mine", "1"}, fields)
-	msg, err := unmarshalFields(embedding{}, []string{"mine", "2"}, message.NewMessage)
+	msg, err := unmarshalFields(embedding{}, []string{"mine", "2"}, newOwnMessage)
 	require.NoError(t, err)
 	require.Equal(t, "2", msg.UUID)
 
@@ -580,7 +580,7 @@ func TestUnmarshalFields_AllocatesNothingMore(t *testing.T) {
 		{DefaultMarshaler{}, []string{UUIDHeaderKey, "u", "metadata", "", "payload", payload}, 1},
 		{BodyMarshaler{}, []string{"body", payload}, 0},
 	} {
-		allocs := testing.AllocsPerRun(100, func() { sink, _ = unmarshalFields(test.u, test.fields, message.NewMessage) })
+		allocs := testing.AllocsPerRun(100, func() { sink, _ = unmarshalFields(test.u, test.fields, newOwnMessage) })
 		require.Equal(t, least+test.uuids, allocs)
 	}
 }
@@ -682,7 +682,7 @@ func fuzzUnmarshal(t *testing.T, u Unmarshaler, fields []string) *message.Messag
 		values[fields[i]] = fields[i+1]
 		size += len(fields[i]) + len(fields[i+1])
 	}
-	requireModest(t, size, func() { msg, err = unmarshalFields(u, fields, message.NewMessage) })
+	requireModest(t, size, func() { msg, err = unmarshalFields(u, fields, newOwnMessage) })
 	viaMap, mapErr := u.Unmarshal(values)
 	if err != nil {
 		require.Nil(t, msg)
@@ -736,7 +736,7 @@ func requireUnmarshal(t *testing.T, m bothWays, msg *message.Message) *message.M
 	t.Helper()
 	fields, err := marshalFields(m, "topic", msg)
 	require.NoError(t, err)
-	got, err := unmarshalFields(m, onWire(fields), message.NewMessage)
+	got, err := unmarshalFields(m, onWire(fields), newOwnMessage)
 	require.NoError(t, err)
 
 	values, err := m.Marshal("topic", msg)
@@ -832,7 +832,7 @@ func BenchmarkUnmarshalFields(b *testing.B) {
 				wire := onWire(fields)
 				b.ReportAllocs()
 				for b.Loop() {
-					sink, _ = unmarshalFields(m, wire, message.NewMessage)
+					sink, _ = unmarshalFields(m, wire, newOwnMessage)
 				}
 			})
 		}

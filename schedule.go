@@ -97,7 +97,7 @@ func readDelayed(w xstream.Waiting) DelayedMessage {
 	if w.Err != nil {
 		return d
 	}
-	if msg, err := unmarshalFields(DefaultMarshaler{}, w.Fields, message.NewMessage); err == nil {
+	if msg, err := unmarshalFields(DefaultMarshaler{}, w.Fields, newOwnMessage); err == nil {
 		d.Message = msg
 	}
 	return d
