@@ -337,6 +337,10 @@ func TestCheck(t *testing.T) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked)
 			r.process(Closing, "consumer-2").process(Ended, "consumer-2").handle("consumer-1", 1, 1, Acked)
 		}, ""},
+		{"order: released by one who was told to close twice", func(r *record) {
+			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked).process(Closing, "consumer-2")
+			r.handle("consumer-1", 1, 1, Acked).process(Closing, "consumer-2").process(Ended, "consumer-2")
+		}, ""},
 		{"order: released by one who closed its subscriptions and lives on", func(r *record) {
 			r.publish(Published, true, 1, 2).handle("consumer-1", 2, 1, Acked)
 			r.process(Reopened, "consumer-2").handle("consumer-1", 1, 1, Acked)

@@ -170,7 +170,9 @@ func (e *Evidence) siftLives() {
 		case Spawned:
 			e.Lives[key] = &Life{From: event.Mono, To: e.End}
 		case Closing:
-			e.Lives[key].Closing = event.Mono
+			if l := e.Lives[key]; l.Closing == 0 { // it may be told again
+				l.Closing = event.Mono
+			}
 		case Reopened:
 			e.Reopened = append(e.Reopened, Span{event.Mono - event.Took, event.Mono})
 		case Crashed:
