@@ -381,6 +381,9 @@ func TestPause_GroupLost(t *testing.T) {
 				for i := range subs {
 					config := claiming(newClient(t))
 					config.BatchSize = 50 // so that each of them gets enough
+					if when == "Later" {
+						config.ClaimMinIdle = time.Minute // no lease expires, however busy the machine is
+					}
 					subs[i] = newSubscriber(t, config)
 					outputs[i] = subscribe(t, subs[i], topic)
 				}
