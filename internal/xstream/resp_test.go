@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -79,6 +80,28 @@ func TestReadingsOwnTheirIDs(t *testing.T) {
 	assert.Equal(t, "2-0", got[0].Entries[1].ID)
 }
 
+// The strings of a large reply are copied only if that lets most of it go.
+func TestReadingsOwnSmallStrings(t *testing.T) {
+	for payload, copied := range map[int]bool{100: false, 10_000: true} {
+		var entries []any
+		for i := range 400 {
+			entries = append(entries, []any{fmt.Sprintf("%d-0", i+1), []any{"uuid", strings.Repeat("u", 36), "payload", strings.Repeat("x", payload)}})
+		}
+		reply := wire([]any{[]any{"a", entries}})
+		got, err := resp(reply).readings()
+		require.NoError(t, err)
+		require.Len(t, got[0].Entries, 400)
+		first, last := uintptr(unsafe.Pointer(unsafe.StringData(reply))), uintptr(len(reply))
+		for _, e := range got[0].Entries {
+			for i, s := range append([]string{e.ID}, e.Fields...) {
+				at := uintptr(unsafe.Pointer(unsafe.StringData(s)))
+				large := i == 4 && payload > smallString
+				require.Equal(t, copied && !large, at < first || at >= first+last, "%d bytes, string %d", payload, i)
+			}
+		}
+	}
+}
+
 // FuzzReadings: whatever the input, the parser neither panics nor takes much more
 // memory than its size.
 func FuzzReadings(f *testing.F) {
@@ -104,4 +127,16 @@ func FuzzReadings(f *testing.F) {
 			t.Fatalf("%d bytes out of %d", size, len(reply))
 		}
 	})
+}
+
+func TestAfter(t *testing.T) {
+	for id, want := range map[string]string{
+		"0-0":                    "0-1",
+		"1700000000000-9":        "1700000000000-10",
+		"5-18446744073709551615": "6-0",
+		"18446744073709551615-0": "18446744073709551615-1",
+		"18446744073709551615-18446744073709551615": "(18446744073709551615-18446744073709551615",
+	} {
+		assert.Equal(t, want, After(id))
+	}
 }
