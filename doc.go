@@ -29,8 +29,8 @@
 //     is logged and counted.
 //   - A handler that fails sees a message at most MaxRetries+1 times, a handler
 //     that kills its process at most MaxRetries+2 times. Then the message is dead.
-//   - A slow handler keeps its message while its process lives. When a process
-//     dies, another one takes its messages over within 4/3 ClaimMinIdle + 2
+//   - Leases are renewed while the process is alive, however slow the handler is. A
+//     crashed process's messages are taken over within 4/3 ClaimMinIdle + 2
 //     ClaimInterval.
 //   - A malformed entry stops nothing: it goes to OnBroken.
 //   - With MaxConcurrency 1, a subscription delivers in stream order and redelivers
