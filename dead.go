@@ -149,8 +149,9 @@ func (s *subscription) deadLetter(h *consume.Task) {
 		s.move(h, *d.unsure)
 		return
 	}
-	fields, ok := s.deadFields(h)
-	if !ok {
+	h.Fields = nil
+	fields := s.recount(h, h.Count())
+	if fields == nil {
 		return
 	}
 	dead := s.deadMessage(h, fields)
@@ -169,18 +170,17 @@ func (s *subscription) deadLetter(h *consume.Task) {
 	}
 }
 
-// deadFields returns the entry's fields as stored in the stream. If there is
-// nothing to move, it decides what happens to the entry.
-func (s *subscription) deadFields(h *consume.Task) (fields []string, ok bool) {
-	h.Fields = nil
-	fields, err := s.Recount(h, h.Count())
+// recount sets the entry's delivery count, and returns its fields as stored in the
+// stream. If there is nothing to move, it decides what happens to the entry, and returns nil.
+func (s *subscription) recount(h *consume.Task, count int64) []string {
+	fields, err := s.Recount(h, count)
 	switch {
 	case err != nil:
 		s.moveFailed(h, err)
 	case fields == nil:
 		s.NotOurs(h)
 	}
-	return fields, fields != nil
+	return fields
 }
 
 // move moves the entry to the dead-letter stream.
@@ -276,15 +276,10 @@ func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 		return false
 	}
 	err := errPanicked // stays if ProcessDead calls runtime.Goexit
-	done := make(chan struct{})
-	s.Go(func() {
-		defer close(done)
+	if !s.Await(func() {
 		defer cancel(nil)
 		err = guard(func() error { return s.typed.dead(ctx, dead, d.cause()) })
-	})
-	select {
-	case <-done:
-	case <-s.Abandon():
+	}) {
 		s.Left(h)
 		return false
 	}
@@ -321,30 +316,17 @@ func (s *subscription) countAsDead(h *consume.Task) bool {
 	if !s.KeepsDead() || s.retry.MaxRetries == 0 || s.retry.exhaustedBefore(h.Count()) {
 		return true
 	}
-	fields, err := s.Recount(h, int64(max(s.retry.MaxRetries, 0))+3)
-	switch {
-	case err != nil:
-		s.moveFailed(h, err)
-	case fields == nil:
-		s.NotOurs(h)
-	}
-	return fields != nil
+	return s.recount(h, int64(max(s.retry.MaxRetries, 0))+3) != nil
 }
 
 // callOnDead calls OnDead and waits for it, in the message's slot, until
 // CloseTimeout.
 func (s *subscription) callOnDead(h *consume.Task, dead DeadMessage) {
-	done := make(chan struct{})
-	s.Go(func() {
-		defer close(done)
+	s.Await(func() {
 		if err := guard(func() error { s.cfg.OnDead(s.Calling(), dead); return nil }); err != nil {
 			s.log.Error("OnDead panicked", err, s.Fields(h))
 		}
 	})
-	select {
-	case <-done:
-	case <-s.Abandon():
-	}
 }
 
 // moveFailed keeps the dead entry and schedules another attempt to move it.

@@ -27,12 +27,7 @@ const deadPage = 100
 // DeadLetterTopic("orders"). The caller owns the client.
 func NewDeadLetterQueue(c redis.UniversalClient, deadLetterTopic string) (*DeadLetterQueue, error) {
 	errs := configErrors{typeName: "NewDeadLetterQueue"}
-	if redisx.IsNil(c) {
-		errs.add("c", "a client is required")
-	}
-	if deadLetterTopic == "" {
-		errs.add("deadLetterTopic", "is empty")
-	}
+	errs.arguments("c", c, "deadLetterTopic", deadLetterTopic)
 	if err := errs.err(); err != nil {
 		return nil, err
 	}

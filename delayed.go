@@ -216,7 +216,7 @@ func (s *soon) move(topic string, generation int) {
 	defer cancel()
 	stream := xstream.New(s.client, topic, "")
 	for {
-		moved, err := stream.MoveDue(ctx)
+		moved, err := stream.Move(ctx)
 		if err != nil {
 			s.logger.Debug("Delayed messages are left to the topic's Subscribers: "+err.Error(), watermill.LogFields{"topic": topic})
 			return

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ThreeDotsLabs/watermill"
 	"github.com/stretchr/testify/require"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
@@ -35,6 +36,57 @@ func TestDelayed_Due(t *testing.T) {
 		})
 	}
 	require.Equal(t, xstream.DueAt(at(60_000)), due(at(0), at(60_000), time.Second), "written by hand: until counts")
+}
+
+type nextFunc func(time.Time) time.Time
+
+func (f nextFunc) Next(t time.Time) time.Time { return f(t) }
+
+// A Schedule whose Next returns the time that it was given, at an occurrence, goes on. It was
+// taken for one that has ended.
+func TestRecurring_After(t *testing.T) {
+	t0 := time.UnixMilli(1_795_000_000_000)
+	inclusive := func(every time.Duration) nextFunc {
+		return func(t time.Time) time.Time { return t.Add(every - 1).Truncate(every) }
+	}
+	for name, tt := range map[string]struct {
+		next nextFunc
+		want time.Duration // after t0; -1: there are no more
+		logs int
+	}{
+		"after t":                     {Every(time.Second).Next, time.Second, 0},
+		"no more":                     {func(time.Time) time.Time { return time.Time{} }, -1, 0},
+		"t itself":                    {inclusive(time.Second), time.Second, 1},
+		"t itself, each millisecond":  {inclusive(time.Millisecond), time.Millisecond, 1},
+		"t itself, each nanosecond":   {func(t time.Time) time.Time { return t }, time.Millisecond, 1},
+		"before t":                    {func(t time.Time) time.Time { return t0.Add(-time.Second) }, -1, 1},
+		"several in a millisecond":    {func(t time.Time) time.Time { return t.Add(time.Nanosecond) }, time.Millisecond, 0},
+		"a fraction of a millisecond": {func(t time.Time) time.Time { return t.Add(1500 * time.Microsecond) }, time.Millisecond, 0},
+		"one of them in the next one": {func(t time.Time) time.Time { return later(t, t0.Add(500*time.Microsecond), t0.Add(time.Millisecond)) }, time.Millisecond, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			log := watermill.NewCaptureLogger()
+			r := recurrence{Recurring: Recurring{Schedule: tt.next}, p: &Publisher{logger: log}}
+			got := r.after(t0)
+			if tt.want < 0 {
+				require.Zero(t, got)
+			} else {
+				require.Equal(t, tt.want, got.Sub(t0))
+			}
+			r.after(t0)
+			require.Len(t, log.Captured()[watermill.ErrorLogLevel], tt.logs)
+		})
+	}
+}
+
+// later returns the first of the times that is after t.
+func later(t time.Time, times ...time.Time) time.Time {
+	for _, at := range times {
+		if at.After(t) {
+			return at
+		}
+	}
+	return time.Time{}
 }
 
 // The last missed occurrence is found however many were missed, in few steps.

@@ -245,6 +245,22 @@ func TestDelayed_Halves(t *testing.T) {
 	require.WithinDuration(t, time.Now().Add(3*time.Hour), all[1].Due, patience)
 }
 
+// What is due while Redis is out of memory waits until there is some again, which Stats shows.
+func TestDelayed_RedisFull(t *testing.T) {
+	t.Parallel()
+	client, topic := testserver.Private(t).Client(), topic(t)
+	sub := newSubscriber(t, grouped(client))
+	messages := subscribe(t, sub, topic)
+	publishedIn(t, client, topic, delayedBy("a", 100*time.Millisecond), delayedBy("b", 200*time.Millisecond))
+	setFull(t, client, true)
+	eventually(t, func() bool { return stats(t, sub).Err != nil })
+	require.ErrorContains(t, stats(t, sub).Err, "move delayed messages: OOM")
+	require.Len(t, delayedIn(t, newSchedule(t, client, topic)), 2)
+	setFull(t, client, false)
+	require.Equal(t, []string{"a", "b"}, uuids(collect(messages, 2, patience)))
+	eventually(t, func() bool { return stats(t, sub).Err == nil })
+}
+
 // A nil message is an error, wherever it stands.
 func TestDelayed_Nil(t *testing.T) {
 	t.Parallel()

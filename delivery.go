@@ -53,8 +53,9 @@ type deliveryKey struct{}
 // somebody asks for that: most handlers do not, and context.WithCancel would cost
 // more than all else here.
 type deliveryContext struct {
-	context.Context // carries the values of Subscribe's context; never canceled
-	delivery        Delivery
+	context.Context        // carries the values of Subscribe's context; never canceled
+	id              string // the entry's
+	count           int64  // of this delivery
 	sub             *subscription
 	msg             *message.Message           // the delivered message itself, not a copy
 	own             atomic.Pointer[cancelable] // nil: neither asked for nor canceled yet
@@ -136,7 +137,7 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 	if !ok {
 		return Delivery{}, false
 	}
-	return d.delivery, true
+	return d.sub.delivery(d.id, d.count), true
 }
 
 // Handle brings entries to their outcomes: acked, waiting for their retries, moved to the
@@ -164,7 +165,11 @@ func (s *subscription) prepare(h *consume.Task) (msg *message.Message, body any,
 		return nil, nil, false
 	case s.retry.exhaustedBefore(h.Count()):
 		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-		s.dead(h)
+		if s.typed != nil && s.typed.batch != nil {
+			s.Again(h, 0) // in a slot of its own: ProcessDead may take long, and a batch waits
+		} else {
+			s.dead(h)
+		}
 		return nil, nil, false
 	}
 	d, ok := h.Prepared.(*decoded)
@@ -259,7 +264,7 @@ func newBareMessage(uuid, payload string) *message.Message {
 // deliver passes the message to its handler, or to the output channel, and waits until
 // it is settled.
 func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) {
-	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, delivery: s.delivery(h), decoded: body}
+	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), decoded: body}
 	if body != nil {
 		d.body.Store(&d.decoded)
 	}
@@ -285,7 +290,7 @@ func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) 
 		s.stats.delivered.Add(-1)
 		return
 	}
-	if d.delivery.Count > 1 {
+	if d.count > 1 {
 		s.stats.retried.Add(1)
 	}
 	if s.handler != nil {
@@ -309,7 +314,9 @@ func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) 
 // is nacked.
 func (s *subscription) settle(h *consume.Task, d *deliveryContext) {
 	if d.msg.Nack() {
-		s.nacked(h, d)
+		if s.nacked(h, d) {
+			s.dead(h)
+		}
 		return
 	}
 	s.stats.acked.Add(1)
@@ -317,8 +324,9 @@ func (s *subscription) settle(h *consume.Task, d *deliveryContext) {
 	s.Settle(h)
 }
 
-// nacked carries out the verdict on a message whose handler failed.
-func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
+// nacked carries out the verdict on a message whose handler failed, unless that is that the
+// message is dead: then it returns true.
+func (s *subscription) nacked(h *consume.Task, d *deliveryContext) (isDead bool) {
 	s.stats.nacked.Add(1)
 	v := d.verdict.Load()
 	closing, count := s.IsClosing(), h.Count()
@@ -326,22 +334,22 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 	case !s.Retries():
 		s.log.Debug("Nacked message dropped: the subscription is NoAck", s.Fields(h))
 		s.Drop(h)
-		return
+		return false
 	case s.IsLost(h): // another consumer has it, or the entry is gone
 		s.Drop(h)
-		return
+		return false
 	case closing && (v == nil || v.fate == interrupted || v.fate == snoozed || errors.Is(context.Cause(d), ErrSubscriberClosed)):
 		// A shutdown is not a failure. A Nack without an error does not say whether
 		// the shutdown caused it; one retry too many does less harm than one too
 		// few.
 		s.GiveBack(h, count-1)
-		return
+		return false
 	case v == nil:
 		v = &verdict{delay: -1}
 	case v.fate == snoozed:
 		s.told(h, OutcomeSnoozed, v.delay, v.err, nil)
 		s.Snooze(h, v.delay)
-		return
+		return false
 	}
 
 	v = s.complete(h, *v)
@@ -350,11 +358,10 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 		death := &death{kind: v.kind, err: v.err, handler: d.handlerName()}
 		h.Death = death
 		death.topic = s.route(h, v.letters)
-		s.dead(h)
-		return
+		return true
 	case closing:
 		s.GiveBack(h, count)
-		return
+		return false
 	}
 	if v.hook != nil {
 		if err := user(h, func() error { v.hook(int(count), v.delay); return nil }); err != nil {
@@ -363,6 +370,7 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) {
 	}
 	s.told(h, OutcomeRetried, v.delay, v.err, nil)
 	s.Again(h, v.delay)
+	return false
 }
 
 // handlerName returns the router's name of the handler; "" without a router.
@@ -421,8 +429,12 @@ func (s *subscription) leave(h *consume.Task, d *deliveryContext) {
 	}
 	s.stats.acked.Add(1)
 	if s.cfg.OnOutcome != nil {
-		o, fields := Outcome{Delivery: s.delivery(h), Kind: OutcomeAcked}, s.Fields(h)
-		s.Go(func() { s.tell(fields, o) })
+		o, fields := Outcome{Delivery: s.delivery(h.ID, h.Count()), Kind: OutcomeAcked}, s.Fields(h)
+		s.Go(func() { // told is for slots
+			if err := guard(func() error { s.cfg.OnOutcome(o); return nil }); err != nil {
+				s.log.Error("OnOutcome panicked", err, fields)
+			}
+		})
 	}
 	s.Settle(h)
 }

@@ -3,9 +3,11 @@ package goxstreams
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
+	"github.com/redis/go-redis/v9"
 )
 
 // Sentinel errors, for errors.Is.
@@ -61,6 +63,26 @@ func (c *configErrors) add(field, format string, args ...any) {
 		field = c.typeName + "." + field
 	}
 	c.errs = append(c.errs, fmt.Errorf("goxstreams: %s: %s", field, fmt.Sprintf(format, args...)))
+}
+
+// atLeast notes a number that is negative, or less than least although it is not 0, the default.
+func atLeast[N int | int64 | time.Duration](c *configErrors, field string, n, least N) {
+	switch {
+	case n < 0:
+		c.add(field, "is negative: %v", n)
+	case n > 0 && n < least:
+		c.add(field, "is %v; it must be at least %v", n, least)
+	}
+}
+
+// arguments checks those that functions have in common.
+func (c *configErrors) arguments(clientName string, client redis.UniversalClient, topicName, topic string) {
+	if redisx.IsNil(client) {
+		c.add(clientName, "a client is required")
+	}
+	if topic == "" {
+		c.add(topicName, "is empty")
+	}
 }
 
 func (c *configErrors) err() error { return errors.Join(c.errs...) }

@@ -820,7 +820,7 @@ func TestFenceByName(t *testing.T) {
 	require.EqualValues(t, 2, <-counts, "it is to come again")
 }
 
-// The subscriptions of one topic on one Subscriber share a consumer name. Each of
+// The subscriptions of one topic on one Subscriber had one consumer name. Each of
 // them found the entries of a dead consumer or released ones, and mistook entries
 // that another one had claimed for its own claim with a lost answer.
 func TestTakeover_SubscriptionsOfOneTopic(t *testing.T) {

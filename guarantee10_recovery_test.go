@@ -1374,6 +1374,134 @@ func TestRecovery(t *testing.T) {
 	})
 }
 
+// A Redis that is out of memory refuses what may need some, so consumers must be able to make
+// room: they subscribe, handle, ack, retry, release, take over, pause, resume and recreate
+// their group, with the right counts. A consumer that was restarted then could not subscribe,
+// and a paused group could not be resumed.
+func TestRecovery_RedisFull(t *testing.T) {
+	t.Parallel()
+	admin := testserver.Private(t).Client()
+	const n = 20
+	published := make(map[string][]string) // by topic
+	for _, topic := range []string{"handle", "take over", "pause", "paused", "lost", "noack", "dead"} {
+		createGroup(t, admin, topic, testGroup)
+		published[topic] = publishN(t, admin, topic, n)
+	}
+	readAs(t, admin, "take over", testGroup, "died", n)
+	pause(t, admin, "paused")
+	trim(t, admin, "lost", goxstreams.Retention{KeepLast: n}) // it knows the group
+	setFull(t, admin, true)
+	require.ErrorContains(t, admin.XAdd(t.Context(), &redis.XAddArgs{Stream: "x", Values: []string{"a", "b"}}).Err(), "OOM")
+
+	run := func(topic string, test func(t *testing.T, topic string, want []string)) {
+		t.Run(topic, func(t *testing.T) { test(t, topic, published[topic]) })
+	}
+	// settled expects that everything was handled.
+	settled := func(t *testing.T, topic string, sub *goxstreams.Subscriber) {
+		t.Helper()
+		eventuallySettled(t, admin, topic, testGroup)
+		require.Zero(t, admin.XInfoGroups(t.Context(), topic).Val()[0].Lag)
+		eventually(t, func() bool { return stats(t, sub).Err == nil })
+		require.Zero(t, stats(t, sub).Lost)
+	}
+	run("handle", func(t *testing.T, topic string, want []string) {
+		config := grouped(admin)
+		config.Retry, config.CloseTimeout = quickRetry(), patience
+		first := newSubscriber(t, config)
+		require.NoError(t, first.SubscribeInitialize(topic))
+		messages := subscribe(t, first, topic)
+		next(t, messages).Nack()
+		msg := next(t, messages)
+		require.Equal(t, want[0], msg.UUID)
+		require.EqualValues(t, 2, delivery(t, msg).Count)
+		msg.Ack()
+		eventually(t, func() bool { return stats(t, first).InFlight > 0 })
+		require.NoError(t, first.Close())
+		for _, row := range pendingOf(t, admin, topic, testGroup) {
+			require.Zero(t, row.RetryCount, "it was released")
+		}
+		second := newSubscriber(t, config)
+		messages = subscribe(t, second, topic)
+		for _, id := range want[1:] {
+			msg := next(t, messages)
+			require.Equal(t, id, msg.UUID)
+			require.EqualValues(t, 1, delivery(t, msg).Count)
+			msg.Ack()
+		}
+		settled(t, topic, second)
+	})
+	run("take over", func(t *testing.T, topic string, want []string) {
+		sub := newSubscriber(t, claiming(admin))
+		messages := subscribe(t, sub, topic)
+		for range want {
+			msg := next(t, messages)
+			require.EqualValues(t, 2, delivery(t, msg).Count)
+			msg.Ack()
+		}
+		settled(t, topic, sub)
+		require.EqualValues(t, n, stats(t, sub).Claimed)
+	})
+	run("pause", func(t *testing.T, topic string, want []string) {
+		sub := newSubscriber(t, grouped(admin))
+		messages := subscribe(t, sub, topic)
+		next(t, messages).Ack()
+		pauseFor(t, admin, topic, sub)
+		resume(t, admin, topic)
+		require.Subset(t, uuids(collect(messages, n-1, patience)), want[2:])
+		settled(t, topic, sub)
+	})
+	run("paused", func(t *testing.T, topic string, want []string) {
+		sub := newSubscriber(t, grouped(admin))
+		messages := subscribe(t, sub, topic)
+		require.False(t, stats(t, sub).PausedSince.IsZero())
+		resume(t, admin, topic)
+		require.Equal(t, want, uuids(collect(messages, n, patience)))
+		settled(t, topic, sub)
+	})
+	run("lost", func(t *testing.T, topic string, want []string) {
+		config := claiming(admin)
+		config.MaxConcurrency = n
+		sub := newSubscriber(t, config)
+		messages := subscribe(t, sub, topic)
+		var unacked []*message.Message
+		for len(unacked) < n {
+			unacked = append(unacked, next(t, messages))
+		}
+		require.NoError(t, admin.XGroupDestroy(t.Context(), topic, testGroup).Err())
+		eventually(t, func() bool {
+			sum, err := admin.XPending(t.Context(), topic, testGroup).Result()
+			return err == nil && sum.Count == n
+		}, "the group is not restored")
+		for _, msg := range unacked {
+			require.NoError(t, msg.Context().Err(), "the lease is lost")
+			msg.Ack()
+		}
+		state := admin.HGet(t.Context(), topic+".retention{"+topic+"}", "group "+testGroup).Val()
+		require.Contains(t, state, "back ", "what another consumer has to restore may be trimmed")
+		settled(t, topic, sub)
+	})
+	run("noack", func(t *testing.T, topic string, want []string) {
+		config := grouped(admin)
+		config.NoAck = true
+		sub := newSubscriber(t, config)
+		require.Equal(t, want, uuids(collect(subscribe(t, sub, topic), n, patience)))
+		settled(t, topic, sub)
+	})
+	// What needs memory fails, visibly, and is not lost.
+	run("dead", func(t *testing.T, topic string, want []string) {
+		sub := newSubscriber(t, limited(admin, -1))
+		messages := subscribe(t, sub, topic)
+		next(t, messages).Nack()
+		require.Equal(t, want[1:], uuids(collect(messages, n-1, patience)))
+		eventually(t, func() bool { return stats(t, sub).Err != nil })
+		require.ErrorContains(t, stats(t, sub).Err, "OOM")
+		eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) == 1 })
+		setFull(t, admin, false)
+		eventually(t, func() bool { return stats(t, sub).Err == nil && len(pendingOf(t, admin, topic, testGroup)) == 0 })
+		require.Len(t, deadLetters(t, admin, topic), 1)
+	})
+}
+
 // Somebody else recreates the group; this consumer reads something new before it
 // renews its messages.
 func TestGroupRemade_ReadsOn(t *testing.T) {
@@ -1402,4 +1530,154 @@ func TestGroupRemade_ReadsOn(t *testing.T) {
 	old.Nack()
 	fresh.Ack()
 	assert.Equal(t, []string{"old"}, payloads(collect(messages, 1, patience)), "lost")
+}
+
+// A message that is acked while a lost group is repaired is not delivered again: the restore
+// may arrive after the ack.
+func TestGroupLost_AckDuringTheRepair(t *testing.T) {
+	t.Parallel()
+	admin, topic := newClient(t), topic(t)
+	acked, restoring := make(chan struct{}, 10), make(chan struct{})
+	var once atomic.Bool
+	client := newClient(t, &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+		if isScript(cmd, "-- restore") && once.CompareAndSwap(false, true) {
+			close(restoring)
+			<-acked
+		}
+		err := next()
+		if strings.EqualFold(cmd.Name(), "xack") {
+			acked <- struct{}{}
+		}
+		return err
+	}})
+	config := grouped(client)
+	config.MaxConcurrency = 5
+	publish(t, admin, topic, "1", "2", "3")
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	var held []*message.Message
+	for range 3 {
+		held = append(held, next(t, messages))
+	}
+	require.NoError(t, admin.XGroupDestroy(t.Context(), topic, testGroup).Err())
+	<-restoring
+	for _, msg := range held {
+		msg.Ack()
+	}
+	publish(t, admin, topic, "4")
+	require.Equal(t, "4", string(next(t, messages).Payload))
+	during(t, time.Second, func() bool { return len(pendingOf(t, admin, topic, testGroup)) <= 1 })
+	require.Empty(t, collect(messages, 1, time.Second))
+}
+
+// While Close releases what was read ahead, the group is lost, and recreated by the renewal of
+// the message that is in hand: the release finds nothing, and nobody else has it.
+func TestClose_GroupLostMeanwhile(t *testing.T) {
+	testserver.RequireReal(t)
+	t.Parallel()
+	admin, topic := newClient(t), topic(t)
+	var once atomic.Bool
+	released := make(chan struct{})
+	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if !isRelease(cmd) || !once.CompareAndSwap(false, true) {
+			return next()
+		}
+		defer close(released)
+		ctx := context.Background()
+		assert.NoError(t, admin.XGroupDestroy(ctx, topic, testGroup).Err())
+		for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			if pending, err := admin.XPending(ctx, topic, testGroup).Result(); err == nil && pending.Count > 0 {
+				break
+			}
+		}
+		return next()
+	}})
+	sub := newSubscriber(t, claiming(client))
+	messages := subscribe(t, sub, topic)
+	ids := readAhead(t, admin, topic, messages)
+	first := next(t, messages)
+	eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) > 3 }, "nothing is read ahead")
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		_ = sub.Close()
+	}()
+	<-released
+	first.Ack()
+	<-closed
+	left := uuids(collect(subscribe(t, newSubscriber(t, claiming(admin)), topic), len(ids)-1, patience))
+	require.ElementsMatch(t, ids[1:], left)
+}
+
+// The subscriptions of a topic on one Subscriber are consumers of their own: when one of them
+// has repaired a lost group, or reads from one that others have recreated, another one restores
+// its messages all the same, even a single one that waits.
+func TestGroupLost_SubscriptionsOfOneTopic(t *testing.T) {
+	testserver.RequireReal(t)
+	t.Parallel()
+	for waiting := 1; waiting <= 2; waiting++ {
+		t.Run(fmt.Sprint(waiting, " of 2 have one that waits"), func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			config := claiming(client)
+			config.Retry = &goxstreams.Retry{InitialInterval: 3 * minIdle, Multiplier: 1}
+			sub := newSubscriber(t, config)
+			outputs := []<-chan *message.Message{subscribe(t, sub, topic), subscribe(t, sub, topic)}
+			ids := publishN(t, client, topic, 2)
+			first, second := next(t, outputs[0]), next(t, outputs[1])
+			first.Nack()
+			if waiting == 1 {
+				second.Ack()
+				ids = uuids([]*message.Message{first})
+			} else {
+				second.Nack()
+			}
+			eventually(t, func() bool {
+				all := sub.Stats()
+				return all[0].Waiting+all[1].Waiting == waiting
+			})
+			_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+				p.XGroupDestroy(t.Context(), topic, testGroup)
+				p.XGroupCreate(t.Context(), topic, testGroup, "$")
+				return nil
+			})
+			require.NoError(t, err)
+			ids = append(ids, publish(t, client, topic, "after")...)
+			handled := newTally()
+			for _, messages := range outputs {
+				handled.handle(messages, nil)
+			}
+			eventually(t, func() bool { return handled.has(ids) }, "lost")
+		})
+	}
+}
+
+// Each subscription of a topic is a consumer of its own. A name that has nothing pending is
+// used again, so that a topic that is subscribed to again shares a connection with others.
+func TestConsumer_OneForEachSubscription(t *testing.T) {
+	testserver.RequireReal(t)
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	sub := newSubscriber(t, grouped(client))
+	names := func() (names []string) {
+		consumers, err := client.XInfoConsumers(t.Context(), topic, testGroup).Result()
+		require.NoError(t, err)
+		for _, c := range consumers {
+			names = append(names, c.Name)
+		}
+		return names
+	}
+	subscribe(t, sub, topic)
+	first := names()
+	require.Len(t, first, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	messages, err := sub.Subscribe(ctx, topic)
+	require.NoError(t, err)
+	want := []string{first[0], first[0] + "-2"}
+	require.ElementsMatch(t, want, names())
+	cancel()
+	_, open := <-messages
+	require.False(t, open)
+	require.Equal(t, first, names())
+	subscribe(t, sub, topic)
+	require.ElementsMatch(t, want, names())
 }

@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,15 +67,9 @@ const (
 )
 
 func (i Idempotence) withDefaults() *Idempotence {
-	if i.ProducerID == "" {
-		i.ProducerID = defaultProducerID
-	}
-	if i.Window == 0 {
-		i.Window = defaultWindow
-	}
-	if i.MaxIDs == 0 {
-		i.MaxIDs = mostIDs
-	}
+	i.ProducerID = cmp.Or(i.ProducerID, defaultProducerID)
+	i.Window = cmp.Or(i.Window, defaultWindow)
+	i.MaxIDs = cmp.Or(i.MaxIDs, mostIDs)
 	return &i
 }
 

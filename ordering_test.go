@@ -429,3 +429,83 @@ func TestOrderingKey_NoAck(t *testing.T) {
 	})
 	eventuallyAll(t, o.count, 200)
 }
+
+// With one slot, messages that fail again and again hold their keys, and nothing else: not
+// those of other keys, and not what a dead consumer had.
+func TestOrderingKey_RetriesStarveNobody(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"fresh", "fan-out", "claims"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			config := keyed(client)
+			config.MaxConcurrency = 1
+			config.ClaimMinIdle, config.ClaimInterval = 500*time.Millisecond, 50*time.Millisecond
+			config.Retry = &goxstreams.Retry{InitialInterval: 20 * time.Millisecond, MaxInterval: 20 * time.Millisecond}
+			var good, bad []string
+			for i := range 10 {
+				good, bad = append(good, fmt.Sprintf("good%d 1", i)), append(bad, fmt.Sprintf("bad%d 1", i))
+			}
+			switch mode {
+			case "claims":
+				createGroup(t, client, topic, testGroup)
+				publish(t, client, topic, good...)
+				readAs(t, client, topic, testGroup, "dead", len(good))
+				publish(t, client, topic, bad...)
+			case "fan-out":
+				config = goxstreams.SubscriberConfig{Client: client, OrderingKey: keyOf, StartID: "0"}
+				fallthrough
+			default:
+				publish(t, client, topic, bad...)
+				publish(t, client, topic, good...)
+			}
+			var handled atomic.Int64
+			messages := subscribe(t, newSubscriber(t, config), topic)
+			go func() {
+				for msg := range messages {
+					if strings.HasPrefix(string(msg.Payload), "good") {
+						handled.Add(1)
+						msg.Ack()
+						continue
+					}
+					time.Sleep(5 * time.Millisecond) // ten of these are longer than their backoff
+					msg.Nack()
+				}
+			}()
+			eventually(t, func() bool { return handled.Load() == 10 })
+		})
+	}
+}
+
+// Closing uses up no retry of what was read with a message whose OrderingKey hangs, and
+// leaves it to others at once.
+func TestOrderingKey_HangsAtClose(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	config := keyed(client)
+	config.CloseTimeout = time.Second
+	begun, end := make(chan struct{}), make(chan struct{})
+	defer close(end)
+	var once sync.Once
+	config.OrderingKey = func(msg *message.Message) string {
+		once.Do(func() { close(begun); <-end })
+		return keyOf(msg)
+	}
+	createGroup(t, client, topic, testGroup)
+	publish(t, client, topic, ordered(5, "a", "b")...)
+	sub := newSubscriber(t, config)
+	subscribe(t, sub, topic)
+	<-begun
+	eventually(t, func() bool { return len(pendingOf(t, client, topic, testGroup)) == 10 })
+	require.NoError(t, sub.Close())
+	for _, p := range pendingOf(t, client, topic, testGroup) {
+		require.Zero(t, p.RetryCount, "%+v", p)
+	}
+	config.OrderingKey = keyOf
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	for range 10 {
+		msg := next(t, messages)
+		require.EqualValues(t, 1, delivery(t, msg).Count)
+		msg.Ack()
+	}
+}

@@ -7,7 +7,6 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill/message"
 
-	"github.com/ThreeDotsLabs/watermill"
 	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 )
 
@@ -86,7 +85,7 @@ func (s *subscription) told(h *consume.Task, kind OutcomeKind, delay time.Durati
 	if s.cfg.OnOutcome == nil {
 		return
 	}
-	o := Outcome{Delivery: s.delivery(h), Kind: kind, Delay: delay, Err: err, Dead: dead}
+	o := Outcome{Delivery: s.delivery(h.ID, h.Count()), Kind: kind, Delay: delay, Err: err, Dead: dead}
 	if d, ok := h.Death.(*death); ok && d.deliveries > 0 { // the entry's own is raised for ProcessDead
 		o.Count = d.deliveries
 	}
@@ -95,17 +94,10 @@ func (s *subscription) told(h *consume.Task, kind OutcomeKind, delay time.Durati
 	}
 }
 
-// tell is told outside of the slots.
-func (s *subscription) tell(fields watermill.LogFields, o Outcome) {
-	if err := guard(func() error { s.cfg.OnOutcome(o); return nil }); err != nil {
-		s.log.Error("OnOutcome panicked", err, fields)
-	}
-}
-
 // delivery is the delivery that an entry is in.
-func (s *subscription) delivery(h *consume.Task) Delivery {
+func (s *subscription) delivery(id string, count int64) Delivery {
 	return Delivery{
 		Topic: s.topic, Group: s.cfg.ConsumerGroup, Consumer: s.Consumer(),
-		ID: h.ID, Count: h.Count(), MaxRetries: s.retry.MaxRetries,
+		ID: id, Count: count, MaxRetries: s.retry.MaxRetries,
 	}
 }

@@ -77,12 +77,7 @@ func Paused(ctx context.Context, client redis.UniversalClient, topic string) (ma
 // pausable checks the arguments.
 func pausable(caller string, client redis.UniversalClient, topic, group string) (xstream.Stream, error) {
 	errs := configErrors{typeName: caller}
-	if redisx.IsNil(client) {
-		errs.add("client", "a client is required")
-	}
-	if topic == "" {
-		errs.add("topic", "is empty")
-	}
+	errs.arguments("client", client, "topic", topic)
 	if group == "" {
 		errs.add("group", "is empty; a fan-out, which has no group, cannot be paused")
 	}

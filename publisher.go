@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,18 +49,14 @@ func (c PublisherConfig) validate() error {
 	if redisx.IsNil(c.Client) {
 		errs.add("Client", "is required")
 	}
-	if c.DefaultMaxLen < 0 {
-		errs.add("DefaultMaxLen", "is negative: %d", c.DefaultMaxLen)
-	}
+	atLeast(&errs, "DefaultMaxLen", c.DefaultMaxLen, 0)
 	if m, ok := c.Marshaler.(BodyMarshaler); ok {
 		if err := m.validate(); err != nil {
 			errs.add("Marshaler", "%v", err)
 		}
 	}
 	for _, topic := range slices.Sorted(maps.Keys(c.MaxLens)) {
-		if n := c.MaxLens[topic]; n < 0 {
-			errs.add(fmt.Sprintf("MaxLens[%q]", topic), "is negative: %d", n)
-		}
+		atLeast(&errs, fmt.Sprintf("MaxLens[%q]", topic), c.MaxLens[topic], 0)
 	}
 	if c.Idempotence != nil {
 		c.Idempotence.validate(&errs)
@@ -94,16 +91,12 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 	if err := config.validate(); err != nil {
 		return nil, err
 	}
-	if config.Marshaler == nil {
-		config.Marshaler = DefaultMarshaler{}
-	}
+	config.Marshaler = cmp.Or[Marshaler](config.Marshaler, DefaultMarshaler{})
 	config.MaxLens = maps.Clone(config.MaxLens)
 	if config.Idempotence != nil {
 		config.Idempotence = config.Idempotence.withDefaults()
 	}
-	if logger == nil {
-		logger = watermill.NopLogger{}
-	}
+	logger = cmp.Or[watermill.LoggerAdapter](logger, watermill.NopLogger{})
 	client := redisx.Client{UniversalClient: config.Client}
 	_, quiet := logger.(watermill.NopLogger)
 	return &Publisher{
@@ -183,14 +176,10 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 
 // marshal returns the XADD commands of one call.
 func (p *Publisher) marshal(topic string, messages []*message.Message) (*xstream.Publishing, error) {
-	var call *xstream.Publishing
-	prefix := p.addPrefix(topic)
+	call := xstream.NewPublishing(messages[0].Context(), len(messages))
+	prefix := xstream.AddPrefix(topic, p.maxLen(topic), p.config.Idempotence != nil) // see whilePrepared
 	for i, msg := range messages {
-		if call == nil && msg != nil {
-			call = xstream.NewPublishing(msg.Context(), len(messages))
-		}
-		err := p.add(call, prefix, topic, msg)
-		if err != nil {
+		if err := p.add(call, prefix, topic, msg); err != nil {
 			return nil, atMessage(i, messages, err)
 		}
 	}
@@ -207,10 +196,6 @@ func atMessage(i int, messages []*message.Message, err error) error {
 }
 
 func (p *Publisher) add(call *xstream.Publishing, prefix []any, topic string, msg *message.Message) error {
-	if msg == nil {
-		_, err := appendFields(nil, p.config.Marshaler, topic, nil)
-		return err
-	}
 	producerID := ""
 	if i := p.config.Idempotence; i != nil {
 		if msg.UUID == "" {
@@ -223,11 +208,6 @@ func (p *Publisher) add(call *xstream.Publishing, prefix []any, topic string, ms
 		call.Add(args)
 	}
 	return err
-}
-
-// addPrefix returns the arguments that all messages of a topic share.
-func (p *Publisher) addPrefix(topic string) []any {
-	return xstream.AddPrefix(topic, p.maxLen(topic), p.config.Idempotence != nil) // see whilePrepared
 }
 
 func (p *Publisher) maxLen(topic string) int64 {

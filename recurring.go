@@ -24,8 +24,9 @@ type Recurring struct {
 	// Topic is the topic to publish to. Required.
 	Topic string
 
-	// Schedule's Next returns the first occurrence after a time, or the zero time if
-	// there are no more. A schedule parsed by robfig/cron is one; Every is another. Times
+	// Schedule's Next returns the first occurrence after a time, never that time itself, or
+	// the zero time if there are no more. A time that is not later is logged as an error,
+	// and Next is called again with a millisecond more. A schedule parsed by robfig/cron is one; Every is another. Times
 	// are truncated to milliseconds. All processes must use the same schedule, and the
 	// same time zone where it depends on that. Required.
 	Schedule interface{ Next(time.Time) time.Time }
@@ -76,7 +77,9 @@ func (r Recurring) validate() error {
 // no process was running, see SkipMissed.
 //
 // Redis stores each Name's last occurrence beside the topic, without an expiry. A Name that
-// is new begins with the first occurrence after Recur was called. Idempotence does not
+// is new begins with the first occurrence after Recur was called. If the last occurrence lies
+// in the future, because the server's clock was ahead and was set back, nothing is published
+// until then, which is logged as an error: see docs/delayed.md. Idempotence does not
 // apply to recurring messages, nor does a delay in their metadata.
 func (p *Publisher) Recur(ctx context.Context, recurring ...Recurring) error {
 	var errs []error
@@ -134,6 +137,9 @@ type recurrence struct {
 	settled bool      // it is known whether another process is at work
 	last    time.Time // the last occurrence that was published
 
+	wrong bool // that Schedule is wrong is logged already
+	ahead bool // that the last occurrence lies in the future is logged already
+
 	asked time.Time // by this machine's clock
 	clock time.Time // the server's then
 }
@@ -146,16 +152,12 @@ func (p *Publisher) recur(ctx context.Context, r Recurring) {
 		wait, err := run.step(ctx)
 		if err != nil && ctx.Err() == nil {
 			if !failed {
-				p.logger.Error("A recurring message was not published; retrying", err, watermill.LogFields{"topic": r.Topic, "recurring": r.Name})
+				p.logger.Error("A recurring message was not published; retrying", err, run.logFields())
 			}
 			wait = recurAgain/2 + rand.N(recurAgain)
 		}
 		failed = err != nil
-		timer := time.NewTimer(min(wait, maxClockAge))
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
+		if pause(ctx, min(wait, maxClockAge)) != nil {
 			return
 		}
 	}
@@ -201,7 +203,17 @@ func (r *recurrence) ask(ctx context.Context, at time.Time, fields []any) error 
 	if r.began.IsZero() {
 		r.began, r.first = state.Now, state.Last
 	}
+	ahead := r.last.Sub(r.clock) > recurSettle
+	if ahead && !r.ahead {
+		r.p.logger.Error("The last occurrence of a recurring message lies in the future; nothing is published before then",
+			errors.New("the server's clock was ahead, and was set back"), r.logFields().Add(watermill.LogFields{"last_occurrence": r.last}))
+	}
+	r.ahead = ahead
 	return nil
+}
+
+func (r *recurrence) logFields() watermill.LogFields {
+	return watermill.LogFields{"topic": r.Topic, "recurring": r.Name}
 }
 
 // settle finds out whether occurrences that seem missed are those of another process, which
@@ -240,13 +252,25 @@ func (r *recurrence) next() time.Time {
 	return r.lastMissed(next)
 }
 
-// after returns the first occurrence after a time.
+// after returns the first occurrence after a time in whole milliseconds; the zero time if
+// there are no more.
 func (r *recurrence) after(t time.Time) time.Time {
 	next := r.Schedule.Next(t)
-	if next.IsZero() || !next.Truncate(time.Millisecond).After(t) {
-		return time.Time{}
+	if next.IsZero() || next.Truncate(time.Millisecond).After(t) {
+		return next.Truncate(time.Millisecond)
 	}
-	return next.Truncate(time.Millisecond)
+	later := t.Add(time.Millisecond)
+	if next.After(t) { // within the same millisecond, in which only one is published
+		later = later.Add(-time.Nanosecond)
+	} else if !r.wrong {
+		r.wrong = true
+		r.p.logger.Error("The Schedule of a recurring message is wrong; it is asked again from a millisecond later",
+			fmt.Errorf("Schedule.Next(t) returned a time that is not after t: %v for %v", next, t), r.logFields())
+	}
+	if next = r.Schedule.Next(later).Truncate(time.Millisecond); next.After(t) {
+		return next
+	}
+	return time.Time{}
 }
 
 // lastMissed returns the last missed occurrence, given the first one. It looks backwards

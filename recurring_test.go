@@ -230,6 +230,51 @@ func TestRecurring_MessageFails(t *testing.T) {
 	}
 }
 
+// inclusive is a schedule whose Next returns the time itself at an occurrence.
+type inclusive time.Duration
+
+func (i inclusive) Next(t time.Time) time.Time {
+	return t.Add(time.Duration(i) - 1).Truncate(time.Duration(i))
+}
+
+// A Schedule whose Next returns the time that it was given: the first occurrence was published,
+// and then none, without a word.
+func TestRecurring_InclusiveSchedule(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	log := newLogRecorder()
+	r := atEach(topic, 100*time.Millisecond)
+	r.Schedule = inclusive(100 * time.Millisecond)
+	stop := recur(t, r, log)
+	eventually(t, func() bool { return client.XLen(t.Context(), topic).Val() > 3 })
+	stop()
+	all := occurrences(t, client, topic)
+	for i := range all[1:] {
+		require.EqualValues(t, 100, all[i+1]-all[i])
+	}
+	require.Len(t, logLinesWith(log.Errors(), "Schedule.Next(t) returned a time that is not after t"), 1, "%v", log.Errors())
+}
+
+// The server's clock was a day ahead when the last occurrence was published, and was set back.
+// Nobody learned why nothing was published.
+func TestRecurring_LastInTheFuture(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	state := topic + ".recurring{" + topic + "}"
+	require.NoError(t, client.HSet(t.Context(), state, "tick", serverTime(t, client).Add(24*time.Hour).UnixMilli()).Err())
+	log, r := newLogRecorder(), atEach(topic, 100*time.Millisecond)
+	stop := recur(t, r, log)
+	eventually(t, func() bool { return len(logLinesWith(log.Errors(), "lies in the future")) == 1 })
+	stop()
+	require.Zero(t, client.XLen(t.Context(), topic).Val())
+	// What docs/delayed.md says to do.
+	require.NoError(t, client.HDel(t.Context(), state, "tick").Err())
+	log = newLogRecorder()
+	recur(t, r, log)
+	eventually(t, func() bool { return client.XLen(t.Context(), topic).Val() > 1 })
+	require.Empty(t, log.Errors())
+}
+
 // A Schedule that has an end, and bad input.
 func TestRecurring_Config(t *testing.T) {
 	t.Parallel()

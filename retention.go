@@ -47,17 +47,10 @@ func (r Retention) isZero() bool { return r.KeepLast == 0 && r.KeepFor == 0 && r
 
 // validate checks the fields, whose names in the errors begin with prefix.
 func (r Retention) validate(prefix string, errs *configErrors) {
-	if r.KeepLast < 0 {
-		errs.add(prefix+"KeepLast", "is negative: %d", r.KeepLast)
-	}
-	if r.KeepFor < 0 {
-		errs.add(prefix+"KeepFor", "is negative: %v", r.KeepFor)
-	} else if r.KeepFor > 0 && r.KeepFor < time.Millisecond {
-		errs.add(prefix+"KeepFor", "is %v; it must be at least 1ms", r.KeepFor)
-	}
-	if r.HardMaxLen < 0 {
-		errs.add(prefix+"HardMaxLen", "is negative: %d", r.HardMaxLen)
-	} else if r.HardMaxLen > 0 && r.HardMaxLen < r.KeepLast {
+	atLeast(errs, prefix+"KeepLast", r.KeepLast, 0)
+	atLeast(errs, prefix+"KeepFor", r.KeepFor, time.Millisecond)
+	atLeast(errs, prefix+"HardMaxLen", r.HardMaxLen, 0)
+	if r.HardMaxLen > 0 && r.HardMaxLen < r.KeepLast {
 		errs.add(prefix+"HardMaxLen", "is %d; it must be at least KeepLast (%d)", r.HardMaxLen, r.KeepLast)
 	}
 	if slices.Contains(r.IgnoreGroups, "") {
@@ -101,8 +94,14 @@ type TrimResult struct {
 	Length  int64 // entries that are left
 
 	// Pin is the entry that kept others from being trimmed. Its ID is empty if all that
-	// Retention does not keep is gone.
+	// Retention does not keep is gone, or a vanished group keeps it.
 	Pin Pin
+
+	// HeldBy is a group that has vanished: what it had not acked is kept until HeldUntil, by
+	// the server's clock, so that its consumers can recreate it. Empty if no such group kept
+	// others from being trimmed.
+	HeldBy    string
+	HeldUntil time.Time
 
 	// CutOff is how many of the trimmed entries each group had not acked: HardMaxLen has cut
 	// them off. The empty name stands for the fan-out that has read least. Groups with
@@ -113,6 +112,7 @@ type TrimResult struct {
 func (r *TrimResult) add(t xstream.Trimming) {
 	r.Trimmed += t.Trimmed
 	r.Length, r.Pin = t.Length, Pin(t.Pin)
+	r.HeldBy, r.HeldUntil = t.Held.By, t.Held.Until
 	for group, n := range t.Cut {
 		if r.CutOff == nil {
 			r.CutOff = make(map[string]int64)
@@ -125,18 +125,23 @@ func (r *TrimResult) add(t xstream.Trimming) {
 // continuously: for cron jobs, and topics whose consumers do not. It removes everything
 // that may go, in small steps that together take the server's time for a hundredth at most,
 // some 50,000 small entries a second, and returns what it has done also with an error.
-// Beyond HardMaxLen it does not pause. It may run several times at once.
+// Beyond HardMaxLen it takes up to half of it. It may run several times at once.
 //
-// A topic of which a group has vanished is not trimmed for a minute after the first call
-// that finds it missing, unless beyond HardMaxLen, so that its consumers can recreate it.
+// What a group had not acked that has vanished is kept for a minute after the first call that
+// finds it missing, unless beyond HardMaxLen, so that its consumers can recreate it:
+// TrimResult.HeldBy is its name.
 func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
-	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done, urgent bool, err error) {
+	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done bool, rest time.Duration, err error) {
 		t, err := s.Trim(ctx, r.internal(), 0)
 		if err != nil {
-			return false, false, err
+			return false, 0, err
 		}
 		result.add(t)
-		return !t.More && !t.Over, t.Over, nil
+		rest = 100 * t.Cost
+		if t.Over {
+			rest = t.Cost // at most half of the server's time
+		}
+		return !t.More && !t.Over, rest, nil
 	})
 }
 
@@ -144,30 +149,25 @@ func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retentio
 // trimmed, so it takes longer than Trim.
 func PlanTrim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
 	last := ""
-	result, err := eachPage(ctx, "PlanTrim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done, urgent bool, err error) {
+	result, err := eachPage(ctx, "PlanTrim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done bool, rest time.Duration, err error) {
 		t, after, err := s.Plan(ctx, r.internal(), last, result.Trimmed)
 		if err != nil {
-			return false, false, err
+			return false, 0, err
 		}
 		result.add(t)
 		last = after
-		return t.Trimmed == 0, false, nil
+		return t.Trimmed == 0, trimPause, nil
 	})
 	result.Length -= result.Trimmed
 	return result, err
 }
 
-// trimPause is the pause between the steps of Trim and PlanTrim, of a millisecond each.
+// trimPause is the pause between the steps of PlanTrim, of a millisecond each.
 const trimPause = consume.RetentionInterval / consume.MaxTrims
 
-func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(*xstream.Stream, *TrimResult) (done, urgent bool, err error)) (result TrimResult, err error) {
+func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(*xstream.Stream, *TrimResult) (done bool, rest time.Duration, err error)) (result TrimResult, err error) {
 	errs := configErrors{typeName: name}
-	if redisx.IsNil(c) {
-		errs.add("c", "a client is required")
-	}
-	if topic == "" {
-		errs.add("topic", "is empty")
-	}
+	errs.arguments("c", c, "topic", topic)
 	if r.isZero() {
 		errs.add("r", "keeps everything: set KeepLast, KeepFor or HardMaxLen")
 	}
@@ -178,10 +178,10 @@ func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic s
 	stream := xstream.New(redisx.Client{UniversalClient: c}, topic, "")
 	if err = stream.OneSlot(ctx); err == nil {
 		for done := false; err == nil && !done; {
-			var urgent bool
-			done, urgent, err = step(&stream, &result)
-			if !done && !urgent && err == nil {
-				err = pause(ctx, trimPause)
+			var rest time.Duration
+			done, rest, err = step(&stream, &result)
+			if !done && err == nil {
+				err = pause(ctx, rest)
 			}
 		}
 	}

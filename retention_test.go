@@ -1,8 +1,12 @@
 package goxstreams_test
 
 import (
+	"context"
 	"fmt"
+	"math"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -11,7 +15,9 @@ import (
 	"github.com/stretchr/testify/require"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/testserver"
+	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
 // keepingLast is the config of a group's consumer that keeps n entries.
@@ -111,6 +117,36 @@ func TestRetention_KeepFor(t *testing.T) {
 	require.EqualValues(t, 5, got.Length)
 }
 
+// Nothing is as old as a KeepFor that begins before the clock did; HardMaxLen applies.
+func TestRetention_KeepForever(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	const century = 100 * 365 * 24 * time.Hour
+	createGroup(t, client, topic, testGroup)
+	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: "0-1", Values: []string{"a", "b"}}).Err())
+	publishN(t, client, topic, 9)
+	ids := readAs(t, client, topic, testGroup, "x", 10)
+	require.NoError(t, client.XAck(t.Context(), topic, testGroup, ids...).Err())
+	for keep, want := range map[*goxstreams.Retention]int64{{KeepFor: century}: 10, {KeepFor: math.MaxInt64, KeepLast: 1}: 10, {KeepFor: century, HardMaxLen: 5}: 5} {
+		planned, err := goxstreams.PlanTrim(t.Context(), client, topic, *keep)
+		require.NoError(t, err)
+		require.Equal(t, want, planned.Length)
+	}
+	require.EqualValues(t, 10, trim(t, client, topic, goxstreams.Retention{KeepFor: century}).Length)
+
+	config := grouped(client)
+	config.Retention, config.KeepDeadLetters = goxstreams.Retention{KeepFor: century, HardMaxLen: 5}, century
+	letters := goxstreams.DeadLetterTopic(topic)
+	addRaw(t, client, letters, "a", "b")
+	sub := newSubscriber(t, config)
+	subscribe(t, sub, topic)
+	eventuallyLength(t, client, topic, 5)
+	eventually(t, func() bool { return client.Exists(t.Context(), xstream.RetentionKey(letters)).Val() == 1 }, "nobody looked at the dead letters")
+	require.NoError(t, stats(t, sub).Err)
+	require.EqualValues(t, 1, client.XLen(t.Context(), letters).Val())
+}
+
 // A fan-out that has not read an entry keeps it, however slow it is; once it is gone,
 // its entries may go, too.
 func TestRetention_FanOut(t *testing.T) {
@@ -138,6 +174,87 @@ func TestRetention_FanOut(t *testing.T) {
 	all := subscribe(t, newSubscriber(t, config), alone)
 	require.Len(t, collect(all, 20, patience), 20)
 	eventuallyLength(t, client, alone, 3)
+}
+
+// A stream is deleted and recreated with smaller IDs. What the fan-out has not read of it is
+// neither trimmed nor deleted before it has noticed: its position in the old stream was beyond
+// all of it.
+func TestRetention_FanOutStreamRecreated(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	addWithID(client, topic, "9999999999999-0")
+	fanOut := newSubscriber(t, goxstreams.SubscriberConfig{Client: client, MaxConcurrency: 100})
+	messages := subscribe(t, fanOut, topic)
+	require.NoError(t, client.Del(t.Context(), topic).Err())
+	want := publishN(t, client, topic, 50)
+	trim(t, client, topic, goxstreams.Retention{KeepLast: 1})
+	require.ElementsMatch(t, want, uuids(collect(messages, 50, patience)))
+	eventually(t, func() bool { return trim(t, client, topic, goxstreams.Retention{KeepLast: 1}).Length == 1 })
+	require.Zero(t, stats(t, fanOut).Lost)
+}
+
+// setFull lets a server be out of memory, or not.
+func setFull(t testing.TB, client *redis.Client, full bool) {
+	t.Helper()
+	limit := map[bool]string{false: "0", true: "1"}[full]
+	require.NoError(t, client.ConfigSet(context.Background(), "maxmemory", limit).Err())
+}
+
+// A fan-out that begins while Redis is out of memory keeps what it has not read, from the
+// start: acks and deletions go on there.
+func TestRetention_FanOutBeginsRedisFull(t *testing.T) {
+	t.Parallel()
+	client, topic := testserver.Private(t).Client(), topic(t)
+	const n = 50
+	config := grouped(client)
+	config.DeleteAcked, config.MaxConcurrency = true, n
+	group := subscribe(t, newSubscriber(t, config), topic)
+	want := publishN(t, client, topic, n)
+	var unacked []*message.Message
+	for len(unacked) < n {
+		unacked = append(unacked, next(t, group))
+	}
+	setFull(t, client, true)
+	fanOut := newSubscriber(t, goxstreams.SubscriberConfig{Client: client, BatchSize: 1, StartID: "0"})
+	messages := subscribe(t, fanOut, topic)
+	first := next(t, messages)
+	for _, msg := range unacked {
+		msg.Ack()
+	}
+	eventuallySettled(t, client, topic, testGroup)
+	first.Ack()
+	require.Equal(t, want[1:], uuids(collect(messages, n-1, patience)))
+	eventually(t, func() bool { return stats(t, fanOut).InFlight == 0 })
+	require.NoError(t, stats(t, fanOut).Err)
+}
+
+// A fan-out whose position Redis refuses to store is not protected from Retention and
+// DeleteAcked: Subscribe fails, and later Stats shows it.
+func TestRetention_PositionRefused(t *testing.T) {
+	t.Parallel()
+	var refused atomic.Bool
+	refused.Store(true)
+	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if refused.Load() && isScript(cmd, "-- position") {
+			return redisError("OOM command not allowed when used memory > 'maxmemory'.")
+		}
+		return next()
+	}})
+	topic, log := topic(t), newLogRecorder()
+	sub := newSubscriberLog(t, goxstreams.SubscriberConfig{Client: client}, log)
+	_, err := sub.Subscribe(t.Context(), topic)
+	require.ErrorContains(t, err, "OOM")
+	refused.Store(false)
+	messages := subscribe(t, sub, topic)
+	refused.Store(true)
+	publish(t, client, topic, "x")
+	next(t, messages).Ack()
+	eventually(t, func() bool { return stats(t, sub).Err != nil }, "nobody learns of it")
+	require.ErrorContains(t, stats(t, sub).Err, "store the read position: OOM")
+	refused.Store(false)
+	eventually(t, func() bool { return stats(t, sub).Err == nil })
+	eventuallyLogged(t, log, 1)
 }
 
 // HardMaxLen cuts off what nobody has acked. It is counted to the message, for each group,
@@ -182,6 +299,85 @@ func TestRetention_HardMaxLen(t *testing.T) {
 	require.Equal(t, [3]int64{0, 1100, 3000}, [3]int64{of("all"), of("some"), of("none")})
 }
 
+// HardMaxLen acts at the next look, an interval later at most: also if nothing was trimmed
+// for long, and whoever else trims. Each Retention has its own turn.
+func TestRetention_HardMaxLenInTime(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	createGroup(t, client, topic, "abandoned")
+	publishN(t, client, topic, 90)
+	stream := xstream.New(redisx.Client{UniversalClient: client}, topic, "")
+	const interval = time.Hour // as if no time passed
+	run := func(r xstream.Retention) xstream.Trimming {
+		got, err := stream.Trim(t.Context(), r, interval)
+		require.NoError(t, err)
+		return got
+	}
+	brake, other := xstream.Retention{KeepLast: xstream.KeepAll, HardMaxLen: 100}, xstream.Retention{KeepLast: 1000}
+	for range 2 {
+		require.Equal(t, 5*interval, run(other).Wait.Round(time.Minute), "nothing to trim: a longer pause")
+	}
+	require.False(t, run(other).Ran)
+	require.True(t, run(brake).Ran, "another's turn is not its own")
+	got := run(brake)
+	require.False(t, got.Ran)
+	require.LessOrEqual(t, got.Wait, interval, "it looks again in time")
+	for range 2 {
+		publishN(t, client, topic, 50)
+		got = run(brake)
+		require.EqualValues(t, 100, got.Length)
+		require.NotEmpty(t, got.Cut)
+		require.LessOrEqual(t, got.Wait, interval)
+		require.False(t, run(brake).Ran)
+	}
+	// A Retention that nobody has any more is forgotten.
+	beside := xstream.RetentionKey(topic)
+	require.NoError(t, client.HSet(t.Context(), beside, "next 0 1 0 0", time.Now().Add(-2*time.Hour).UnixMilli()).Err())
+	trim(t, client, topic, goxstreams.Retention{KeepLast: 50})
+	fields, err := client.HGetAll(t.Context(), beside).Result()
+	require.NoError(t, err)
+	require.NotContains(t, fields, "next 0 1 0 0")
+	require.Contains(t, fields, "next 0 1000 0 0")
+}
+
+// The number of groups does not limit how much a run of HardMaxLen cuts off, only the number
+// of pending entries does; and all are counted, whatever was deleted in between.
+func TestRetention_HardMaxLenManyGroups(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	publishN(t, client, topic, 2500)
+	const groups = 300
+	_, err := client.Pipelined(t.Context(), func(pipe redis.Pipeliner) error {
+		for i := range groups {
+			pipe.XGroupCreate(t.Context(), topic, fmt.Sprint("g", i), "0")
+		}
+		return nil
+	})
+	require.NoError(t, err)
+	ids := readAs(t, client, topic, "g0", "x", 2000)
+	require.NoError(t, client.XAck(t.Context(), topic, "g0", ids[1500:1510]...).Err())
+	require.NoError(t, client.XDel(t.Context(), topic, ids[10:1400]...).Err()) // far more than what is left around them
+	stream := xstream.New(redisx.Client{UniversalClient: client}, topic, "")
+	total := map[string]int64{}
+	for runs := 1; ; runs++ {
+		got, err := stream.Trim(t.Context(), xstream.Retention{KeepLast: xstream.KeepAll, HardMaxLen: 510}, 0)
+		require.NoError(t, err)
+		for group, n := range got.Cut {
+			total[group] += n
+		}
+		if !got.Over {
+			break
+		}
+		require.Less(t, runs, 4)
+		require.Greater(t, got.Cost, 3*time.Millisecond, "pauses grow with it")
+	}
+	require.Len(t, total, groups)
+	require.EqualValues(t, 590, total["g0"], "10 are acked")
+	require.EqualValues(t, 600, total["g1"])
+}
+
 // A group is lost and recreated by one of its consumers, while another one is busy and does
 // not notice: what that one has, and the other groups have acked, is kept until it is back.
 func TestRetention_GroupRecreated(t *testing.T) {
@@ -213,8 +409,15 @@ func TestRetention_GroupRecreated(t *testing.T) {
 			require.Len(t, collect(others, len(ids), patience), len(ids))
 			eventuallySettled(t, client, topic, "other")
 			eventually(t, func() bool { return handled.len()+stats(t, busy).InFlight == len(ids) })
-			beside := topic + ".retention{" + topic + "}"
-			at := func() string { return client.HGet(t.Context(), beside, "next").Val() }
+			beside := xstream.RetentionKey(topic)
+			at := func() (all string) {
+				for field, value := range client.HGetAll(t.Context(), beside).Val() {
+					if strings.HasPrefix(field, "next ") {
+						all = max(all, value)
+					}
+				}
+				return all
+			}
 			eventually(t, func() bool { return client.HGet(t.Context(), beside, "group "+testGroup).Err() == nil })
 
 			require.NoError(t, client.XGroupDestroy(t.Context(), topic, testGroup).Err())
@@ -232,6 +435,132 @@ func TestRetention_GroupRecreated(t *testing.T) {
 			eventuallySettled(t, client, topic, testGroup)
 		})
 	}
+}
+
+// An entry that is pending but was deleted keeps nothing, at the start of the stream or in
+// the middle, and is not what TopicStats names.
+func TestRetention_DeletedWhilePending(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	createGroup(t, client, topic, testGroup)
+	createGroup(t, client, topic, "other")
+	publishN(t, client, topic, 1000)
+	ids := readAs(t, client, topic, testGroup, "dead", 1000)
+	require.Equal(t, ids, readAs(t, client, topic, "other", "dead", 1000))
+	gone := slices.Concat(ids[:100], ids[200:201], ids[300:302], ids[850:851], ids[950:951])
+	require.NoError(t, client.XDel(t.Context(), topic, gone...).Err())
+	for _, group := range []string{testGroup, "other"} {
+		for i, id := range ids[:900] { // the 900th is the first that is needed
+			if !slices.Contains(gone, id) {
+				require.NoError(t, client.XAck(t.Context(), topic, group, ids[i]).Err())
+			}
+		}
+	}
+	sub := newSubscriber(t, grouped(client))
+	pinned := func() goxstreams.Pin {
+		st, err := sub.TopicStats(t.Context(), topic)
+		require.NoError(t, err)
+		return st.Pin
+	}
+	require.Equal(t, ids[900], pinned().ID)
+	for _, r := range []goxstreams.Retention{{KeepLast: 700}, {KeepLast: 10}} {
+		planned, err := goxstreams.PlanTrim(t.Context(), client, topic, r)
+		require.NoError(t, err)
+		got := trim(t, client, topic, r)
+		planned.Pin.Age, got.Pin.Age = 0, 0
+		require.Equal(t, got, planned)
+		if r.KeepLast == 700 {
+			require.EqualValues(t, 700, got.Length)
+			require.Empty(t, got.Pin)
+			continue
+		}
+		require.EqualValues(t, 99, got.Length)
+		require.Equal(t, ids[900], got.Pin.ID)
+		require.Equal(t, "dead", got.Pin.Consumer)
+	}
+	// Nothing is left that is pending: what follows is not delivered yet.
+	require.NoError(t, client.XDel(t.Context(), topic, ids[900:]...).Err())
+	require.Empty(t, pinned())
+	later := publishN(t, client, topic, 1)
+	require.Equal(t, entriesOf(t, client, topic)[0].id, pinned().ID)
+	require.Empty(t, pinned().Consumer)
+	require.Len(t, later, 1)
+	readAs(t, client, topic, testGroup, "x", 1)
+	require.NoError(t, client.XAck(t.Context(), topic, testGroup, entriesOf(t, client, topic)[0].id).Err())
+	eventually(t, func() bool {
+		return trim(t, client, topic, goxstreams.Retention{KeepFor: time.Millisecond, IgnoreGroups: []string{"other"}}).Length == 0
+	})
+}
+
+// A vanished group keeps what it had not acked, for a minute, and nothing before that: groups
+// that come and go do not stop trimming. PlanTrim says so, too.
+func TestRetention_GroupVanished(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, old := range []bool{false, true} {
+		t.Run(fmt.Sprint("seen by an older version=", old), func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			beside := xstream.RetentionKey(topic)
+			r := goxstreams.Retention{KeepLast: 10}
+			createGroup(t, client, topic, "stays")
+			createGroup(t, client, topic, "pod")
+			publishN(t, client, topic, 100)
+			ids := readAs(t, client, topic, "stays", "x", 100)
+			readAs(t, client, topic, "pod", "x", 100)
+			require.NoError(t, client.XAck(t.Context(), topic, "stays", ids[:20]...).Err())
+			require.NoError(t, client.XAck(t.Context(), topic, "pod", ids[:50]...).Err())
+			require.EqualValues(t, 20, trim(t, client, topic, r).Trimmed)
+			if old {
+				require.NoError(t, client.HDel(t.Context(), beside, "floor stays", "floor pod").Err())
+			}
+			require.NoError(t, client.XAck(t.Context(), topic, "stays", ids...).Err())
+			require.NoError(t, client.XGroupDestroy(t.Context(), topic, "pod").Err())
+
+			before := client.HGetAll(t.Context(), beside).Val()
+			planned, err := goxstreams.PlanTrim(t.Context(), client, topic, r)
+			require.NoError(t, err)
+			require.Equal(t, before, client.HGetAll(t.Context(), beside).Val(), "PlanTrim changes nothing")
+			got := trim(t, client, topic, r)
+			require.Equal(t, map[bool]int64{false: 30, true: 0}[old], got.Trimmed)
+			require.Equal(t, "pod", got.HeldBy)
+			require.InDelta(t, time.Minute, time.Until(got.HeldUntil), float64(30*time.Second))
+			require.Empty(t, got.Pin)
+			require.InDelta(t, got.HeldUntil.UnixMilli(), planned.HeldUntil.UnixMilli(), 30_000)
+			planned.HeldUntil = got.HeldUntil
+			require.Equal(t, got, planned)
+			again, err := goxstreams.PlanTrim(t.Context(), client, topic, r)
+			require.NoError(t, err)
+			require.Equal(t, got.HeldUntil, again.HeldUntil)
+			ignoring := goxstreams.Retention{KeepLast: 15, IgnoreGroups: []string{"pod"}}
+			require.Empty(t, trim(t, client, topic, ignoring).HeldBy)
+
+			require.NoError(t, client.HSet(t.Context(), beside, "group pod", "hold 1 1").Err()) // as if it were longer ago
+			got = trim(t, client, topic, r)
+			require.EqualValues(t, 10, got.Length)
+			require.Empty(t, got.HeldBy)
+			for field := range client.HGetAll(t.Context(), beside).Val() {
+				require.NotContains(t, field, "pod", "it is forgotten")
+			}
+		})
+	}
+}
+
+// A group that goes back to an earlier entry and vanishes then keeps what it would have read.
+func TestRetention_VanishedAfterSetID(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	createGroup(t, client, topic, testGroup)
+	publishN(t, client, topic, 50)
+	ids := readAs(t, client, topic, testGroup, "x", 50)
+	require.NoError(t, client.XAck(t.Context(), topic, testGroup, ids...).Err())
+	require.EqualValues(t, 10, trim(t, client, topic, goxstreams.Retention{KeepLast: 40}).Trimmed)
+	require.NoError(t, client.XGroupSetID(t.Context(), topic, testGroup, "0").Err())
+	require.Zero(t, trim(t, client, topic, goxstreams.Retention{KeepLast: 1}).Trimmed)
+	require.NoError(t, client.XGroupDestroy(t.Context(), topic, testGroup).Err())
+	require.Zero(t, trim(t, client, topic, goxstreams.Retention{KeepLast: 1}).Trimmed)
 }
 
 // What pins the floor for long is logged once, with its group.
@@ -289,6 +618,47 @@ func TestRetention_SetID(t *testing.T) {
 	require.Zero(t, trim(t, client, another, goxstreams.Retention{KeepLast: 1}).Trimmed)
 	require.NoError(t, client.XGroupSetID(t.Context(), another, testGroup, "$").Err())
 	require.EqualValues(t, 19, trim(t, client, another, goxstreams.Retention{KeepLast: 1}).Trimmed)
+}
+
+// A group at the last ID that there can be, and an entry with that ID: nothing follows it.
+func TestRetention_LastPossibleID(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	const lastID = "18446744073709551615-18446744073709551615"
+	sub := newSubscriber(t, grouped(client))
+	pinned := func() string {
+		st, err := sub.TopicStats(t.Context(), topic)
+		require.NoError(t, err)
+		return st.Pin.ID
+	}
+	both := func(r goxstreams.Retention) goxstreams.TrimResult {
+		planned, err := goxstreams.PlanTrim(t.Context(), client, topic, r)
+		require.NoError(t, err)
+		got := trim(t, client, topic, r)
+		require.Equal(t, got, planned)
+		return got
+	}
+	publishN(t, client, topic, 10)
+	createGroup(t, client, topic, testGroup)
+	require.NoError(t, client.XGroupSetID(t.Context(), topic, testGroup, lastID).Err())
+	require.Empty(t, pinned())
+	require.EqualValues(t, 7, both(goxstreams.Retention{KeepLast: 3}).Trimmed)
+	require.EqualValues(t, 3, both(goxstreams.Retention{KeepFor: time.Millisecond}).Trimmed)
+
+	require.NoError(t, client.XGroupSetID(t.Context(), topic, testGroup, "0").Err())
+	for _, id := range []string{"18446744073709551615-1", lastID} {
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, ID: id, Values: []string{"a", "b"}}).Err())
+	}
+	require.Equal(t, "18446744073709551615-1", pinned())
+	require.Equal(t, []string{"18446744073709551615-1", lastID}, readAs(t, client, topic, testGroup, "x", 2))
+	require.NoError(t, client.XAck(t.Context(), topic, testGroup, "18446744073709551615-1").Err())
+	got := both(goxstreams.Retention{KeepFor: 100 * 365 * 24 * time.Hour, KeepLast: 1, HardMaxLen: 1})
+	require.EqualValues(t, 1, got.Length)
+	require.Empty(t, got.CutOff)
+	require.Equal(t, lastID, pinned())
+	require.NoError(t, client.XAck(t.Context(), topic, testGroup, lastID).Err())
+	require.Empty(t, pinned())
 }
 
 // Dead letters, replays and delayed messages: nothing of them is lost by the shortest
@@ -352,6 +722,97 @@ func TestRetention_DeadLetters(t *testing.T) {
 	kept.KeepDeadLetters = 24 * time.Hour
 	subscribe(t, newSubscriber(t, kept), topic)
 	eventuallyLength(t, client, letters, 1)
+}
+
+// A full server refuses what needs memory. What frees memory must work nevertheless: Trim,
+// HardMaxLen, Subscribers, dead letters, DeleteAcked; and it must not forget what a fan-out
+// has not read or a lost group needs.
+func TestRetention_OutOfMemory(t *testing.T) {
+	t.Parallel()
+	client := testserver.Private(t).Client()
+	full := func(t *testing.T, full bool) {
+		require.NoError(t, client.ConfigSet(context.WithoutCancel(t.Context()), "maxmemory", map[bool]string{true: "1", false: "0"}[full]).Err())
+		if full {
+			require.ErrorContains(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: "x", Values: []string{"a", "b"}}).Err(), "OOM")
+			t.Cleanup(func() { _ = client.ConfigSet(context.WithoutCancel(t.Context()), "maxmemory", "0") })
+		}
+	}
+	t.Run("Trim", func(t *testing.T) {
+		topic := topic(t)
+		createGroup(t, client, topic, testGroup)
+		publishN(t, client, topic, 100)
+		ids := readAs(t, client, topic, testGroup, "x", 100)
+		require.NoError(t, client.XAck(t.Context(), topic, testGroup, ids[:50]...).Err())
+		full(t, true)
+		require.EqualValues(t, 50, trim(t, client, topic, goxstreams.Retention{KeepLast: 1}).Trimmed)
+		got := trim(t, client, topic, goxstreams.Retention{HardMaxLen: 10})
+		require.EqualValues(t, 10, got.Length)
+		require.Equal(t, map[string]int64{testGroup: 40}, got.CutOff)
+	})
+	t.Run("Subscriber", func(t *testing.T) {
+		topic := topic(t)
+		letters := goxstreams.DeadLetterTopic(topic)
+		config := keepingLast(client, testGroup, 5)
+		config.KeepDeadLetters = time.Hour
+		sub := newSubscriber(t, config)
+		output := subscribe(t, sub, topic)
+		publishN(t, client, topic, 50)
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: letters, ID: "1-1", Values: []string{"a", "b"}}).Err())
+		first := next(t, output)
+		full(t, true)
+		for _, stream := range []string{topic, letters} { // nothing is known: not which groups there are, either
+			require.NoError(t, client.Del(t.Context(), xstream.RetentionKey(stream)).Err())
+		}
+		first.Ack()
+		require.Len(t, collect(output, 49, patience), 49)
+		eventuallyLength(t, client, topic, 5)
+		eventuallyLength(t, client, letters, 0)
+		require.NoError(t, stats(t, sub).Err)
+	})
+	t.Run("DeleteAcked", func(t *testing.T) {
+		topic := topic(t)
+		config := keepingLast(client, testGroup, 0)
+		config.Retention, config.DeleteAcked = goxstreams.Retention{}, true
+		output := subscribe(t, newSubscriber(t, config), topic)
+		fan := subscribe(t, newSubscriber(t, goxstreams.SubscriberConfig{Client: client, StartID: "0", BatchSize: 1}), topic)
+		want := publishN(t, client, topic, 20)
+		inHand := make([]*message.Message, 20)
+		for i := range inHand {
+			inHand[i] = next(t, output)
+		}
+		next(t, fan).Ack()
+		positions := topic + ".fanout{" + topic + "}"
+		full(t, true)
+		for name := range client.HGetAll(t.Context(), positions).Val() { // as if its process had been cut off
+			full(t, false)
+			require.NoError(t, client.HSet(t.Context(), positions, name, "0-0 1").Err())
+			full(t, true)
+		}
+		for _, msg := range inHand {
+			msg.Ack()
+		}
+		eventuallySettled(t, client, topic, testGroup)
+		require.Subset(t, stored(t, client, topic), want[5:], "the fan-out has not read them")
+		require.Equal(t, want[1:], uuids(collect(fan, 19, patience)))
+		eventuallyLength(t, client, topic, 0) // it stores what it has read
+	})
+	t.Run("Hold", func(t *testing.T) {
+		topic := topic(t)
+		config := keepingLast(client, testGroup, 0)
+		config.Retention, config.DeleteAcked = goxstreams.Retention{}, true
+		createGroup(t, client, topic, "lost")
+		output := subscribe(t, newSubscriber(t, config), topic)
+		beside := xstream.RetentionKey(topic)
+		publishN(t, client, topic, 1)
+		msg := next(t, output)
+		eventually(t, func() bool { return client.HGet(t.Context(), beside, "group lost").Err() == nil })
+		full(t, true)
+		require.NoError(t, client.XGroupDestroy(t.Context(), topic, "lost").Err())
+		msg.Ack()
+		eventuallySettled(t, client, topic, testGroup)
+		require.Contains(t, client.HGet(t.Context(), beside, "group lost").Val(), "hold ")
+		require.EqualValues(t, 1, client.XLen(t.Context(), topic).Val())
+	})
 }
 
 // In a Cluster everything is in the topic's slot.

@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"math"
 	"math/rand/v2"
 	"sync/atomic"
@@ -71,15 +72,9 @@ var fanOutRetry = Retry{
 
 func (r Retry) withDefaults() Retry {
 	r.MaxRetries = min(r.MaxRetries, math.MaxInt32) // adding a few must not overflow
-	if r.InitialInterval == 0 {
-		r.InitialInterval = defaultInitialInterval
-	}
-	if r.MaxInterval == 0 {
-		r.MaxInterval = max(defaultMaxInterval, r.InitialInterval)
-	}
-	if r.Multiplier == 0 {
-		r.Multiplier = defaultMultiplier
-	}
+	r.InitialInterval = cmp.Or(r.InitialInterval, defaultInitialInterval)
+	r.MaxInterval = cmp.Or(r.MaxInterval, max(defaultMaxInterval, r.InitialInterval))
+	r.Multiplier = cmp.Or(r.Multiplier, defaultMultiplier)
 	return r
 }
 
@@ -134,7 +129,7 @@ func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 		if outer != nil {
 			outer.Store(true)
 		}
-		if r.exhaustedBefore(d.delivery.Count) && !inner.Load() {
+		if r.exhaustedBefore(d.count) && !inner.Load() {
 			d.verdict.Store(&verdict{fate: dead, kind: Exhausted, err: ErrRetriesExhausted})
 			return nil, ErrRetriesExhausted
 		}
@@ -147,7 +142,7 @@ func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 func (r Retry) judge(d *deliveryContext, err error) error {
 	v, err := d.consider(err)
 	if v.fate == undecided {
-		count := d.delivery.Count
+		count := d.count
 		if v.delay < 0 {
 			v.delay = r.delay(count)
 		}
@@ -161,7 +156,7 @@ func (r Retry) judge(d *deliveryContext, err error) error {
 		default:
 			v.fate, v.hook = again, r.OnRetryHook
 		}
-	} else if v.fate == dead && v.kind == Filtered && r.exhausted(d.delivery.Count) {
+	} else if v.fate == dead && v.kind == Filtered && r.exhausted(d.count) {
 		// Decided by a DeadLetter further inside. One further outside would see the
 		// exhausted retries, too.
 		v.kind, err = Exhausted, mark(err, ErrRetriesExhausted)
@@ -174,12 +169,9 @@ func (r Retry) validate(errs *configErrors) {
 	if r.MaxRetries < -1 {
 		errs.add("Retry.MaxRetries", "is %d; it must be -1 (no retries), 0 (no limit) or more", r.MaxRetries)
 	}
-	if r.InitialInterval < 0 {
-		errs.add("Retry.InitialInterval", "is negative: %v", r.InitialInterval)
-	}
-	if r.MaxInterval < 0 {
-		errs.add("Retry.MaxInterval", "is negative: %v", r.MaxInterval)
-	} else if r.MaxInterval > 0 && r.MaxInterval < r.InitialInterval {
+	atLeast(errs, "Retry.InitialInterval", r.InitialInterval, 0)
+	atLeast(errs, "Retry.MaxInterval", r.MaxInterval, 0)
+	if r.MaxInterval > 0 && r.MaxInterval < r.InitialInterval {
 		errs.add("Retry.MaxInterval", "is %v; it must be at least InitialInterval (%v)", r.MaxInterval, r.InitialInterval)
 	}
 	if r.Multiplier != 0 && !(r.Multiplier >= 1) || math.IsInf(r.Multiplier, 0) {

@@ -24,12 +24,7 @@ type Schedule struct {
 // NewSchedule returns the Schedule of a topic. The client stays the caller's.
 func NewSchedule(c redis.UniversalClient, topic string) (*Schedule, error) {
 	errs := configErrors{typeName: "NewSchedule"}
-	if redisx.IsNil(c) {
-		errs.add("c", "a client is required")
-	}
-	if topic == "" {
-		errs.add("topic", "is empty")
-	}
+	errs.arguments("c", c, "topic", topic)
 	if err := errs.err(); err != nil {
 		return nil, err
 	}

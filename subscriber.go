@@ -1,9 +1,11 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -52,8 +54,8 @@ type SubscriberConfig struct {
 	ConsumerGroup string
 
 	// Consumer is the prefix of the consumer's name in the group. A random suffix
-	// makes the name unique. Close removes it from the group unless entries are
-	// still pending for it. All subscriptions of a Subscriber share the name.
+	// makes the name unique, and each further subscription of the same topic adds a
+	// number. Close removes it from the group unless entries are still pending for it.
 	// Default: the host name.
 	Consumer string
 
@@ -98,7 +100,8 @@ type SubscriberConfig struct {
 	BlockTime time.Duration
 
 	// WaitForRedis is how long Subscribe waits, instead of failing, for a Redis
-	// that is unreachable or not ready (for example, loading, or still a replica).
+	// that is unreachable or not ready (for example, loading, still a replica, or, for a
+	// new group, out of memory).
 	// Meanwhile Stats shows the subscription with its error, and one error is
 	// logged. Close and the end of Subscribe's context end the wait. Errors that
 	// only a change of configuration can fix, such as a wrong password, still fail
@@ -187,33 +190,23 @@ type SubscriberConfig struct {
 
 // withDefaults returns a copy with the defaults filled in.
 func (c SubscriberConfig) withDefaults() SubscriberConfig {
-	if c.Unmarshaler == nil {
-		c.Unmarshaler = DefaultMarshaler{}
-	}
+	c.Unmarshaler = cmp.Or[Unmarshaler](c.Unmarshaler, DefaultMarshaler{})
 	if c.StartID == "" {
 		c.StartID = "0"
 		if c.ConsumerGroup == "" {
 			c.StartID = "$"
 		}
 	}
-	if c.MaxConcurrency == 0 {
-		c.MaxConcurrency = defaultMaxConcurrency
-	}
-	if c.BatchSize == 0 {
-		c.BatchSize = defaultBatchSize
-	}
-	if c.BlockTime == 0 {
-		c.BlockTime = defaultBlockTime
-	}
-	if c.ClaimMinIdle == 0 {
-		c.ClaimMinIdle = defaultClaimMinIdle
-	}
+	c.MaxConcurrency = cmp.Or(c.MaxConcurrency, defaultMaxConcurrency)
+	c.BatchSize = cmp.Or(c.BatchSize, defaultBatchSize)
+	c.BlockTime = cmp.Or(c.BlockTime, defaultBlockTime)
+	c.ClaimMinIdle = cmp.Or(c.ClaimMinIdle, defaultClaimMinIdle)
 	if c.ConsumerGroup != "" {
 		c.BlockTime = min(c.BlockTime, c.ClaimMinIdle/2)
 	}
-	if c.ClaimInterval == 0 {
-		c.ClaimInterval = min(defaultClaimInterval, c.ClaimMinIdle)
-	}
+	c.ClaimInterval = cmp.Or(c.ClaimInterval, min(defaultClaimInterval, c.ClaimMinIdle))
+	c.CloseTimeout = cmp.Or(c.CloseTimeout, defaultCloseTimeout)
+	c.ConsumerTimeout = cmp.Or(c.ConsumerTimeout, defaultConsumerTimeout)
 	retry := defaultRetry
 	switch {
 	case c.Retry != nil:
@@ -225,12 +218,6 @@ func (c SubscriberConfig) withDefaults() SubscriberConfig {
 	c.Retry = &retry
 	if c.DeadLetterTopic == nil {
 		c.DeadLetterTopic = DeadLetterTopic
-	}
-	if c.CloseTimeout == 0 {
-		c.CloseTimeout = defaultCloseTimeout
-	}
-	if c.ConsumerTimeout == 0 {
-		c.ConsumerTimeout = defaultConsumerTimeout
 	}
 	return c
 }
@@ -262,33 +249,15 @@ func (c SubscriberConfig) validate() error {
 	if c.StartID != "" && !isStartID(c.StartID) {
 		errs.add("StartID", `is %q; it must be "$", "0" or an entry ID such as "1700000000000-0"`, c.StartID)
 	}
-	for _, f := range []struct {
-		name  string
-		value int
-	}{{"MaxConcurrency", c.MaxConcurrency}, {"BatchSize", c.BatchSize}} {
-		if f.value < 0 {
-			errs.add(f.name, "is negative: %d", f.value)
-		}
-	}
-	for _, f := range []struct {
-		name  string
-		value time.Duration
-		least time.Duration
-	}{
-		{"BlockTime", c.BlockTime, time.Millisecond}, // BLOCK 0 would block forever
-		{"WaitForRedis", c.WaitForRedis, time.Millisecond},
-		{"ClaimMinIdle", c.ClaimMinIdle, minLease},
-		{"ClaimInterval", c.ClaimInterval, time.Millisecond},
-		{"CloseTimeout", c.CloseTimeout, time.Millisecond},
-		{"ConsumerTimeout", c.ConsumerTimeout, time.Millisecond},
-		{"KeepDeadLetters", c.KeepDeadLetters, time.Millisecond},
-	} {
-		if f.value < 0 {
-			errs.add(f.name, "is negative: %v", f.value)
-		} else if f.value > 0 && f.value < f.least {
-			errs.add(f.name, "is %v; it must be at least %v", f.value, f.least)
-		}
-	}
+	atLeast(&errs, "MaxConcurrency", c.MaxConcurrency, 0)
+	atLeast(&errs, "BatchSize", c.BatchSize, 0)
+	atLeast(&errs, "BlockTime", c.BlockTime, time.Millisecond) // BLOCK 0 would block forever
+	atLeast(&errs, "WaitForRedis", c.WaitForRedis, time.Millisecond)
+	atLeast(&errs, "ClaimMinIdle", c.ClaimMinIdle, minLease)
+	atLeast(&errs, "ClaimInterval", c.ClaimInterval, time.Millisecond)
+	atLeast(&errs, "CloseTimeout", c.CloseTimeout, time.Millisecond)
+	atLeast(&errs, "ConsumerTimeout", c.ConsumerTimeout, time.Millisecond)
+	atLeast(&errs, "KeepDeadLetters", c.KeepDeadLetters, time.Millisecond)
 	minIdle := c.ClaimMinIdle
 	if minIdle <= 0 { // reported above
 		minIdle = defaultClaimMinIdle
@@ -365,9 +334,7 @@ func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Su
 	if err := config.validate(); err != nil {
 		return nil, err
 	}
-	if logger == nil {
-		logger = watermill.NopLogger{}
-	}
+	logger = cmp.Or[watermill.LoggerAdapter](logger, watermill.NopLogger{})
 	config = config.withDefaults()
 	client := redisx.Client{UniversalClient: config.Client}
 	return &Subscriber{
@@ -473,10 +440,7 @@ func (s *Subscriber) Close() error {
 	s.mu.Unlock()
 	s.opening.Wait()
 	s.mu.Lock()
-	subs := make([]*subscription, 0, len(s.subs))
-	for sub := range s.subs {
-		subs = append(subs, sub)
-	}
+	subs := slices.Collect(maps.Keys(s.subs))
 	s.mu.Unlock()
 	for _, sub := range subs {
 		<-sub.done

@@ -194,7 +194,7 @@ func (d *deliveryContext) consider(err error) (*verdict, error) {
 		v.fate, v.kind = dead, PermanentFailure
 	case snooze:
 		v.fate = snoozed
-	case d.sub.retry.exhausted(d.delivery.Count):
+	case d.sub.retry.exhausted(d.count):
 		v.fate, v.kind = dead, Exhausted
 		err = mark(err, ErrRetriesExhausted)
 	}

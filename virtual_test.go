@@ -29,6 +29,9 @@ import (
 // is connected in memory.
 func virtually(t *testing.T, f func(t *testing.T, v *virtualServer)) {
 	synctest.Test(t, func(t *testing.T) {
+		// go-redis tries a server that it could not reach once a second, and notices only
+		// then that its client is closed: the bubble must not end before.
+		t.Cleanup(func() { time.Sleep(2 * time.Second) })
 		v := &virtualServer{mini: miniredis.NewMiniRedis()}
 		require.NoError(t, v.mini.Start())
 		v.mini.Server().Close() // the listener is outside of the bubble

@@ -175,6 +175,23 @@ func TestFault61_RedisIsNotUpYet(t *testing.T) {
 		assert.ErrorIs(t, o.err, errNotUp)
 	})
 
+	// A new group needs memory, of which there may be some again.
+	t.Run("out of memory", func(t *testing.T) {
+		t.Parallel()
+		client, topic := testserver.Private(t).Client(), topic(t)
+		setFull(t, client, true)
+		config := grouped(client)
+		_, err := newSubscriber(t, config).Subscribe(t.Context(), topic)
+		require.ErrorContains(t, err, "OOM")
+		config.WaitForRedis = patience
+		sub := newSubscriber(t, config)
+		done := subscribeSoon(t.Context(), sub, topic)
+		st := waiting(t, sub, topic, done)
+		require.ErrorContains(t, st.Err, "OOM")
+		setFull(t, client, false)
+		require.NoError(t, outcomeOf(t, done, patience).err)
+	})
+
 	t.Run("a negative time", func(t *testing.T) {
 		t.Parallel()
 		_, err := goxstreams.NewSubscriber(goxstreams.SubscriberConfig{Client: newClient(t), WaitForRedis: -1}, nil)

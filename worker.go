@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -125,9 +126,7 @@ type Producer[E any] struct {
 // NewProducer returns a Producer. The caller owns pub; if it is nil, every call
 // fails.
 func NewProducer[E any](pub message.Publisher, config ProducerConfig) *Producer[E] {
-	if config.Codec == nil {
-		config.Codec = jsonCodec{}
-	}
+	config.Codec = cmp.Or[Codec](config.Codec, jsonCodec{})
 	return &Producer[E]{pub, config}
 }
 
@@ -277,15 +276,9 @@ func newConsumer[E any](worker Worker[E], config ConsumerConfig, errs configErro
 	if err := errs.err(); err != nil {
 		return nil, err
 	}
-	if config.Name == "" {
-		config.Name = config.Subscriber.ConsumerGroup + ":" + config.Topic
-	}
-	if config.Codec == nil {
-		config.Codec = jsonCodec{}
-	}
-	if logger == nil {
-		logger = watermill.NopLogger{}
-	}
+	config.Name = cmp.Or(config.Name, config.Subscriber.ConsumerGroup+":"+config.Topic)
+	config.Codec = cmp.Or[Codec](config.Codec, jsonCodec{})
+	logger = cmp.Or[watermill.LoggerAdapter](logger, watermill.NopLogger{})
 	config.Subscriber.OnBroken = worker.ProcessBroken
 	subscriber, err := NewSubscriber(config.Subscriber, logger)
 	if err != nil {

@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -84,15 +85,9 @@ func NewBatchConsumer[E any](worker BatchWorker[E], config BatchConsumerConfig, 
 	if worker == nil {
 		errs.errs = append(errs.errs, errors.New("goxstreams: NewBatchConsumer: a worker is required"))
 	}
-	if config.MaxSize < 0 {
-		errs.add("MaxSize", "is negative: %d", config.MaxSize)
-	}
-	if config.MaxWait < 0 {
-		errs.add("MaxWait", "is negative: %v", config.MaxWait)
-	}
-	if config.MaxSize == 0 {
-		config.MaxSize = defaultMaxSize
-	}
+	atLeast(&errs, "MaxSize", config.MaxSize, 0)
+	atLeast(&errs, "MaxWait", config.MaxWait, 0)
+	config.MaxSize = cmp.Or(config.MaxSize, defaultMaxSize)
 	b := &BatchConsumer[E]{worker: worker}
 	var err error
 	b.consumer, err = newConsumer(single[E]{worker}, ConsumerConfig{
@@ -252,20 +247,13 @@ func (s *subscription) settleBatch(ctx context.Context, batch []*batched, errs [
 			acked = append(acked, m.h)
 		}
 	}
-	s.stats.acked.Add(int64(len(acked)))
-	if s.cfg.OnOutcome == nil {
-		s.SettleAll(acked)
-	} else { // a call that hangs or ends the slot holds up one ack
-		for _, h := range acked {
-			s.told(h, OutcomeAcked, 0, nil, nil)
-			s.Settle(h)
-		}
-	}
+	s.settleAcked(acked)
+	var dead []*consume.Task // ProcessDead may take long: the others come first
 	for i, m := range batch {
 		if errs[i] == nil {
 			continue
 		}
-		d := &deliveryContext{Context: s.Base(), sub: s, msg: m.msg, delivery: s.delivery(m.h), returned: returned}
+		d := &deliveryContext{Context: s.Base(), sub: s, msg: m.msg, id: m.h.ID, count: m.h.Count(), returned: returned}
 		d.own.Store(&cancelable{Context: ctx})
 		d.handler.Store(&noRouter)
 		m.msg.SetContext(d)
@@ -279,7 +267,25 @@ func (s *subscription) settleBatch(ctx context.Context, batch []*batched, errs [
 		if !errors.Is(err, context.Canceled) || !s.IsClosing() && ctx.Err() == nil {
 			s.log.Error("ProcessBatch failed", err, s.Fields(m.h).Add(watermill.LogFields{"handler_name": s.typed.name, "message_uuid": m.msg.UUID}))
 		}
-		s.nacked(m.h, d)
+		if s.nacked(m.h, d) {
+			dead = append(dead, m.h)
+		}
+	}
+	for _, h := range dead {
+		s.dead(h)
+	}
+}
+
+// settleAcked acks what a batch has handled, even if an OnOutcome calls runtime.Goexit.
+func (s *subscription) settleAcked(tasks []*consume.Task) {
+	s.stats.acked.Add(int64(len(tasks)))
+	defer func() { s.SettleAll(tasks) }()
+	if s.cfg.OnOutcome == nil {
+		return
+	}
+	for ; len(tasks) > 0; tasks = tasks[1:] {
+		s.told(tasks[0], OutcomeAcked, 0, nil, nil)
+		s.Settle(tasks[0])
 	}
 }
 

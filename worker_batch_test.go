@@ -475,6 +475,7 @@ func TestBatchWorker_MaxConcurrency(t *testing.T) {
 
 // A batch that is interrupted by Close is released uncounted; what was handled is acked.
 func TestBatchWorker_Close(t *testing.T) {
+	testserver.RequireReal(t) // delivery counts set back
 	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	produce(t, client, topic, numbers(20)...)
@@ -716,4 +717,161 @@ func TestBatchWorker_Crash(t *testing.T) {
 			assert.Equal(t, `"poison"`, string(dead[0].Message.Payload))
 		})
 	}
+}
+
+// A failed message holds back no others, however small the batches are.
+func TestBatchWorker_SizeOne(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	produce(t, client, topic, numbers(10)...)
+	w := &batchWorker{onBatch: each(func(msg goxstreams.Message[string]) error {
+		if msg.Body == "0" {
+			return goxstreams.RetryAfter(errors.New("later"), time.Hour)
+		}
+		return nil
+	})}
+	run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: grouped(client), Topic: topic, MaxSize: 1}, nil))
+	eventually(t, func() bool { return len(w.all()) == 10 })
+}
+
+// What shares no batch waits for none: neither a dead message whose ProcessDead failed, nor
+// one that panicked alone.
+func TestBatchWorker_SinglesDoNotWait(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"dead", "panicked"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			produce(t, client, topic, numbers(3)...)
+			second := make(chan struct{})
+			w := &batchWorker{onBatch: each(func(msg goxstreams.Message[string]) error {
+				switch {
+				case msg.Body == "0":
+					return goxstreams.RetryAfter(errors.New("again"), 0) // waits for a batch from then on
+				case msg.Body == "1" && what == "dead":
+					return goxstreams.Permanent(errors.New("never"))
+				case msg.Body == "1" && msg.RetryCount == 0:
+					panic("once")
+				case msg.Body == "1":
+					close(second)
+				}
+				return nil
+			})}
+			calls := 0
+			w.onDead = func(context.Context, goxstreams.Message[string]) error {
+				if calls++; calls == 1 {
+					return errors.New("database down")
+				}
+				close(second)
+				return nil
+			}
+			config := limited(client, 5)
+			config.CloseTimeout = time.Second
+			run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: topic, MaxSize: 3, MaxWait: time.Hour}, nil))
+			select {
+			case <-second:
+			case <-time.After(10 * time.Second):
+				t.Fatal("it waits for MaxWait")
+			}
+		})
+	}
+}
+
+// A key with many messages does not keep batches from filling with those of others: full
+// ones begin at once, whatever MaxWait is.
+func TestBatchWorker_HotKey(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	var all []string
+	for i := range 200 {
+		all = append(all, fmt.Sprintf("hot %d", i))
+	}
+	for i := range 50 {
+		all = append(all, fmt.Sprintf("%d 0", i))
+	}
+	produce(t, client, topic, all...)
+	w := &batchWorker{}
+	config := grouped(client)
+	config.CloseTimeout = time.Second
+	config.OrderingKey = keyOfJSON
+	run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: topic, MaxSize: 10, MaxWait: time.Hour}, nil))
+	eventually(t, func() bool { return len(w.sizes()) >= 5 })
+}
+
+func keyOfJSON(msg *message.Message) string {
+	key, _, _ := strings.Cut(strings.Trim(string(msg.Payload), `"`), " ")
+	return key
+}
+
+// A message that waited for its key does not wait for MaxWait once more, even if another one
+// has come since.
+func TestBatchWorker_FreedByItsKey(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	const wait = 4 * time.Second
+	produce(t, client, topic, "a 1", "a 2", "a 3")
+	var first, last time.Time
+	w := &batchWorker{}
+	done := make(chan struct{})
+	w.onBatch = func(_ context.Context, batch []goxstreams.Message[string]) []error {
+		switch batch[0].Body {
+		case "a 1":
+			first = time.Now()
+			produce(t, client, topic, "b 1")
+			eventually(t, func() bool { return len(pendingOf(t, client, topic, testGroup)) == 4 }) // b waits before a 2 is free
+		case "a 3":
+			last = time.Now()
+			close(done)
+		}
+		return nil
+	}
+	config := grouped(client)
+	config.CloseTimeout = time.Second
+	config.OrderingKey = keyOfJSON
+	run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: topic, MaxSize: 10, MaxWait: wait}, nil))
+	<-done
+	require.Less(t, last.Sub(first), wait)
+}
+
+// A slow ProcessDead holds up no retry of its batch.
+func TestBatchWorker_SlowDead(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	produce(t, client, topic, numbers(3)...)
+	end, retried := make(chan struct{}), make(chan struct{})
+	w := &batchWorker{onBatch: each(func(msg goxstreams.Message[string]) error {
+		switch {
+		case msg.Body == "0":
+			return goxstreams.Permanent(errors.New("never"))
+		case msg.Body == "1" && msg.RetryCount == 0:
+			return errors.New("once")
+		case msg.Body == "1":
+			close(retried)
+		}
+		return nil
+	})}
+	w.onDead = func(context.Context, goxstreams.Message[string]) error { <-end; return nil }
+	config := limited(client, 5)
+	config.MaxConcurrency, config.CloseTimeout = 2, time.Second
+	run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: topic, MaxSize: 3, MaxWait: 100 * time.Millisecond}, nil))
+	select {
+	case <-retried:
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for ProcessDead")
+	}
+	close(end)
+}
+
+// An OnOutcome that ends its goroutine, as t.FailNow does, has nothing handled again.
+func TestBatchWorker_OnOutcomeExits(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	produce(t, client, topic, numbers(10)...)
+	w := &batchWorker{}
+	var once sync.Once
+	config := limited(client, 3)
+	config.OnOutcome = func(goxstreams.Outcome) { once.Do(runtime.Goexit) }
+	run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: topic, MaxSize: 10, MaxWait: 200 * time.Millisecond}, nil))
+	eventuallyDone(t, client, topic)
+	require.Len(t, w.all(), 10)
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	goxstreams "github.com/goxstreams/watermill-goxstreams"
 	"github.com/spf13/cobra"
@@ -58,6 +59,13 @@ type trimmed struct {
 	Length  count            `json:"length"`
 	CutOff  map[string]count `json:"cut_off,omitempty"` // by group
 	Pinned  *pinned          `json:"pinned_by,omitempty"`
+	Held    *held            `json:"held_by,omitempty"`
+}
+
+// held is a group that has vanished, and may be recreated.
+type held struct {
+	Group text      `json:"group"`
+	Until time.Time `json:"until"`
 }
 
 // pinned is the entry that keeps others from being trimmed.
@@ -132,6 +140,9 @@ func (a *app) trim(ctx context.Context, topic string, f trimFlags) error {
 	if pin := result.Pin; pin.ID != "" {
 		report.Pinned = &pinned{text(pin.Group), text(pin.Consumer), pin.ID, pin.Age.Seconds()}
 	}
+	if result.HeldBy != "" {
+		report.Held = &held{text(result.HeldBy), result.HeldUntil.UTC()}
+	}
 	if a.forScripts() {
 		listing := a.newListing(report)
 		return cmp.Or(listing.row(report), listing.flush())
@@ -159,5 +170,8 @@ func (a *app) describeTrim(result goxstreams.TrimResult, verb string) {
 			holder = "with " + pin.Consumer
 		}
 		a.notef("The rest is kept for %s, whose oldest entry %s is %s old, %s.", cmp.Or(pin.Group, "a fan-out"), pin.ID, ago(pin.Age), holder)
+	}
+	if result.HeldBy != "" {
+		a.notef("The rest is kept until %s, since the group %s has vanished and may be recreated.", result.HeldUntil.UTC().Format(time.RFC3339), result.HeldBy)
 	}
 }

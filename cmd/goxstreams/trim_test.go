@@ -48,4 +48,18 @@ func TestTrim(t *testing.T) {
 	_, notes = ran(t, 0, "trim", topic, "--keep-last", "1", "--ignore-group", "g", "--yes")
 	assert.Contains(t, notes, "2 entries trimmed, 1 entry left.")
 	assert.Equal(t, []redis.XMessage{{ID: ids[9], Values: client.XRange(t.Context(), topic, "-", "+").Val()[0].Values}}, client.XRange(t.Context(), topic, "-", "+").Val())
+
+	// A group that has vanished keeps the rest for a minute.
+	pend(t, client, topic, "c1", 3)
+	ran(t, 0, "trim", topic, "--keep-last", "1", "--yes")
+	require.NoError(t, client.XGroupDestroy(t.Context(), topic, "g").Err())
+	for range 2 {
+		_, notes = ran(t, 0, "trim", topic, "--keep-last", "1", "--dry-run")
+		assert.Regexp(t, `The rest is kept until \d{4}-\S+Z, since the group g has vanished and may be recreated\.`, notes)
+	}
+	out, _ = ran(t, 0, "trim", topic, "--keep-last", "1", "--yes", "--json")
+	row = lines(t, out)[0]
+	assert.EqualValues(t, 0, row["trimmed"])
+	assert.Equal(t, "g", row["held_by"].(map[string]any)["group"])
+	assert.NotEmpty(t, row["held_by"].(map[string]any)["until"])
 }

@@ -129,8 +129,8 @@ type life struct {
 	abandon chan struct{} // closed: CloseTimeout has passed
 	done    chan struct{} // closed: everything has ended
 
-	closeOnce sync.Once
-	giveUp    func() // closes abandon
+	close  func() // closes closing
+	giveUp func() // closes abandon
 }
 
 // New returns a subscription, to be opened and started. The contexts of its
@@ -148,20 +148,27 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	l := &s.life
 	l.calling, l.endCalls = context.WithCancelCause(l.base)
 	l.ctx, l.cancelCtx = context.WithCancel(context.Background())
+	l.close = sync.OnceFunc(func() {
+		s.ledger.Stop()
+		close(l.closing)
+	})
 	l.giveUp = sync.OnceFunc(func() {
 		s.cancelHandlers()
 		close(l.abandon)
 		time.AfterFunc(lastWords, l.cancelCtx)
 	})
 	if cfg.Group != "" {
-		s.stream.Consumer = shared.consumer
+		s.stream.Consumer = shared.nameFor(cfg.Topic)
 	}
 	s.cfg.Fields = cfg.Fields.Add(watermill.LogFields{"consumer_uuid": s.stream.Consumer})
 	s.ledger = ledger.New(ledger.Config{
 		Slots: cfg.MaxConcurrency, Batch: cfg.MaxBatch, Wait: cfg.MaxWait, Keyed: cfg.Keyed, Compare: xstream.CompareIDs, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
 		Patience: max(minPatience, cfg.ClaimMinIdle/6), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
 	})
-	s.keeper = lease.New(lease.Config{Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever, Trims: cfg.Retention != nil, Log: cfg.Log, Fields: s.cfg.Fields})
+	s.keeper = lease.New(lease.Config{
+		Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever,
+		Trims: cfg.Retention != nil, Log: cfg.Log, Fields: s.cfg.Fields,
+	})
 	s.finder = takeover.New(takeover.Config{
 		Stream: &s.stream, Ledger: s.ledger, Keeper: s.keeper, Bounds: shared.Bounds,
 		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
@@ -193,10 +200,11 @@ func (s *Subscription) Open(ctx context.Context) error {
 			s.markHealthy(dutyOpen)
 			return nil
 		case ctx.Err() != nil:
+			err = context.Cause(ctx)
+			fallthrough
+		case !redisx.NotReady(err) && !redisx.OutOfMemory(err) || !time.Now().Before(deadline):
 			s.ledger.Stop()
-			return context.Cause(ctx)
-		case !redisx.NotReady(err) || !time.Now().Before(deadline):
-			s.ledger.Stop()
+			s.shared.returnName(s.cfg.Topic, s.stream.Consumer)
 			return err
 		}
 		s.markFailed(dutyOpen, err)
@@ -260,12 +268,7 @@ func (s *Subscription) Start() {
 }
 
 // Close starts the drain. Done is closed when it has finished.
-func (s *Subscription) Close() {
-	s.life.closeOnce.Do(func() {
-		s.ledger.Stop()
-		close(s.life.closing)
-	})
-}
+func (s *Subscription) Close() { s.life.close() }
 
 // IsClosing reports whether the subscription is closing. Failures are judged by it,
 // so it also looks at Subscribe's context: a handler may notice the end of that
@@ -317,7 +320,6 @@ func (s *Subscription) drain() {
 		s.cfg.Log.Error("Closed before all acks reached Redis; their messages will be handled again",
 			fmt.Errorf("%d acks did not reach Redis within CloseTimeout", n), s.cfg.Fields)
 	}
-	s.reader.seat.Release()
 	s.leave()
 	cancel.Stop()
 	abandon.Stop()
@@ -328,8 +330,7 @@ func (s *Subscription) drain() {
 // noticeClosed ends the drain at once if the client was closed before the
 // Subscriber: then nothing can be acked or released.
 func (s *Subscription) noticeClosed() {
-	err := s.mode.ping(s.life.ctx)
-	if redisx.IsClosed(err) {
+	if _, err := s.stream.Info(s.life.ctx); redisx.IsClosed(err) {
 		s.life.giveUp()
 	}
 }

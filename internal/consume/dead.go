@@ -3,6 +3,8 @@ package consume
 import (
 	"context"
 	"time"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 )
 
 // This file moves dead entries to their stream.
@@ -42,7 +44,7 @@ func (s *Subscription) MoveFailed(t *Task, tries int, err error) {
 		}
 		return
 	}
-	s.Aside(t, jitter(min(minBackoff<<min(tries, 11), maxMovePause)))
+	s.Aside(t, takeover.Jitter(min(minBackoff<<min(tries, 11), maxMovePause)))
 }
 
 // settleMove repeats a move without an answer when the subscription closes, and ends the

@@ -7,6 +7,7 @@ import (
 	"github.com/ThreeDotsLabs/watermill"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
@@ -24,53 +25,45 @@ const (
 	delayedDenied = time.Minute
 )
 
-// tickLoop asks every second, in one round trip, whether the group is paused and whether
-// delayed messages wait, until the subscription closes. It moves those that are due into
-// the stream, and looks again when the next one is. All subscriptions of the topic do
-// this, without a leader: the script moves each message once.
+// tickLoop asks every second whether the group is paused and whether delayed messages wait,
+// until the subscription closes. It moves those that are due into the stream, and looks again
+// when the next one is. All subscriptions of the topic do this, without a leader: the script
+// moves each message once.
 func (s *Subscription) tickLoop() {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
 	var denied time.Time // until when not to ask for delayed messages; zero: they may be moved
-	for {
-		select {
-		case <-timer.C:
-		case <-s.life.closing:
-			return
+	known := false       // that some wait: then they are moved without asking whether there are any
+	repeat(s.life.closing, nil, 0, func() time.Duration {
+		if s.mode.pausable() {
+			s.askPaused(s.life.ctx)
 		}
-		select {
-		case s.pause.turn <- struct{}{}:
-		case <-s.life.closing:
-			return
+		if time.Now().Before(denied) {
+			return s.shared.until(DelayedInterval)
 		}
-		pausable := s.mode.pausable()
-		tick := s.stream.Tick(s.life.ctx, !time.Now().Before(denied), pausable)
-		if pausable {
-			s.obey(tick.Control, tick.ControlErr)
+		moved, waiting, err := xstream.MoveResult{Next: -1}, known, error(nil)
+		if !known {
+			waiting, err = s.stream.HasDelayed(s.life.ctx)
 		}
-		<-s.pause.turn
-		wait := s.shared.untilDelayed()
-		moved, err := xstream.MoveResult{Next: -1}, tick.DelayedErr
-		if tick.Delayed {
+		wait := s.shared.until(DelayedInterval)
+		if waiting {
 			moved, err = s.stream.Move(s.life.ctx)
 		}
+		known = moved.Next >= 0
 		switch {
 		case redisx.IsDenied(err):
 			if denied.IsZero() {
 				s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
 			}
-			denied = time.Now().Add(jitter(delayedDenied))
+			denied = time.Now().Add(takeover.Jitter(delayedDenied))
 			s.markHealthy(dutyDelayed)
 		case err != nil:
 			s.markFailed(dutyDelayed, err)
-		case time.Now().Before(denied):
 		default:
 			s.markHealthy(dutyDelayed)
 			LogLostDelayed(s.cfg.Log, s.cfg.Fields, moved)
 			denied, wait = time.Time{}, untilDue(moved, wait)
 		}
-		timer.Reset(wait)
-	}
+		return wait
+	})
 }
 
 // untilDue returns the time until the next look after one that found this; regular is the
@@ -81,15 +74,9 @@ func untilDue(moved xstream.MoveResult, regular time.Duration) time.Duration {
 		wait = min(wait, moved.Next)
 	}
 	if moved.Count == 0 {
-		wait = max(wait, jitter(delayedPause))
+		wait = max(wait, takeover.Jitter(delayedPause))
 	}
 	return wait
-}
-
-// untilDelayed returns the time until the next tick. All topics tick together, to share a
-// pipeline.
-func (s *Shared) untilDelayed() time.Duration {
-	return DelayedInterval - time.Since(s.epoch)%DelayedInterval
 }
 
 // LogLostDelayed logs delayed messages whose fields were missing.

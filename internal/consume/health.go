@@ -3,6 +3,8 @@ package consume
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,6 +23,7 @@ const (
 	dutyDeadLetter = "dead-letter"
 	dutyDelayed    = "move delayed messages"
 	dutyPause      = "pause or resume"
+	dutyPosition   = "store the read position"
 	dutyTrim       = "trim the stream"
 	dutyTrimDead   = "trim the dead-letter stream"
 )
@@ -80,10 +83,8 @@ func (h *health) outage() (time.Time, error) {
 		return time.Time{}, nil
 	}
 	var errs []error
-	for _, duty := range []string{dutyOpen, dutyRead, dutyAck, dutyRenew, dutyClaim, dutyLook, dutyDeadLetter, dutyDelayed, dutyPause, dutyTrim, dutyTrimDead} {
-		if err := h.failing[duty]; err != nil {
-			errs = append(errs, err)
-		}
+	for _, duty := range slices.Sorted(maps.Keys(h.failing)) {
+		errs = append(errs, h.failing[duty])
 	}
 	return h.since, errors.Join(errs...)
 }

@@ -2,7 +2,6 @@ package consume
 
 import (
 	"errors"
-	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -55,7 +54,7 @@ func poke(c chan struct{}) {
 // apply carries out what a change of the ledger requires.
 func (s *Subscription) apply(fx ledger.Effects) {
 	if fx.Slots > 0 {
-		s.startSlot()
+		go s.slots.one(s).run()
 	}
 	if fx.Key {
 		go s.slots.one(s).key()
@@ -79,15 +78,12 @@ func (s *Subscription) apply(fx ledger.Effects) {
 		poke(s.loops.look)
 	}
 	if !fx.Timer.IsZero() {
-		s.loops.arm(fx.Timer, s.fired)
+		s.loops.arm(fx.Timer, func() { s.apply(s.ledger.Fired(time.Now())) })
 	}
 }
 
 // update carries out what is due now.
 func (s *Subscription) update() { s.apply(s.ledger.Effects(time.Now())) }
-
-// fired carries out what is due now, and arms the timer for what is due next.
-func (s *Subscription) fired() { s.apply(s.ledger.Fired(time.Now())) }
 
 // arm schedules run for that time. An earlier time that is already set remains:
 // concurrent callers may arrive in either order. One who arrives late can replace a
@@ -164,14 +160,7 @@ func (s *Subscription) ackLoop() {
 func (s *Subscription) renewLoop() {
 	every := s.cfg.ClaimMinIdle / (2 * takeover.RenewalsPerLease)
 	pause := backoff{}
-	timer := time.NewTimer(every)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-s.loops.stop:
-			return
-		}
+	repeat(s.loops.stop, nil, every, func() time.Duration {
 		next := every
 		if err := s.keeper.Renew(s.life.ctx, every*9/10); err != nil {
 			s.markFailed(dutyRenew, err)
@@ -185,23 +174,15 @@ func (s *Subscription) renewLoop() {
 			}
 		}
 		s.update()
-		timer.Reset(next)
-	}
+		return next
+	})
 }
 
 // lookLoop looks at the group, and for entries that dead consumers left in it,
 // until the subscription closes.
 func (s *Subscription) lookLoop() {
 	defer s.finder.Forget()
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-s.loops.look:
-		case <-s.life.closing:
-			return
-		}
+	repeat(s.life.closing, s.loops.look, 0, func() time.Duration {
 		fx, err := s.finder.Look(s.life.ctx)
 		s.apply(fx)
 		if err != nil {
@@ -209,7 +190,23 @@ func (s *Subscription) lookLoop() {
 		} else {
 			s.markHealthy(dutyLook)
 		}
-		timer.Reset(s.shared.untilTick())
+		return s.shared.until(s.shared.tick)
+	})
+}
+
+// repeat calls f after a time, then each time after what it returns or when poked, until
+// stop is closed.
+func repeat(stop, poked <-chan struct{}, after time.Duration, f func() time.Duration) {
+	timer := time.NewTimer(after)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-poked:
+		case <-stop:
+			return
+		}
+		timer.Reset(f())
 	}
 }
 
@@ -226,7 +223,7 @@ func (b *backoff) reset() { b.d = 0 }
 
 func (b *backoff) next() time.Duration {
 	b.d = min(max(minBackoff, 2*b.d), maxBackoff)
-	return jitter(b.d)
+	return takeover.Jitter(b.d)
 }
 
 // wait returns false if stop was closed during the pause.
@@ -239,12 +236,4 @@ func (b *backoff) wait(stop <-chan struct{}) bool {
 	case <-stop:
 		return false
 	}
-}
-
-// jitter returns a random duration from [d/2, 3d/2).
-func jitter(d time.Duration) time.Duration {
-	if d <= 0 {
-		return 0
-	}
-	return d/2 + rand.N(d)
 }

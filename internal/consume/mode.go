@@ -7,7 +7,6 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
@@ -21,8 +20,6 @@ type mode interface {
 	open(ctx context.Context) error
 	// start starts the background loops.
 	start()
-	// ping sends a cheap command to Redis.
-	ping(ctx context.Context) error
 
 	// read returns the entries that are to be handled.
 	read(entries []xstream.Entry) []xstream.Entry
@@ -56,7 +53,7 @@ type mode interface {
 	deadLetters() bool
 
 	// release releases entries.
-	release(ctx context.Context, give []lease.Counted) error
+	release(ctx context.Context, give []*ledger.Entry) error
 	// abandoned leaves an entry whose handler may still be running.
 	abandoned(h *Task)
 	// leave removes the subscription's state from Redis.
@@ -77,7 +74,7 @@ func modeOf(s *Subscription) mode {
 type grouped struct{ *Subscription }
 
 func (m grouped) open(ctx context.Context) error {
-	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.reader, "")
+	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.stream.Consumer, m.reader)
 	if err := m.stream.CheckRights(ctx); err != nil {
 		return err
 	}
@@ -115,19 +112,15 @@ func (grouped) pausable() bool { return true }
 
 func (m grouped) reconnect(ctx context.Context) { m.askPaused(ctx) }
 
-func (m grouped) ping(ctx context.Context) error {
-	_, err := m.stream.PendingSummary(ctx)
-	return err
-}
-
-// leave removes the consumer's name from the group, unless other subscriptions of
-// the topic use it or entries are pending for it.
+// leave removes the consumer's name from the group, unless entries are pending for it. If it
+// is not known to be removed, no other subscription gets the name.
 func (m grouped) leave(ctx context.Context) {
-	if m.shared.poller.Has(m.cfg.Topic) {
-		return
-	}
-	if err := m.stream.RemoveConsumer(ctx); err != nil {
+	removed, err := m.stream.RemoveConsumer(ctx)
+	if err != nil {
 		m.cfg.Log.Debug("The consumer's name was not removed from the group: "+err.Error(), m.cfg.Fields)
+	}
+	if removed {
+		m.shared.returnName(m.cfg.Topic, m.stream.Consumer)
 	}
 }
 
@@ -145,13 +138,7 @@ func (m leased) read(entries []xstream.Entry) []xstream.Entry {
 	return entries
 }
 
-func (m leased) late(entries []*ledger.Entry) {
-	give := make([]lease.Counted, len(entries))
-	for i, e := range entries {
-		give[i] = lease.Counted{Entry: e, Count: max(e.Count()-1, 0)}
-	}
-	m.Subscription.release(give)
-}
+func (m leased) late(entries []*ledger.Entry) { m.Subscription.release(unread(entries)) }
 
 // reconnect checks whether the group was recreated, before anything is read from
 // it.
@@ -187,14 +174,13 @@ func (leased) postponed(h *Task) { h.Fields = nil }
 
 func (leased) deadLetters() bool { return true }
 
-func (m leased) release(ctx context.Context, give []lease.Counted) error {
+func (m leased) release(ctx context.Context, give []*ledger.Entry) error {
 	return m.keeper.Release(ctx, give)
 }
 
 // abandoned leaves the entry pending for this consumer until its lease expires.
 // This delivery does not count.
 func (m leased) abandoned(h *Task) {
-	m.shared.poller.Disown(m.cfg.Topic, h.ID) // not an orphan while its handler runs
 	if err := m.keeper.Abandon(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
 		m.cfg.Log.Error("The abandoned delivery counts as a retry: its count could not be restored", err, m.Fields(h))
 	}
@@ -242,7 +228,7 @@ func (unleased) handedOut(*Task)                                {}
 func (unleased) retries() bool                                  { return false }
 func (unleased) postponed(*Task)                                {}
 func (unleased) deadLetters() bool                              { return false }
-func (unleased) release(context.Context, []lease.Counted) error { return nil }
+func (unleased) release(context.Context, []*ledger.Entry) error { return nil }
 func (unleased) abandoned(*Task)                                {}
 
 // fanOut is a subscription without a group. Redis stores only its read position.
@@ -266,19 +252,13 @@ func (m fanOut) open(ctx context.Context) error {
 	if after == "$" {
 		after = info.Last
 	}
-	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.reader, after)
-	m.position.begin(ctx, after, info)
-	return nil
+	m.reader.seat = m.shared.poller.NewFanOut(m.cfg.Topic, after, m.reader)
+	return m.position.begin(ctx, after, info)
 }
 
 func (m fanOut) start() {
 	m.cfg.Log.Info("Subscribing without a consumer group: fan-out, every subscription gets every message", m.cfg.Fields)
 	m.loops.start(m.position.run)
-}
-
-func (m fanOut) ping(ctx context.Context) error {
-	_, err := m.stream.Info(ctx)
-	return err
 }
 
 // read copies the entries' fields: entries are kept until they are acked, and the
@@ -309,6 +289,6 @@ func (fanOut) retries() bool       { return true }
 func (fanOut) postponed(h *Task) { h.SetCount(h.Next, h.Next+1) }
 
 func (fanOut) deadLetters() bool                              { return false }
-func (fanOut) release(context.Context, []lease.Counted) error { return nil }
+func (fanOut) release(context.Context, []*ledger.Entry) error { return nil }
 func (fanOut) abandoned(*Task)                                {}
 func (m fanOut) leave(context.Context)                        { m.position.remove() }

@@ -87,12 +87,18 @@ const obeyedBy = 2 * DelayedInterval
 
 // checkReleased checks whether the group was lost with what was released: no lease tells.
 func (s *Subscription) checkReleased(resuming bool) error {
-	entries, p := s.ledger.Withdrawals(), s.pause
+	p := s.pause
 	all := resuming || !p.known
-	switch {
-	case all && !resuming && time.Since(p.begun) < obeyedBy:
-		return nil
-	case len(entries) > 2 && !all:
+	if all && !resuming {
+		if time.Since(p.begun) < obeyedBy {
+			return nil
+		}
+		if err := s.keeper.SeeGroup(s.life.ctx); err != nil { // nobody reads now, so that this remains true
+			return err
+		}
+	}
+	entries := s.ledger.Withdrawals()
+	if len(entries) > 2 && !all {
 		entries = []*ledger.Entry{entries[0], entries[len(entries)-1]} // a lost group has lost both
 	}
 	if len(entries) > 0 {
@@ -123,6 +129,11 @@ func (s *Subscription) pauseOrResume(c xstream.Control) {
 			s.cfg.Log.Info("The group is paused: no handler begins until it is resumed", s.cfg.Fields.Add(watermill.LogFields{"paused_since": c.Since}))
 		}
 	case was.isPaused():
+		if s.ledger.Unsure() { // what was released is not ours
+			if s.withdraw(); s.ledger.Unsure() {
+				return
+			}
+		}
 		if err := s.checkReleased(true); err != nil { // later it could not be told whether others have settled them
 			s.markFailed(dutyPause, err)
 			return
@@ -138,21 +149,24 @@ func (s *Subscription) pauseOrResume(c xstream.Control) {
 	}
 }
 
-// withdraw releases what was read ahead. If that fails, the next tick tries again.
+// withdraw releases what was read ahead. If that fails, the next tick tries again; if
+// it had no answer, so that others may have the entries, nobody here does until then.
 func (s *Subscription) withdraw() {
 	entries := s.ledger.Withdraw()
 	if len(entries) == 0 {
 		return
 	}
-	give := make([]lease.Counted, len(entries))
-	for i, e := range entries {
-		give[i] = lease.Counted{Entry: e, Count: max(e.Count()-1, 0)}
-	}
-	err := s.mode.release(s.life.ctx, give)
+	err := s.mode.release(s.life.ctx, unread(entries))
 	if err != nil {
 		s.markFailed(dutyPause, err)
 	}
-	if !s.ledger.Withdrawn(time.Now(), entries, lease.Released, err == nil) {
-		s.release(give)
+	ok := false
+	if unavailable(err) {
+		ok = s.ledger.WithdrawAgain(entries)
+	} else {
+		ok = s.ledger.Withdrawn(time.Now(), entries, lease.Released, err == nil)
+	}
+	if !ok {
+		s.release(entries)
 	}
 }

@@ -37,6 +37,7 @@ type position struct {
 	name string // in the stream's positions
 
 	denied    bool      // the missing permission is logged already
+	unstored  bool      // the last update failed
 	notBefore time.Time // no update before that time
 
 	mu     sync.Mutex
@@ -58,29 +59,31 @@ func newPosition(s *Subscription) *position {
 }
 
 // begin reports the start position, before Subscribe returns.
-func (p *position) begin(ctx context.Context, after string, info xstream.Info) {
+func (p *position) begin(ctx context.Context, after string, info xstream.Info) error {
 	p.last, p.info, p.at = xstream.Mark{ID: after}, info, time.Now()
 	p.mark = p.last
-	p.report(ctx, after)
+	return p.report(ctx, after, info)
 }
 
-// report tells Redis that everything up to the ID was read.
-func (p *position) report(ctx context.Context, id string) {
+// report tells Redis that everything up to the ID was read, of the stream of that info. A missing permission is logged
+// and not an error.
+func (p *position) report(ctx context.Context, id string, info xstream.Info) error {
 	s := p.s
 	if time.Now().Before(p.notBefore) {
-		return
+		return nil
 	}
 	ms, seq := xstream.SplitID(id)
 	id = fmt.Sprintf("%d-%d", ms, seq) // the form that scripts compare
-	err := s.stream.SetPosition(ctx, p.name, id, positionTTL)
+	err := s.stream.SetPosition(ctx, p.name, id, info, positionTTL)
 	if redisx.IsDenied(err) || redisx.ReplyHas(err, "CROSSSLOT", "can't access non local key", "READONLY You can't write against a read only replica") {
 		p.notBefore = time.Now().Add(positionRest)
-		if p.denied {
-			return
+		if !p.denied {
+			p.denied = true
+			s.cfg.Log.Info("No permission to store the read position of a fan-out; retention and DeleteAcked may delete entries that it has not read: "+err.Error(), s.cfg.Fields)
 		}
-		p.denied = true
-		s.cfg.Log.Info("No permission to store the read position of a fan-out; retention and DeleteAcked may delete entries that it has not read: "+err.Error(), s.cfg.Fields)
+		err = nil
 	}
+	return err
 }
 
 // unseen drops the entries that were already delivered, from a stream that is being
@@ -106,17 +109,10 @@ func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 
 // run looks at the stream until the subscription closes.
 func (p *position) run() {
-	timer := time.NewTimer(positionTick)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-p.s.life.closing:
-			return
-		}
+	repeat(p.s.life.closing, nil, positionTick, func() time.Duration {
 		p.look(p.s.life.ctx)
-		timer.Reset(positionTick)
-	}
+		return positionTick
+	})
 }
 
 // look checks whether the stream was recreated, and reports the position.
@@ -126,7 +122,7 @@ func (p *position) look(ctx context.Context) {
 	was := p.seenLocked()
 	p.mu.Unlock()
 	idle := was.last == p.mark
-	if idle && time.Since(p.at) < positionRest {
+	if idle && !p.unstored && time.Since(p.at) < positionRest {
 		return
 	}
 	info, err := s.stream.Info(ctx)
@@ -164,7 +160,13 @@ func (p *position) look(ctx context.Context) {
 		s.cfg.Log.Error("The stream was deleted and recreated, or a failover lost its end; rereading it from where it changed",
 			errors.New("stream changed"), s.cfg.Fields.Add(watermill.LogFields{"start_id": again}))
 	}
-	p.report(ctx, was.last.ID)
+	if err := p.report(ctx, was.last.ID, info); err != nil {
+		p.unstored = true
+		s.markFailed(dutyPosition, err)
+		return
+	}
+	p.unstored = false
+	s.markHealthy(dutyPosition)
 }
 
 // seen is what a look knows about the stream.

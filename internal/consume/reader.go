@@ -129,17 +129,15 @@ func (r *reader) Holds(id string) bool { return r.s.ledger.Owns(id) }
 // Reading notes that reading works, or that there is nothing to read for.
 func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 
-// Orphans takes entries that are pending for this consumer but unknown to its
-// subscriptions: the answer to the command that read or claimed them was lost, so
-// their delivery has reached nobody.
-func (r *reader) Orphans(rows []xstream.Pending) bool {
+// Orphans takes entries that are pending for this consumer but unknown to it: the answer
+// to the command that read or claimed them was lost, so their delivery has reached nobody.
+func (r *reader) Orphans(rows []xstream.Pending) {
 	s := r.s
 	orphans := make([]*ledger.Entry, len(rows))
 	for i, p := range rows {
 		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(max(p.Count, 1), max(p.Count, 1)) // 0: snoozed, or released
 	}
 	s.apply(s.ledger.Offer(time.Now(), orphans, false))
-	return !s.IsClosing()
 }
 
 // fits returns how many entries of the current size fit into one read.

@@ -12,6 +12,7 @@ import (
 	"github.com/ThreeDotsLabs/watermill"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
 
@@ -21,10 +22,12 @@ const (
 	RetentionInterval = time.Second
 
 	// MaxTrims is how many runs of the script one trimming may take, of about a
-	// millisecond each: a hundredth of the server's time. A stream that grows all the same
+	// millisecond each: a hundredth of the server's time, fewer if there are very many groups. A stream that grows all the same
 	// takes up to catchUp times as many, and one that exceeds HardMaxLen as many as it needs.
 	MaxTrims = 10
 	catchUp  = 10
+
+	maxTrimming = MaxTrims * time.Millisecond
 
 	// retentionDenied is the pause while the permission is missing.
 	retentionDenied = time.Minute
@@ -63,31 +66,24 @@ func (s *Subscription) startRetention() {
 // run trims the stream until the subscription closes. All subscriptions do this, without
 // a leader: the script lets one of them trim in each interval.
 func (t *trimmer) run() {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-t.life.closing:
-			return
-		}
+	repeat(t.life.closing, nil, 0, func() time.Duration {
 		wait, err := t.trim()
 		switch {
 		case redisx.IsDenied(err):
 			if !t.denied {
 				t.cfg.Log.Info("No permission to trim the stream; other Subscribers of the topic must: "+err.Error(), t.fields)
 			}
-			t.denied, wait = true, jitter(retentionDenied)
+			t.denied, wait = true, takeover.Jitter(retentionDenied)
 			t.markHealthy(t.duty)
 		case err != nil:
-			wait = jitter(RetentionInterval)
+			wait = takeover.Jitter(RetentionInterval)
 			t.markFailed(t.duty, err)
 		default:
 			t.denied = false
 			t.markHealthy(t.duty)
 		}
-		timer.Reset(max(wait, time.Millisecond))
-	}
+		return max(wait, time.Millisecond)
+	})
 }
 
 // trim trims the stream, if nobody has done so within the interval, and returns when to
@@ -95,7 +91,8 @@ func (t *trimmer) run() {
 func (t *trimmer) trim() (wait time.Duration, err error) {
 	cut := make(map[string]int64)
 	defer func() { t.logCut(cut) }()
-	for runs, interval := 1, RetentionInterval; ; runs, interval = runs+1, 0 {
+	interval, took := RetentionInterval, time.Duration(0)
+	for {
 		got, err := t.stream.Trim(t.life.ctx, t.keep, interval)
 		if err != nil {
 			return 0, err
@@ -108,11 +105,23 @@ func (t *trimmer) trim() (wait time.Duration, err error) {
 		for group, n := range got.Cut {
 			cut[group] += n
 		}
+		took += got.Cost
 		grows := t.length > 0 && got.Length > t.length
-		if t.IsClosing() || !got.Over && !(got.More && (runs < MaxTrims || grows && runs < catchUp*MaxTrims)) {
+		if t.IsClosing() || !got.Over && !(got.More && (took < maxTrimming || grows && took < catchUp*maxTrimming)) {
 			t.length = got.Length
 			t.logPin(got.Pin)
 			return wait, nil
+		}
+		if got.More {
+			interval = 0 // continue at once
+		} else {
+			interval = RetentionInterval // only cut off
+		}
+		if got.Cost > 2*time.Millisecond { // very many groups: leave the server half of its time
+			select {
+			case <-time.After(got.Cost):
+			case <-t.life.closing:
+			}
 		}
 	}
 }

@@ -1,7 +1,10 @@
 package consume
 
 import (
+	"cmp"
+	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -10,20 +13,22 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
 	"github.com/goxstreams/watermill-goxstreams/internal/poll"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 )
 
-const (
-	// subscriberConns is 2, so that a slow command does not hold up the others.
-	subscriberConns = 2
-)
+// subscriberConns is 2, so that a slow command does not hold up the others.
+const subscriberConns = 2
 
 // Shared is what the subscriptions of a Subscriber share: a pipeline for commands,
-// the blocking connections, the consumer's name, and limits.
+// the blocking connections, the first part of their consumers' names, and limits.
 type Shared struct {
 	client   redisx.Client
 	pipe     *pipeline.Pipeline // for all commands except blocking reads
 	poller   *poll.Poller
 	consumer string
+
+	mu    sync.Mutex
+	names map[nameKey]bool // consumers that are in use
 
 	// The looks at all topics happen at the same time, to share a pipeline.
 	epoch time.Time
@@ -31,6 +36,8 @@ type Shared struct {
 
 	Bounds *ledger.Bounds
 }
+
+type nameKey struct{ topic, consumer string }
 
 // SharedConfig holds fields of SubscriberConfig.
 type SharedConfig struct {
@@ -49,11 +56,11 @@ func NewShared(c SharedConfig) *Shared {
 	client, log := c.Client, c.Log
 	s := &Shared{
 		client: client, pipe: pipeline.New(client, subscriberConns, true), consumer: consumerName(c.Consumer),
-		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + jitter(c.ClaimInterval/10),
-		Bounds: ledger.NewBounds(),
+		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + takeover.Jitter(c.ClaimInterval/10),
+		names: make(map[nameKey]bool), Bounds: ledger.NewBounds(),
 	}
 	s.poller = poll.New(poll.Config{
-		Client: client, Pipeline: s.pipe, Group: c.Group, Consumer: s.consumer, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
+		Client: client, Pipeline: s.pipe, Group: c.Group, NoAck: c.NoAck, Block: c.BlockTime, Batch: c.BatchSize,
 		Unwakable: func() {
 			if client.Wrapped() {
 				log.Info("The client's type is not one of go-redis's: its topics share one connection of its pool, for 0.1s at a time", nil)
@@ -69,18 +76,31 @@ func NewShared(c SharedConfig) *Shared {
 // consumerName returns a unique name: two processes on one host, or two hosts with
 // the same name, differ in the suffix.
 func consumerName(prefix string) string {
-	if prefix == "" {
-		if host, err := os.Hostname(); err == nil {
-			prefix = host
-		}
-	}
-	if prefix == "" {
-		prefix = "consumer"
-	}
-	return prefix + "-" + watermill.NewShortUUID()
+	host, _ := os.Hostname()
+	return cmp.Or(prefix, host, "consumer") + "-" + watermill.NewShortUUID()
 }
 
-// untilTick returns the time until the next look at the groups.
-func (s *Shared) untilTick() time.Duration {
-	return s.tick - time.Since(s.epoch)%s.tick
+// nameFor returns a consumer that no other subscription of the topic is, nor was when it
+// left entries pending. As far as possible it is the same for all topics: only then can one
+// command read several.
+func (s *Shared) nameFor(topic string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	name := s.consumer
+	for i := 2; s.names[nameKey{topic, name}]; i++ {
+		name = fmt.Sprint(s.consumer, "-", i)
+	}
+	s.names[nameKey{topic, name}] = true
+	return name
 }
+
+// returnName is called when nothing is pending for the consumer any more.
+func (s *Shared) returnName(topic, consumer string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.names, nameKey{topic, consumer})
+}
+
+// until returns the time until the next tick of that length. All topics tick together, to
+// share a pipeline.
+func (s *Shared) until(tick time.Duration) time.Duration { return tick - time.Since(s.epoch)%tick }

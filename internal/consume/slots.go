@@ -45,10 +45,6 @@ const (
 	slotDetached
 )
 
-func (s *Subscription) startSlot() {
-	go s.slots.one(s).run()
-}
-
 // one returns a slot that counts as running.
 func (ss *slots) one(s *Subscription) *slot {
 	ss.mu.Lock()
@@ -71,12 +67,7 @@ func (sl *slot) run() {
 			s.ledger.SlotEnded()
 			s.update()
 		}
-		s.slots.mu.Lock()
-		defer s.slots.mu.Unlock()
-		if s.slots.forget(sl); ended {
-			clear(sl.taken[:cap(sl.taken)])
-			s.slots.free = append(s.slots.free, sl)
-		}
+		s.slots.end(sl, ended)
 	}()
 	for {
 		var fx ledger.Effects
@@ -176,11 +167,7 @@ func (sl *slot) key() {
 			s.update()
 		}
 		sl.keys = false
-		s.slots.mu.Lock()
-		defer s.slots.mu.Unlock()
-		if s.slots.forget(sl); ended {
-			s.slots.free = append(s.slots.free, sl)
-		}
+		s.slots.end(sl, ended)
 	}()
 	keys := make([]string, keyBatch)
 	for {
@@ -200,6 +187,16 @@ func (sl *slot) key() {
 		if len(late) > 0 {
 			s.mode.late(late)
 		}
+	}
+}
+
+// end ends a slot, which can be used again unless its goroutine was ended by a user's function.
+func (ss *slots) end(sl *slot, reuse bool) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if ss.forget(sl); reuse {
+		clear(sl.taken[:cap(sl.taken)])
+		ss.free = append(ss.free, sl)
 	}
 }
 
@@ -247,7 +244,6 @@ func (s *Subscription) awaitSlots() {
 func (s *Subscription) detachSlots() {
 	n := 0
 	s.slots.mu.Lock()
-	var left []string
 	var handled []func()
 	for sl := range s.slots.running {
 		switch {
@@ -255,19 +251,12 @@ func (s *Subscription) detachSlots() {
 			handled = append(handled, sl.left)
 		case sl.state.CompareAndSwap(slotCalls, slotDetached):
 			n++
-			left = append(left, sl.entry.ID)
-			for _, e := range s.ledger.Running(sl.taken) {
-				left = append(left, e.ID)
-			}
 		default:
 			continue
 		}
 		s.slots.forget(sl)
 	}
 	s.slots.mu.Unlock()
-	for _, id := range left {
-		s.shared.poller.Disown(s.cfg.Topic, id) // not an orphan while the function runs
-	}
 	var leaving sync.WaitGroup
 	for _, leave := range handled {
 		leaving.Go(leave)

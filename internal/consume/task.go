@@ -8,7 +8,6 @@ import (
 
 	"github.com/ThreeDotsLabs/watermill"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
@@ -42,6 +41,21 @@ func (t *Task) Call(f func()) {
 // CloseTimeout.
 func (s *Subscription) Go(f func()) { s.slots.calls.Go(f) }
 
+// Await is Go, and waits too. It returns false if CloseTimeout passes first.
+func (s *Subscription) Await(f func()) bool {
+	done := make(chan struct{})
+	s.Go(func() {
+		defer close(done)
+		f()
+	})
+	select {
+	case <-done:
+		return true
+	case <-s.life.abandon:
+		return false
+	}
+}
+
 // acquire makes sure that the entry is ours and has its fields: an entry that was
 // not just read is claimed first. It returns false if another consumer has the
 // entry, or if it has to wait.
@@ -50,15 +64,8 @@ func (s *Subscription) acquire(t *Task) bool {
 		return true
 	}
 	claim := t.Owner != ""
-	if claim { // the Subscriber's other subscriptions of the topic use the same consumer name
-		if !s.shared.poller.Reserve(s.cfg.Topic, t.ID, s.reader) {
-			s.Drop(t)
-			return false
-		}
-		defer s.shared.poller.Unreserve(s.cfg.Topic, t.ID)
-	}
 	own := t.Owner == s.stream.Consumer
-	if own && !s.shared.poller.Disowned(s.cfg.Topic, t.ID) {
+	if own && !s.reader.seat.Disowned(t.ID) {
 		t.Next = t.Count() // the answer to the command that claimed it was lost: it has reached nobody
 	}
 	taken, err := s.keeper.Take(s.life.ctx, t.Entry)
@@ -76,13 +83,13 @@ func (s *Subscription) acquire(t *Task) bool {
 	case err != nil && claim: // it may be claimed: then it is an orphan
 		s.markFailed(dutyLook, err)
 		s.Drop(t)
-		s.shared.poller.Unsure(s.cfg.Topic)
+		s.reader.seat.Unsure()
 	case err != nil:
 		s.markFailed(dutyClaim, err)
 		s.Again(t, max(s.cfg.TakeAgain, minBackoff))
 	case taken:
 		s.markHealthy(dutyClaim)
-		if claim && !own {
+		if claim && !own && !withdrawn {
 			s.claimed.Add(1)
 		}
 		return true
@@ -263,7 +270,7 @@ func (s *Subscription) callBroken() {
 // gaveUp drops an entry because too many are waiting. It is redelivered when its
 // lease expires.
 func (s *Subscription) gaveUp(e *ledger.Entry) {
-	s.shared.poller.Disown(s.cfg.Topic, e.ID)
+	s.reader.seat.Disown(e.ID)
 	s.overflow.Do(func() {
 		s.cfg.Log.Error("Too many messages wait for a retry", errors.New(
 			"those with the longest waits are redelivered when their leases expire, whenever they are due"), s.cfg.Fields)
@@ -279,54 +286,58 @@ func (s *Subscription) Abandoned(t *Task) {
 
 // GiveBack releases an entry with the given delivery count.
 func (s *Subscription) GiveBack(t *Task, count int64) {
-	s.release([]lease.Counted{{Entry: t.Entry, Count: s.releaseCount(t.Entry, count)}})
+	t.Give = s.releaseCount(t.Entry, count)
+	s.release([]*ledger.Entry{t.Entry})
 }
 
 // releaseAll releases all entries that no slot is handling: prefetched entries as
 // if they had never been read, waiting ones with their count.
 func (s *Subscription) releaseAll() {
 	queued, retries := s.ledger.Close(time.Now())
-	give := make([]lease.Counted, 0, len(queued)+len(retries))
-	for _, e := range queued {
-		give = append(give, lease.Counted{Entry: e, Count: max(e.Count()-1, 0)})
-	}
-	var moving []*Task
+	give := unread(queued)
+	var moving []*ledger.Entry
 	for _, e := range retries {
 		if s.ledger.IsMoving(e) {
-			moving = append(moving, &Task{Entry: e})
+			moving = append(moving, e)
 			continue
 		}
-		give = append(give, lease.Counted{Entry: e, Count: s.releaseCount(e, e.Next-1)})
+		e.Give = s.releaseCount(e, e.Next-1)
+		give = append(give, e)
 	}
 	s.release(give)
 	give = give[:0]
 	answers := true
-	for _, t := range moving {
+	for _, e := range moving {
 		// After an error there is no time to try this with every entry.
-		if answers = answers && s.settleMove(t) == nil; s.ledger.IsMoved(t.Entry) {
+		if answers = answers && s.settleMove(&Task{Entry: e}) == nil; s.ledger.IsMoved(e) {
 			continue
 		}
-		give = append(give, lease.Counted{Entry: t.Entry, Count: s.releaseCount(t.Entry, t.Next-1)})
+		e.Give = s.releaseCount(e, e.Next-1)
+		give = append(give, e)
 	}
 	s.release(give)
 }
 
+// unread has entries released with their counts from before they were read.
+func unread(entries []*ledger.Entry) []*ledger.Entry {
+	for _, e := range entries {
+		e.Give = max(e.Count()-1, 0)
+	}
+	return entries
+}
+
 // release releases entries. If that fails, they are redelivered when their leases
 // expire.
-func (s *Subscription) release(give []lease.Counted) {
-	if len(give) == 0 {
+func (s *Subscription) release(entries []*ledger.Entry) {
+	if len(entries) == 0 {
 		return
-	}
-	entries := make([]*ledger.Entry, len(give))
-	for i, g := range give {
-		entries[i] = g.Entry
 	}
 	now := time.Now()
 	s.ledger.Releasing(now, entries...)
 	if !s.isAbandoned() {
-		if err := s.tryRelease(give); err != nil {
+		if err := s.try(func() error { return s.mode.release(s.life.ctx, entries) }); err != nil {
 			s.cfg.Log.Error("Release failed; the messages will be redelivered when their leases expire", err,
-				s.cfg.Fields.Add(watermill.LogFields{"entries": len(give)}))
+				s.cfg.Fields.Add(watermill.LogFields{"entries": len(entries)}))
 		}
 	}
 	s.ledger.Remove(now, entries...)
@@ -336,16 +347,11 @@ func (s *Subscription) release(give []lease.Counted) {
 // in the pool fails once, and it would take long for the leases to expire.
 const releaseTries = 5
 
-func (s *Subscription) tryRelease(give []lease.Counted) error {
-	return s.try(func() error { return s.mode.release(s.life.ctx, give) })
-}
-
 // try repeats a command of a closing subscription.
 func (s *Subscription) try(command func() error) (err error) {
 	pause := backoff{}
 	for range releaseTries {
-		err = command()
-		if err == nil || redisx.IsReply(err) && !redisx.NotReady(err) || redisx.IsClosed(err) || !pause.wait(s.life.abandon) {
+		if err = command(); !unavailable(err) || !pause.wait(s.life.abandon) {
 			return err
 		}
 	}

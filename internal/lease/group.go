@@ -54,6 +54,18 @@ func (k *Keeper) SawGroup(lastDelivered string) {
 	k.progress.known = lastDelivered
 }
 
+// SeeGroup asks for the group's last-delivered-id, and remembers it.
+func (k *Keeper) SeeGroup(ctx context.Context) error {
+	info, err := k.cfg.Stream.GroupInfo(ctx)
+	if redisx.IsDenied(err) {
+		return nil
+	}
+	if err == nil {
+		k.SawGroup(info.LastDelivered)
+	}
+	return err
+}
+
 // SawMissing remembers that the group does not know the consumer. Call it before the
 // consumer is added: a server before 7.2 does not say that it has had no entry since.
 func (k *Keeper) SawMissing() {
@@ -87,12 +99,13 @@ func (k *Keeper) Probe(ctx context.Context) error {
 // seen it take an entry. Then the group was recreated, or the consumer was removed.
 // With byClocks, it also counts if the server saw the consumer active only more
 // than a second before it was last active as far as is known here. That alone
-// proves nothing, since a lost or late answer looks the same.
+// proves nothing, since a lost or late answer looks the same. In a group that was repaired
+// in part it is known by other entries.
 func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error) {
 	known := k.progressNow()
 	consumers, err := k.cfg.Stream.Consumers(ctx)
-	if redisx.IsDenied(err) {
-		return true, nil // restoring entries that were acked elsewhere does less harm than losing them
+	if err == nil && k.partly {
+		return true, nil
 	}
 	for _, c := range consumers {
 		if c.Name == k.cfg.Stream.Consumer {
@@ -133,6 +146,20 @@ func (k *Keeper) beganAnew(ctx context.Context) (anew bool, info xstream.Info, e
 	return !there && err == nil, info, err
 }
 
+// checkGroup restores everything if the group does not know this consumer: then it was
+// recreated by somebody who did not know of the entries. It waits for a repair that is under
+// way.
+func (k *Keeper) checkGroup(ctx context.Context) (lost bool, err error) {
+	if err := k.begin(ctx); err != nil {
+		return false, err
+	}
+	defer k.end()
+	if lost, err = k.consumerIsNew(ctx, false); lost && err == nil {
+		err = k.remade(ctx)
+	}
+	return lost, err
+}
+
 // Regroup recreates a lost group, and restores our entries in it. Another consumer
 // may have recreated it first, or the group may be lost on another server only.
 func (k *Keeper) Regroup(ctx context.Context) error {
@@ -160,7 +187,8 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	if start == "" || info.Last != "" && xstream.CompareIDs(info.Last, start) < 0 {
 		start = "0" // everything in it is, or may be, new
 	}
-	if err := k.hold(ctx); err != nil {
+	// What was acked stays until all consumers have renewed, and so have restored what they had.
+	if err := k.cfg.Stream.Hold(ctx, k.cfg.MinIdle); err != nil {
 		return err
 	}
 	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info)
@@ -174,10 +202,6 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	return k.restore(ctx)
 }
 
-// hold keeps what was acked in the stream until all consumers have renewed, and so have
-// restored what they had.
-func (k *Keeper) hold(ctx context.Context) error { return k.cfg.Stream.Hold(ctx, k.cfg.MinIdle) }
-
 // forgetAll drops our entries of a stream that is gone. Handlers may finish, but
 // their messages are not acked, since the ID may belong to another entry now.
 func (k *Keeper) forgetAll(now time.Time) {
@@ -185,7 +209,7 @@ func (k *Keeper) forgetAll(now time.Time) {
 	k.progress = progress{active: k.progress.active}
 	k.seen.Unlock()
 	k.cfg.Ledger.Reclaim()
-	n := k.cfg.Ledger.Gone(now, k.cfg.Ledger.Ours()...)
+	n := k.cfg.Ledger.Gone(now, slices.Concat(k.cfg.Ledger.Ours(), k.cfg.Ledger.ToRestore())...)
 	if n == 0 {
 		return
 	}
@@ -194,22 +218,18 @@ func (k *Keeper) forgetAll(now time.Time) {
 		k.cfg.Fields.Add(watermill.LogFields{"entries": n}))
 }
 
-// restore makes our entries pending again, with those that a pause has released, except
-// those that are to be acked: the restore might arrive after their XACK.
+// restore makes our entries pending again, with those that a pause has released or that are
+// being released, except those that are to be acked: the restore might arrive after their
+// XACK. Those that are handled meanwhile are acked once more.
 func (k *Keeper) restore(ctx context.Context) error {
 	if !k.cfg.Ledger.Leased() {
 		return nil
 	}
 	k.partly = true
 	k.cfg.Ledger.Reclaim()
-	ours := slices.DeleteFunc(k.cfg.Ledger.Ours(), func(e *ledger.Entry) bool { return !k.cfg.Ledger.Owned(e) })
-	for chunk := range slices.Chunk(ours, xstream.MaxOwned) {
-		counted := make([]xstream.Counted, len(chunk))
-		for i, e := range chunk {
-			counted[i] = xstream.Counted{ID: e.ID, Count: e.Count()}
-		}
+	for chunk := range slices.Chunk(k.cfg.Ledger.ToRestore(), xstream.MaxOwned) {
 		sent := time.Now()
-		standings, err := k.cfg.Stream.Restore(ctx, counted)
+		standings, err := k.cfg.Stream.Restore(ctx, counted(chunk, k.cfg.Ledger.RestoreCount))
 		if err != nil {
 			return err
 		}
@@ -225,6 +245,11 @@ func (k *Keeper) restore(ctx context.Context) error {
 		k.cfg.Ledger.Restored(sent, restored...)
 		if len(restored) > 0 {
 			k.wasActive(sent)
+		}
+		if ids := k.cfg.Ledger.ToAck(k.cfg.Ledger.Handled(restored), nil); len(ids) > 0 {
+			if err := k.ack(ctx, ids); err != nil {
+				return err
+			}
 		}
 		k.stand(others)
 	}
@@ -243,16 +268,18 @@ func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, sur
 		return err
 	}
 	defer k.end()
+	// A repair may have made some ours again.
+	still := k.cfg.Ledger.Withdrawals()
+	entries = slices.DeleteFunc(slices.Clone(entries), func(e *ledger.Entry) bool { return !slices.Contains(still, e) })
+	if len(entries) == 0 {
+		return nil
+	}
 	released := *k.cfg.Stream
 	released.Consumer = Released
 	var taken []*ledger.Entry
 	settled := 0
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
-		ids := make([]string, len(chunk))
-		for i, e := range chunk {
-			ids[i] = e.ID
-		}
-		standings, err := released.Renew(ctx, ids)
+		standings, err := released.Renew(ctx, idsOf(chunk))
 		if err != nil {
 			return err
 		}
@@ -271,6 +298,9 @@ func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, sur
 	lost := surely && settled == len(entries)
 	if settled > 0 && !surely {
 		isNew, err := k.consumerIsNew(ctx, false)
+		if redisx.IsDenied(err) {
+			isNew, err = true, nil // as in isRemade
+		}
 		if err != nil {
 			return err
 		}

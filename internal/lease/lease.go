@@ -7,6 +7,7 @@ package lease
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -46,13 +47,15 @@ type Keeper struct {
 	Lost, GivenBack atomic.Int64
 
 	round    chan struct{} // capacity 1: one renewal, or one repair of the group, at a time
-	partly   bool          // a repair has started and not finished: missing entries must be restored
+	partly   bool          // a repair has started and not finished: missing entries must be restored; guarded by round
 	seen     sync.Mutex
 	progress progress // guarded by seen
 }
 
 // New returns a Keeper.
-func New(cfg Config) *Keeper { return &Keeper{cfg: cfg, round: make(chan struct{}, 1)} }
+func New(cfg Config) *Keeper {
+	return &Keeper{cfg: cfg, round: make(chan struct{}, 1)}
+}
 
 // SetDeletes is called once the server's features are known.
 func (k *Keeper) SetDeletes(d xstream.Delete) { k.cfg.Deletes = d }
@@ -83,7 +86,15 @@ func (k *Keeper) ack(ctx context.Context, ids []any) error {
 // again.
 func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 	sent := time.Now()
-	got, how, err := k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, e.Next)
+	take := func() (*xstream.Entry, xstream.Standing, error) {
+		return k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, e.Next)
+	}
+	got, how, err := take()
+	if how == xstream.Settled && e.Owner != "" && k.cfg.Ledger.WasWithdrawn(e) { // by others, or the group was recreated
+		if _, err = k.checkGroup(ctx); err == nil || redisx.IsDenied(err) {
+			got, how, err = take() // a repair may have restored it meanwhile
+		}
+	}
 	if err != nil {
 		return false, err
 	}
@@ -230,12 +241,8 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	var last time.Time
 	others := make(map[*ledger.Entry]xstream.Standing)
 	for entries := range slices.Chunk(k.cfg.Ledger.Renewals(time.Now(), age, xstream.CompareIDs), xstream.MaxOwned) {
-		ids := make([]string, len(entries))
-		for i, e := range entries {
-			ids[i] = e.ID
-		}
 		sent := time.Now()
-		standings, err := k.cfg.Stream.Renew(ctx, ids)
+		standings, err := k.cfg.Stream.Renew(ctx, idsOf(entries))
 		if err != nil {
 			return err // the rest would wait for the same answer
 		}
@@ -264,6 +271,14 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	}
 	k.stand(others)
 	return nil
+}
+
+func idsOf(entries []*ledger.Entry) []string {
+	ids := make([]string, len(entries))
+	for i, e := range entries {
+		ids[i] = e.ID
+	}
+	return ids
 }
 
 // isRemade reports whether entries are no longer pending because the group was
@@ -306,7 +321,11 @@ func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.
 		k.cfg.Ledger.PutBack(now, missing...)
 		return true, nil
 	}
-	return k.consumerIsNew(ctx, !expired)
+	isNew, err := k.consumerIsNew(ctx, !expired)
+	if redisx.IsDenied(err) {
+		return true, nil // restoring entries that were acked elsewhere does less harm than losing them
+	}
+	return isNew, err
 }
 
 // remade restores entries that are missing because another consumer, which did not
@@ -324,42 +343,60 @@ func (k *Keeper) remade(ctx context.Context) error {
 	return k.restore(ctx)
 }
 
-// Counted is an entry, and the delivery count with which to release it.
-type Counted struct {
-	Entry *ledger.Entry
-	Count int64
-}
-
-// Release releases entries for any consumer to take. Entries that cannot be
-// released are claimed when their leases expire. If the group was lost, they are
-// first restored in it.
-func (k *Keeper) Release(ctx context.Context, entries []Counted) error {
-	given := func(n int) { k.GivenBack.Add(int64(n)) }
-	left, err := k.assign(ctx, Released, entries, given)
+// Release releases entries for any consumer to take, with the count of Give. Entries
+// that cannot be released are claimed when their leases expire. If the group was lost,
+// they are first restored in it.
+func (k *Keeper) Release(ctx context.Context, entries []*ledger.Entry) error {
+	released := make(map[string]bool)
+	done := func(ids map[string]bool) {
+		before := len(released)
+		maps.Copy(released, ids)
+		k.GivenBack.Add(int64(len(released) - before))
+	}
+	left, err := k.assign(ctx, Released, entries, done)
 	if len(left) == 0 || err != nil && !xstream.GroupLost(err) {
 		return err
 	}
-	if err != nil {
+	lost := err != nil
+	if lost {
 		err = k.Regroup(ctx)
-	} else if isNew, asked := k.consumerIsNew(ctx, false); asked != nil || !isNew {
-		return asked // they were taken or settled elsewhere, or released by an attempt without an answer
+	} else {
+		lost, err = k.checkGroup(ctx)
 	}
-	if err != nil {
+	denied := redisx.IsDenied(err)
+	switch {
+	case err != nil && !denied:
 		return err
+	case lost && !denied:
+		left = entries // what was released before the loss is lost, too
 	}
-	for chunk := range slices.Chunk(left, xstream.MaxOwned) {
-		if _, err := k.cfg.Stream.Restore(ctx, counted(chunk)); err != nil {
+	if lost || denied { // otherwise others have them, an attempt without an answer has released them, or a repair has restored them
+		if err := k.putBack(ctx, left); err != nil {
 			return err
 		}
 	}
-	_, err = k.assign(ctx, Released, left, given)
+	_, err = k.assign(ctx, Released, left, done)
 	return err
 }
 
-func counted(entries []Counted) []xstream.Counted {
+// putBack restores entries that are to be released. Some may have come after Close, and be in
+// no ledger.
+func (k *Keeper) putBack(ctx context.Context, entries []*ledger.Entry) error {
+	entries = slices.DeleteFunc(slices.Clone(entries), k.cfg.Ledger.IsGone)
+	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
+		if _, err := k.cfg.Stream.Restore(ctx, counted(chunk, given)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func given(e *ledger.Entry) int64 { return e.Give }
+
+func counted(entries []*ledger.Entry, count func(*ledger.Entry) int64) []xstream.Counted {
 	all := make([]xstream.Counted, len(entries))
-	for i, c := range entries {
-		all[i] = xstream.Counted{ID: c.Entry.ID, Count: c.Count}
+	for i, e := range entries {
+		all[i] = xstream.Counted{ID: e.ID, Count: count(e)}
 	}
 	return all
 }
@@ -367,22 +404,23 @@ func counted(entries []Counted) []xstream.Counted {
 // Abandon leaves an entry pending for our consumer, with the given count, until its
 // lease expires.
 func (k *Keeper) Abandon(ctx context.Context, e *ledger.Entry, count int64) error {
-	_, err := k.assign(ctx, k.cfg.Stream.Consumer, []Counted{{e, count}}, func(int) {})
+	e.Give = count
+	_, err := k.assign(ctx, k.cfg.Stream.Consumer, []*ledger.Entry{e}, func(map[string]bool) {})
 	return err
 }
 
 // assign assigns entries to a consumer. It returns those that are not ours, and
 // those that it did not send because Redis is unavailable: each further command
 // would have to wait for it too.
-func (k *Keeper) assign(ctx context.Context, to string, entries []Counted, done func(int)) (left []Counted, err error) {
-	entries = slices.DeleteFunc(slices.Clone(entries), func(c Counted) bool { return k.cfg.Ledger.IsGone(c.Entry) })
-	slices.SortFunc(entries, func(a, b Counted) int { return xstream.CompareIDs(a.Entry.ID, b.Entry.ID) })
+func (k *Keeper) assign(ctx context.Context, to string, entries []*ledger.Entry, done func(map[string]bool)) (left []*ledger.Entry, err error) {
+	entries = slices.DeleteFunc(slices.Clone(entries), k.cfg.Ledger.IsGone)
+	slices.SortFunc(entries, func(a, b *ledger.Entry) int { return xstream.CompareIDs(a.ID, b.ID) })
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
-		given, failure := k.cfg.Stream.Assign(ctx, to, counted(chunk))
-		done(len(given))
-		for _, c := range chunk {
-			if !given[c.Entry.ID] {
-				left = append(left, c)
+		assigned, failure := k.cfg.Stream.Assign(ctx, to, counted(chunk, given))
+		done(assigned)
+		for _, e := range chunk {
+			if !assigned[e.ID] {
+				left = append(left, e)
 			}
 		}
 		if err = errors.Join(err, failure); failure != nil && !redisx.IsReply(failure) {

@@ -41,7 +41,7 @@ func newHolder(t *testing.T, minIdle time.Duration) *holder {
 	stream.Consumer = "holder"
 	_, err := stream.CreateGroup(t.Context(), "0")
 	require.NoError(t, err)
-	l := ledger.New(ledger.Config{Slots: 1000, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost})
+	l := ledger.New(ledger.Config{Slots: 1000, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost, Compare: xstream.CompareIDs})
 	return &holder{
 		Keeper: New(Config{Stream: &stream, Ledger: l, MinIdle: minIdle, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}}),
 		t:      t, client: client, stream: &stream, ledger: l,
@@ -60,7 +60,7 @@ func (h *holder) read() (taken []*ledger.Entry) {
 	h.t.Helper()
 	sent := time.Now()
 	read := xstream.Read{Group: "group", Consumer: "holder", From: []xstream.Cursor{{Key: h.stream.Key, After: ">"}}, Count: 1000, Block: -1}
-	readings, err := read.Do(h.t.Context(), h.client)
+	readings, err := read.Do(h.t.Context(), h.client, new(xstream.Replies))
 	require.NoError(h.t, err)
 	for _, r := range readings {
 		var entries []*ledger.Entry
@@ -104,6 +104,37 @@ func (h *holder) remake(start string) {
 		return nil
 	})
 	require.NoError(h.t, err)
+}
+
+// cutSecondRestore lets the second command that restores entries fail.
+func (h *holder) cutSecondRestore() {
+	restores := 0
+	h.client.AddHook(failing{fail: func(cmd redis.Cmder) error {
+		if isScript(cmd, "restore") {
+			if restores++; restores == 2 {
+				return io.EOF
+			}
+		}
+		return nil
+	}})
+}
+
+// releasing publishes and reads n entries, and begins their release.
+func (h *holder) releasing(n int) []*ledger.Entry {
+	for i := range n {
+		h.publish(fmt.Sprint(i+1, "-1"))
+	}
+	entries := h.read()
+	h.ledger.Releasing(time.Now(), entries...)
+	return entries
+}
+
+func (h *holder) requireReleased(n int) {
+	h.t.Helper()
+	rows, err := h.stream.Pending(h.t.Context(), 0, "-", "+", 10_000, Released)
+	require.NoError(h.t, err)
+	require.Len(h.t, rows, n)
+	require.EqualValues(h.t, n, h.GivenBack.Load())
 }
 
 // Whatever a recreated group delivers again, or has delivered since, all entries
@@ -233,15 +264,7 @@ func TestRegroup_Halfway(t *testing.T) {
 	}
 	h.publish(ids...)
 	h.wait(h.read()...)
-	restores := 0
-	h.client.AddHook(failing{fail: func(cmd redis.Cmder) error {
-		if isScript(cmd, "restore") {
-			if restores++; restores == 2 {
-				return io.EOF
-			}
-		}
-		return nil
-	}})
+	h.cutSecondRestore()
 	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
 	require.Error(t, h.Regroup(t.Context()))
 	require.Len(t, h.pending(), xstream.MaxOwned)
@@ -274,6 +297,20 @@ func TestTake_AckedOrphan(t *testing.T) {
 	require.Empty(t, h.pending(), "acked entries are put back")
 }
 
+// An orphan that waits for its turn is restored with a lost group: once it was renewed, nobody
+// has acked it.
+func TestRenew_RestoresOrphans(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1")
+	e := h.read()[0]
+	h.ledger.Remove(time.Now(), e) // the answer was lost
+	h.ledger.Offer(time.Now(), []*ledger.Entry{(&ledger.Entry{ID: e.ID}).SetCount(1, 1)}, false)
+	require.NoError(t, h.Renew(t.Context(), 0))
+	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+	require.NoError(t, h.Regroup(t.Context()))
+	require.Equal(t, []string{"1-1"}, h.pending())
+}
+
 // A take whose answer was lost is done once.
 func TestTake_AnswerLost(t *testing.T) {
 	h := newHolder(t, time.Minute)
@@ -289,6 +326,77 @@ func TestTake_AnswerLost(t *testing.T) {
 	rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 10, "")
 	require.NoError(t, err)
 	require.EqualValues(t, 2, rows[0].Count)
+}
+
+// A release finds the group recreated, and cannot restore all at once: the next attempt
+// releases all.
+func TestRelease_RepairFailsHalfway(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	const n = 2*xstream.MaxOwned + 100
+	entries := h.releasing(n)
+	h.remake("$")
+	h.cutSecondRestore()
+	require.Error(t, h.Release(t.Context(), entries))
+	require.NoError(t, h.Release(t.Context(), entries))
+	h.requireReleased(n)
+}
+
+// The group is lost between two commands of a release: what the first one released is lost, too.
+func TestRelease_GroupLostHalfway(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	const n = xstream.MaxOwned + 100
+	entries := h.releasing(n)
+	assigns := 0
+	h.client.AddHook(failing{fail: func(cmd redis.Cmder) error {
+		if isScript(cmd, "assign") {
+			if assigns++; assigns == 2 {
+				return h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err()
+			}
+		}
+		return nil
+	}})
+	require.NoError(t, h.Release(t.Context(), entries))
+	h.requireReleased(n)
+}
+
+// The group is lost while an entry that a pause has released is claimed again: a repair by
+// another goroutine restores it too, and so does the claim, if it is the first to notice.
+func TestTake_WithdrawnGroupRecreated(t *testing.T) {
+	for _, by := range []string{"us", "another consumer"} {
+		t.Run(by, func(t *testing.T) {
+			h := newHolder(t, time.Minute)
+			ids := []string{"1-1", "2-1", "3-1"}
+			h.publish(ids...)
+			require.NoError(t, h.client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
+				Group: "group", Consumer: "holder", Streams: []string{h.stream.Key, ">"}, Block: -1,
+			}).Err())
+			var entries []*ledger.Entry
+			for _, id := range ids {
+				entries = append(entries, (&ledger.Entry{ID: id}).SetCount(1, 2))
+				h.SawEntry(xstream.Entry{ID: id, Fields: []string{"id", id}})
+			}
+			h.ledger.Add(time.Now(), time.Now(), entries)
+			h.ledger.Pause()
+			withdrawn := h.ledger.Withdraw()
+			require.NoError(t, h.Release(t.Context(), withdrawn))
+			require.True(t, h.ledger.Withdrawn(time.Now(), withdrawn, Released, true))
+			require.Empty(t, h.pending())
+			h.ledger.Resume(time.Now())
+			taken, _ := h.ledger.Take(time.Now(), nil)
+			require.Len(t, taken, 1)
+			if by == "us" {
+				require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+				require.NoError(t, h.Regroup(t.Context()))
+			} else {
+				h.remake("3-1")
+			}
+			ok, err := h.Take(t.Context(), taken[0])
+			require.NoError(t, err)
+			require.True(t, ok)
+			require.EqualValues(t, 1, taken[0].Count())
+			require.Equal(t, ids, h.pending())
+		})
+	}
 }
 
 // A trimmed entry is counted as lost, once, and an entry that others took ends its
@@ -379,9 +487,9 @@ func TestRelease_GroupLost(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			h := newHolder(t, time.Minute)
 			h.publish("1-1", "2-1", "3-1")
-			var give []Counted
-			for i, e := range h.read() {
-				give = append(give, Counted{e, int64(i)})
+			give := h.read()
+			for i, e := range give {
+				e.Give = int64(i)
 				h.ledger.Releasing(time.Now(), e)
 			}
 			test.happens(h)
@@ -400,6 +508,23 @@ func TestRelease_GroupLost(t *testing.T) {
 	}
 }
 
+// While an entry is being released, another goroutine recreates the lost group: the release
+// must not take what is missing in it for somebody else's.
+func TestRelease_GroupRecreatedMeanwhile(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	h.publish("1-1", "2-1")
+	entries := h.read()
+	h.ledger.Releasing(time.Now(), entries[0])
+	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+	require.NoError(t, h.Regroup(t.Context()))
+	require.NoError(t, h.Release(t.Context(), entries[:1]))
+	rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 100, Released)
+	require.NoError(t, err)
+	require.Len(t, rows, 1)
+	require.Equal(t, "1-1", rows[0].ID)
+	require.Len(t, h.pending(), 1)
+}
+
 // A single entry to be released is restored first too.
 func TestRelease_OneForgotten(t *testing.T) {
 	h := newHolder(t, time.Minute)
@@ -407,7 +532,8 @@ func TestRelease_OneForgotten(t *testing.T) {
 	e := h.read()[0]
 	h.ledger.Releasing(time.Now(), e)
 	require.NoError(t, h.client.XGroupDelConsumer(t.Context(), h.stream.Key, "group", "holder").Err())
-	require.NoError(t, h.Release(t.Context(), []Counted{{e, 1}}))
+	e.Give = 1
+	require.NoError(t, h.Release(t.Context(), []*ledger.Entry{e}))
 	rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 100, Released)
 	require.NoError(t, err)
 	require.Len(t, rows, 1)
@@ -666,11 +792,8 @@ func TestRenew_AwayForLong(t *testing.T) {
 func TestRelease_Repeated(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1", "2-1")
-	var give []Counted
-	for _, e := range h.read() {
-		give = append(give, Counted{e, 0})
-		h.ledger.Releasing(time.Now(), e)
-	}
+	give := h.read()
+	h.ledger.Releasing(time.Now(), give...)
 	require.NoError(t, h.Release(t.Context(), give))
 	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1", "2-1").Err())
 	h.progress.active = time.Now().Add(-10 * time.Second)

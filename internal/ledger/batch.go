@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -12,6 +13,10 @@ import (
 
 // capacity is how many entries may run.
 func (l *Ledger) capacity() int { return l.cfg.Slots * max(1, l.cfg.Batch) }
+
+// inOrder reports whether one slot preserves the order of the stream. Batches, even of one,
+// do not, and keys have their own.
+func (l *Ledger) inOrder() bool { return l.cfg.Slots == 1 && l.cfg.Batch == 0 && !l.cfg.Keyed }
 
 // single reports whether an entry shares no batch.
 func (e *Entry) single() bool { return e.Single || e.Death != nil }
@@ -25,11 +30,11 @@ func (l *Ledger) ripe(now time.Time) *Entry {
 	return e
 }
 
-// dueRetry is ripe for the first retry.
+// dueRetry is ripe for retries, of which it returns the one that has waited longest.
 func (l *Ledger) dueRetry(now time.Time) *Entry {
-	e := l.retries.first(now)
-	if e != nil && !e.single() && now.Before(e.due.Add(l.cfg.Wait)) {
-		return nil
+	single, e := l.singles.first(now), l.retries.first(now.Add(-l.cfg.Wait))
+	if e == nil || single != nil && single.due.Before(e.due.Add(l.cfg.Wait)) {
+		return single
 	}
 	return e
 }
@@ -37,31 +42,38 @@ func (l *Ledger) dueRetry(now time.Time) *Entry {
 // fill fills a batch with due retries and fresh entries. While there are fresh ones, the
 // retries are at most every second entry, and half of all that runs.
 func (l *Ledger) fill(now time.Time, batch []*Entry) []*Entry {
-	for len(batch) < l.cfg.Batch {
+	for most := l.most(batch[0]); len(batch) < most; {
 		l.readmit(now)
 		e := l.fresh.peek()
 		retry := l.retries.first(now)
-		if retry != nil && !retry.single() && (e == nil || len(batch)%2 == 1 && l.use.past < l.capacity()/2) {
+		if retry != nil && (e == nil || len(batch)%2 == 1 && l.use.past < l.capacity()/2) {
 			e = retry
 		}
 		if e == nil || e.single() {
 			break
 		}
+		if most = min(most, l.most(e)); len(batch) >= most {
+			break
+		}
 		l.take(e)
 		batch = append(batch, e)
 	}
 	return batch
 }
 
+// most is how large the batch of an entry may be that is not a claim, but may have been one
+// before it waited for its key.
+func (l *Ledger) most(e *Entry) int { return cmp.Or(e.most, l.cfg.Batch) }
+
 // fillClaims fills a batch with claims, up to the least share of any.
 func (l *Ledger) fillClaims(batch []*Entry) []*Entry {
-	most := l.share(batch[0])
+	most := l.share(batch[0], batch[0].Next)
 	for len(batch) < most {
 		e := l.claim()
 		if e == nil || e.single() {
 			break
 		}
-		if most = min(most, l.share(e)); len(batch) >= most {
+		if most = min(most, l.share(e, e.Next)); len(batch) >= most {
 			break
 		}
 		l.take(e)
@@ -70,14 +82,14 @@ func (l *Ledger) fillClaims(batch []*Entry) []*Entry {
 	return batch
 }
 
-// share is how large the batch of a claimed entry may be. It halves with each delivery of one
+// share is how large the batch of a claimed entry may be in a delivery. It halves with each one of an entry
 // that may have crashed its consumer: so one that did is alone after log2(Batch) crashes, and
 // the others of its first batch have long been handled.
-func (l *Ledger) share(e *Entry) int {
+func (l *Ledger) share(e *Entry, delivery int64) int {
 	if e.innocent() {
 		return l.cfg.Batch
 	}
-	return max(1, l.cfg.Batch>>min(e.Next-1, 62))
+	return max(1, l.cfg.Batch>>min(max(delivery-1, 0), 62))
 }
 
 // Running returns the entries that have not come to their outcome.

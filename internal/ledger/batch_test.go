@@ -123,8 +123,8 @@ func TestWithdrawn_Suspects(t *testing.T) {
 	require.Equal(t, []string{"3"}, ids(l.suspects.entries))
 	require.Equal(t, []string{"4"}, ids(l.lonely.entries))
 	require.Equal(t, []string{"1", "2"}, ids(l.claims.entries))
-	require.Equal(t, 8, l.share(all[0]))
-	require.Equal(t, 2, l.share(all[1]))
+	require.Equal(t, 8, l.share(all[0], all[0].Next))
+	require.Equal(t, 2, l.share(all[1], all[1].Next))
 }
 
 // Withdrawn entries that are reclaimed are queued in stream order, with what was read since.
@@ -148,5 +148,36 @@ func TestReclaim(t *testing.T) {
 	for _, e := range withdrawn {
 		require.EqualValues(t, 1, e.Count())
 		require.EqualValues(t, 1, e.Next)
+	}
+}
+
+// A claim that waited for its key is in no larger batch than without one.
+func TestBatch_ShareOfKeyed(t *testing.T) {
+	l := newLedger(2, func(c *Config) { c.Keyed, c.Batch, c.Suspect, c.Last = true, 16, 9, 10 })
+	for i := range 4 {
+		readKeyed(l, start, fmt.Sprint("key", i), 11+i, 11+i)
+	}
+	holders := takeBatch(l)
+	require.Len(t, holders, 4)
+	l.Offer(start, []*Entry{claim("1", 4), claim("2", 4), claim("3", 4), claim("4", 4)}, false)
+	for n := 0; n < 4; {
+		claims := takeBatch(l)
+		require.NotEmpty(t, claims)
+		require.LessOrEqual(t, len(claims), 2, "an eighth of 16")
+		for _, e := range claims {
+			e.SetCount(e.Next, e.Next+1)
+			l.Claimed(start, e)
+			ok, _, _ := l.Line(start, e, fmt.Sprint("key", n))
+			require.False(t, ok)
+			n++
+		}
+	}
+	l.Acked(start, holders...)
+	l.Confirmed(start, len(holders))
+	for n := 0; n < 4; {
+		freed := takeBatch(l)
+		require.NotEmpty(t, freed)
+		require.LessOrEqual(t, len(freed), 2)
+		n += len(freed)
 	}
 }

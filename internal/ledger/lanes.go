@@ -142,6 +142,8 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Ef
 		from = &l.lonely
 	case l.apart.suspect:
 		from = &l.suspects
+	default:
+		e.most = l.share(e, e.Count())
 	}
 	l.settle(now, e)
 	l.leave(e)
@@ -216,13 +218,7 @@ func (l *Ledger) stepOut(e *Entry) {
 	} else {
 		l.keys.ahead--
 	}
-	if ln := e.lane; ln.behind[0] == e {
-		ln.behind[0] = nil
-		ln.behind = ln.behind[1:]
-	} else {
-		ln.behind = slices.DeleteFunc(ln.behind, func(other *Entry) bool { return other == e })
-	}
-	e.behind = nil
+	e.lane.behind, e.behind = without(e.lane.behind, e), nil
 }
 
 // free lets the next entry of the key follow, once one is settled.
@@ -239,7 +235,11 @@ func (l *Ledger) free(e *Entry) {
 	to := next.behind
 	l.stepOut(next)
 	ln.holder = next
-	to.push(next)
+	if to == &l.fresh && l.cfg.Wait > 0 {
+		to.insert(next) // it must not wait again for its batch to fill
+	} else {
+		to.push(next)
+	}
 }
 
 // window is how many entries with their fields may wait behind others.
@@ -250,10 +250,11 @@ func (l *Ledger) window() int { return l.ahead + l.capacity() }
 func (l *Ledger) enough() bool { return 2*l.keys.ahead > l.window() }
 
 // idle reports whether slots find nothing to do although entries wait behind others, which
-// may be why nothing is read: more is read after starved. It does not ask how many they are,
-// since that depends on the read-ahead limit, which changes without Effects.
+// may be why nothing is read, or too little for a batch: more is read after starved. It does
+// not ask how many they are, since that depends on the read-ahead limit, which changes without
+// Effects.
 func (l *Ledger) idle() bool {
-	return l.keys.ahead > 0 && l.use.running < l.capacity() && l.queued() == 0
+	return l.keys.ahead > 0 && l.use.running < l.capacity() && l.keys.queue.len()+l.keys.with == 0 && l.fresh.len() < max(1, l.cfg.Batch)
 }
 
 // crowded reports whether no more entries may wait behind others. Half of the bound is for

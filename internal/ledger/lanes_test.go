@@ -124,11 +124,16 @@ func TestClose_Keys(t *testing.T) {
 	l := newKeyed(2)
 	readKeyed(l, start, "a", 1, 3)
 	l.Add(start, start, read("4"))
-	with := l.TakeUnkeyed(1)
+	released := claim("5", 2)
+	released.Released = true
+	l.Offer(start, []*Entry{released}, false)
+	with := l.TakeUnkeyed(2)
+	require.Len(t, with, 2)
 	queued, _ := l.Close(start)
-	require.Len(t, queued, 3)
-	late, _ := l.Keyed(start, with, []string{"a"})
-	require.Equal(t, with, late)
+	require.Len(t, queued, 4, "all but 5, which is not ours: the user's function may never return")
+	l.Claimed(start, released)
+	late, _ := l.Keyed(start, with, []string{"a", "a"})
+	require.Equal(t, []*Entry{released}, late)
 	l.Remove(start, append(queued, late...)...)
 	require.Empty(t, l.entries)
 	require.Zero(t, l.cfg.Bounds.Ahead())
@@ -192,9 +197,14 @@ func TestLine_AfterClose(t *testing.T) {
 // Neither does what a keyer that ended releases.
 func TestKeyerEnded_AfterClose(t *testing.T) {
 	l := newKeyed(4)
-	l.Add(start, start, read("1", "2"))
+	for _, id := range []string{"1", "2"} {
+		e := claim(id, 2)
+		e.Released = true
+		l.Offer(start, []*Entry{e}, false)
+	}
 	batch := l.TakeUnkeyed(2)
 	l.Close(start)
+	l.Claimed(start, batch[1])
 	late := l.KeyerEnded(batch[1:])
 	require.Equal(t, batch[1:], late)
 	require.Equal(t, Releasing, batch[1].state)

@@ -50,6 +50,7 @@ type Entry struct {
 	ID     string
 	Fields []string // nil: fetch them before the next delivery
 	Next   int64    // the count after its next delivery
+	Give   int64    // the count to release it with
 
 	// For a candidate: the consumer that it is pending for, and how long it had
 	// been idle when it was found. An empty Owner means that it is already ours.
@@ -57,9 +58,9 @@ type Entry struct {
 	Idle  time.Duration
 
 	Prepared any   // what was decoded for the sake of its key
-	Released bool  // released by its consumer, so it crashed nobody
 	Death    any   // the decision that it is dead, until it is moved
 	Broken   error // why it goes to OnBroken
+	Released bool  // released by its consumer, so it crashed nobody
 	Stuck    bool  // it died on a dead-letter stream, where it stays; logged already
 	Single   bool  // it shares no batch: its handler panicked
 
@@ -67,28 +68,31 @@ type Entry struct {
 	cancel atomic.Pointer[context.CancelCauseFunc]
 	lost   atomic.Bool
 
-	// Guarded by the ledger.
+	// Guarded by the ledger. (Small fields stand together, since there are many entries.)
 	state     State
-	gone      bool      // no longer in the stream
-	orphan    bool      // was found pending for us, and may be acked by now
-	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
-	moving    bool      // a move to the dead-letter stream was sent, and may have happened
-	moved     bool      // it was moved
-	past      bool      // taken as a retry or a candidate, not as a fresh entry
-	dead      bool      // waits to be moved
-	keyed     bool      // its key is known
-	withdrawn bool      // a candidate that was read here, and released because of a pause
-	crashed   bool      // it may have crashed its consumer before that
-	spare     int       // places in its slot that past work leaves unused, counted as used
-	lane      *lane     // of its key, which it has or waits for; nil: it has none
-	behind    *queue    // the queue that it joins when it has its key; nil: it has it
-	slim      bool      // it waits for its key, without its fields
-	again     *queue    // the queue of suspects that it was taken from, until it has its fields again
+	gone      bool   // no longer in the stream
+	orphan    bool   // was found pending for us, and may be acked by now, unless it was renewed since
+	moving    bool   // a move to the dead-letter stream was sent, and may have happened
+	moved     bool   // it was moved
+	handled   bool   // it was acked here, whatever has become of the ack
+	past      bool   // taken as a retry or a candidate, not as a fresh entry
+	dead      bool   // waits to be moved
+	keyed     bool   // its key is known
+	slim      bool   // it waits for its key, without its fields
+	withdrawn bool   // a candidate that was read here, and released because of a pause
+	unsure    bool   // its release at a pause had no answer: see WithdrawAgain
+	crashed   bool   // it may have crashed its consumer before it was released
+	spare     int    // places in its slot that past work leaves unused, counted as used
+	most      int    // how large its batch may be, for a claim that waited for its key; 0: any
+	lane      *lane  // of its key, which it has or waits for; nil: it has none
+	behind    *queue // the queue that it joins when it has its key; nil: it has it
+	again     *queue // the queue of suspects that it was taken from, until it has its fields again
 	in        *queue
 	heap      *waiting
 	place     int       // in the heap
 	due       time.Time // for a waiting entry: not before that time; for any other: when it came
 	renewed   time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
+	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
 	since     uint64    // when it became ours, by the ledger's clock
 	sure      uint64    // when it was last known to be ours, by the ledger's clock
 }
@@ -145,12 +149,13 @@ type Effects struct {
 
 // Config configures a Ledger.
 type Config struct {
-	Slots  int  // maximum of slots; 1 preserves the order, unless Keyed or Batch
+	Slots  int  // maximum of slots; 1 preserves the order, unless Keyed, or Batch is set: see inOrder
 	Keyed  bool // entries have keys, each of which preserves the order
 	Leased bool // entries stay pending until they are acked
 
 	// A slot takes up to Batch entries at once, and waits for as many until the first one
-	// has waited for Wait. 0 and 1: single entries.
+	// has waited for Wait. 0: single entries, of which a failed one blocks those after it
+	// if there is one slot. 1: batches of one, where it does not.
 	Batch int
 	Wait  time.Duration
 
@@ -189,6 +194,7 @@ type Ledger struct {
 	lonely   queue // claims that must not share this delivery with any other
 	broken   queue
 	retries  waiting
+	singles  waiting // retries that wait for no batch: see single and readmit
 	recalls  waiting // retries for OnBroken
 	head     *Entry  // with one slot: the waiting entry that blocks all others
 	acks     []*Entry
@@ -206,6 +212,7 @@ type Ledger struct {
 	over   bool // no entries are added
 	ended  bool // acks are not sent any more
 	paused bool // nothing is read and taken: see Pause
+	unsure bool // there are entries of WithdrawAgain
 }
 
 // apart keeps messages that may crash their process away from others.
@@ -336,7 +343,7 @@ func (l *Ledger) Acked(now time.Time, entries ...*Entry) (fx Effects) {
 	kept := l.cfg.Leased && !l.ended
 	for _, e := range entries {
 		e.Detach()
-		if !kept {
+		if e.handled = true; !kept {
 			l.remove(now, e)
 			continue
 		}
@@ -366,9 +373,13 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 		return nil, true
 	}
 	from := &l.retries
-	if e.state == Calling && e.Death == nil {
+	switch {
+	case e.state == Calling && e.Death == nil:
 		from = &l.recalls
+	case l.cfg.Batch > 1 && (e.single() || e.returns()):
+		from = &l.singles
 	}
+	e.most = 0
 	l.settle(now, e)
 	l.leave(e)
 	e.state, e.due = Waiting, due
@@ -381,7 +392,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 		l.free(e)
 	}
 	l.slimAll(e)
-	if l.capacity() == 1 && !l.cfg.Keyed && !aside && from == &l.retries {
+	if l.inOrder() && !aside && from == &l.retries {
 		l.head = e
 	} else {
 		heap.Push(from, e)
@@ -453,8 +464,8 @@ func (l *Ledger) Fired(now time.Time) Effects {
 	return l.effects(now)
 }
 
-// Close takes back the entries that nobody is processing: the queued ones if they
-// can be released, and the waiting ones. It forgets the candidates. No new entries
+// Close takes back the entries that nobody is processing: the queued ones and those whose
+// keys are being computed, if they can be released, and the waiting ones. It forgets the candidates. No new entries
 // are taken after that.
 func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	l.mu.Lock()
@@ -470,7 +481,7 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 		switch {
 		case e.state == Candidate:
 			l.remove(now, e)
-		case e.state == Queued && !l.cfg.Serve:
+		case e.state == Queued && !l.cfg.Serve, e.state == Keying && e.Owner == "" && !l.cfg.Serve, e.unsure:
 			queued = append(queued, e)
 		case e.state == Waiting, e.state == Calling && e.in != nil:
 			retries = append(retries, e)
@@ -623,6 +634,6 @@ func (l *Ledger) remove(now time.Time, e *Entry) {
 	if l.entries[e.ID] == e {
 		delete(l.entries, e.ID)
 	} else {
-		l.strays = slices.DeleteFunc(l.strays, func(other *Entry) bool { return other == e })
+		l.strays = without(l.strays, e)
 	}
 }

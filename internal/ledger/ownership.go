@@ -55,8 +55,16 @@ func (l *Ledger) Ours() []*Entry {
 }
 
 // ours reports whether the entry should be pending for us.
-func (e *Entry) ours() bool {
-	return e.Owner == "" && e.state != None && e.state != Releasing && !e.lost.Load() && !e.gone && !e.moved
+func (e *Entry) ours() bool { return e.here() && e.state != Releasing }
+
+// here reports the same of an entry that may be on its way to somebody else.
+func (e *Entry) here() bool {
+	return e.Owner == "" && e.state != None && !e.lost.Load() && !e.gone && !e.moved
+}
+
+// unsettled reports whether no command was sent that settles the entry.
+func (e *Entry) unsettled() bool {
+	return e.here() && e.state != Acked && !e.moving && (!e.orphan || e.sure > e.since)
 }
 
 // Owned reports whether the entry must be pending for us: no command was sent that
@@ -64,7 +72,37 @@ func (e *Entry) ours() bool {
 func (l *Ledger) Owned(e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return e.ours() && e.state != Acked && !e.moving && !e.orphan
+	return e.unsettled() && e.state != Releasing
+}
+
+// ToRestore returns what must be pending again after the group was lost: what is ours, and
+// what is on its way, since a release, or the claim of what a pause has released, that comes
+// later finds only what is pending.
+func (l *Ledger) ToRestore() (entries []*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.entries {
+		if e.unsettled() || e.returning() {
+			entries = append(entries, e)
+		}
+	}
+	return entries
+}
+
+// returning reports whether an entry that a pause has released is being claimed.
+func (e *Entry) returning() bool {
+	return e.withdrawn && e.Owner != "" && (e.state == Running || e.state == Keying) && !e.gone && !e.lost.Load()
+}
+
+// RestoreCount returns the count to restore an entry with: that of a claim under way is what
+// the claim makes it.
+func (l *Ledger) RestoreCount(e *Entry) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e.returning() {
+		return e.Count() + 1
+	}
+	return e.Count()
 }
 
 // Moving notes whether the entry may have been moved to the dead-letter stream;
@@ -96,6 +134,18 @@ func (l *Ledger) IsMoved(e *Entry) bool {
 	return e.moved
 }
 
+// Handled returns those of the entries that were acked here, or moved.
+func (l *Ledger) Handled(entries []*Entry) (handled []*Entry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range entries {
+		if e.handled || e.moved {
+			handled = append(handled, e)
+		}
+	}
+	return handled
+}
+
 // Renewed notes that the entries are ours, by a command sent at that time.
 func (l *Ledger) Renewed(sent time.Time, entries ...*Entry) {
 	l.mu.Lock()
@@ -114,6 +164,9 @@ func (l *Ledger) Restored(sent time.Time, entries ...*Entry) {
 	l.clock++
 	for _, e := range entries {
 		e.since, l.joined = l.clock, l.clock
+	}
+	l.clock++ // they are known to be ours since
+	for _, e := range entries {
 		l.touch(sent, e)
 	}
 }
@@ -265,9 +318,7 @@ func (l *Ledger) Confirmed(now time.Time, n int) Effects {
 	for _, e := range l.acks[:n] {
 		l.remove(now, e)
 	}
-	rest := copy(l.acks, l.acks[n:])
-	clear(l.acks[rest:])
-	l.acks = l.acks[:rest]
+	l.acks = slices.Delete(l.acks, 0, n)
 	return l.effects(now)
 }
 

@@ -67,19 +67,43 @@ func (l *Ledger) Withdraw() (queued []*Entry) {
 		return nil
 	}
 	for _, e := range l.entries {
-		if e.state == Queued {
+		if e.state == Queued || e.unsure {
 			queued = append(queued, e)
 		}
 	}
 	slices.SortFunc(queued, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
 	for _, e := range queued {
 		l.leave(e)
-		e.state = Releasing
+		e.state, e.unsure = Releasing, false
 	}
 	for _, e := range queued {
 		l.free(e)
 	}
+	l.unsure = false
 	return queued
+}
+
+// WithdrawAgain notes that a release by Withdraw had no answer, so that the entries may be
+// somebody else's: they are neither renewed nor delivered, and Withdraw returns them again.
+// After Close it does nothing, and returns false: they are late.
+func (l *Ledger) WithdrawAgain(entries []*Entry) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over {
+		return false
+	}
+	for _, e := range entries {
+		e.unsure = true
+	}
+	l.unsure = true
+	return true
+}
+
+// Unsure reports whether there are entries of WithdrawAgain.
+func (l *Ledger) Unsure() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.unsure
 }
 
 // Withdrawn ends a release of the entries by Withdraw. Released entries become candidates
@@ -98,7 +122,7 @@ func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, releas
 			l.remove(now, e)
 			continue
 		case released:
-			if e.crashed = e.Count() > 1 && !e.innocent(); l.cfg.Keyed || l.capacity() == 1 {
+			if e.crashed = e.Count() > 1 && !e.innocent(); l.cfg.Keyed || l.inOrder() {
 				e.crashed = false // the order comes first
 			}
 			e.Fields, e.Prepared, e.Owner, e.Idle, e.Released = nil, nil, owner, 0, true

@@ -1,7 +1,7 @@
 package ledger
 
 import (
-	"container/heap"
+	"slices"
 	"time"
 )
 
@@ -15,6 +15,13 @@ func (q *queue) push(e *Entry) {
 	q.entries = append(q.entries, e)
 }
 
+// insert is push before those that are due later.
+func (q *queue) insert(e *Entry) {
+	e.in = q
+	at, _ := slices.BinarySearchFunc(q.entries, e.due, func(other *Entry, due time.Time) int { return other.due.Compare(due) })
+	q.entries = slices.Insert(q.entries, at, e)
+}
+
 // peek returns the first entry; nil if the queue is empty.
 func (q *queue) peek() *Entry {
 	if len(q.entries) == 0 {
@@ -23,23 +30,18 @@ func (q *queue) peek() *Entry {
 	return q.entries[0]
 }
 
-// drop removes an entry, which is nearly always the first.
-func (q *queue) drop(e *Entry) {
-	e.in = nil
-	for i, other := range q.entries {
-		if other != e {
-			continue
-		}
-		if i == 0 {
-			q.entries[0] = nil
-			q.entries = q.entries[1:]
-			return
-		}
-		rest := copy(q.entries[i:], q.entries[i+1:])
-		q.entries[i+rest] = nil
-		q.entries = q.entries[:i+rest]
-		return
+func (q *queue) drop(e *Entry) { q.entries, e.in = without(q.entries, e), nil }
+
+// without removes an entry, which is nearly always the first.
+func without(list []*Entry, e *Entry) []*Entry {
+	switch i := slices.Index(list, e); {
+	case i == 0:
+		list[0] = nil
+		return list[1:]
+	case i > 0:
+		return slices.Delete(list, i, i+1)
 	}
+	return list
 }
 
 // waiting is a heap of entries by due time.
@@ -65,8 +67,6 @@ func (w *waiting) Pop() any {
 	*w = old[:len(old)-1]
 	return e
 }
-
-var _ heap.Interface = (*waiting)(nil)
 
 // first returns the entry that is due first, if it is due.
 func (w waiting) first(now time.Time) *Entry {

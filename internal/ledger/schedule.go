@@ -135,7 +135,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 		return l.apart.alone
 	}
 	fresh := l.ripe(now)
-	if l.capacity() == 1 {
+	if l.inOrder() {
 		if c := l.claim(); fresh != nil && c != nil && c.withdrawn && l.cfg.Compare(fresh.ID, c.ID) < 0 {
 			return fresh // held back at a pause that ended before it was withdrawn
 		}
@@ -154,22 +154,22 @@ func (l *Ledger) next(now time.Time) *Entry {
 // readmit lets suspects wait for their turn again that could not be claimed, or fetched
 // again, because Redis did not answer: as retries they would share it with others.
 func (l *Ledger) readmit(now time.Time) {
-	for e := l.retries.first(now); e != nil; e = l.retries.first(now) {
-		again := e.again
-		switch {
-		case e.orphan && !e.readHere():
-			l.leave(e)
-			l.candidate(e)
-		case again != nil:
-			l.leave(e)
+	for _, w := range []*waiting{&l.retries, &l.singles} {
+		for e := w.first(now); e != nil && e.returns(); e = w.first(now) {
+			again := e.again
+			if l.leave(e); e.orphan && !e.readHere() {
+				l.candidate(e)
+				continue
+			}
 			e.state, e.again = Queued, nil
 			l.cfg.Bounds.ahead.Add(1)
 			again.push(e)
-		default:
-			return
 		}
 	}
 }
+
+// returns reports whether a retry waits for its turn again instead: see readmit.
+func (e *Entry) returns() bool { return e.orphan && !e.readHere() || e.again != nil }
 
 // pastWork returns a due retry, a claim, or a suspect, in turn.
 func (l *Ledger) pastWork(now time.Time) *Entry {
@@ -298,13 +298,13 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 	if l.idle() && !l.keys.read {
 		first(l.keys.taken.Add(starved))
 	}
-	for _, w := range []waiting{l.retries, l.recalls} {
+	for _, w := range []waiting{l.retries, l.singles, l.recalls} {
 		if len(w) > 0 {
 			first(w[0].due)
 			first(w[0].due.Add(l.cfg.Wait))
 		}
 	}
-	if e := l.fresh.peek(); e != nil {
+	if e := l.fresh.peek(); e != nil && l.cfg.Wait > 0 {
 		first(e.due.Add(l.cfg.Wait))
 	}
 	if l.lonely.len() > 0 {

@@ -2,6 +2,7 @@ package poll
 
 import (
 	"context"
+	"maps"
 	"runtime"
 	"slices"
 	"time"
@@ -28,11 +29,14 @@ type conn struct {
 	astray bool         // leads to the wrong server, and was closed
 
 	// Owned by the goroutine.
-	sets  []set // the topics of this round
-	seats []*Seat
-	parts []part
-	slots int // slots that take turns, for a wrapped client
-	turn  int
+	sets    []set // the topics of this round
+	seats   []*Seat
+	time    int // counts the rounds of all connections
+	parts   []part
+	rest    []part        // those that are read with other commands, on the same server
+	block   time.Duration // how long the read may block; -1: not at all
+	dry     bool          // the last read has found nothing
+	replies xstream.Replies
 }
 
 // set is a topic and the number of its seats.
@@ -40,17 +44,6 @@ type set struct {
 	topic *topic
 	turn  int
 	n     int
-}
-
-// part is a topic's part in a read: the seats that have room, at one position in
-// the stream.
-type part struct {
-	topic *topic
-	seats []*Seat
-	rooms []int
-	after string
-	count int  // maximum number of entries
-	more  bool // seats with room at other positions are next
 }
 
 // run reads until no topics are left.
@@ -120,6 +113,8 @@ func (c *conn) look() bool {
 	}
 	p.mu.Lock()
 	c.round++
+	p.rounds++
+	c.time = p.rounds
 	c.busy, c.waking = true, false
 	var leaving []*Seat
 	for _, t := range c.topics {
@@ -130,14 +125,17 @@ func (c *conn) look() bool {
 			if s.rewind != "" {
 				s.after, s.rewind = s.rewind, ""
 			}
+			s.urgent = s.failed || s.unsure
 		}
 	}
-	if c.endsLocked(leaving) {
-		p.mu.Unlock()
-		return false
-	}
+	ends := c.endsLocked(leaving)
 	for _, s := range leaving {
 		s.departLocked(nil)
+	}
+	if ends {
+		c.retireLocked()
+		p.mu.Unlock()
+		return false
 	}
 	c.seats = c.seats[:0]
 	c.sets = c.sets[:0]
@@ -152,18 +150,14 @@ func (c *conn) look() bool {
 	c.parts = c.parts[:0]
 	rest := c.seats
 	for _, set := range c.sets {
-		if part, ok := c.part(set.topic, rest[:set.n], set.turn); ok {
-			c.parts = append(c.parts, part)
+		if p.cfg.Group == "" {
+			c.fanOut(set.topic, rest[:set.n], set.turn)
+		} else {
+			c.grouped(set.topic, rest[:set.n])
 		}
 		rest = rest[set.n:]
 	}
-	switch {
-	case c.alone && len(c.parts) > 0:
-		c.parts[0] = c.parts[c.round%len(c.parts)]
-		c.parts = c.parts[:1]
-	case p.cfg.Client.Wrapped():
-		c.oneSlot()
-	}
+	c.oneRead()
 	if len(c.parts) == 0 {
 		p.mu.Lock()
 		c.busy = false
@@ -173,7 +167,7 @@ func (c *conn) look() bool {
 }
 
 // endsLocked reports whether no seats are left without these. If so, it closes the
-// connection before it dismisses them.
+// connection before they are dismissed.
 func (c *conn) endsLocked(leaving []*Seat) bool {
 	stay := 0
 	for _, t := range c.topics {
@@ -186,10 +180,6 @@ func (c *conn) endsLocked(leaving []*Seat) bool {
 		c.bconn.Close()
 		c.bconn = nil
 	}
-	for _, s := range leaving {
-		s.departLocked(nil)
-	}
-	c.retireLocked()
 	return true
 }
 
@@ -213,55 +203,52 @@ func (c *conn) retireLocked() {
 	}
 }
 
-// part asks a topic's subscriptions for their room. The seats of a fan-out may be
-// at several positions in the stream, and then take turns. Once no entries are
-// found at any of them, the read blocks at the first of these positions, where
-// every new entry is seen.
-func (c *conn) part(t *topic, seats []*Seat, turn int) (part, bool) {
-	p := part{topic: t, after: ">"}
+// room asks a subscription for its room.
+func (s *Seat) room() int {
+	room := s.member.Room()
+	if room == 0 && s.failed {
+		s.failed = false
+		s.member.Reading()
+	}
+	return room
+}
+
+// grouped adds the parts of a topic's subscriptions in a group.
+func (c *conn) grouped(t *topic, seats []*Seat) {
+	for i, s := range seats {
+		if room := s.room(); room > 0 {
+			c.parts = append(c.parts, part{topic: t, seats: seats[i : i+1], after: s.after, count: room})
+		}
+	}
+}
+
+// fanOut adds the part of a topic's fan-outs. They may be at several positions in the
+// stream, and then take turns. Once no entries are found at any of them, the read blocks
+// at the first of these positions, where every new entry is seen.
+func (c *conn) fanOut(t *topic, seats []*Seat, turn int) {
+	p := part{topic: t}
 	n := len(seats)
 	wait := t.dry >= n
 	for i := range seats {
 		s := seats[(turn+i)%n]
-		room := s.member.Room()
+		room := s.room()
 		switch {
 		case room == 0:
-			if s.failed {
-				s.failed = false
-				s.member.Reading()
-			}
 			continue
-		case c.p.cfg.Group != "":
-			p.count += room
 		case len(p.seats) == 0, wait && xstream.CompareIDs(s.after, p.after) < 0:
 			p.after, p.count = s.after, room
-			p.seats, p.rooms = p.seats[:0], p.rooms[:0]
+			p.seats = p.seats[:0]
 		case s.after != p.after:
 			p.more = !wait
 			continue
 		default:
 			p.count = min(p.count, room)
 		}
-		p.seats, p.rooms = append(p.seats, s), append(p.rooms, room)
+		p.seats = append(p.seats, s)
 	}
-	return p, len(p.seats) > 0
-}
-
-// oneSlot keeps the parts of one slot, in turn, for a wrapped client: it may be one
-// of a Cluster or a Ring, and gets only one connection.
-func (c *conn) oneSlot() {
-	var tags []string
-	for _, p := range c.parts {
-		if tag := redisx.TagOf(p.topic.key); !slices.Contains(tags, tag) {
-			tags = append(tags, tag)
-		}
+	if len(p.seats) > 0 {
+		c.parts = append(c.parts, p)
 	}
-	if c.slots = len(tags); c.slots < 2 {
-		return
-	}
-	c.turn++
-	tag := tags[c.turn%len(tags)]
-	c.parts = slices.DeleteFunc(c.parts, func(p part) bool { return redisx.TagOf(p.topic.key) != tag })
 }
 
 // connect opens the connection if there is none, or if it no longer leads to the
@@ -299,16 +286,16 @@ func (c *conn) disconnect() {
 	}
 }
 
-// orphans searches the topics that have lost an answer for entries that are pending
-// for the consumer but that no member has. These topics are not read in the
-// meantime, since only this goroutine reads them.
+// orphans searches, for the members that have lost an answer, for entries that are pending
+// for their consumers but that they do not have. Nothing is read for them in the
+// meantime, since only this goroutine does that.
 func (c *conn) orphans() error {
 	p := c.p
 	for _, part := range c.parts {
-		t := part.topic
+		s := part.seats[0] // the only one of a group
 		p.mu.Lock()
-		unsure := t.unsure && p.cfg.leased()
-		t.unsure = false
+		unsure := s.unsure
+		s.unsure = false
 		p.mu.Unlock()
 		if !unsure {
 			continue
@@ -316,24 +303,21 @@ func (c *conn) orphans() error {
 		bconn, err := c.connect()
 		var rows []xstream.Pending
 		if err == nil {
-			p.wakeBroken(c.ctx)
-			stream := xstream.New(p.cfg.Client, t.key, p.cfg.Group)
-			rows, err = stream.PendingOn(c.ctx, bconn, p.cfg.Consumer, orphanPage)
+			c.wakeBroken()
+			stream := xstream.New(p.cfg.Client, s.key, p.cfg.Group)
+			rows, err = stream.PendingOn(c.ctx, bconn, s.consumer, orphanPage)
 		}
 		if err != nil {
 			p.mu.Lock()
-			t.unsure = true
+			s.unsure = true
 			p.mu.Unlock()
 			if xstream.GroupLost(err) && len(c.parts) > 1 {
 				continue // the read will report the topic again
 			}
 			return err
 		}
-		if rows = p.unheld(t, rows); len(rows) > 0 &&
-			!slices.ContainsFunc(part.seats, func(s *Seat) bool { return s.member.Orphans(rows) }) {
-			p.mu.Lock()
-			t.unsure = true // all of its members leave: others may find them
-			p.mu.Unlock()
+		if rows = s.unheld(rows); len(rows) > 0 {
+			s.member.Orphans(rows)
 		}
 	}
 	return nil
@@ -342,31 +326,26 @@ func (c *conn) orphans() error {
 // wakeBroken ends the reads of broken connections. The server may not have noticed
 // the break, and would deliver the next entries to nobody, after the search for
 // orphans.
-func (p *Poller) wakeBroken(ctx context.Context) {
+func (c *conn) wakeBroken() {
+	p := c.p
 	p.mu.Lock()
-	broken := p.broken
-	p.broken = nil
+	broken := p.broken[c.group.name]
+	delete(p.broken, c.group.name)
 	p.mu.Unlock()
 	for _, bconn := range broken {
-		bconn.Wake(ctx)
+		bconn.Wake(c.ctx)
 	}
 }
 
-// unheld returns the rows that no member has.
-func (p *Poller) unheld(t *topic, rows []xstream.Pending) []xstream.Pending {
-	p.mu.Lock()
-	members := slices.Clone(p.members[t.key]) // including members that are reconnecting or draining
-	disowned := p.disowned[t.key]
-	for id := range disowned {
-		if !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id }) {
-			delete(disowned, id)
-		}
-	}
-	rows = slices.DeleteFunc(rows, func(r xstream.Pending) bool { return disowned[r.ID] })
-	p.mu.Unlock()
-	return slices.DeleteFunc(rows, func(r xstream.Pending) bool {
-		return slices.ContainsFunc(members, func(m Member) bool { return m.Holds(r.ID) })
+// unheld returns the rows that the member does not have.
+func (s *Seat) unheld(rows []xstream.Pending) []xstream.Pending {
+	s.p.mu.Lock()
+	maps.DeleteFunc(s.disowned, func(id string, _ bool) bool {
+		return !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id })
 	})
+	rows = slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.disowned[r.ID] })
+	s.p.mu.Unlock()
+	return slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.member.Holds(r.ID) })
 }
 
 // read reads the parts with one command, and distributes the entries.
@@ -384,11 +363,11 @@ func (c *conn) read() {
 		c.p.cfg.Unwakable()
 		read.Block = min(read.Block, unwakableBlock)
 		if len(c.sets) > 1 || c.p.cfg.Client.Wrapped() {
-			read.Block = max(min(read.Block, sharedBlock)/time.Duration(max(1, c.slots)), time.Millisecond)
+			read.Block = min(read.Block, sharedBlock)
 		}
 	}
 	sent := time.Now()
-	readings, err := read.Do(c.ctx, bconn)
+	readings, err := read.Do(c.ctx, bconn, &c.replies)
 	if err == nil && !c.known(readings) {
 		// For example, a hook renames keys. A reply for one stream needs no name.
 		c.unsure()
@@ -404,6 +383,7 @@ func (c *conn) read() {
 	if len(c.parts) > 1 {
 		asked = 0
 	}
+	c.dry = !slices.ContainsFunc(readings, func(got xstream.Reading) bool { return len(got.Entries) > 0 })
 	for _, p := range c.parts {
 		var entries []xstream.Entry
 		for _, got := range readings {
@@ -434,24 +414,23 @@ func (c *conn) unsure() {
 	c.p.mu.Lock()
 	defer c.p.mu.Unlock()
 	for _, part := range c.parts {
-		part.topic.unsure = c.p.cfg.leased()
+		for _, s := range part.seats {
+			s.unsure = c.p.cfg.leased()
+		}
 	}
 }
 
 // known reports whether all readings are of streams that were requested.
 func (c *conn) known(readings []xstream.Reading) bool {
-	for _, got := range readings {
-		if len(c.parts) > 1 && !slices.ContainsFunc(c.parts, func(p part) bool { return p.topic.key == got.Key }) {
-			return false
-		}
-	}
-	return true
+	return len(c.parts) == 1 || !slices.ContainsFunc(readings, func(got xstream.Reading) bool {
+		return !slices.ContainsFunc(c.parts, func(p part) bool { return p.topic.key == got.Key })
+	})
 }
 
 // command returns the command that reads the parts.
 func (c *conn) command(parts []part) xstream.Read {
 	cfg := c.p.cfg
-	read := xstream.Read{Group: cfg.Group, Consumer: cfg.Consumer, NoAck: cfg.NoAck, Block: cfg.Block, From: make([]xstream.Cursor, len(parts))}
+	read := xstream.Read{Group: cfg.Group, Consumer: parts[0].seats[0].consumer, NoAck: cfg.NoAck, Block: c.block, From: make([]xstream.Cursor, len(parts))}
 	for i, p := range parts {
 		if i == 0 || p.count < read.Count {
 			read.Count = p.count
@@ -459,7 +438,7 @@ func (c *conn) command(parts []part) xstream.Read {
 		read.From[i] = xstream.Cursor{Key: p.topic.key, After: p.after}
 		// Do not block if a seat must learn at once whether reading works, or if
 		// this is only a part of what could be read now.
-		if p.more || c.alone || slices.ContainsFunc(p.seats, func(s *Seat) bool { return s.failed }) {
+		if p.more || slices.ContainsFunc(p.seats, func(s *Seat) bool { return s.failed }) {
 			read.Block = -1
 		}
 	}
@@ -480,44 +459,12 @@ func (c *conn) deal(p part, b Batch) {
 		return
 	}
 	p.topic.dry = 0
-	last := b.Entries[len(b.Entries)-1].ID
-	switch {
-	case c.p.cfg.Group == "":
-		b.Shared = len(p.seats) > 1
-		for _, s := range p.seats {
-			s.after = last
-			s.member.Take(b)
+	for _, s := range p.seats {
+		if c.p.cfg.Group == "" {
+			s.after = b.Entries[len(b.Entries)-1].ID
 		}
-	case len(p.seats) == 1:
-		p.seats[0].member.Take(b)
-	default:
-		for i, entries := range hands(b.Entries, p.rooms) {
-			if len(entries) > 0 {
-				share := b
-				share.Entries = entries
-				p.seats[i].member.Take(share)
-			}
-		}
+		s.member.Take(b)
 	}
-}
-
-// hands distributes entries one by one to the seats that have room.
-func hands(entries []xstream.Entry, rooms []int) [][]xstream.Entry {
-	out := make([][]xstream.Entry, len(rooms))
-	total := 0
-	for _, room := range rooms {
-		total += room
-	}
-	if over := len(entries) - total; over > 0 { // more than were requested
-		rooms = append([]int{rooms[0] + over}, rooms[1:]...)
-	}
-	for i := 0; len(entries) > 0; i = (i + 1) % len(rooms) {
-		if len(out[i]) < rooms[i] {
-			out[i] = append(out[i], entries[0])
-			entries = entries[1:]
-		}
-	}
-	return out
 }
 
 // keepPlace moves a topic to the connection for backlogs, and back.
@@ -552,7 +499,7 @@ func (c *conn) fail(err error) {
 	}
 	p.mu.Lock()
 	if c.bconn != nil && !redisx.IsReply(err) && p.cfg.leased() {
-		p.broken = append(p.broken, c.bconn)
+		p.broken[c.group.name] = append(p.broken[c.group.name], c.bconn)
 	}
 	astray := c.astray
 	c.astray = false
@@ -573,6 +520,15 @@ func (c *conn) fail(err error) {
 		return
 	}
 	c.dismiss(c.parts, err)
+	c.dismissRest(c.parts[0], err)
+}
+
+// dismissRest ends Serve for the seats of other reads that the error is about, too: all on
+// the server, or those of the topic.
+func (c *conn) dismissRest(failed part, err error) {
+	c.dismiss(slices.DeleteFunc(slices.Clone(c.rest), func(p part) bool {
+		return redisx.IsReply(err) && p.topic != failed.topic
+	}), err)
 }
 
 // readAlone reads one of several topics, without blocking.
@@ -583,13 +539,14 @@ func (c *conn) readAlone(p part) {
 	if err == nil {
 		read := c.command([]part{p})
 		read.Block = -1
-		readings, err = read.Do(c.ctx, bconn)
+		readings, err = read.Do(c.ctx, bconn, &c.replies)
 	}
 	if err != nil {
 		if !redisx.IsReply(err) {
 			c.disconnect()
 		}
 		c.dismiss([]part{p}, err)
+		c.dismissRest(p, err)
 		return
 	}
 	for _, got := range readings {
@@ -601,9 +558,6 @@ func (c *conn) dismiss(parts []part, err error) {
 	c.p.mu.Lock()
 	defer c.p.mu.Unlock()
 	for _, part := range parts {
-		if !redisx.IsReply(err) {
-			part.topic.unsure = c.p.cfg.leased()
-		}
 		for _, s := range part.seats {
 			switch {
 			case s.topic == nil: // it has left

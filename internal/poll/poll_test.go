@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -20,22 +21,6 @@ import (
 )
 
 func TestMain(m *testing.M) { testserver.Main(m) }
-
-func TestHands(t *testing.T) {
-	entries := make([]xstream.Entry, 7)
-	for i := range entries {
-		entries[i].ID = fmt.Sprint(i)
-	}
-	var got [][]string
-	for _, hand := range hands(entries, []int{1, 5, 2}) {
-		var ids []string
-		for _, e := range hand {
-			ids = append(ids, e.ID)
-		}
-		got = append(got, ids)
-	}
-	require.Equal(t, [][]string{{"0"}, {"1", "3", "5", "6"}, {"2", "4"}}, got)
-}
 
 // member takes entries while it has room.
 type member struct {
@@ -66,13 +51,12 @@ func (m *member) Holds(id string) bool {
 	return slices.Contains(m.got, id)
 }
 
-func (m *member) Orphans(rows []xstream.Pending) bool {
+func (m *member) Orphans(rows []xstream.Pending) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, r := range rows {
 		m.orphans = append(m.orphans, r.ID)
 	}
-	return true
 }
 
 func (m *member) Reading() {}
@@ -95,7 +79,7 @@ func newPoller(t *testing.T, group string) (*Poller, *redis.Client) {
 	client := testserver.Client(t)
 	c := redisx.Client{UniversalClient: client}
 	return New(Config{
-		Client: c, Pipeline: pipeline.New(c, 2, true), Group: group, Consumer: "consumer", Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
+		Client: c, Pipeline: pipeline.New(c, 2, true), Group: group, Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
 	}), client
 }
 
@@ -124,9 +108,9 @@ func serve(t *testing.T, s *Seat) (leave func()) {
 	return leave
 }
 
-// Subscriptions of one topic share its connection: in a group each entry goes to
-// one of them, in a fan-out to each, including one that has fallen behind and has
-// room again.
+// Subscriptions of one topic share its connection: in a group each is a consumer, and each
+// entry goes to one of them; in a fan-out it goes to each of them, including one that has
+// fallen behind and has room again.
 func TestPoller_OneTopic(t *testing.T) {
 	for _, group := range []string{"group", ""} {
 		t.Run("group "+group, func(t *testing.T) {
@@ -146,7 +130,10 @@ func TestPoller_OneTopic(t *testing.T) {
 				if i == 0 {
 					members[i].room = 1 // it falls behind
 				}
-				seat := p.NewSeat(key, members[i], "0-0")
+				seat := p.NewSeat(key, fmt.Sprint("consumer", i), members[i])
+				if group == "" {
+					seat = p.NewFanOut(key, "0-0", members[i])
+				}
 				seats, leaves = append(seats, seat), append(leaves, serve(t, seat))
 			}
 			for i := range 3 * n {
@@ -199,7 +186,7 @@ func TestPoller_ManyTopics(t *testing.T) {
 		_, err := stream.CreateGroup(t.Context(), "0")
 		require.NoError(t, err)
 		members[i] = &member{room: 2 * backlog}
-		serve(t, p.NewSeat(key, members[i], ""))
+		serve(t, p.NewSeat(key, "consumer", members[i]))
 	}
 	pipe := client.Pipeline()
 	for i := range backlog {
@@ -227,7 +214,7 @@ func TestPoller_ManyTopics(t *testing.T) {
 }
 
 // A read without an answer has taken entries: they are found before the next one,
-// except those that a member has, or has disowned.
+// except those that the member has, or has disowned.
 func TestPoller_Orphans(t *testing.T) {
 	p, client := newPoller(t, "group")
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
@@ -235,7 +222,8 @@ func TestPoller_Orphans(t *testing.T) {
 	_, err := stream.CreateGroup(t.Context(), "0")
 	require.NoError(t, err)
 	m := &member{room: 10}
-	serve(t, p.NewSeat(key, m, ""))
+	seat := p.NewSeat(key, "consumer", m)
+	serve(t, seat)
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
 	eventually(t, func() bool { return m.count() == 1 }, "nothing came")
 	require.NoError(t, client.XGroupCreateConsumer(t.Context(), key, "group", "thief").Err())
@@ -246,9 +234,40 @@ func TestPoller_Orphans(t *testing.T) {
 		_, err := pipe.Exec(t.Context())
 		require.NoError(t, err)
 	}
-	p.Disown(key, "3-1")
-	p.Unsure(key)
+	seat.Disown("3-1")
+	seat.Unsure()
 	eventually(t, func() bool { return slices.Equal(m.found(), []string{"2-1"}) }, "not the orphan, or another one too")
+}
+
+// Several subscriptions of a topic have lost an answer: none waits until another one's read
+// has ended.
+func TestPoller_OrphansOfSeveral(t *testing.T) {
+	testserver.RequireReal(t)
+	client := testserver.Client(t)
+	c := redisx.Client{UniversalClient: client}
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
+	require.NoError(t, client.XGroupCreateMkStream(t.Context(), key, "group", "0").Err())
+	const n = 5
+	var members []*member
+	var seats []*Seat
+	for i := range n {
+		consumer := fmt.Sprint("consumer", i)
+		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: fmt.Sprint(i+1, "-1"), Values: []any{"a", "b"}}).Err())
+		require.NoError(t, client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
+			Group: "group", Consumer: consumer, Streams: []string{key, ">"}, Count: 1, Block: -1,
+		}).Err())
+		m := &member{room: 10}
+		members = append(members, m)
+		seats = append(seats, p.NewSeat(key, consumer, m))
+		seats[i].Unsure()
+	}
+	for _, seat := range seats {
+		serve(t, seat)
+	}
+	for i, m := range members {
+		eventually(t, func() bool { return slices.Equal(m.found(), []string{fmt.Sprint(i+1, "-1")}) }, "not its orphan", m.found())
+	}
 }
 
 // A server that does not answer does not delay a seat that is abandoned.
@@ -256,12 +275,12 @@ func TestSeat_Abandon(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	stream := xstream.New(c, "key", "group")
 	_, err := stream.CreateGroup(context.Background(), "0")
 	require.NoError(t, err)
 	m := &member{room: 10}
-	seat := p.NewSeat("key", m, "")
+	seat := p.NewSeat("key", "consumer", m)
 	done := make(chan error, 1)
 	go func() { done <- seat.Serve() }()
 	require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", Values: []any{"a", "b"}}).Err())
@@ -285,7 +304,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Consumer: "consumer", Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
 	add := func(id string) {
 		t.Helper()
 		require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", ID: id, Values: []any{"a", "b"}}).Err())
@@ -301,7 +320,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	for _, after := range []string{"5-0", "9-0", "7-0", "5-0"} {
 		m := &member{room: 10}
 		members = append(members, m)
-		seat := p.NewSeat("key", m, after)
+		seat := p.NewFanOut("key", after, m)
 		serve(t, seat)
 	}
 	require.NoError(t, client.XDel(context.Background(), "key", "9-0").Err())
@@ -327,35 +346,36 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	}
 }
 
-// A subscription's entries are not orphans to the others of its topic while its
-// seat is not served: in its backoff, or when it drains.
-func TestPoller_OrphansOfOthers(t *testing.T) {
+// The read of a connection that broke may go on at the server. A seat that joins later looks
+// for what it took.
+func TestPoller_OrphansOfAnEarlierSeat(t *testing.T) {
 	p, client := newPoller(t, "group")
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
 	stream := xstream.New(p.cfg.Client, key, "group")
 	_, err := stream.CreateGroup(t.Context(), "0")
 	require.NoError(t, err)
-	gone, stays := &member{room: 1}, &member{room: 0}
-	seat := p.NewSeat(key, gone, "")
-	leave := serve(t, seat)
+	gone, comes := &member{room: 1}, &member{room: 1}
+	seat := p.NewSeat(key, "consumer", gone)
+	done := make(chan error, 1)
+	go func() { done <- seat.Serve() }()
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
 	eventually(t, func() bool { return gone.count() == 1 }, "nothing came")
-	leave()
-	stays.room = 1
-	serve(t, p.NewSeat(key, stays, ""))
-	look := func(id string) { // until an entry has arrived that was read after the look
-		p.Unsure(key)
-		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: id, Values: []any{"a", "b"}}).Err())
-		eventually(t, func() bool { return stays.Holds(id) }, "nothing came")
-	}
-	look("2-1")
-	require.Empty(t, stays.found(), "taken from a subscription that is away")
-	seat.Release()
-	stays.mu.Lock()
-	stays.room = 1
-	stays.mu.Unlock()
-	look("3-1")
-	require.Equal(t, []string{"1-1"}, stays.found(), "nobody has it any more")
+	gone.mu.Lock()
+	gone.room = 1
+	gone.mu.Unlock()
+	seat.Wake()
+	eventually(t, func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.topics[seat.key].conn.busy
+	}, "it does not read on")
+	p.mu.Lock()
+	bconn := p.topics[seat.key].conn.bconn
+	p.mu.Unlock()
+	bconn.Close()
+	require.Error(t, <-done)
+	serve(t, p.NewSeat(key, "consumer", comes))
+	eventually(t, func() bool { return slices.Equal(comes.found(), []string{"1-1"}) }, "it does not look")
 }
 
 // A seat that is abandoned while its connection is opened gets nothing, and nothing
@@ -374,7 +394,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	client := redis.NewClient(&options)
 	t.Cleanup(func() { _ = client.Close() }) // after the seats have left
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Consumer: "consumer", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	var seats []*Seat
 	var members []*member
 	for i := range 1 + maxConns {
@@ -383,7 +403,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 		require.NoError(t, admin.XAdd(t.Context(), &redis.XAddArgs{Stream: key, Values: []any{"a", "b"}}).Err())
 		m := &member{room: 10}
 		members = append(members, m)
-		seats = append(seats, p.NewSeat(key, m, ""))
+		seats = append(seats, p.NewSeat(key, "consumer", m))
 	}
 	done := make(chan error, 1)
 	go func() { done <- seats[0].Serve() }()
@@ -407,4 +427,94 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	pending, err := admin.XPending(t.Context(), seats[0].key, "group").Result()
 	require.NoError(t, err)
 	require.Zero(t, pending.Count)
+}
+
+// Which consumer a connection reads as next, and for how long that may block. A seat's name
+// is its topic and its consumer.
+func TestConn_OneRead(t *testing.T) {
+	client := redis.NewClient(&redis.Options{})
+	t.Cleanup(func() { _ = client.Close() })
+	const block = 5 * time.Second
+	blocks := map[time.Duration]string{-1: "", sharedBlock: " ~", block: " +"}
+	for _, tt := range []struct {
+		name   string
+		room   []string // seats with room, in order
+		urgent string
+		dry    bool
+		alone  bool
+		want   []string // the parts of each read; + if it may block, ~ if only for a short time
+	}{
+		{name: "one seat", room: []string{"a1"}, want: []string{"a1 +", "a1 +"}},
+		{name: "one consumer", room: []string{"a1", "b1"}, want: []string{"a1 b1 +", "a1 b1 +"}},
+		{name: "there may be more: all in turn", room: []string{"a1", "b1", "b2"}, want: []string{"a1 b1 +", "b2", "a1 b1 +", "b2"}},
+		{name: "there may be more, and none covers all", room: []string{"a1", "b2", "b3"}, want: []string{"a1", "b2", "a1", "b3", "a1", "b2"}},
+		{name: "there may be more in one topic", room: []string{"a1", "a2", "a3"}, want: []string{"a1 +", "a2 +", "a3 +", "a1 +"}},
+		{name: "idle: who sees everything", room: []string{"a1", "b1", "b2"}, dry: true, want: []string{"a1 b1 +", "a1 b1 +"}},
+		{name: "idle, two of one topic", room: []string{"b1", "b2"}, dry: true, want: []string{"b1 +", "b2 +", "b1 +"}},
+		{name: "idle, two that see everything", room: []string{"a1", "a2", "b1", "b2"}, dry: true, want: []string{"a1 b1 +", "a2 b2 +", "a1 b1 +"}},
+		{name: "idle, and none covers all: one of them waits", room: []string{"a1", "b2", "c2"}, dry: true, want: []string{"b2 c2 ~", "a1", "b2 c2 ~", "a1"}},
+		{name: "idle, and many have only one of two topics", room: []string{"a1", "b2", "b3", "b4"}, dry: true, want: []string{"a1 ~", "b2", "a1 ~", "b3", "a1 ~", "b4", "a1 ~", "b2"}},
+		{name: "one has failed", room: []string{"a1", "b1", "b2"}, urgent: "b2", dry: true, want: []string{"b2", "b2"}},
+		{name: "backlogs", room: []string{"a1", "b1", "b2", "b3"}, alone: true, want: []string{"a1", "b1", "a1", "b2", "a1", "b3"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := New(Config{Client: redisx.Client{UniversalClient: client}, Group: "group", Block: block, Unwakable: func() {}})
+			c := &conn{p: p, dry: tt.dry, alone: tt.alone}
+			topics := make(map[string]*topic)
+			var parts []part
+			for _, name := range tt.room {
+				key := name[:1]
+				if topics[key] == nil {
+					topics[key] = &topic{key: key}
+				}
+				seat := p.NewSeat(key, name[1:], nil)
+				seat.urgent = name == tt.urgent
+				parts = append(parts, part{topic: topics[key], seats: []*Seat{seat}, count: 1})
+			}
+			for _, want := range tt.want {
+				c.time++
+				c.parts = slices.Clone(parts)
+				c.oneRead()
+				var got []string
+				for _, part := range c.parts {
+					got = append(got, part.seats[0].key+part.seats[0].consumer)
+				}
+				require.Equal(t, want, strings.Join(got, " ")+blocks[c.block])
+				if !tt.alone {
+					require.Len(t, c.rest, len(parts)-len(c.parts))
+				}
+			}
+		})
+	}
+}
+
+// Topics that share a connection, with subscriptions whose handlers are busy: no consumer
+// can read all of them, and none waits for long.
+func TestPoller_ConsumersWithoutRoom(t *testing.T) {
+	p, client := newPoller(t, "group")
+	base := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
+	const topics = 3 * maxConns
+	var idle []*member
+	for i := range topics {
+		key := fmt.Sprint(base, i)
+		require.NoError(t, client.XGroupCreateMkStream(t.Context(), key, "group", "0").Err())
+		for j := range 3 {
+			m := &member{}
+			if j == i%3 {
+				m.room = 100
+				idle = append(idle, m)
+			}
+			serve(t, p.NewSeat(key, fmt.Sprint("consumer", j), m))
+		}
+	}
+	var waits time.Duration
+	for round := range 5 {
+		for i, m := range idle {
+			began := time.Now()
+			require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: fmt.Sprint(base, i), Values: []any{"a", "b"}}).Err())
+			eventually(t, func() bool { return m.count() == round+1 }, "an entry is missing")
+			waits += time.Since(began)
+		}
+	}
+	t.Logf("an entry waited %v on average", waits/(5*topics))
 }

@@ -12,8 +12,8 @@
 // small COUNT. A topic with a backlog that would hold up the others is read by
 // itself on one more connection, until the backlog is gone.
 //
-// All subscriptions of a Subscriber read as one consumer, since a command has only
-// one consumer. Subscriptions of the same topic take turns.
+// A command has one consumer, but each subscription of a topic is another one. They
+// take turns: see turns.go. Fan-outs of a topic share its reads.
 package poll
 
 import (
@@ -36,7 +36,8 @@ const (
 
 	// unwakableBlock limits a read that cannot be woken, since Close waits for it.
 	// sharedBlock limits such a read if other topics may wait to join, or if it
-	// occupies a connection of a wrapped client's pool.
+	// occupies a connection of a wrapped client's pool; and one after which the turn of other
+	// consumers comes.
 	unwakableBlock = time.Second
 	sharedBlock    = 100 * time.Millisecond
 
@@ -60,10 +61,9 @@ type Member interface {
 	Take(Batch)
 	// Holds reports whether it has the entry.
 	Holds(id string) bool
-	// Orphans takes entries that are pending for the consumer but that no member
-	// has: the answer to the command that read or claimed them was lost. It returns
-	// false if it takes no more entries.
-	Orphans([]xstream.Pending) bool
+	// Orphans takes entries that are pending for its consumer but that it does not have:
+	// the answer to the command that read or claimed them was lost.
+	Orphans([]xstream.Pending)
 	// Reading reports that reading works again, or that there is no need to read.
 	Reading()
 }
@@ -73,7 +73,6 @@ type Batch struct {
 	Entries  []xstream.Entry
 	Sent, At time.Time // when the command was sent, and answered
 	Asked    int       // requested entries; 0: from each of several streams
-	Shared   bool      // other subscriptions have the same entries
 }
 
 // Config configures a Poller.
@@ -81,7 +80,6 @@ type Config struct {
 	Client   redisx.Client
 	Pipeline *pipeline.Pipeline // for CLIENT UNBLOCK
 	Group    string             // empty: fan-out
-	Consumer string
 	NoAck    bool
 	Block    time.Duration // maximum blocking time of a read
 	Batch    int           // maximum entries per read
@@ -100,14 +98,12 @@ type Poller struct {
 	cfg   Config
 	route *redisx.Route
 
-	mu       sync.Mutex
-	split    bool // the server rejects streams of several slots in one command
-	groups   map[string]*group
-	topics   map[string]*topic
-	members  map[string][]Member        // by topic, from the first Serve until Release: they may have entries
-	disowned map[string]map[string]bool // topic -> entries that an abandoned handler may still have
-	reserved map[[2]string]bool         // topic and entry: a member is claiming it
-	broken   []*redisx.Conn             // broken connections whose reads may continue at the server
+	mu     sync.Mutex
+	split  bool // the server rejects streams of several slots in one command
+	groups map[string]*group
+	topics map[string]*topic
+	rounds int                       // of all connections
+	broken map[string][]*redisx.Conn // by group: broken connections whose reads may continue at the server
 }
 
 // group is a set of topics that one command can read.
@@ -117,48 +113,57 @@ type group struct {
 	bulk  *conn // for topics with a backlog; nil: none
 }
 
-// topic is guarded by Poller.mu, except dry.
+// topic is guarded by Poller.mu, except dry and read.
 type topic struct {
-	key    string
-	conn   *conn // whose goroutine reads the topic
-	seats  []*Seat
-	turn   int  // counts the reads, so that the seats take turns
-	dry    int  // consecutive reads without entries; owned by the connection's goroutine
-	full   int  // consecutive reads that left entries in the stream
-	unsure bool // a command without an answer may have taken entries
+	key   string
+	conn  *conn // whose goroutine reads the topic
+	seats []*Seat
+	turn  int // counts the reads, so that the seats take turns
+	dry   int // consecutive reads without entries; owned by the connection's goroutine
+	full  int // consecutive reads that left entries in the stream
+	read  int // when it was last read, by Poller.rounds; owned by the connection's goroutine, as dry is
 }
 
 // Seat is a subscription's membership in its Poller.
 type Seat struct {
-	p      *Poller
-	key    string
-	member Member
-	after  string // fan-out: the last entry read
+	p        *Poller
+	key      string
+	consumer string // empty: fan-out
+	member   Member
+	after    string // fan-out: the last entry read; group: ">"
 
 	// Guarded by Poller.mu.
-	topic   *topic // nil: not joined
-	rewind  string // fan-out: continue after this entry instead
-	leaving bool
-	known   bool // among the Poller's members
-	failed  bool // its next read must show at once whether reading works
-	left    chan error
+	topic    *topic // nil: not joined
+	rewind   string // fan-out: continue after this entry instead
+	unsure   bool   // a command without an answer may have taken entries
+	disowned map[string]bool
+	leaving  bool
+	failed   bool // its next read must show at once whether reading works
+	left     chan error
+
+	// Owned by the connection's goroutine.
+	urgent bool // its turn comes first
+	read   int  // when it was last read for, by Poller.rounds
 }
 
 // New returns a Poller.
 func New(cfg Config) *Poller {
-	p := &Poller{
-		cfg: cfg, groups: make(map[string]*group), topics: make(map[string]*topic), members: make(map[string][]Member), disowned: make(map[string]map[string]bool),
-		reserved: make(map[[2]string]bool),
-	}
+	p := &Poller{cfg: cfg, groups: make(map[string]*group), topics: make(map[string]*topic), broken: make(map[string][]*redisx.Conn)}
 	p.cfg.Unwakable = sync.OnceFunc(cfg.Unwakable)
 	p.route = redisx.NewRoute(cfg.Client, cfg.Block/2, p.moved)
 	return p
 }
 
-// NewSeat returns a seat for a subscription of the topic. A fan-out reads the
-// entries after the given ID.
-func (p *Poller) NewSeat(key string, m Member, after string) *Seat {
-	return &Seat{p: p, key: key, member: m, after: after, left: make(chan error, 1)}
+// NewSeat returns a seat for a subscription of the topic. Each has a consumer of its own.
+func (p *Poller) NewSeat(key, consumer string, m Member) *Seat {
+	return &Seat{p: p, key: key, consumer: consumer, member: m, after: ">", disowned: make(map[string]bool), left: make(chan error, 1)}
+}
+
+// NewFanOut returns a seat for a fan-out, which reads the entries after the given ID.
+func (p *Poller) NewFanOut(key, after string, m Member) *Seat {
+	s := p.NewSeat(key, "", m)
+	s.after = after
+	return s
 }
 
 // Serve reads for the subscription until it leaves, and then returns nil, or until
@@ -170,19 +175,13 @@ func (s *Seat) Serve() error {
 		p.mu.Unlock()
 		return nil
 	}
-	if !s.known {
-		s.known = true
-		p.members[s.key] = append(p.members[s.key], s.member)
-	}
 	t := p.topics[s.key]
 	if t == nil {
 		t = &topic{key: s.key}
 		p.topics[s.key] = t
 		p.placeLocked(t)
 	}
-	if s.failed && p.cfg.leased() {
-		t.unsure = true
-	}
+	s.unsure = s.unsure || p.cfg.leased() && (s.failed || len(p.broken[t.conn.group.name]) > 0)
 	s.topic = t
 	t.seats = append(t.seats, s)
 	t.conn.pokeLocked()
@@ -191,31 +190,20 @@ func (s *Seat) Serve() error {
 }
 
 // Wake has the connection check the subscription's room again.
-func (s *Seat) Wake() {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	if s.topic != nil {
-		s.topic.conn.pokeLocked()
-	}
-}
+func (s *Seat) Wake() { s.change(func() {}) }
 
 // Rewind makes a fan-out continue after another entry.
-func (s *Seat) Rewind(after string) {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	s.rewind = after
-	if s.topic != nil {
-		s.topic.conn.pokeLocked()
-	}
-}
+func (s *Seat) Rewind(after string) { s.change(func() { s.rewind = after }) }
 
 // Leave ends Serve, now or in the future. No entries are taken after Serve has
 // returned.
-func (s *Seat) Leave() {
+func (s *Seat) Leave() { s.change(func() { s.leaving = true }) }
+
+// change changes the seat, and has its connection look at it.
+func (s *Seat) change(do func()) {
 	s.p.mu.Lock()
 	defer s.p.mu.Unlock()
-	s.leaving = true
-	if s.topic != nil {
+	if do(); s.topic != nil {
 		s.topic.conn.pokeLocked()
 	}
 }
@@ -247,78 +235,22 @@ func (s *Seat) Abandon() {
 	}
 }
 
-// Release reports that the subscription has no more entries.
-func (s *Seat) Release() {
-	p := s.p
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.members[s.key] = slices.DeleteFunc(p.members[s.key], func(m Member) bool { return m == s.member })
-	if len(p.members[s.key]) == 0 {
-		delete(p.members, s.key)
-	}
-}
+// Unsure requests a search for entries that a command without an answer has taken.
+func (s *Seat) Unsure() { s.change(func() { s.unsure = true }) }
 
-// Unsure requests a search for entries of the topic that a command without an
-// answer has taken.
-func (p *Poller) Unsure(key string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if t := p.topics[key]; t != nil {
-		t.unsure = true
-		t.conn.pokeLocked()
-	}
-}
-
-// Disown marks an entry that stays pending for the consumer although no member has
-// it: it is not an orphan.
-func (p *Poller) Disown(key, id string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.disowned[key] == nil {
-		p.disowned[key] = make(map[string]bool)
-	}
-	p.disowned[key][id] = true
+// Disown marks an entry that stays pending for the consumer although the member does
+// not have it: it is not an orphan.
+func (s *Seat) Disown(id string) {
+	s.p.mu.Lock()
+	defer s.p.mu.Unlock()
+	s.disowned[id] = true
 }
 
 // Disowned reports whether the entry was disowned.
-func (p *Poller) Disowned(key, id string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.disowned[key][id]
-}
-
-// Reserve reports whether the member may claim the entry for the consumer: no other
-// member of the topic has it or is claiming it.
-func (p *Poller) Reserve(key, id string, m Member) bool {
-	entry := [2]string{key, id}
-	p.mu.Lock()
-	if p.reserved[entry] {
-		p.mu.Unlock()
-		return false
-	}
-	p.reserved[entry] = true
-	others := slices.DeleteFunc(slices.Clone(p.members[key]), func(other Member) bool { return other == m })
-	p.mu.Unlock()
-	if slices.ContainsFunc(others, func(other Member) bool { return other.Holds(id) }) {
-		p.Unreserve(key, id)
-		return false
-	}
-	return true
-}
-
-// Unreserve ends a reservation, once the member has claimed the entry or failed to.
-func (p *Poller) Unreserve(key, id string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.reserved, [2]string{key, id})
-}
-
-// Has reports whether the topic has subscriptions that read, or may still have
-// entries.
-func (p *Poller) Has(key string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.members[key]) > 0
+func (s *Seat) Disowned(id string) bool {
+	s.p.mu.Lock()
+	defer s.p.mu.Unlock()
+	return s.disowned[id]
 }
 
 // departLocked removes the seat from its topic, and ends Serve.
@@ -370,14 +302,6 @@ func (p *Poller) startLocked(g *group) *conn {
 	return c
 }
 
-// moveLocked moves a topic to another connection.
-func (t *topic) moveLocked(to *conn) {
-	t.conn.topics = slices.DeleteFunc(t.conn.topics, func(other *topic) bool { return other == t })
-	t.conn, t.full = to, 0
-	to.topics = append(to.topics, t)
-	to.pokeLocked()
-}
-
 // heatLocked moves a topic with a backlog to the connection for backlogs.
 func (t *topic) heatLocked() {
 	g := t.conn.group
@@ -385,7 +309,10 @@ func (t *topic) heatLocked() {
 		g.bulk = t.conn.p.startLocked(g)
 		g.bulk.alone = true
 	}
-	t.moveLocked(g.bulk)
+	t.conn.topics = slices.DeleteFunc(t.conn.topics, func(other *topic) bool { return other == t })
+	t.conn, t.full = g.bulk, 0
+	g.bulk.topics = append(g.bulk.topics, t)
+	g.bulk.pokeLocked()
 }
 
 // coolLocked moves it back to a connection that blocks.

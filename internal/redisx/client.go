@@ -1,6 +1,7 @@
 package redisx
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net"
@@ -143,42 +144,34 @@ func (c Client) SameRead(key string) string {
 // the write and the read. An option without a limit (a negative ReadTimeout, for
 // example) counts as go-redis's default.
 func (c Client) CallTimeout() time.Duration {
-	dial, read, write, pool := 5*time.Second, 3*time.Second, 3*time.Second, 4*time.Second
-	set := func(d *time.Duration, opt time.Duration) {
-		if opt > 0 {
-			*d = opt
-		}
+	sum := func(pool, dial, write, read time.Duration) time.Duration {
+		return or(pool, defaultPoolTimeout) + or(dial, 5*time.Second) + or(write, 3*time.Second) + or(read, 3*time.Second)
 	}
 	switch c := c.UniversalClient.(type) {
 	case *redis.Client:
 		o := c.Options()
-		set(&dial, o.DialTimeout)
-		set(&read, o.ReadTimeout)
-		set(&write, o.WriteTimeout)
-		set(&pool, o.PoolTimeout)
+		return sum(o.PoolTimeout, o.DialTimeout, o.WriteTimeout, o.ReadTimeout)
 	case *redis.ClusterClient:
 		o := c.Options()
-		set(&dial, o.DialTimeout)
-		set(&read, o.ReadTimeout)
-		set(&write, o.WriteTimeout)
-		set(&pool, o.PoolTimeout)
+		return sum(o.PoolTimeout, o.DialTimeout, o.WriteTimeout, o.ReadTimeout)
 	case *redis.Ring:
 		o := c.Options()
-		set(&dial, o.DialTimeout)
-		set(&read, o.ReadTimeout)
-		set(&write, o.WriteTimeout)
-		set(&pool, o.PoolTimeout)
+		return sum(o.PoolTimeout, o.DialTimeout, o.WriteTimeout, o.ReadTimeout)
 	}
-	return pool + dial + write + read
+	return sum(0, 0, 0, 0)
 }
+
+const defaultPoolTimeout = 4 * time.Second // go-redis's
+
+func or(opt, otherwise time.Duration) time.Duration { return cmp.Or(max(opt, 0), otherwise) }
 
 // PoolTimeout returns how long a call may wait for its turn, according to the
 // client's options.
 func (c Client) PoolTimeout() time.Duration {
-	if single := c.Single(); single != nil && single.Options().PoolTimeout > 0 {
-		return single.Options().PoolTimeout
+	if single := c.Single(); single != nil {
+		return or(single.Options().PoolTimeout, defaultPoolTimeout)
 	}
-	return 4 * time.Second // go-redis's default
+	return defaultPoolTimeout
 }
 
 // HashTag returns a key's hash tag by Redis's rule: the text between the first "{"

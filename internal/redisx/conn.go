@@ -132,23 +132,9 @@ func (divert) DialHook(next redis.DialHook) redis.DialHook { return next }
 
 func (d divert) ProcessHook(redis.ProcessHook) redis.ProcessHook { return d.to.Process }
 
-func (d divert) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return func(ctx context.Context, cmds []redis.Cmder) error {
-		client, ok := d.to.(Pipeliner)
-		if !ok {
-			return redis.ErrClosed
-		}
-		pipe := client.Pipeline()
-		for _, cmd := range cmds {
-			_ = pipe.Process(ctx, cmd)
-		}
-		_, err := pipe.Exec(ctx)
-		return err
-	}
-}
-
-// Pipeline returns a pipeline on the connection.
-func (l *Conn) Pipeline() redis.Pipeliner { return l.Processor.(Pipeliner).Pipeline() }
+func (divert) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+} // there are no pipelines
 
 // Close closes the connection: a read in flight ends with an error.
 func (l *Conn) Close() {

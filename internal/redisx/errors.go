@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/redis/go-redis/v9"
@@ -12,22 +13,14 @@ import (
 // IsReply reports whether err is an error reply of the server, as opposed to a
 // broken connection: the command has arrived and this is its result.
 func IsReply(err error) bool {
-	var reply redis.Error
-	return errors.As(err, &reply)
+	_, ok := errors.AsType[redis.Error](err)
+	return ok
 }
 
 // ReplyHas reports whether err is an error reply that contains one of the given
 // codes or texts.
 func ReplyHas(err error, prefixes ...string) bool {
-	if err == nil || !IsReply(err) {
-		return false
-	}
-	for _, p := range prefixes {
-		if strings.Contains(err.Error(), p) {
-			return true
-		}
-	}
-	return false
+	return IsReply(err) && slices.ContainsFunc(prefixes, func(p string) bool { return strings.Contains(err.Error(), p) })
 }
 
 // ReplyError is an error with the text of an error reply.
@@ -73,6 +66,11 @@ func NotReady(err error) bool {
 	}
 	return ReplyHas(err, "LOADING", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "TRYAGAIN", "NOREPLICAS", "MISCONF", "BUSY ", "max number of clients")
 }
+
+// OutOfMemory reports whether err says that the server refused the command, which may need
+// memory, because it has none left. Nothing was stored. It is not among NotReady's errors:
+// the server answers, and serves what needs no memory.
+func OutOfMemory(err error) bool { return ReplyHas(err, "OOM ") }
 
 // neverSent reports whether err alone shows that the command cannot have reached
 // the server: see Sent.

@@ -62,6 +62,9 @@ func (s *simulation) bootConsumer(spec Consumer, place *place, life int) *consum
 		c.members = append(c.members, m)
 		for _, topic := range s.schedule.Topics {
 			s.goes(func() { m.consume(topic) })
+			if s.schedule.Twice && m.group.Name != "" {
+				s.goes(func() { m.consume(topic) })
+			}
 		}
 	}
 	return c

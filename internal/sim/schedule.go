@@ -25,6 +25,10 @@ type Schedule struct {
 	// Retention is that of all consumers; the zero value trims nothing.
 	Retention goxstreams.Retention
 
+	// Twice has each consumer of a group subscribe twice to each topic, with one Subscriber.
+	// It is not drawn, but asked for.
+	Twice bool
+
 	Consumers []Consumer
 	Producers []Producer
 	Calls     []Call

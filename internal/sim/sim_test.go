@@ -22,6 +22,7 @@ var (
 	one    = flag.Uint64("seed", 0, "the only seed of TestSeeds; with -v it prints everything that happens")
 	shrink = flag.Int("shrink", 150, "how many runs a failing seed is shrunk with; 0: not at all")
 	keep   = flag.String("keep", "", "a directory for what happened in the seeds that fail")
+	twice  = flag.Bool("twice", false, "each consumer subscribes twice to each topic")
 	leftIn = flag.String("without", "", "what the only seed is run without: faults/calls/consumers/producers/delays, such as 1-3,5//2//")
 )
 
@@ -50,6 +51,7 @@ func parseWithout(text string) Without {
 // check runs a seed, and shrinks it if it breaks a rule.
 func check(t *testing.T, seed uint64, without Without, total *totals) {
 	schedule := without.Apply(Draw(seed))
+	schedule.Twice = *twice
 	result := runWatched(t, schedule, Options{Verbose: *one != 0 || *keep != ""})
 	total.add(result.Stats)
 	if *one != 0 && testing.Verbose() {

@@ -114,7 +114,7 @@ func (s idleEntry) idleBy(now time.Time) time.Duration {
 // New returns a Finder.
 func New(cfg Config) *Finder {
 	f := &Finder{cfg: cfg, seen: make(map[string]idleEntry)}
-	f.nextJanitor = time.Now().Add(jitter(cfg.Timeout / 2))
+	f.nextJanitor = time.Now().Add(Jitter(cfg.Timeout / 2))
 	return f
 }
 
@@ -254,7 +254,7 @@ func (f *Finder) sweep(ctx context.Context, pending int64) error {
 	if f.sweptAt.IsZero() && rest(estimate) > third {
 		// Pretend a sweep just finished, so that consumers started together do not
 		// sweep together.
-		f.sweptAt, f.sweepTook = start, jitter(estimate)
+		f.sweptAt, f.sweepTook = start, Jitter(estimate)
 	}
 	switch {
 	case start.Sub(f.sweptAt) >= rest(f.sweepTook):
@@ -330,11 +330,10 @@ func (f *Finder) sweepGone(ctx context.Context) error {
 
 func (f *Finder) remember(again map[string]idleEntry) {
 	for id, first := range again {
-		_, known := f.seen[id]
-		if !known && len(f.seen) >= f.most() {
-			continue
-		}
-		if !known {
+		if _, known := f.seen[id]; !known {
+			if len(f.seen) >= f.most() {
+				continue
+			}
 			f.cfg.Bounds.Candidates.Use(1)
 		}
 		f.seen[id] = first
@@ -398,10 +397,8 @@ func (f *Finder) ackTrimmed(ctx context.Context, rows []xstream.Pending) (map[st
 		}
 	}
 	trimmed, err := f.cfg.Stream.AckTrimmed(ctx, ids)
-	if n := len(trimmed); n > 0 {
-		f.trimmed += n
-		f.Lost.Add(int64(n))
-	}
+	f.trimmed += len(trimmed)
+	f.Lost.Add(int64(len(trimmed)))
 	return trimmed, err
 }
 
@@ -443,7 +440,7 @@ func (f *Finder) janitor(ctx context.Context) {
 	if f.noJanitor || now.Before(f.nextJanitor) {
 		return
 	}
-	f.nextJanitor = now.Add(jitter(f.cfg.Timeout / 2))
+	f.nextJanitor = now.Add(Jitter(f.cfg.Timeout / 2))
 	n, err := f.cfg.Stream.RemoveIdleConsumers(ctx, f.cfg.Timeout)
 	switch {
 	case redisx.IsDenied(err) || redisx.ReplyHas(err, "script"):
@@ -456,8 +453,8 @@ func (f *Finder) janitor(ctx context.Context) {
 	}
 }
 
-// jitter returns a random duration from [d/2, 3d/2).
-func jitter(d time.Duration) time.Duration {
+// Jitter returns a random duration from [d/2, 3d/2).
+func Jitter(d time.Duration) time.Duration {
 	if d <= 0 {
 		return 0
 	}

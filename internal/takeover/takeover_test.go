@@ -298,11 +298,7 @@ func TestSweep_GroupLostInAPause(t *testing.T) {
 	s.ledger.Pause()
 	withdrawn := s.ledger.Withdraw()
 	require.Len(t, withdrawn, 3)
-	give := make([]lease.Counted, len(withdrawn))
-	for i, e := range withdrawn {
-		give[i] = lease.Counted{Entry: e}
-	}
-	require.NoError(t, keeper.Release(ctx, give))
+	require.NoError(t, keeper.Release(ctx, withdrawn))
 	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true))
 	require.NoError(t, keeper.CheckReleased(ctx, s.ledger.Withdrawals(), false))
 	require.Len(t, s.ledger.Withdrawals(), 3, "they are as they should be")

@@ -21,8 +21,8 @@ import (
 )
 
 const (
-	// dockerTimeout limits a call of Docker, which answers in milliseconds unless
-	// it hangs.
+	// dockerTimeout limits a question to Docker, which answers in milliseconds
+	// unless it hangs.
 	dockerTimeout = 10 * time.Second
 	// pullTimeout limits an image's download. An unreachable registry is noticed
 	// within dockerTimeout.
@@ -142,7 +142,13 @@ func haveImage(ctx context.Context, docker client.APIClient, name string) error 
 	return pull.Wait(ctx)
 }
 
+// turns are the starts that go on at the same time: Docker takes as long for many at
+// once as for one after another, and then each of them would wait for all.
+var turns = make(chan struct{}, 2)
+
 func runContainer(docker *testcontainers.DockerProvider, image string, command []string) (_ *Server, err error) {
+	turns <- struct{}{}
+	defer func() { <-turns }()
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	host, bind, err := publishedHost(ctx, docker)
@@ -228,7 +234,7 @@ func (c *box) lastWords(ctx context.Context) string {
 // closing the shared client's idle connections can break a concurrent call of
 // another test.
 func (c *box) call(f func(ctx context.Context, docker client.APIClient, id string) error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), dockerTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	docker, err := testcontainers.NewDockerClientWithOpts(ctx)
 	if err != nil {

@@ -1,6 +1,9 @@
 package xstream
 
-import "context"
+import (
+	"context"
+	"maps"
+)
 
 // Ack acks the entries. The IDs are strings or pointers to strings. It may run
 // twice.
@@ -19,61 +22,83 @@ const (
 	DeleteByScript Delete = "xdel"    // while the stream has only one group
 )
 
-// fanOutsFunction returns the lowest position of the fan-out subscriptions, and its
-// fan-out's name; nil if there are none. Entries after it must stay in the stream. KEYS[2] holds the
-// positions: see SetPosition. One that has expired is kept for another minute, with a
-// mark: a step of the server's clock lets all of them expire, and a living fan-out stores
-// its own again within seconds. IDs are compared as text, since Lua's numbers are too
-// small for them.
-const fanOutsFunction = `
+// lessFunction compares IDs, as text, since Lua's numbers are too small for them.
+const lessFunction = `
 local function less(a, b)
   local am, as = string.match(a, '^(%d+)-(%d+)$')
   local bm, bs = string.match(b, '^(%d+)-(%d+)$')
   if am ~= bm then return #am < #bm or (#am == #bm and am < bm) end
   return #as < #bs or (#as == #bs and as < bs)
-end
+end`
+
+// fanOutsFunction returns the lowest position of the fan-out subscriptions, and its
+// fan-out's name; nil if there are none. Entries after it must stay in the stream. KEYS[2] holds the
+// positions: see SetPosition. One that has expired is kept for another minute, with a
+// mark: a step of the server's clock lets all of them expire, and a living fan-out stores
+// its own again within seconds. If the mark is refused, as by a server that is out of memory,
+// it is kept until it has been expired for a minute: that says nothing about its fan-out. A
+// position in a stream that began anew since is its beginning.
+const fanOutsFunction = lessFunction + beganAnewFunction + `
 local function fanOuts()
   local all, least, name = redis.call('HGETALL', KEYS[2]), nil, nil
   if #all == 0 then return nil end
-  local now = redis.call('TIME')
+  local now, fields = redis.call('TIME'), {}
+  for i = 1, #all, 2 do fields[all[i]] = all[i + 1] end
   for i = 1, #all, 2 do
+    local fan, isLife = all[i], string.find(all[i], '^life ')
     local id, ends, mark = string.match(all[i + 1], '^(%d+-%d+) (%d+)(!?)$')
-    local gone = not id or tonumber(ends) < tonumber(now[1])
+    local gone = not isLife and (not id or tonumber(ends) < tonumber(now[1]))
     if gone and id and mark == '' then
-      local kept = redis.pcall('HSET', KEYS[2], all[i], id .. ' ' .. string.format('%.0f', now[1] + 60) .. '!')
-      gone = type(kept) == 'table' and kept.err ~= nil
+      redis.pcall('HDEL', KEYS[2], '') -- see evenIfFull
+      local marked = redis.pcall('HSET', KEYS[2], fan, id .. ' ' .. string.format('%.0f', now[1] + 60) .. '!')
+      gone = type(marked) == 'table' and marked.err ~= nil and tonumber(ends) < now[1] - 60
     end
     if gone then
-      redis.pcall('HDEL', KEYS[2], all[i])
-    elseif not least or less(id, least) then
-      least, name = id, all[i]
+      redis.pcall('HDEL', KEYS[2], fan, 'life ' .. fan)
+    elseif not isLife then
+      if beganAnew(fields['life ' .. fan]) then id = '0-0' end
+      if not least or less(id, least) then least, name = id, fan end
     end
   end
   return least, name
 end`
 
-// heldFunction returns whether entries that every group has acked must stay for now, since
-// one of the groups that should have had a say has vanished, or was recreated and has not
-// got all of its pending entries back. It also returns which groups are known already. key
-// is RetentionKey, now the server's time, and a hold lasts for vanished (both in
-// milliseconds).
+// heldFunction returns the holds: what must stay for now though every group has acked it,
+// since one of the groups that should have had a say has vanished, or was recreated and has
+// not got all of its pending entries back. Each is a position as in floorFunction, with the
+// time until when it holds: the group's last known floor, or the beginning, if a Subscriber
+// of an older version has seen it. It also returns which groups are known already, as "held" or
+// "seen", and their known floors. key is RetentionKey, now the server's time, and a hold
+// lasts for vanished (both in milliseconds). With look it stores nothing.
 const heldFunction = `
 local function clock()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 local function stamp(ms) return string.format('%.0f', ms) end
-local function held(key, groups, now, vanished)
-  local present, known, hold = {}, {}, false
+local function held(key, groups, now, vanished, look)
+  local present, known, floors, holds, named = {}, {}, {}, {}, {}
   for _, g in ipairs(groups) do
     for i = 1, #g, 2 do if g[i] == 'name' then present[g[i + 1]] = true end end
   end
+  local function drop(field) if not look then redis.pcall('HDEL', key, field) end end
   local state = redis.call('HGETALL', key)
+  for i = 1, #state, 2 do
+    local name = string.match(state[i], '^floor (.*)$')
+    local after, id = string.match(state[i + 1], '^(%(?)(%d+%-%d+)$')
+    if name and id then floors[name] = {id = id, after = after == '('} end
+  end
   for i = 1, #state, 2 do
     local name = string.match(state[i], '^group (.*)$')
     local word, from, lasts = string.match(state[i + 1], '^(%a+) (%d+) (%d+)$')
     local seen = tonumber(state[i + 1])
-    local function keep() redis.pcall('HSET', key, state[i], word .. ' ' .. stamp(from) .. ' ' .. stamp(lasts)) end
+    local function keep()
+      if not look then redis.pcall('HSET', key, state[i], word .. ' ' .. stamp(from) .. ' ' .. stamp(lasts)) end
+    end
+    if seen and seen < now - 3600000 and string.find(state[i], '^next') then
+      drop(state[i]) -- of a Retention that nobody has any more
+    end
+    if name then named[name] = true end
     if name and not present[name] and word ~= 'hold' then
       word, from, lasts = 'hold', now, vanished
       keep()
@@ -88,29 +113,38 @@ local function held(key, groups, now, vanished)
         keep()
       end
       if now - from < lasts then
-        hold, known[name] = true, true
+        local at = floors[name] or {id = '0-0', after = true}
+        holds[#holds + 1] = {id = at.id, after = at.after, group = name, consumer = '', held = from + lasts}
+        known[name] = 'held'
       elseif not present[name] then
-        redis.pcall('HDEL', key, state[i])
+        drop(state[i])
+        drop('floor ' .. name)
       end
     elseif name and seen and seen <= now and seen > now - vanished / 4 then
-      known[name] = true
+      known[name] = 'seen'
     end
   end
-  return hold, known
+  for name in pairs(floors) do
+    if not named[name] then drop('floor ' .. name) end
+  end
+  return holds, known, floors
 end`
 
-// vanishedFor is how long nothing is deleted after a group was found missing, in
-// milliseconds: its consumers recreate it within seconds, and need the entries that it had
-// not acked. A group that was destroyed on purpose costs a minute.
+// vanishedFor is how long the entries stay that a group had not acked, after it was found
+// missing, in milliseconds: its consumers recreate it within seconds, and need them. A group
+// that was destroyed on purpose costs a minute.
 const vanishedFor = 60_000
 
 // ackDeleteScript acks entries and deletes those that nobody needs any more. It
 // deletes only entries that XACK has acked: an entry whose lease was lost stays for
 // its new consumer. What a fan-out has not read, what another group may need where
 // the server cannot tell, and what a vanished group may need, is left to retentionScript. A
-// missing stream is not an error, as for XACK.
+// missing stream is not an error, as for XACK. It begins with a write that does nothing,
+// after which a server that is out of memory does not refuse what is stored beside the
+// stream: a fan-out's last minute, and when a group vanished.
 const ackDeleteScript = `-- ack` + deniedFunction + fanOutsFunction + heldFunction + `
 local group, by, vanished = ARGV[1], ARGV[2], tonumber(ARGV[3])
+redis.call('XACK', KEYS[1], group, '0-0')
 local groups = denied('XINFO', 'GROUPS', KEYS[1])
 if not groups then
   groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
@@ -123,7 +157,7 @@ elseif by == 'xdel' then
 else
   groups = nil
 end
-if groups and (by == 'xdel' and #groups > 1 or held(KEYS[3], groups, clock(), vanished)) then
+if groups and (by == 'xdel' and #groups > 1 or #held(KEYS[3], groups, clock(), vanished) > 0) then
   return redis.call('XACK', KEYS[1], group, unpack(ARGV, 4))
 end
 if by == 'xdel' then
@@ -184,12 +218,7 @@ return {seen, trimmed}`
 func (s *Stream) AckTrimmed(ctx context.Context, ids []string) (trimmed map[string]bool, err error) {
 	trimmed = make(map[string]bool)
 	for len(ids) > 0 {
-		args := make([]any, 0, 1+len(ids))
-		args = append(args, s.Group)
-		for _, id := range ids {
-			args = append(args, id)
-		}
-		v, err := s.eval(ctx, ackTrimmedScript, args...)
+		v, err := s.eval(ctx, ackTrimmedScript, appendAll([]any{s.Group}, ids)...)
 		if err != nil {
 			return trimmed, err
 		}
@@ -201,9 +230,7 @@ func (s *Stream) AckTrimmed(ctx context.Context, ids []string) (trimmed map[stri
 		if seen <= 0 {
 			return trimmed, errReply
 		}
-		for id := range stringSet(reply[1]) {
-			trimmed[id] = true
-		}
+		maps.Copy(trimmed, stringSet(reply[1]))
 		ids = ids[min(int(seen), len(ids)):]
 	}
 	return trimmed, nil

@@ -98,7 +98,7 @@ if missing then return missing end
 local keep = by == 'xack' or #redis.call('HGETALL', KEYS[3]) > 0 -- a fan-out may need it still
 if not keep and not denied('XINFO', 'GROUPS', KEYS[1]) then
   local groups = redis.call('XINFO', 'GROUPS', KEYS[1])
-  keep = by == 'xdel' and #groups > 1 or held(KEYS[4], groups, clock(), tonumber(ARGV[6]))
+  keep = by == 'xdel' and #groups > 1 or #held(KEYS[4], groups, clock(), tonumber(ARGV[6])) > 0
 end
 moved = redis.call('XADD', KEYS[2], '*', join(8 + marks, ARGV[7 + marks]))
 if keep then
@@ -120,10 +120,7 @@ func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Dele
 	if by == DeleteNever {
 		args = []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // two keys less that need permission
 	}
-	args = append(args, s.Group, id, s.Consumer, string(by), len(marks), vanishedFor)
-	for _, m := range marks {
-		args = append(args, m)
-	}
+	args = appendAll(append(args, s.Group, id, s.Consumer, string(by), len(marks), vanishedFor), marks)
 	v, err := s.once(ctx, cut(args, fields)...)
 	if err != nil {
 		return "", "", err
@@ -258,10 +255,7 @@ func (s *Stream) Replay(ctx context.Context, moves []*Replay) error {
 // steps.
 func (s *Stream) replayInTwo(ctx context.Context, m *Replay) error {
 	sent := redisx.NewSent("*")
-	args := []any{"xadd", m.Topic, sent}
-	for _, f := range m.Fields {
-		args = append(args, f)
-	}
+	args := appendAll([]any{"xadd", m.Topic, sent}, m.Fields)
 	if _, err := redisx.Do(ctx, s.Via, "xdel", s.Key, "0-1"); err != nil {
 		return err // without that permission it would stay in both streams
 	}

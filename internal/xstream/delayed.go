@@ -249,16 +249,14 @@ type MoveResult struct {
 	Lost  []string      // UUIDs whose fields somebody else has deleted
 }
 
-// MoveDue adds delayed messages that are due to the stream, a bounded number of them.
-func (s *Stream) MoveDue(ctx context.Context) (MoveResult, error) {
-	first, err := s.ask(ctx, "zrange", DueKey(s.Key), 0, 0)
-	if rows, ok := first.([]any); err != nil || ok && len(rows) == 0 {
-		return MoveResult{Next: -1}, err
-	}
-	return s.Move(ctx)
+// HasDelayed reports whether delayed messages wait. (ZRANGE is among the rights to move them.)
+func (s *Stream) HasDelayed(ctx context.Context) (bool, error) {
+	v, err := s.askAt(ctx, DueKey(s.Key), "zrange", DueKey(s.Key), 0, 0)
+	rows, _ := v.([]any)
+	return len(rows) > 0, err
 }
 
-// Move is MoveDue where it is known that messages wait.
+// Move adds delayed messages that are due to the stream, a bounded number of them.
 func (s *Stream) Move(ctx context.Context) (MoveResult, error) {
 	v, err := s.once(ctx, "eval", moveScript, 3, s.Key, DueKey(s.Key), DelayedKey(s.Key), maxMoved, maxMovedBytes, MaxFields+2)
 	if err != nil {
@@ -377,14 +375,11 @@ func (s *Stream) DelayedPage(ctx context.Context, after Waiting, n int) ([]Waiti
 	}
 	page := make([]Waiting, 0, len(rows)/3)
 	for ; len(rows) > 0; rows = rows[3:] {
-		w := Waiting{}
-		w.UUID, _ = rows[0].(string)
-		w.score, _ = rows[1].(string)
-		if w.Due, err = parseScore(rows[1]); err != nil {
+		uuid, _ := rows[0].(string)
+		w, err := parseWaiting(uuid, rows[1], rows[2])
+		if err != nil {
 			return nil, err
 		}
-		packed, _ := rows[2].(string)
-		w.Fields, w.Err = unpackDelayed(packed)
 		page = append(page, w)
 	}
 	return page, nil
@@ -410,13 +405,16 @@ func (s *Stream) DelayedGet(ctx context.Context, uuid string) (Waiting, error) {
 	default:
 		return Waiting{}, errReply
 	}
-	w := Waiting{UUID: uuid}
-	if w.Due, err = parseScore(reply[0]); err != nil {
-		return Waiting{}, err
-	}
-	packed, _ := reply[1].(string)
-	w.Fields, w.Err = unpackDelayed(packed)
-	return w, nil
+	return parseWaiting(uuid, reply[0], reply[1])
+}
+
+func parseWaiting(uuid string, score, packed any) (w Waiting, err error) {
+	w.UUID = uuid
+	w.score, _ = score.(string)
+	w.Due, err = parseScore(score)
+	s, _ := packed.(string)
+	w.Fields, w.Err = unpackDelayed(s)
+	return w, err
 }
 
 func parseScore(v any) (time.Time, error) {

@@ -86,12 +86,7 @@ const MaxOwned = 250
 // Renew resets the idle time of the entries that are pending for the consumer, and
 // returns the standings of the others. Pass at most MaxOwned IDs, in ID order.
 func (s *Stream) Renew(ctx context.Context, ids []string) (map[string]Standing, error) {
-	args := make([]any, 0, 2+len(ids))
-	args = append(args, s.Group, s.Consumer)
-	for _, id := range ids {
-		args = append(args, id)
-	}
-	return standings(s.eval(ctx, renewScript, args...))
+	return standings(s.eval(ctx, renewScript, appendAll([]any{s.Group, s.Consumer}, ids)...))
 }
 
 func standings(v any, err error) (map[string]Standing, error) {
@@ -173,16 +168,18 @@ type Counted struct {
 	Count int64
 }
 
+func appendCounted(args []any, entries []Counted) []any {
+	for _, e := range entries {
+		args = append(args, e.ID, e.Count)
+	}
+	return args
+}
+
 // Assign assigns the entries that are pending for the consumer to another one, with
 // the given delivery counts, and returns their IDs. Pass at most MaxOwned entries,
 // in ID order.
 func (s *Stream) Assign(ctx context.Context, to string, entries []Counted) (map[string]bool, error) {
-	args := make([]any, 0, 3+2*len(entries))
-	args = append(args, s.Group, s.Consumer, to)
-	for _, e := range entries {
-		args = append(args, e.ID, e.Count)
-	}
-	v, err := s.eval(ctx, assignScript, args...)
+	v, err := s.eval(ctx, assignScript, appendCounted([]any{s.Group, s.Consumer, to}, entries)...)
 	if err != nil {
 		return nil, err
 	}
@@ -206,12 +203,7 @@ return others`
 // Restore makes the entries, at most MaxOwned, pending for the consumer again,
 // unless they are pending for another one. It returns the standings of those.
 func (s *Stream) Restore(ctx context.Context, entries []Counted) (map[string]Standing, error) {
-	args := make([]any, 0, 2+2*len(entries))
-	args = append(args, s.Group, s.Consumer)
-	for _, e := range entries {
-		args = append(args, e.ID, e.Count)
-	}
-	return standings(s.eval(ctx, restoreScript, args...))
+	return standings(s.eval(ctx, restoreScript, appendCounted([]any{s.Group, s.Consumer}, entries)...))
 }
 
 // OneMore returns the next delivery count. It stays at the maximum, which XNACK

@@ -6,9 +6,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/redis/go-redis/v9"
-
-	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
@@ -25,7 +22,7 @@ const pausedField = "paused:"
 const resumed = "0"
 
 // pauseScript pauses a group. It may run twice: the first time counts.
-const pauseScript = `-- pause
+const pauseScript = `-- pause` + evenIfFull + `
 local since = redis.call('HGET', KEYS[1], ARGV[1])
 if since and since ~= ARGV[2] then return 1 end
 local t = redis.call('TIME')
@@ -39,7 +36,7 @@ func (s *Stream) Pause(ctx context.Context) error {
 }
 
 // resumeScript returns 0 if the group was never paused. It may run twice.
-const resumeScript = `-- resume
+const resumeScript = `-- resume` + evenIfFull + `
 if not redis.call('HGET', KEYS[1], ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return 1`
@@ -71,22 +68,10 @@ func parseControl(v any) Control {
 	return Control{Since: since, Known: true}
 }
 
-// Control asks whether the group is paused.
+// Control asks whether the group is paused, by HMGET: the answer of HGET, nil as a rule, is an
+// error to a client's Limiter and hooks.
 func (s *Stream) Control(ctx context.Context) (Control, error) {
-	v, err := s.ask(ctx, s.controlArgs()...)
-	return s.control(ctx, v, err)
-}
-
-// controlArgs asks for the field by HMGET: the answer of HGET, nil as a rule, is an error to
-// a client's Limiter and hooks.
-func (s *Stream) controlArgs() []any {
-	return []any{"hmget", ControlKey(s.Key), pausedField + s.Group}
-}
-
-func (s *Stream) control(ctx context.Context, v any, err error) (Control, error) {
-	if redisx.ReplyHas(err, "ASK ") { // as a rule: most topics have no such hash
-		v, err = s.follow(ctx, ControlKey(s.Key), s.controlArgs()...)
-	}
+	v, err := s.askAt(ctx, ControlKey(s.Key), "hmget", ControlKey(s.Key), pausedField+s.Group)
 	if err != nil {
 		return Control{}, err
 	}
@@ -121,91 +106,4 @@ func (s *Stream) Paused(ctx context.Context) (map[string]time.Time, error) {
 		}
 	}
 	return paused, nil
-}
-
-// Tick is what a subscription asks every second. Each answer has its own error.
-type Tick struct {
-	Delayed    bool // delayed messages wait
-	DelayedErr error
-
-	Control    Control
-	ControlErr error
-}
-
-// Tick asks for both, or for one, in one round trip.
-func (s *Stream) Tick(ctx context.Context, delayed, control bool) (t Tick) {
-	var commands [][]any
-	if delayed {
-		commands = append(commands, []any{"zrange", DueKey(s.Key), 0, 0})
-	}
-	if control {
-		commands = append(commands, s.controlArgs())
-	}
-	answers := s.askAll(ctx, commands)
-	if delayed {
-		var v any
-		v, t.DelayedErr = answers[0].value()
-		rows, ok := v.([]any)
-		t.Delayed = t.DelayedErr == nil && (!ok || len(rows) > 0)
-		answers = answers[1:]
-	}
-	if control {
-		v, err := answers[0].value()
-		t.Control, t.ControlErr = s.control(ctx, v, err)
-	}
-	return t
-}
-
-// answer is the outcome of one of several commands.
-type answer struct {
-	cmd redisx.OnceCmd
-	err error // the command was not sent, or has no answer: it must not be read
-}
-
-func (a answer) value() (any, error) {
-	if a.err != nil {
-		return nil, a.err
-	}
-	v, err := a.cmd.Result()
-	return v, redisx.Redacted(err)
-}
-
-// askAll is ask for several commands, which must all be read-only, in one pipeline.
-func (s *Stream) askAll(ctx context.Context, commands [][]any) []answer {
-	answers := make([]answer, len(commands))
-	again := true
-	for tries := 0; again && tries < 2; tries++ {
-		again = false
-		via, err := s.together(ctx)
-		cmds := make([]redis.Cmder, len(commands))
-		for i, args := range commands {
-			answers[i] = answer{cmd: redisx.NewOnce(ctx, args...)}
-			cmds[i] = answers[i].cmd
-		}
-		if err == nil {
-			err = via.Do(ctx, cmds...)
-		}
-		for i := range answers {
-			answers[i].err = err
-			_, err := answers[i].value()
-			again = again || s.Client.Rerouted(ctx, err) ||
-				err != nil && !redisx.IsReply(err) && !redisx.IsClosed(err) && ctx.Err() == nil // the connection may have been stale
-		}
-	}
-	return answers
-}
-
-// together returns what sends several commands to the master at once.
-func (s *Stream) together(ctx context.Context) (*pipeline.Pipeline, error) {
-	master, err := s.Client.Master(ctx, s.Via, s.Key)
-	if err != nil {
-		return nil, err
-	}
-	switch master := master.(type) {
-	case *pipeline.Pipeline:
-		return master, nil
-	case *redis.Client: // a node of a Cluster
-		return pipeline.New(redisx.Client{UniversalClient: master}, 0, true), nil
-	}
-	return pipeline.New(s.Client, 0, true), nil
 }

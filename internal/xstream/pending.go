@@ -112,7 +112,6 @@ func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
 // GroupInfo is the entry of a group in XINFO GROUPS.
 type GroupInfo struct {
 	LastDelivered string
-	Pending       int64
 	Consumers     int64
 	Lag           int64 // -1 if the server cannot tell
 }
@@ -120,10 +119,7 @@ type GroupInfo struct {
 // GroupInfo returns the server's information about the group. Use it rarely: the
 // reply contains all groups of the stream.
 func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
-	v, err := s.ask(ctx, "xinfo", "groups", s.Key)
-	if redisx.ReplyHas(err, "ASK ") {
-		v, err = s.follow(ctx, s.Key, "xinfo", "groups", s.Key)
-	}
+	v, err := s.askAt(ctx, s.Key, "xinfo", "groups", s.Key)
 	if err != nil {
 		if redisx.ReplyHas(err, "no such key") {
 			return GroupInfo{}, ErrNoGroup
@@ -137,7 +133,6 @@ func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 		}
 		var info GroupInfo
 		info.LastDelivered, _ = lookup(g, "last-delivered-id").(string)
-		info.Pending, _ = lookup(g, "pending").(int64)
 		info.Consumers, _ = lookup(g, "consumers").(int64)
 		lag, known := lookup(g, "lag").(int64)
 		if info.Lag = lag; !known {
@@ -146,13 +141,6 @@ func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 		return info, nil
 	}
 	return GroupInfo{}, ErrNoGroup
-}
-
-// Groups returns the number of groups of the stream.
-func (s *Stream) Groups(ctx context.Context) (int, error) {
-	v, err := s.ask(ctx, "xinfo", "groups", s.Key)
-	groups, _ := v.([]any)
-	return len(groups), err
 }
 
 // GroupExists returns an error if the group is known not to exist.
@@ -228,13 +216,15 @@ for _, c in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
 end
 return removed`
 
-// RemoveConsumer removes the consumer, unless entries are pending for it.
-func (s *Stream) RemoveConsumer(ctx context.Context) error {
-	_, err := s.eval(ctx, removeConsumersScript, s.Group, s.Consumer, 0)
+// RemoveConsumer removes the consumer, unless entries are pending for it. It reports
+// whether the group does not know the consumer now.
+func (s *Stream) RemoveConsumer(ctx context.Context) (bool, error) {
+	v, err := s.eval(ctx, removeConsumersScript, s.Group, s.Consumer, 0)
 	if GroupLost(err) {
-		return nil
+		return true, nil
 	}
-	return err
+	n, _ := v.(int64)
+	return err == nil && n >= 0, err
 }
 
 // RemoveIdleConsumers removes the consumers that have been idle for the given time

@@ -106,15 +106,12 @@ func (c *Publishing) Send(pipe *pipeline.Pipeline) error {
 	if err := pipe.Do(c.ctx, append(cmds, c.exec)...); err != nil {
 		return c.sent.Outcome(err)
 	}
+	outcome, refused := c.executed, c.exec.Err()
 	if c.multi.Err() != nil {
-		err := c.separately()
-		if redisx.IsDenied(c.multi.Err()) {
-			err = mark(err)
-		}
-		return err
+		outcome, refused = c.separately, c.multi.Err()
 	}
-	err := c.executed()
-	if redisx.IsDenied(c.exec.Err()) {
+	err := outcome()
+	if redisx.IsDenied(refused) {
 		err = mark(err)
 	}
 	return err
@@ -184,10 +181,7 @@ func (c *Publishing) separately() error {
 			outcomes[i] = errQueued
 		}
 	}
-	if err := summary(outcomes); err != nil {
-		return c.sent.Outcome(err)
-	}
-	return nil
+	return c.sent.Outcome(summary(outcomes))
 }
 
 // summary returns nil if all messages are stored, and the first error if none is.

@@ -1,11 +1,16 @@
 package xstream
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"unsafe"
+
+	"github.com/redis/go-redis/v9"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
@@ -14,8 +19,84 @@ import (
 // interface and a string for each name, value and list: 17 allocations per message,
 // two thirds of all. So reads receive the raw reply, and parse it here: the strings
 // are parts of the reply.
-//
-// (redis.RawWriteToCmd, which could reuse a buffer, allocates for each string, too.)
+
+// Replies knows the replies of a connection, for the sake of the next one. go-redis has two
+// ways to receive one raw. RawCmd grows its buffer step by step, and so allocates about five
+// times the reply. RawWriteToCmd takes our buffer, but allocates for each string. The former
+// is better for small entries, and by far the worse for large ones.
+type Replies struct{ large int } // the size of the last one; 0: its entries were small
+
+const (
+	// largeEntry is the average size from which entries are large: there both ways are
+	// about as fast.
+	largeEntry = 2 << 10
+	// maxBuffer is the maximum size that is allocated in advance.
+	maxBuffer = 2 << 20
+)
+
+// receive runs a command and returns its reply.
+func (r *Replies) receive(ctx context.Context, p redisx.Processor, args []any) ([]byte, error) {
+	if r.large == 0 {
+		cmd := redisx.NewOnceRaw(ctx, args...)
+		if err := p.Process(ctx, cmd); err != nil {
+			return nil, err // cmd may still be in flight
+		}
+		return cmd.Val(), nil
+	}
+	reply := &rawReply{expected: min(r.large+r.large/8, maxBuffer)}
+	if err := p.Process(ctx, redis.NewRawWriteToCmd(ctx, reply, args...)); err != nil {
+		return nil, err
+	}
+	if len(reply.b) < cap(reply.b)/2 {
+		return bytes.Clone(reply.b), nil // its entries would keep the unused capacity in memory
+	}
+	return reply.b, nil
+}
+
+// rawReply receives a reply. It is made for io.CopyN, by which go-redis passes strings on: a
+// bytes.Buffer would grow to make room for more, although there is none.
+type rawReply struct {
+	b        []byte
+	expected int // the reply's size
+}
+
+func (r *rawReply) Write(p []byte) (int, error) {
+	r.b = append(r.b, p...)
+	return len(p), nil
+}
+
+// ReadFrom reads what a reader is limited to.
+func (r *rawReply) ReadFrom(from io.Reader) (int64, error) {
+	limited, ok := from.(*io.LimitedReader)
+	if !ok { // another version of go-redis
+		all, err := io.ReadAll(from)
+		r.b = append(r.b, all...)
+		return int64(len(all)), err
+	}
+	have, n := len(r.b), int(limited.N)
+	if cap(r.b)-have < n {
+		r.b = append(make([]byte, 0, max(r.expected, have+n, 2*cap(r.b))), r.b...)
+	}
+	got, err := io.ReadFull(limited.R, r.b[have:have+n])
+	r.b = r.b[:have+got]
+	limited.N -= int64(got)
+	return int64(got), err
+}
+
+// note notes the size of a reply, unless it has no entries.
+func (r *Replies) note(size int, readings []Reading) {
+	entries := 0
+	for _, reading := range readings {
+		entries += len(reading.Entries)
+	}
+	switch {
+	case entries == 0:
+	case size < largeEntry*entries:
+		r.large = 0
+	default:
+		r.large = size
+	}
+}
 
 // unparsed returns the reply without a copy: it must not change later.
 func unparsed(reply []byte) resp { return resp(unsafe.String(unsafe.SliceData(reply), len(reply))) }

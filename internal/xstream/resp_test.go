@@ -2,10 +2,12 @@ package xstream
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"unsafe"
 
+	"github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -100,6 +102,42 @@ func TestReadingsOwnSmallStrings(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Whatever the sizes of the replies before, a read returns what the stream has; a second
+// read of large entries allocates no multiple of them; and what it returns keeps no buffer
+// of a larger reply in memory.
+func TestReplies(t *testing.T) {
+	client, s, _ := newStream(t, 0)
+	var replies Replies
+	for i, size := range []int{10, 100_000, 100_000, 1 << 20, 3_000, 10, 70_000, 0, 70_000} {
+		const n = 16
+		payload := strings.Repeat(string(rune('a'+i)), size)
+		for range min(n, n*size) {
+			require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, Values: []string{"payload", payload}}).Err())
+		}
+		read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: n, Block: -1}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		got, err := read.Do(t.Context(), client, &replies)
+		runtime.ReadMemStats(&after)
+		require.NoError(t, err)
+		if size == 0 {
+			require.Empty(t, got)
+			continue
+		}
+		require.Len(t, got[0].Entries, n)
+		for _, e := range got[0].Entries {
+			require.True(t, e.Fields[1] == payload, "read %d", i)
+		}
+		if i == 2 || i == 8 { // as large as the one before, which had entries
+			assert.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(3*n*size/2), "read %d", i)
+		}
+	}
+	small, err := replies.receive(t.Context(), client, []any{"echo", "x"})
+	require.NoError(t, err)
+	require.Equal(t, "$1\r\nx\r\n", string(small))
+	require.Less(t, cap(small), 100)
 }
 
 // FuzzReadings: whatever the input, the parser neither panics nor takes much more

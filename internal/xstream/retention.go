@@ -21,64 +21,91 @@ type Retention struct {
 const KeepAll = -1
 
 // RetentionKey is the key of a hash beside the stream: "orders.retention{orders}". Its
-// fields are "next", the time of the next trimming; "group NAME", when a group was last
-// seen, or "hold FROM FOR" if it is missing and nothing is deleted for a while, or "back
+// fields are "next RETENTION", the time of the next trimming by it; "floor NAME", the first
+// entry that a group needed lately, in XRANGE's form; "group NAME", when a group was last seen, or "hold FROM FOR" if it is missing and what it needs is kept for a while, or "back
 // FROM FOR" if that is so because it was recreated; and "cut NAME", the number of entries
 // that HardMaxLen has cut off before the group acked them (with the empty name: before the
 // slowest fan-out had read them).
 func RetentionKey(key string) string { return Beside(key, "retention") }
 
-// floorFunction returns the groups that count, and the floor: what must stay. All entries
-// from floor.id on are needed, or if floor.after is set, those that follow it. The floor is
-// nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1] the number
+// floorFunction returns the groups that count, and with lowest('0-1') the floor: what must
+// stay. All entries from floor.id on are needed, or if floor.after is set, those that follow
+// it. The floor is nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1] the number
 // of ignored groups, which follow it.
 //
 // The oldest pending entry of a group comes from XPENDING's list: the summary has all
 // consumers. After XGROUP SETID entries can be pending that will also be read again.
+//
+// It may be pending and no longer in the stream, since somebody deleted it: then it keeps
+// nothing. Redis tells that only with a copy of an entry. So the floor is computed with such
+// ones, and only if it is reached, and the first entry that is left is another one, again
+// from there on. settle does this, a few times at most, and returns the floor, the ID of the
+// first entry that is left, if any, and whether this is another floor.
 const floorFunction = fanOutsFunction + `
-local needAll = {id = '18446744073709551615-18446744073709551615', after = true}
+local lastID = '18446744073709551615-18446744073709551615'
+local needAll = {id = lastID, after = true}
+-- XRANGE, also from after the last ID that there can be.
+local function range(from, to, n)
+  if from == '(' .. lastID then return {} end
+  return redis.call('XRANGE', KEYS[1], from, to, 'COUNT', n)
+end
 local function lower(a, b)
   return less(a.id, b.id) or a.id == b.id and b.after and not a.after
 end
-local function floorOf()
+local positions, ignored
+local function lowest(from)
+  local floor
+  for _, p in ipairs(positions) do
+    if p.pending and less(p.id, from) then
+      local first = redis.call('XPENDING', KEYS[1], p.group, from, '+', 1)[1]
+      p.id, p.pending, p.consumer = p.last, false, ''
+      if first and not less(p.last, first[1]) then p.id, p.pending, p.consumer = first[1], true, first[2] end
+      p.after = not p.pending
+    end
+    if not ignored[p.group] and (not floor or lower(p, floor)) then floor = p end
+  end
+  return floor
+end
+local function groupsOf()
   local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
   if groups.err then
     groups = string.find(groups.err, 'no such key') and {} or redis.call('XINFO', 'GROUPS', KEYS[1])
   end
-  local ignored, counted, all, floor = {}, {}, {}, nil
+  local all, counted = {}, {}
+  positions, ignored = {}, {}
   for i = 2, 1 + ARGV[1] do ignored[ARGV[i]] = true end
   for _, g in ipairs(groups) do
     local f = {}
     for i = 1, #g, 2 do f[g[i]] = g[i + 1] end
-    local group = {name = f['name'], last = f['last-delivered-id']}
+    local group = {name = f['name'], last = f['last-delivered-id'], pending = tonumber(f['pending']) or 0}
     if not string.find(group.last, '-') then group.last = group.last .. '-0' end -- the embedded server has "0"
     all[#all + 1] = group
-    if not ignored[group.name] then
-      counted[#counted + 1] = group
-      local first = redis.call('XPENDING', KEYS[1], group.name, '-', '+', 1)[1]
-      local at = {id = group.last, after = true, group = group.name, consumer = ''}
-      if first and not less(group.last, first[1]) then
-        at.id, at.after, at.consumer = first[1], false, first[2]
-      end
-      if not floor or lower(at, floor) then floor = at end
-    end
+    positions[#positions + 1] = {id = '0-0', last = group.last, pending = true, group = group.name}
+    if not ignored[group.name] then counted[#counted + 1] = group end
   end
   local least, name = fanOuts()
-  if least then
-    local at = {id = least, after = true, group = '', consumer = name}
-    if not floor or lower(at, floor) then floor = at end
-  end
-  return floor, counted, all, least, groups
+  if least then positions[#positions + 1] = {id = least, after = true, group = '', consumer = name} end
+  return counted, all, least, groups
 end
--- The entry that pins the floor; nothing if there is none.
-local function pin(floor)
-  local id = floor and floor.id
-  if floor and floor.after then
-    local rows = redis.call('XRANGE', KEYS[1], '(' .. floor.id, '+', 'COUNT', 1)
-    id = rows[1] and rows[1][1]
+local function settle(floor)
+  local moved = false
+  for _ = 1, 10 do
+    local first = range((floor.after and '(' or '') .. floor.id, '+', 1)[1]
+    if not first or floor.after or first[1] == floor.id then return floor, first and first[1], moved end
+    floor = lowest(first[1])
+    moved = true
   end
-  if not id then return {} end
-  return {floor.group, floor.consumer, id}
+  return floor, not floor.after and floor.id, moved
+end
+local function pin(floor, id)
+  return id and not floor.held and {floor.group, floor.consumer, id} or {}
+end
+-- The vanished group for which everything from the floor on is held, and until when.
+local function holder(floor)
+  return floor and floor.held and {floor.group, floor.held} or {}
+end
+local function hold(holds)
+  for _, h in ipairs(holds) do positions[#positions + 1] = h end
 end`
 
 // pageFunction returns the IDs of at most n entries, and stops after a quarter of a
@@ -88,7 +115,7 @@ local function page(from, to, n)
   local ids, bytes, count = {}, 0, 1
   while #ids < n and bytes < 262144 do
     local asked = math.min(count, n - #ids)
-    local rows = redis.call('XRANGE', KEYS[1], from, to, 'COUNT', asked)
+    local rows = range(from, to, asked)
     for _, e in ipairs(rows) do
       ids[#ids + 1] = e[1]
       for _, f in ipairs(e[2]) do bytes = bytes + #f end
@@ -99,21 +126,47 @@ local function page(from, to, n)
   end
   return ids
 end
--- For each group, how many of these entries it has not acked: name, number, ... Each is
--- looked up, since other pending entries in between may have been deleted.
+-- How many of the entries to look at in one run, so that the pending ones among them, which
+-- are listed for each group, stay bounded.
+local function bounded(n, groups)
+  local rows = 0
+  for _, g in ipairs(groups) do rows = rows + math.min(n, g.pending) end
+  return math.max(1, math.min(n, math.floor(n * 4000 / math.max(1, rows))))
+end
+-- For each group, how many of these entries it has not acked: name, number, ... What is
+-- pending in between is listed once for each group, and matched with the IDs, since some may
+-- have been deleted; if very many have, each ID is looked up.
 local function unacked(ids, groups, least)
-  local counts = {}
+  local counts, is = {}, {}
+  for _, id in ipairs(ids) do is[id] = true end
   local function count(name, last, pending)
-    local n = 0
-    for _, id in ipairs(ids) do
-      if less(last, id) or pending and redis.call('XPENDING', KEYS[1], name, id, id, 1)[1] then n = n + 1 end
+    local low, high = 1, #ids + 1 -- the first ID after last
+    while low < high do
+      local mid = math.floor((low + high) / 2)
+      if less(last, ids[mid]) then high = mid else low = mid + 1 end
+    end
+    local n = #ids + 1 - low
+    if pending > 0 and low > 1 then
+      local rows = redis.call('XPENDING', KEYS[1], name, ids[1], ids[low - 1], 2 * low)
+      if #rows < 2 * low then
+        for _, row in ipairs(rows) do if is[row[1]] then n = n + 1 end end
+      else
+        for i = 1, low - 1 do n = n + #redis.call('XPENDING', KEYS[1], name, ids[i], ids[i], 1) end
+      end
     end
     if n > 0 then counts[#counts + 1] = name; counts[#counts + 1] = n end
   end
-  for _, g in ipairs(groups) do count(g.name, g.last, true) end
-  if least then count('', least, false) end
+  for _, g in ipairs(groups) do count(g.name, g.last, g.pending) end
+  if least then count('', least, 0) end
   return counts
 end`
+
+// rightsFunction returns an error that names a command which is denied, before anything is
+// read or written.
+const rightsFunction = deniedFunction + `
+local missing = denied('TIME') or denied('XLEN', KEYS[1]) or denied('XRANGE', KEYS[1], '-', '+') or denied('XINFO', 'GROUPS', KEYS[1])
+  or denied('XPENDING', KEYS[1], 'group') or denied('HGETALL', KEYS[2]) or denied('HGETALL', KEYS[3])
+if missing then return missing end`
 
 // boundFunction returns up to which entry a Retention allows to trim: the floor, or what
 // is old enough, whichever comes first; and how many entries its KeepLast allows. Without
@@ -125,9 +178,10 @@ local options = 2 + ARGV[1]
 local keepLast, keepFor, hard = tonumber(ARGV[options]), tonumber(ARGV[options + 1]), tonumber(ARGV[options + 2])
 local function boundOf(floor, groups)
   if keepLast < 0 or #groups == 0 and keepLast == 0 and keepFor == 0 then return nil, 0 end
+  if keepFor >= now then return nil, 0 end -- since before the clock began: nothing is old
   local bound = floor or needAll
   if keepFor > 0 then
-    local age = {id = string.format('%.0f-0', math.max(0, now - keepFor)), after = false}
+    local age = {id = string.format('%.0f-0', now - keepFor), after = false}
     if lower(age, bound) then bound = age end
   end
   return bound, math.max(0, redis.call('XLEN', KEYS[1]) - keepLast)
@@ -140,34 +194,55 @@ end`
 const (
 	fewTrimmed  = 400  // entries, however large, that are trimmed without asking
 	maxTrimTime = 1000 // microseconds that one run may take, about
-	maxCut      = 500  // entries that HardMaxLen cuts off, times groups
+	maxCut      = 500  // entries that HardMaxLen cuts off, fewer if very many are pending
+	groupTime   = 10   // microseconds that a group takes, about
 )
 
 // retentionScript trims a bounded number of entries. XTRIM with "~" and LIMIT trims whole
 // nodes, so that it costs little and stops at the limit. What remains of the first node is
 // listed and trimmed by its number.
 //
-// Of the consumers that ask within an interval one trims; the others are told how long to
-// wait.
-const retentionScript = `-- retention` + deniedFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
+// Of the consumers with the same Retention that ask within an interval one trims; the others
+// are told how long to wait, unless the stream exceeds HardMaxLen: then each cuts off, and does
+// only that.
+//
+// A server that is out of memory refuses HSET, unless the script has written already. So it
+// begins with a write that does nothing: trimming is what such a server needs.
+const retentionScript = `-- retention` + rightsFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
+local spent = tonumber(ARGV[options + 8])
 local interval, few, time, most, vanished = tonumber(ARGV[options + 3]), tonumber(ARGV[options + 4]),
   tonumber(ARGV[options + 5]), tonumber(ARGV[options + 6]), tonumber(ARGV[options + 7])
+local mine, rest = 'next ' .. table.concat(ARGV, ' ', 1, options + 2), 0
 if interval > 0 then
-  local wait = (tonumber(redis.call('HGET', KEYS[3], 'next') or 0) or 0) - now
-  if wait > 0 and wait <= 5 * interval then return {wait} end
+  rest = (tonumber(redis.call('HGET', KEYS[3], mine) or 0) or 0) - now
+  if rest > 5 * interval then rest = 0 end -- the clock was set back
+  if rest > 0 and hard == 0 then return {rest} end
+  if rest > 0 and redis.call('XLEN', KEYS[1]) <= hard then return {math.min(rest, interval)} end
 end
-local missing = denied('XTRIM', KEYS[1], 'MINID', '0') or denied('HSET', KEYS[3], '', '') or denied('HINCRBY', KEYS[3], '', 1)
+missing = denied('XTRIM', KEYS[1], 'MINID', '0') or denied('HSET', KEYS[3], '', '') or denied('HINCRBY', KEYS[3], '', 1)
 if missing then return missing end
-local floor, groups, all, least, listed = floorOf()
-local hold, known = held(KEYS[3], listed, now, vanished)
-for _, g in ipairs(all) do
-  if not known[g.name] then redis.call('HSET', KEYS[3], 'group ' .. g.name, stamp(now)) end
+redis.call('XTRIM', KEYS[1], 'MINID', '~', '0', 'LIMIT', 1) -- trims nothing, see below
+local groups, all, least, listed = groupsOf()
+local bound, excess, floor = nil, 0, nil
+if rest <= 0 then
+  floor = lowest('0-1')
+  local holds, known, floors = held(KEYS[3], listed, now, vanished)
+  for _, p in ipairs(positions) do
+    local name, was = p.last and p.group, floors[p.group]
+    if name and not known[name] then redis.call('HSET', KEYS[3], 'group ' .. name, stamp(now)) end
+    if name and (not known[name] or known[name] == 'seen' and (not was or lower(p, was))) then
+      redis.call('HSET', KEYS[3], 'floor ' .. name, (p.after and '(' or '') .. p.id)
+    end
+  end
+  hold(holds)
+  floor = lowest('0-1')
+  bound, excess = boundOf(floor, groups)
 end
 
 local function trim(bound, n)
   local trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound.id, 'LIMIT', n)
   if trimmed >= n then return trimmed end
-  local rows = redis.call('XRANGE', KEYS[1], '-', bound.after and bound.id or '(' .. bound.id, 'COUNT', n - trimmed)
+  local rows = range('-', bound.after and bound.id or '(' .. bound.id, n - trimmed)
   if #rows > 0 then redis.call('XTRIM', KEYS[1], 'MAXLEN', redis.call('XLEN', KEYS[1]) - #rows) end
   return trimmed + #rows
 end
@@ -178,9 +253,8 @@ local function quota()
   local nodes = (is['radix-tree-keys'] or is['length']) / math.max(1, is['length'])
   return math.floor(time / (0.05 + 2 * nodes))
 end
-local bound, excess = boundOf(floor, groups)
-local trimmed, more, pinned = 0, 0, {}
-if bound and excess > 0 and not hold then
+local trimmed, more, pinned, by = 0, 0, {}, {}
+if bound and excess > 0 then
   local n = math.min(excess, few)
   trimmed = trim(bound, n)
   if trimmed == n and excess > n then
@@ -188,21 +262,33 @@ if bound and excess > 0 and not hold then
     trimmed = trimmed + trim(bound, n - trimmed)
     if trimmed == n and excess > n then more = 1 end
   end
-  if trimmed < n and bound == floor then pinned = pin(floor) end
+  if trimmed < n and bound == floor then
+    local id, moved
+    if not floor.held then floor, id, moved = settle(floor) end
+    if moved then
+      bound = boundOf(floor, groups)
+      if n == few then n = math.min(excess, n + quota()) end
+      trimmed = trimmed + trim(bound, n - trimmed)
+      if trimmed == n and excess > n then more = 1 end
+    end
+    if trimmed < n and bound == floor then pinned, by = pin(floor, id), holder(floor) end
+  end
 end
 
 local length = redis.call('XLEN', KEYS[1])
 local cut = {}
 if hard > 0 and length > hard and more == 0 then
-  local ids = page('-', '+', math.min(length - hard, math.max(1, math.floor(most / math.max(1, #all)))))
+  local ids = page('-', '+', bounded(math.min(length - hard, most), all))
   cut = unacked(ids, all, least)
   for i = 1, #cut, 2 do redis.call('HINCRBY', KEYS[3], 'cut ' .. cut[i], cut[i + 1]) end
   redis.call('XTRIM', KEYS[1], 'MAXLEN', length - #ids)
   trimmed, length = trimmed + #ids, length - #ids
 end
 local wait = trimmed > 0 and interval or 5 * interval
-if interval > 0 then redis.call('HSET', KEYS[3], 'next', stamp(now + wait)) end
-return {wait, trimmed, length, more, now, pinned, cut}`
+wait = math.max(wait, math.min(5 * interval, #all * spent / 10)) -- a hundredth of the time
+if interval > 0 and rest <= 0 then redis.call('HSET', KEYS[3], mine, stamp(now + wait)) end
+if hard > 0 then wait = math.min(wait, interval) end
+return {wait, trimmed, length, more, now, pinned, cut, by, #all}`
 
 // Pin is an entry that must stay, and whose absence would let others go.
 type Pin struct {
@@ -210,6 +296,12 @@ type Pin struct {
 	Consumer string // that has it; empty: it was not delivered yet. Of a fan-out, its name
 	ID       string // empty: nothing must stay
 	Age      time.Duration
+}
+
+// Held is a group that has vanished and may be recreated: what it had not acked stays.
+type Held struct {
+	By    string // the group; empty: nothing is held
+	Until time.Time
 }
 
 // Trimming is the result of one run.
@@ -220,13 +312,15 @@ type Trimming struct {
 	Length  int64         // entries that are left
 	More    bool          // there is more to trim
 	Over    bool          // there is more to cut off
+	Cost    time.Duration // that the run took on the server, at most and about
 	Pin     Pin           // what stopped it
+	Held    Held          // or the vanished group that did
 	Cut     map[string]int64
 }
 
-// holdScript has nothing deleted for a while, if somebody trims the stream and has seen the
-// group.
-const holdScript = `-- hold` + heldFunction + `
+// holdScript has what the group needed kept for a while, if somebody trims the stream and
+// has seen the group.
+const holdScript = `-- hold` + evenIfFull + heldFunction + `
 if not redis.call('HGET', KEYS[1], ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], 'back ' .. stamp(clock()) .. ' ' .. ARGV[2])
 return 1`
@@ -243,23 +337,20 @@ func (s *Stream) Hold(ctx context.Context, d time.Duration) error {
 }
 
 func (s *Stream) retentionArgs(script string, r Retention) []any {
-	args := []any{"eval", script, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), len(r.Ignore)}
-	for _, group := range r.Ignore {
-		args = append(args, group)
-	}
+	args := appendAll([]any{"eval", script, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), len(r.Ignore)}, r.Ignore)
 	return append(args, r.KeepLast, r.KeepFor.Milliseconds(), r.HardMaxLen)
 }
 
 // Trim trims a bounded number of entries, unless somebody else has done so within the
 // interval. 0 continues a run at once.
 func (s *Stream) Trim(ctx context.Context, r Retention, interval time.Duration) (t Trimming, err error) {
-	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor)
+	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime)
 	v, err := s.once(ctx, args...)
 	if err != nil {
 		return t, err
 	}
 	reply, _ := v.([]any)
-	if len(reply) != 1 && len(reply) != 7 {
+	if len(reply) != 1 && len(reply) != 9 {
 		return t, errReply
 	}
 	wait, ok := reply[0].(int64)
@@ -273,6 +364,9 @@ func (s *Stream) Trim(ctx context.Context, r Retention, interval time.Duration) 
 	t.Over = r.HardMaxLen > 0 && t.Length > r.HardMaxLen
 	t.Pin = parsePin(reply[4], reply[5])
 	t.Cut = parseCounts(reply[6])
+	t.Held = parseHeld(reply[7])
+	groups, _ := reply[8].(int64)
+	t.Cost = time.Duration(maxTrimTime+groupTime*groups) * time.Microsecond
 	return t, errUnless(ok)
 }
 
@@ -298,6 +392,17 @@ func parsePin(now, v any) (p Pin) {
 	return p
 }
 
+func parseHeld(v any) (h Held) {
+	cols, _ := v.([]any)
+	if len(cols) != 2 {
+		return h
+	}
+	h.By, _ = cols[0].(string)
+	ms, _ := cols[1].(int64)
+	h.Until = time.UnixMilli(ms)
+	return h
+}
+
 func parseCounts(v any) map[string]int64 {
 	rows, _ := v.([]any)
 	counts := make(map[string]int64, len(rows)/2)
@@ -310,20 +415,31 @@ func parseCounts(v any) map[string]int64 {
 
 // planScript does what retentionScript would, page by page, and trims nothing. The ID that
 // continues it is ARGV[options + 3]; ARGV[options + 4] counts the entries before it.
-const planScript = `-- plan` + floorFunction + pageFunction + boundFunction + `
+const planScript = `-- plan` + rightsFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
 local from, before, most = ARGV[options + 3], tonumber(ARGV[options + 4]), tonumber(ARGV[options + 5])
-local floor, groups, all, least = floorOf()
+local groups, all, least, listed = groupsOf()
+hold((held(KEYS[3], listed, now, tonumber(ARGV[options + 6]), true)))
+local floor = lowest(from == '-' and '0-1' or string.sub(from, 2))
 local bound, excess = boundOf(floor, groups)
-local ids, cut, pinned, length = {}, {}, {}, redis.call('XLEN', KEYS[1])
+local ids, cut, pinned, by, length = {}, {}, {}, {}, redis.call('XLEN', KEYS[1])
+local function allowed() return page(from, bound.after and bound.id or '(' .. bound.id, math.min(most, excess - before)) end
 if bound and excess > before then
-  ids = page(from, bound.after and bound.id or '(' .. bound.id, math.min(most, excess - before))
-  if #ids == 0 and bound == floor then pinned = pin(floor) end
+  ids = allowed()
+  if #ids == 0 and bound == floor then
+    local id, moved
+    if not floor.held then floor, id, moved = settle(floor) end
+    if moved then
+      bound = boundOf(floor, groups)
+      ids = allowed()
+    end
+    if #ids == 0 and bound == floor then pinned, by = pin(floor, id), holder(floor) end
+  end
 end
 if #ids == 0 and hard > 0 and length - before > hard then
-  ids = page(from, '+', math.min(length - before - hard, math.max(1, math.floor(most / math.max(1, #all)))))
+  ids = page(from, '+', bounded(math.min(length - before - hard, most), all))
   cut = unacked(ids, all, least)
 end
-return {#ids, ids[#ids] or '', length, now, pinned, cut}`
+return {#ids, ids[#ids] or '', length, now, pinned, cut, by}`
 
 // maxPlanned limits one run of planScript.
 const maxPlanned = 500
@@ -335,25 +451,29 @@ func (s *Stream) Plan(ctx context.Context, r Retention, after string, before int
 	if after != "" {
 		from = "(" + after
 	}
-	v, err := s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned)...)
+	v, err := s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned, vanishedFor)...)
 	if err != nil {
 		return t, "", err
 	}
 	reply, _ := v.([]any)
-	if len(reply) != 6 {
+	if len(reply) != 7 {
 		return t, "", errReply
 	}
 	n, ok := reply[0].(int64)
 	last, _ = reply[1].(string)
 	t.Trimmed, t.Pin, t.Cut = n, parsePin(reply[3], reply[4]), parseCounts(reply[5])
+	t.Held = parseHeld(reply[6])
 	t.Length, _ = reply[2].(int64)
 	return t, last, errUnless(ok)
 }
 
 // floorScript returns what pins the floor, and what HardMaxLen has cut off of a group.
-const floorScript = `-- floor` + floorFunction + `
+const floorScript = `-- floor` + rightsFunction + floorFunction + `
 local cut = redis.call('HGET', KEYS[3], 'cut ' .. ARGV[2 + ARGV[1]])
-return {redis.call('TIME')[1] * 1000, pin((floorOf())), tonumber(cut or 0)}`
+groupsOf()
+local floor, pinned = lowest('0-1'), {}
+if floor then pinned = pin(settle(floor)) end
+return {redis.call('TIME')[1] * 1000, pinned, tonumber(cut or 0)}`
 
 // Floor returns the oldest entry that a group has not acked or a fan-out has not read, of
 // all of them, and how many entries HardMaxLen has cut off before this group acked them.

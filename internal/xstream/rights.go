@@ -22,6 +22,15 @@ local function denied(...)
   return redis.error_reply('NOPERM no permissions to run ' .. (...) .. ': nothing is done')
 end`
 
+// evenIfFull begins a script that consumers need in order to go on, and that stores no more
+// than a field of a hash, or a group. A Redis that is out of memory refuses a command that
+// may need some, but in a script only before its first write. Deleting a field that does not
+// exist is a write, needs no memory and changes nothing. Without the permission for HDEL the
+// script works unless Redis is full.
+const evenIfFull = `
+redis.pcall('HDEL', KEYS[1], '')
+`
+
 // rightsScript returns the commands that are denied. The server checks the command
 // and its keys.
 const rightsScript = deniedFunction + `

@@ -21,6 +21,12 @@ func newStream(t *testing.T, entries int) (*redis.Client, Stream, []string) {
 	t.Helper()
 	testserver.RequireReal(t)
 	client := testserver.Client(t)
+	s, ids := newStreamOf(t, client, entries)
+	return client, s, ids
+}
+
+func newStreamOf(t *testing.T, client *redis.Client, entries int) (Stream, []string) {
+	t.Helper()
 	s := New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
 	s.Consumer = "consumer"
 	made, err := s.CreateGroup(t.Context(), "0")
@@ -33,10 +39,16 @@ func newStream(t *testing.T, entries int) (*redis.Client, Stream, []string) {
 	for i := range entries {
 		ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: fmt.Sprintf("%d-1", i+1), Values: []string{"a", "b"}}).Val())
 	}
-	read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: entries + 1, Block: -1}
-	_, err = read.Do(t.Context(), client)
+	readNew(t, client, s)
+	return s, ids
+}
+
+// readNew reads what the group has not read yet.
+func readNew(t *testing.T, client *redis.Client, s Stream) {
+	t.Helper()
+	read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: 10_000, Block: -1}
+	_, err := read.Do(t.Context(), client, new(Replies))
 	require.NoError(t, err)
-	return client, s, ids
 }
 
 // mixed returns one entry of each standing, in ID order.
@@ -196,7 +208,7 @@ func TestPositions(t *testing.T) {
 				ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: "5-" + seq, Values: []string{"a", "b"}}).Val())
 			}
 			read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: 10, Block: -1}
-			_, err := read.Do(t.Context(), client)
+			_, err := read.Do(t.Context(), client, new(Replies))
 			require.NoError(t, err)
 			all := make([]any, len(ids))
 			for i, id := range ids {
@@ -209,8 +221,8 @@ func TestPositions(t *testing.T) {
 				}
 				return left
 			}
-			require.NoError(t, s.SetPosition(t.Context(), "one", "2-1", time.Minute))
-			require.NoError(t, s.SetPosition(t.Context(), "two", "5-"+large, time.Minute))
+			require.NoError(t, s.SetPosition(t.Context(), "one", "2-1", Info{}, time.Minute))
+			require.NoError(t, s.SetPosition(t.Context(), "two", "5-"+large, Info{}, time.Minute))
 			require.NoError(t, s.AckAndDelete(t.Context(), by, all[1:]...)) // the first stays pending
 			require.Equal(t, []string{ids[0], ids[2], ids[3], ids[4], ids[5]}, left())
 
@@ -228,7 +240,7 @@ func TestPositions(t *testing.T) {
 			require.False(t, trimmed.More)
 			require.Equal(t, Pin{Consumer: "two", ID: ids[5], Age: trimmed.Pin.Age}, trimmed.Pin, "a fan-out has not come to the last one")
 			require.Equal(t, []string{ids[5]}, left())
-			require.NoError(t, s.SetPosition(t.Context(), "two", ids[5], time.Minute))
+			require.NoError(t, s.SetPosition(t.Context(), "two", ids[5], Info{}, time.Minute))
 			trimmed, err = s.Trim(t.Context(), Retention{}, 0)
 			require.NoError(t, err)
 			require.Equal(t, Pin{}, trimmed.Pin)
@@ -242,17 +254,14 @@ func TestPositions(t *testing.T) {
 func TestTrim_ExpiredPosition(t *testing.T) {
 	client, s, ids := newStream(t, 2)
 	all := []any{ids[0], ids[1]}
-	require.NoError(t, s.SetPosition(t.Context(), "living", ids[0], time.Hour))
-	server, err := client.Time(t.Context()).Result()
-	require.NoError(t, err)
+	require.NoError(t, s.SetPosition(t.Context(), "living", ids[0], Info{}, time.Hour))
 	expired := func(mark string) { // as if the clock had been set forward since
-		value := fmt.Sprintf("%s %d%s", ids[0], server.Unix()-1, mark)
-		require.NoError(t, client.HSet(t.Context(), PositionsKey(s.Key), "living", value).Err())
+		setExpired(t, client, s, ids[0], time.Second, mark)
 	}
 	expired("")
 	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, all...))
 	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val(), "the fan-out has not read the second one")
-	_, err = s.Trim(t.Context(), Retention{}, 0)
+	_, err := s.Trim(t.Context(), Retention{}, 0)
 	require.NoError(t, err)
 	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val())
 	expired("!") // it died
@@ -260,6 +269,164 @@ func TestTrim_ExpiredPosition(t *testing.T) {
 	require.NoError(t, err)
 	require.Zero(t, client.XLen(t.Context(), s.Key).Val())
 	require.Zero(t, client.Exists(t.Context(), PositionsKey(s.Key)).Val())
+}
+
+// A stream that is deleted and recreated may have smaller IDs than the old one: a position of a
+// fan-out in that one says nothing about it. Until the fan-out has stored a new one, all of its
+// entries are unread.
+func TestPosition_StreamBeganAnew(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		then []string // what becomes of the stream: "ID" or "ID payload" adds an entry; or a command
+		anew bool
+	}{
+		{"nothing happened", nil, false},
+		{"added", []string{"6-1", "7-1"}, false},
+		{"trimmed", []string{"xtrim maxlen 1", "6-1"}, false},
+		{"emptied", []string{"xtrim maxlen 0", "6-1"}, false},
+		{"deleted from both ends", []string{"xdel 2-1", "xdel 5-1", "6-1"}, false},
+		{"set to a greater ID", []string{"xsetid 9-1", "10-1"}, false},
+		{"set to fewer entries", []string{"xtrim maxlen 2", "xsetid 5-1 entriesadded 3 maxdeletedid 3-1"}, true},
+		{"recreated, smaller IDs", []string{"del", "1-1", "1-2", "1-3"}, true},
+		{"recreated, fewer entries", []string{"del", "2-1", "3-1", "8-1"}, true},
+		{"recreated, grown past the position", []string{"del", "1-1", "2-1", "3-1", "4-1", "5-1", "6-1"}, true},
+		{"recreated, the same IDs", []string{"del", "2-1 other", "3-1", "4-1", "5-1", "6-1"}, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			testserver.RequireReal(t)
+			client := testserver.Client(t)
+			s := New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
+			change := func(step string) {
+				t.Helper()
+				words := strings.Fields(step)
+				args := []any{words[0], s.Key}
+				if strings.Contains(words[0], "-") {
+					args, words = []any{"xadd", s.Key, words[0], "payload", strings.Join(words[1:], "")}, nil
+				}
+				for _, word := range words[min(1, len(words)):] {
+					args = append(args, word)
+				}
+				require.NoError(t, client.Do(t.Context(), args...).Err())
+			}
+			for _, id := range []string{"2-1", "3-1", "4-1", "5-1"} {
+				change(id)
+			}
+			info, err := s.Info(t.Context())
+			require.NoError(t, err)
+			require.NoError(t, s.SetPosition(t.Context(), "fan-out", "5-1", info, time.Minute))
+			for _, step := range test.then {
+				change(step)
+			}
+			least := func(read int) {
+				t.Helper()
+				length := client.XLen(t.Context(), s.Key).Val()
+				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, 0)
+				require.NoError(t, err)
+				require.EqualValues(t, read, trimmed.Trimmed)
+				require.Equal(t, length, trimmed.Trimmed+trimmed.Length)
+			}
+			page, err := s.Page(t.Context(), "-", "5-1", 10)
+			require.NoError(t, err)
+			if !test.anew {
+				least(len(page))
+				return
+			}
+			least(0)
+			// A version that does not know the second field deletes it.
+			require.EqualValues(t, 1, client.HDel(t.Context(), PositionsKey(s.Key), "life fan-out").Val())
+			// The fan-out has noticed, and read one of the new ones.
+			info, err = s.Info(t.Context())
+			require.NoError(t, err)
+			require.NoError(t, s.SetPosition(t.Context(), "fan-out", page[0].ID, info, time.Minute))
+			least(1)
+			require.NoError(t, s.RemovePosition(t.Context(), "fan-out"))
+			require.Zero(t, client.Exists(t.Context(), PositionsKey(s.Key)).Val())
+		})
+	}
+}
+
+// setExpired stores the position of a fan-out that expired some time ago.
+func setExpired(t *testing.T, client *redis.Client, s Stream, id string, since time.Duration, mark string) {
+	t.Helper()
+	now, err := client.Time(t.Context()).Result()
+	require.NoError(t, err)
+	value := fmt.Sprintf("%s %d%s", id, now.Add(-since).Unix(), mark)
+	require.NoError(t, client.HSet(t.Context(), PositionsKey(s.Key), "living", value).Err())
+}
+
+func setFull(t *testing.T, client *redis.Client, full bool) {
+	t.Helper()
+	limit := map[bool]string{false: "0", true: "1"}[full]
+	require.NoError(t, client.ConfigSet(t.Context(), "maxmemory", limit).Err())
+}
+
+// A Redis that is out of memory accepts acks and deletions, so it must accept the positions of
+// fan-outs, too, and must not take a position that it cannot mark for that of a dead fan-out.
+func TestPosition_RedisFull(t *testing.T) {
+	t.Parallel()
+	client := testserver.Private(t).Client()
+	s, ids := newStreamOf(t, client, 4)
+	length := func() int64 { return client.XLen(t.Context(), s.Key).Val() }
+	setFull(t, client, true)
+	require.NoError(t, s.SetPosition(t.Context(), "living", ids[0], Info{}, time.Hour))
+	require.NoError(t, s.SetPosition(t.Context(), "living", ids[1], Info{}, time.Hour))
+	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, ids[0], ids[1], ids[2]))
+	require.EqualValues(t, 2, length(), "the fan-out has read two")
+
+	setFull(t, client, false)
+	setExpired(t, client, s, ids[1], time.Second, "")
+	setFull(t, client, true)
+	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, ids[3]))
+	require.EqualValues(t, 2, length(), "a step of the clock loses a place")
+	require.Contains(t, client.HGet(t.Context(), PositionsKey(s.Key), "living").Val(), "!")
+
+	// The mark is refused for another reason.
+	setFull(t, client, false)
+	require.NoError(t, client.ACLSetUser(t.Context(), "user", "on", ">secret", "~*", "+@all", "-hset").Err())
+	options := *client.Options()
+	options.Username, options.Password = "user", "secret"
+	user := redis.NewClient(&options)
+	defer user.Close()
+	theirs := s
+	theirs.Client = redisx.Client{UniversalClient: user}
+	theirs.Via = theirs.Client
+	for i, since := range []time.Duration{30 * time.Second, 2 * time.Minute} {
+		setExpired(t, client, s, ids[1], since, "")
+		added := client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, Values: []string{"a", "b"}}).Val()
+		readNew(t, client, s)
+		require.NoError(t, theirs.AckAndDelete(t.Context(), DeleteByScript, added))
+		require.EqualValues(t, 3, length())
+		require.EqualValues(t, 1-i, client.Exists(t.Context(), PositionsKey(s.Key)).Val(), "expired for %s", since)
+	}
+}
+
+// A Redis that is out of memory answers XGROUP CREATE with OOM whether the group exists or not.
+// A consumer of a group that exists, or existed, needs it to make room.
+func TestCreateGroup_RedisFull(t *testing.T) {
+	t.Parallel()
+	client := testserver.Private(t).Client()
+	s, ids := newStreamOf(t, client, 3)
+	setFull(t, client, true)
+	made, err := s.CreateGroup(t.Context(), "0")
+	require.NoError(t, err)
+	require.False(t, made)
+	other := s
+	other.Group = "other"
+	_, err = other.CreateGroup(t.Context(), "0")
+	require.True(t, redisx.OutOfMemory(err), err)
+	other.Consumer = "other"
+	require.NoError(t, other.CreateConsumer(t.Context()))
+
+	info, err := s.Info(t.Context())
+	require.NoError(t, err)
+	for _, start := range []string{ids[0], "0"} {
+		require.NoError(t, client.XGroupDestroy(t.Context(), s.Key, s.Group).Err())
+		for _, want := range []bool{true, false} {
+			made, err = s.CreateGroupAt(t.Context(), start, info)
+			require.NoError(t, err)
+			require.Equal(t, want, made)
+		}
+	}
 }
 
 // A value that is too large for an argument is sent to a script in pieces, and

@@ -1,6 +1,7 @@
 package xstream
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha1" // as Redis's scripts have it; it protects nothing
 	"errors"
@@ -54,10 +55,22 @@ func (s *Stream) ask(ctx context.Context, args ...any) (any, error) {
 	return v, err
 }
 
-// follow is ask while the key's slot moves from one node of a Cluster to another, and the
-// old one does not have it: go-redis sends scripts to masters, and where these say it is.
-func (s *Stream) follow(ctx context.Context, key string, args ...any) (any, error) {
-	return redisx.Do(ctx, s.Via, append([]any{"eval", "return redis.call(unpack(ARGV))", 1, key}, args...)...)
+// askAt is ask for a command on the key, also while the key's slot moves from one node of a
+// Cluster to another, and the old one does not have it: go-redis sends scripts to masters,
+// and where these say it is.
+func (s *Stream) askAt(ctx context.Context, key string, args ...any) (any, error) {
+	v, err := s.ask(ctx, args...)
+	if redisx.ReplyHas(err, "ASK ") {
+		return redisx.Do(ctx, s.Via, append([]any{"eval", "return redis.call(unpack(ARGV))", 1, key}, args...)...)
+	}
+	return v, err
+}
+
+func appendAll(args []any, values []string) []any {
+	for _, v := range values {
+		args = append(args, v)
+	}
+	return args
 }
 
 func (s *Stream) once(ctx context.Context, args ...any) (any, error) {
@@ -123,12 +136,13 @@ func (r *Read) args() []any {
 
 // Do reads on the given connection. If there are no entries, it returns none,
 // without an error.
-func (r *Read) Do(ctx context.Context, p redisx.Processor) ([]Reading, error) {
-	cmd := redisx.NewOnceRaw(ctx, r.args()...)
-	if err := p.Process(ctx, cmd); err != nil {
+func (r *Read) Do(ctx context.Context, p redisx.Processor, before *Replies) ([]Reading, error) {
+	reply, err := before.receive(ctx, p, r.args())
+	if err != nil {
 		return nil, redisx.Redacted(err)
 	}
-	readings, err := unparsed(cmd.Val()).readings()
+	readings, err := unparsed(reply).readings()
+	before.note(len(reply), readings)
 	return readings, redisx.Redacted(err)
 }
 
@@ -136,27 +150,21 @@ func (r *Read) Do(ctx context.Context, p redisx.Processor) ([]Reading, error) {
 // entries after start. An existing group is not an error.
 func (s *Stream) CreateGroup(ctx context.Context, start string) (made bool, err error) {
 	_, err = redisx.Do(ctx, s.Via, "xgroup", "create", s.Key, s.Group, start, "mkstream")
-	if redisx.ReplyHas(err, "BUSYGROUP") {
-		return false, nil
+	if redisx.ReplyHas(err, "BUSYGROUP") || redisx.OutOfMemory(err) && s.HasGroup(ctx) == nil {
+		return false, nil // a server that is out of memory does not look whether the group exists
 	}
 	return err == nil, err
 }
 
 // createScript creates a group, unless the stream was recreated since it was looked
-// at.
-const createScript = `-- create
+// at. Its first command has a server that is out of memory accept that: see evenIfFull. Without
+// their group, consumers could make no room.
+const createScript = `-- create` + lessFunction + `
+redis.call('XACK', KEYS[1], ARGV[1], '0-1')
 local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
 if not info.err then
   local is = {}
   for i = 1, #info, 2 do is[info[i]] = info[i + 1] end
-  local function less(a, b)
-    local ams, aseq = string.match(a, '(%d+)-(%d+)')
-    local bms, bseq = string.match(b, '(%d+)-(%d+)')
-    if #ams ~= #bms then return #ams < #bms end
-    if ams ~= bms then return ams < bms end
-    if #aseq ~= #bseq then return #aseq < #bseq end
-    return aseq < bseq
-  end
   local first = is['first-entry'] and is['first-entry'][1] or ARGV[4]
   if less(is['last-generated-id'], ARGV[3]) or less(first, ARGV[4]) or (is['entries-added'] or 0) < tonumber(ARGV[5]) then
     return redis.error_reply('CHANGED the stream began anew')
@@ -166,11 +174,12 @@ elseif ARGV[3] ~= '0-0' then
 end
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')`
 
-// CreateGroupAt creates the group as CreateGroup does, but returns an error if the
-// stream was recreated since it was looked at.
+// CreateGroupAt creates the group as CreateGroup does, also while Redis is out of memory. It
+// returns an error if the stream was recreated since it was looked at, unless the group is to
+// start at "0", or nothing is known of the stream.
 func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info) (made bool, err error) {
 	if start == "0" || seen.Last == "" {
-		return s.CreateGroup(ctx, start)
+		seen = Info{Last: "0-0", First: "0-0"}
 	}
 	_, err = s.eval(ctx, createScript, s.Group, start, seen.Last, seen.First, seen.Added)
 	if redisx.ReplyHas(err, "BUSYGROUP") {
@@ -180,9 +189,13 @@ func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info) (ma
 }
 
 // CreateConsumer adds the consumer to the group. Before Redis 7.2 a consumer that
-// waits for its first entry is not listed.
+// waits for its first entry is not listed. A server that is out of memory refuses it; then
+// the consumer is added by its first read of an entry.
 func (s *Stream) CreateConsumer(ctx context.Context) error {
 	_, err := redisx.Do(ctx, s.Via, "xgroup", "createconsumer", s.Key, s.Group, s.Consumer)
+	if redisx.OutOfMemory(err) {
+		return nil
+	}
 	return err
 }
 
@@ -234,18 +247,24 @@ type Info struct {
 	Added      int64  // number of entries ever added; -1 if the server does not say
 }
 
-// printed is how many bytes of an entry its digest covers.
+// printed is how many bytes of an entry its digest covers, as in printFunction.
 const printed = 4096
 
+// printFunction returns an entry's digest. Its Go twin is digest.
+const printFunction = `
+local function fingerprint(fields)
+  return redis.sha1hex(string.sub(table.concat(fields, '\0'), 1, 4096))
+end`
+
 // infoScript is XINFO STREAM without the entries in its reply.
-const infoScript = `
+const infoScript = printFunction + `
 local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
 if info.err then return info end
 for i = 1, #info, 2 do
   local name = info[i]
   local first = info[i + 1]
   if name == 'first-entry' and first then
-    info[i + 1] = {first[1], redis.sha1hex(string.sub(table.concat(first[2], '\\0'), 1, tonumber(ARGV[1])))}
+    info[i + 1] = {first[1], fingerprint(first[2])}
   end
   if name == 'last-entry' then info[i + 1] = false end
 end
@@ -254,7 +273,7 @@ return info`
 // Info returns information about the stream.
 func (s *Stream) Info(ctx context.Context) (Info, error) {
 	info := Info{Last: "0-0", First: "0-0", MaxDeleted: "0-0"}
-	v, err := s.ask(ctx, "eval", infoScript, 1, s.Key, printed)
+	v, err := s.ask(ctx, "eval", infoScript, 1, s.Key)
 	if redisx.IsDenied(err) { // fan-outs work without EVAL
 		v, err = s.ask(ctx, "xinfo", "stream", s.Key)
 	}
@@ -404,13 +423,7 @@ var ErrMissing = errors.New("not found")
 func CompareIDs(a, b string) int {
 	am, as := SplitID(a)
 	bm, bs := SplitID(b)
-	switch {
-	case am < bm || am == bm && as < bs:
-		return -1
-	case am == bm && as == bs:
-		return 0
-	}
-	return 1
+	return cmp.Or(cmp.Compare(am, bm), cmp.Compare(as, bs))
 }
 
 // After returns the ID after an entry's, to continue a list with. XPENDING's "(" says the

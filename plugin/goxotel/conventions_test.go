@@ -542,6 +542,7 @@ func TestPrometheusNames(t *testing.T) {
 	r.Add(r.run(goxstreams.SubscriberConfig{ConsumerGroup: "g"}, "orders", "", func(*message.Message) ([]*message.Message, error) { return nil, nil }))
 	require.NoError(t, r.publisher().Publish("orders", message.NewMessage("1", nil)))
 	r.ended(2)
+	require.NoError(t, r.client.XGroupCreate(t.Context(), "orders", "late", "0").Err()) // what pins the stream
 
 	want := map[string]bool{
 		"messaging_process_duration_seconds": true, "messaging_client_consumed_messages_total": true, "goxstreams_message_latency_seconds": true,

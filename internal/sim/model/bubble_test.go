@@ -169,6 +169,9 @@ func TestRefuseWrites(t *testing.T) {
 		s.RefuseWrites("OOM command not allowed when used memory > 'maxmemory'.")
 		require.Len(t, read(t, client, -1), 1)
 		require.ErrorContains(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: "s", Values: []string{"a", "b"}}).Err(), "OOM ")
+		require.ErrorContains(t, client.Eval(t.Context(), "return redis.call('hset', KEYS[1], 'a', 'b')", []string{"h"}).Err(), "OOM ")
+		require.EqualValues(t, 1, client.Eval(t.Context(), "redis.call('hdel', KEYS[1], ''); return redis.call('hset', KEYS[1], 'a', 'b')", []string{"h"}).Val(),
+			"it refuses nothing after the first write of a script")
 		s.RefuseWrites("")
 		add(t, client, "s", "3-1")
 	})
@@ -361,7 +364,7 @@ func TestSnapshotOfDelayed(t *testing.T) {
 		waiting := s.Snapshot()
 
 		time.Sleep(time.Second)
-		moved, err := stream.MoveDue(ctx)
+		moved, err := stream.Move(ctx)
 		require.NoError(t, err)
 		require.Equal(t, 1, moved.Count)
 		require.EqualValues(t, 0, client.Exists(ctx, xstream.DueKey("s"), xstream.DelayedKey("s")).Val())
@@ -369,7 +372,7 @@ func TestSnapshotOfDelayed(t *testing.T) {
 		s.Restore(waiting)
 		require.Error(t, client.Ping(ctx).Err(), "its connections are cut")
 		require.EqualValues(t, 0, client.XLen(ctx, "s").Val())
-		moved, err = stream.MoveDue(ctx)
+		moved, err = stream.Move(ctx)
 		require.NoError(t, err)
 		require.Equal(t, 1, moved.Count)
 		require.EqualValues(t, 1, client.XLen(ctx, "s").Val())

@@ -107,11 +107,13 @@ func (s *Server) unknownCommand(args []string) Error {
 
 // refused returns why a command that writes is refused.
 func (s *Server) refused(c *command, queued bool) (Error, bool) {
-	if strings.HasPrefix(string(s.refusal), "OOM ") {
+	if s.refusal.isOOM() {
 		return s.refusal, c.flags&memory != 0 || queued
 	}
 	return s.refusal, s.refusal != "" && c.flags&write != 0
 }
+
+func (e Error) isOOM() bool { return strings.HasPrefix(string(e), "OOM ") }
 
 // handle executes what a client has sent.
 func (s *Server) handle(c *client, args []string) any {

@@ -318,7 +318,7 @@ func (r random) callDelayed(s xstream.Stream, version string) {
 		}
 		_ = call.Send(s.Via)
 	case 5, 6:
-		_, _ = s.MoveDue(ctx)
+		_, _ = s.Move(ctx)
 	case 7:
 		s.Group = pick(r, "g", "h")
 		if r.IntN(2) == 0 {
@@ -458,7 +458,8 @@ func (r random) call(s xstream.Stream) {
 	case 14:
 		switch r.IntN(3) {
 		case 0:
-			_ = s.SetPosition(ctx, pick(r, "one", "two"), ids[0], time.Hour)
+			info, _ := s.Info(ctx)
+			_ = s.SetPosition(ctx, pick(r, "one", "two"), ids[0], info, time.Hour)
 		case 1:
 			_ = s.RemovePosition(ctx, pick(r, "one", "two"))
 		default:
@@ -466,7 +467,7 @@ func (r random) call(s xstream.Stream) {
 		}
 	default:
 		if r.IntN(2) == 0 {
-			_ = s.RemoveConsumer(ctx)
+			_, _ = s.RemoveConsumer(ctx)
 		} else {
 			_, _ = s.RemoveIdleConsumers(ctx, time.Duration(r.IntN(2))*time.Hour)
 		}

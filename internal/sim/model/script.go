@@ -18,6 +18,7 @@ type interpreter struct {
 	failed *lua.LFunction
 	protos map[string]*lua.FunctionProto // by their source
 	client *client                       // whose script runs
+	wrote  bool                          // the script has run a command that writes
 }
 
 func newInterpreter(s *Server) *interpreter {
@@ -121,7 +122,7 @@ func (in *interpreter) run(r *request, source string) any {
 	in.s.scripts[sha1Hex(source)] = source
 	in.l.G.Global.RawSetString("KEYS", in.strings(r.args[3:3+n]))
 	in.l.G.Global.RawSetString("ARGV", in.strings(r.args[3+n:]))
-	in.client = r.client
+	in.client, in.wrote = r.client, false
 	defer func() {
 		in.l.SetTop(0)
 		in.client = nil
@@ -263,9 +264,10 @@ func (in *interpreter) execute(l *lua.LState) any {
 		}
 		return Error("ERR This " + name + "command is not allowed from script")
 	}
-	if refused, is := s.refused(cmd, false); is {
-		return refused
+	if refused, is := s.refused(cmd, false); is && !(in.wrote && refused.isOOM()) {
+		return refused // a full server lets a script end what it has begun
 	}
+	in.wrote = in.wrote || cmd.flags&write != 0
 	r := &request{s: s, client: in.client, args: args, inside: true}
 	if s.version == Redis70 && cmd.name == "xread" || s.version == Redis70 && cmd.name == "xreadgroup" {
 		for _, a := range args {

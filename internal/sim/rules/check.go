@@ -434,11 +434,7 @@ func (c *checker) lostSince(first, second *Run) bool {
 // What a process that died or closed had is no first delivery, or may come late: other processes have handled its successors
 // meanwhile, or do so at the same time.
 func (c *checker) ordered() {
-	type subscription struct {
-		LifeID
-		topic, consumer string
-	}
-	for _, all := range groups(c.Runs, func(r *Run) subscription { return subscription{r.LifeID(), r.Start.Topic, r.Start.Consumer} }) {
+	for _, all := range groups(c.Runs, (*Run).subscription) {
 		topic := c.Rules.Topics[all[0].Start.Topic]
 		if topic.MaxConcurrency == 1 {
 			c.ascending(all)
@@ -502,8 +498,8 @@ func (c *checker) ascending(runs []*Run) {
 }
 
 // mayComeLate tells whether r's entry may come after its successor and still be delivered for the first time by its count:
-// because one of the two was released by a process that closed its subscriptions (which does not count) or by another process in
-// a pause, because Redis lost the group's position, or because the reply that brought it was lost on its way to somebody who did
+// because one of the two was released by a process that closed its subscriptions (which does not count) or by another subscription
+// in a pause, because Redis lost the group's position, or because the reply that brought it was lost on its way to somebody who did
 // not handle it.
 func (c *checker) mayComeLate(successor, r *Run) bool {
 	for _, l := range c.Lives {
@@ -517,7 +513,7 @@ func (c *checker) mayComeLate(successor, r *Run) bool {
 		}
 	}
 	for _, p := range c.pauses() {
-		if p.topic == r.Start.Topic && p.From <= r.Start.Mono && c.addedBefore(r, p.To) && c.hadOthers(r.LifeID(), p.Span) {
+		if p.topic == r.Start.Topic && p.From <= r.Start.Mono && c.addedBefore(r, p.To) && c.hadOthers(r, p.Span) {
 			return true
 		}
 	}
@@ -536,14 +532,16 @@ func (c *checker) mayComeLate(successor, r *Run) bool {
 	return slices.ContainsFunc(c.entries[r.key()], func(other *Run) bool { return other.Ending == Closed && other.Start.Mono < r.Start.Mono })
 }
 
-// hadOthers tells whether there was another consumer in that time, or another life of the same one.
-func (c *checker) hadOthers(id LifeID, s Span) bool {
+// hadOthers tells whether there was another consumer in that time, another life of the same one, or another subscription.
+func (c *checker) hadOthers(r *Run, s Span) bool {
 	for other, l := range c.Lives {
-		if other != id && strings.HasPrefix(other.Process, "consumer") && l.From <= s.To && l.To >= s.From {
+		if other != r.LifeID() && strings.HasPrefix(other.Process, "consumer") && l.From <= s.To && l.To >= s.From {
 			return true
 		}
 	}
-	return false
+	return slices.ContainsFunc(c.Runs, func(other *Run) bool {
+		return other.LifeID() == r.LifeID() && other.Start.Topic == r.Start.Topic && other.Start.Consumer != r.Start.Consumer
+	})
 }
 
 // addedBefore tells whether the run's entry may have been in the stream by then. A delayed message is there when it is moved.
@@ -584,13 +582,9 @@ func (c *checker) wasAway(r *Run, until time.Duration) bool {
 
 // concurrency: a subscription has MaxConcurrency messages out at most.
 func (c *checker) concurrency() {
-	type subscription struct {
-		LifeID
-		topic string
-	}
 	out := make(map[subscription][]*Run)
 	for _, r := range c.Runs {
-		key := subscription{r.LifeID(), r.Start.Topic}
+		key := r.subscription()
 		running := slices.DeleteFunc(out[key], func(o *Run) bool { return o.End <= r.Start.Mono })
 		out[key] = append(running, r)
 		if most := c.Rules.Topics[r.Start.Topic].MaxConcurrency; len(out[key]) > most {
@@ -677,7 +671,7 @@ func (c *checker) letters(topic string, letters []Letter) {
 		default:
 			c.violate(RuleInnocent, key, letter.UUID, "dead by %s after %d deliveries: %s", letter.Consumer, letter.Deliveries, letter.Reason)
 		}
-		if before, ok := seen[letter.EntryID]; ok && !c.mayDieAgain(key, before.At, letter.At) {
+		if before, ok := seen[letter.EntryID]; ok && !c.mayDieAgain(key, before.At, letter.At+time.Millisecond) { // an ID has whole ones
 			c.violate(RuleDeadTwice, key, letter.UUID, "it is in the dead-letter stream as %s and %s", before.ID, letter.ID)
 		}
 		seen[letter.EntryID] = letter
@@ -758,12 +752,8 @@ func (r Rules) suspects() (from, last int64) {
 // suspects: of messages that were claimed, and not given back, for the third time or more a subscription handles one at a time; in
 // the last delivery before the limit, nothing else.
 func (c *checker) suspects() {
-	type subscription struct {
-		LifeID
-		topic string
-	}
 	_, limit := c.Rules.suspects()
-	for _, all := range groups(c.Runs, func(r *Run) subscription { return subscription{r.LifeID(), r.Start.Topic} }) {
+	for _, all := range groups(c.Runs, (*Run).subscription) {
 		for i, r := range all {
 			if !c.suspect(r) {
 				continue

@@ -94,6 +94,16 @@ type Run struct {
 
 func (r *Run) LifeID() LifeID { return LifeID{r.Start.Process, r.Start.Life} }
 
+// A subscription has a consumer of its own; a fan-out has none, and there is one of a topic.
+type subscription struct {
+	LifeID
+	topic, consumer string
+}
+
+func (r *Run) subscription() subscription {
+	return subscription{r.LifeID(), r.Start.Topic, r.Start.Consumer}
+}
+
 // An entryKey is an entry's place in Redis.
 type entryKey struct{ topic, id string }
 
