@@ -26,6 +26,15 @@ type lane struct {
 	behind []*Entry // in stream order
 }
 
+// keying is what an entry knows of its key.
+type keying struct {
+	keyed  bool   // its key is known
+	slim   bool   // it waits for its key, without its fields
+	most   int    // how large its batch may be, for a claim that waited for its key; 0: any
+	lane   *lane  // of its key, which it has or waits for; nil: it has none
+	behind *queue // the queue that it joins when it has its key; nil: it has it
+}
+
 // keys are the lanes of a ledger, and what is on its way to them.
 type keys struct {
 	lanes    map[string]*lane

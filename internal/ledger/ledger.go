@@ -68,33 +68,12 @@ type Entry struct {
 	cancel atomic.Pointer[context.CancelCauseFunc]
 	lost   atomic.Bool
 
-	// Guarded by the ledger. (Small fields stand together, since there are many entries.)
-	state     State
-	gone      bool   // no longer in the stream
-	orphan    bool   // was found pending for us, and may be acked by now, unless it was renewed since
-	moving    bool   // a move to the dead-letter stream was sent, and may have happened
-	moved     bool   // it was moved
-	handled   bool   // it was acked here, whatever has become of the ack
-	past      bool   // taken as a retry or a candidate, not as a fresh entry
-	dead      bool   // waits to be moved
-	keyed     bool   // its key is known
-	slim      bool   // it waits for its key, without its fields
-	withdrawn bool   // a candidate that was read here, and released because of a pause
-	unsure    bool   // its release at a pause had no answer: see WithdrawAgain
-	crashed   bool   // it may have crashed its consumer before it was released
-	spare     int    // places in its slot that past work leaves unused, counted as used
-	most      int    // how large its batch may be, for a claim that waited for its key; 0: any
-	lane      *lane  // of its key, which it has or waits for; nil: it has none
-	behind    *queue // the queue that it joins when it has its key; nil: it has it
-	again     *queue // the queue of suspects that it was taken from, until it has its fields again
-	in        *queue
-	heap      *waiting
-	place     int       // in the heap
-	due       time.Time // for a waiting entry: not before that time; for any other: when it came
-	renewed   time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
-	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
-	since     uint64    // when it became ours, by the ledger's clock
-	sure      uint64    // when it was last known to be ours, by the ledger's clock
+	// Guarded by the ledger.
+	state State
+	ownership
+	taking
+	keying
+	waitPlace
 }
 
 // Count returns the server's delivery count, including the current delivery.
@@ -188,17 +167,9 @@ type Ledger struct {
 	entries map[string]*Entry
 	strays  []*Entry // in hand, but gone from the stream and their IDs reused
 
-	fresh    queue
-	claims   queue // candidates
-	suspects queue // claims that may have crashed their consumer
-	lonely   queue // claims that must not share this delivery with any other
-	broken   queue
-	retries  waiting
-	singles  waiting // retries that wait for no batch: see single and readmit
-	recalls  waiting // retries for OnBroken
-	head     *Entry  // with one slot: the waiting entry that blocks all others
-	acks     []*Entry
-	use      usage
+	queues
+	acks []*Entry
+	use  usage
 
 	apart apart
 	keys  keys

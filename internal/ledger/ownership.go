@@ -7,6 +7,22 @@ import (
 
 // This file tracks ownership and acks.
 
+// ownership is what an entry knows of it.
+type ownership struct {
+	gone      bool      // no longer in the stream
+	orphan    bool      // was found pending for us, and may be acked by now, unless it was renewed since
+	moving    bool      // a move to the dead-letter stream was sent, and may have happened
+	moved     bool      // it was moved
+	handled   bool      // it was acked here, whatever has become of the ack
+	withdrawn bool      // a candidate that was read here, and released because of a pause
+	unsure    bool      // its release at a pause had no answer: see WithdrawAgain
+	crashed   bool      // it may have crashed its consumer before it was released
+	renewed   time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
+	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
+	since     uint64    // when it became ours, by the ledger's clock
+	sure      uint64    // when it was last known to be ours, by the ledger's clock
+}
+
 // Renewals returns our entries that were not confirmed for the given age, in the
 // order of compare.
 func (l *Ledger) Renewals(now time.Time, age time.Duration, compare func(a, b string) int) []*Entry {

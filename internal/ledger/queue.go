@@ -5,6 +5,28 @@ import (
 	"time"
 )
 
+// queues are where the entries of a ledger wait.
+type queues struct {
+	fresh    queue
+	claims   queue // candidates
+	suspects queue // claims that may have crashed their consumer
+	lonely   queue // claims that must not share this delivery with any other
+	broken   queue
+	retries  waiting
+	singles  waiting // retries that wait for no batch: see single and readmit
+	recalls  waiting // retries for OnBroken
+	head     *Entry  // with one slot: the waiting entry that blocks all others
+}
+
+// waitPlace is where an entry waits.
+type waitPlace struct {
+	in    *queue
+	heap  *waiting
+	place int       // in the heap
+	due   time.Time // for a waiting entry: not before that time; for any other: when it came
+	dead  bool      // waits to be moved
+}
+
 // queue holds entries in order of arrival.
 type queue struct{ entries []*Entry }
 

@@ -9,6 +9,13 @@ import (
 // This file decides what is taken next, and whether there is room to read. What a batch
 // is made of is in batch.go.
 
+// taking is as what an entry was taken.
+type taking struct {
+	past  bool   // as a retry or a candidate, not as a fresh entry
+	spare int    // places in its slot that past work leaves unused, counted as used
+	again *queue // from this queue of suspects, until it has its fields again
+}
+
 // quiet is how long there must be no other work here until an entry may run alone
 // out of its turn. What waits on a server is here sooner.
 const quiet = time.Second
