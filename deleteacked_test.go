@@ -1,6 +1,8 @@
 package goxstreams_test
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"strings"
@@ -124,6 +126,51 @@ func TestDeleteAcked_DeadAfterAnotherGroupCame(t *testing.T) {
 	require.Equal(t, want, stored(t, client, topic), "the other group needs it")
 	got := collect(subscribe(t, newSubscriber(t, limitedOf(client, "other")), topic), 1, patience)
 	require.Equal(t, want, uuids(got))
+}
+
+// Somebody trims the stream just when a group is created, and so sees it. The group was
+// taken for one that had been lost, and nothing that was acked was deleted for a minute.
+func TestDeleteAcked_NewGroupIsSeen(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	admin, topic := newClient(t), topic(t)
+	created := false
+	client := newClient(t, &hook{process: func(ctx context.Context, cmd redis.Cmder, next func() error) error {
+		err := next()
+		if cmd.Name() == "xgroup" && strings.EqualFold(fmt.Sprint(cmd.Args()[1]), "create") {
+			created = true
+			_, err := goxstreams.Trim(ctx, admin, topic, goxstreams.Retention{KeepLast: 1})
+			assert.NoError(t, err)
+		}
+		return err
+	}})
+	messages := subscribe(t, newSubscriber(t, deleting(client, "new")), topic)
+	require.True(t, created)
+	publish(t, admin, topic, "x")
+	next(t, messages).Ack()
+	eventuallySettled(t, admin, topic, "new")
+	require.Empty(t, stored(t, admin, topic), "deleted with the ack")
+}
+
+// A group is lost, and SubscribeInitialize recreates it before its consumers notice: what was
+// pending for them must not be deleted until they have restored it.
+func TestDeleteAcked_LostGroupIsInitialized(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	client, topic := newClient(t), topic(t)
+	createGroup(t, client, topic, "lost")
+	messages := subscribe(t, newSubscriber(t, deleting(client, "stays")), topic)
+	ids := publishN(t, client, topic, 3)
+	readAs(t, client, topic, "lost", "consumer", 3)
+	_, err := goxstreams.Trim(t.Context(), client, topic, goxstreams.Retention{KeepLast: 100})
+	require.NoError(t, err)
+	require.NoError(t, client.XGroupDestroy(t.Context(), topic, "lost").Err())
+	config := limitedOf(client, "lost")
+	config.StartID = "$"
+	require.NoError(t, newSubscriber(t, config).SubscribeInitialize(topic))
+	require.Len(t, collect(messages, 3, patience), 3)
+	eventuallySettled(t, client, topic, "stays")
+	require.Equal(t, ids, stored(t, client, topic))
 }
 
 func limitedOf(client redis.UniversalClient, group string) goxstreams.SubscriberConfig {

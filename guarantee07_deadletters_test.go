@@ -127,7 +127,7 @@ func TestFault41_ManyCannotBeMoved(t *testing.T) {
 			msg.Nack()
 		}
 	}()
-	eventually(t, func() bool { return stats(t, sub).Waiting >= 5000 })
+	eventuallyAll(t, func() int { return min(stats(t, sub).Waiting, 5000) }, 5000)
 	time.Sleep(3 * minIdle) // time for unrenewed leases to expire
 	require.Equal(t, handled.total(), handled.len(), "messages handled again")
 	require.NoError(t, client.Del(t.Context(), dead).Err())

@@ -1593,7 +1593,7 @@ func TestClose_GroupLostMeanwhile(t *testing.T) {
 	}})
 	sub := newSubscriber(t, claiming(client))
 	messages := subscribe(t, sub, topic)
-	ids := readAhead(t, admin, topic, messages)
+	ids := readAhead(t, admin, topic, sub, messages, 1)
 	first := next(t, messages)
 	eventually(t, func() bool { return len(pendingOf(t, admin, topic, testGroup)) > 3 }, "nothing is read ahead")
 	closed := make(chan struct{})

@@ -48,18 +48,27 @@ func pauseFor(t testing.TB, client redis.UniversalClient, topic string, sub *gox
 	eventuallyPaused(t, sub, true)
 }
 
-// warm is how many messages readAhead handles.
+// warm is how many messages are handled before a subscription reads far ahead.
 const warm = 300
 
-// readAhead has a subscription read ahead, which it does for quick handlers, and returns the
-// messages that remain.
-func readAhead(t testing.TB, client redis.UniversalClient, topic string, messages <-chan *message.Message) []string {
+// readAhead has a subscription read ahead of as many running handlers, which it does if
+// messages are handled quickly, and returns the messages that remain. On a busy machine the
+// first ones may not be.
+func readAhead(t testing.TB, client redis.UniversalClient, topic string, sub *goxstreams.Subscriber, messages <-chan *message.Message, running int) (ids []string) {
 	t.Helper()
-	ids := publishN(t, client, topic, warm+200)
-	for range warm {
-		next(t, messages).Ack()
+	deadline, acked := time.Now().Add(patience), stats(t, sub).Acked
+	isAhead := func() bool { s := stats(t, sub); return s.Acked == acked && s.InFlight > running+3 }
+	for !isAhead() {
+		require.True(t, time.Now().Before(deadline), "nothing is read ahead")
+		ids = append(ids, publishN(t, client, topic, warm+200-len(ids))...)
+		for range warm {
+			next(t, messages).Ack()
+		}
+		ids, acked = ids[warm:], acked+warm
+		for wait := time.Now().Add(time.Second); !isAhead() && time.Now().Before(wait); time.Sleep(5 * time.Millisecond) {
+		}
 	}
-	return ids[warm:]
+	return ids
 }
 
 // Readers stop, the running handler finishes and is settled, and what was read ahead is
@@ -75,7 +84,8 @@ func TestPause(t *testing.T) {
 			config.MaxConcurrency = concurrency
 			sub := newSubscriber(t, config)
 			messages := subscribe(t, sub, topic)
-			ids := readAhead(t, client, topic, messages)
+			ids := readAhead(t, client, topic, sub, messages, concurrency)
+			before := stats(t, sub).Acked
 			var running []*message.Message
 			for range concurrency {
 				running = append(running, next(t, messages))
@@ -106,7 +116,7 @@ func TestPause(t *testing.T) {
 			}, "handed out")
 			st := stats(t, sub)
 			require.NoError(t, st.Err)
-			require.EqualValues(t, warm+concurrency, st.Acked)
+			require.EqualValues(t, before+int64(concurrency), st.Acked)
 			ts, err := sub.TopicStats(t.Context(), topic)
 			require.NoError(t, err)
 			require.WithinDuration(t, time.Now(), ts.PausedSince, time.Minute)
@@ -294,13 +304,14 @@ func TestPause_NoAck(t *testing.T) {
 	log := newLogRecorder()
 	sub := newSubscriberLog(t, config, log)
 	messages := subscribe(t, sub, topic)
-	ids := readAhead(t, client, topic, messages)
+	ids := readAhead(t, client, topic, sub, messages, 1)
+	before := stats(t, sub).Acked
 	running := next(t, messages)
 	require.Equal(t, ids[0], running.UUID)
 	eventually(t, func() bool { return stats(t, sub).InFlight > 1 }, "nothing is read ahead")
 	pauseFor(t, client, topic, sub)
 	running.Ack()
-	eventually(t, func() bool { return stats(t, sub).Acked == warm+1 })
+	eventually(t, func() bool { return stats(t, sub).Acked == before+1 })
 	during(t, obeyed, func() bool {
 		select {
 		case msg := <-messages:
@@ -332,7 +343,7 @@ func TestPause_Close(t *testing.T) {
 	client, topic := newClient(t), topic(t)
 	sub := newSubscriber(t, grouped(client))
 	messages := subscribe(t, sub, topic)
-	ids := readAhead(t, client, topic, messages)
+	ids := readAhead(t, client, topic, sub, messages, 1)
 	msg := next(t, messages)
 	pauseFor(t, client, topic, sub)
 	msg.Nack()
@@ -487,7 +498,7 @@ func TestPause_ClaimFails(t *testing.T) {
 	}})
 	sub := newSubscriber(t, claiming(flaky))
 	messages := subscribe(t, sub, topic)
-	ids := readAhead(t, client, topic, messages)
+	ids := readAhead(t, client, topic, sub, messages, 1)
 	pauseFor(t, client, topic, sub)
 	eventually(t, func() bool { s := stats(t, sub); return s.InFlight == 0 && s.Released > 0 }, "not released")
 	fail.Store(3)

@@ -155,7 +155,7 @@ func TestShared_TakeoverAmongTopics(t *testing.T) {
 	died := time.Now()
 	config := claiming(client)
 	// Long enough that the bound distinguishes the fault from a busy machine.
-	config.ClaimMinIdle, config.ClaimInterval = 2*minIdle, 2*claimInterval
+	config.ClaimMinIdle, config.ClaimInterval = 5*minIdle, 2*claimInterval
 	config.MaxConcurrency = 50
 	sub := newSubscriber(t, config)
 	messages := subscribe(t, sub, topic)

@@ -421,7 +421,7 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 		return nil
 	}
 	st := xstream.New(s.client, topic, s.config.ConsumerGroup)
-	if _, err := st.CreateGroup(context.Background(), s.config.StartID); err != nil {
+	if err := st.CreateGroup(context.Background(), s.config.StartID, s.config.ClaimMinIdle); err != nil {
 		return fmt.Errorf("goxstreams: initialize %q: %w", topic, err)
 	}
 	return nil

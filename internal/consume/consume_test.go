@@ -224,7 +224,7 @@ func TestApply_EarlierTimer(t *testing.T) {
 // addFirst adds entries before the subscription is started.
 func (s *setup) addFirst(n int) []string {
 	s.t.Helper()
-	_, err := s.stream.CreateGroup(s.t.Context(), "0")
+	err := s.stream.CreateGroup(s.t.Context(), "0", time.Minute)
 	require.NoError(s.t, err)
 	return s.add(n)
 }

@@ -30,40 +30,56 @@ const (
 // when the next one is. All subscriptions of the topic do this, without a leader: the script
 // moves each message once.
 func (s *Subscription) tickLoop() {
-	var denied time.Time // until when not to ask for delayed messages; zero: they may be moved
-	known := false       // that some wait: then they are moved without asking whether there are any
+	var ask time.Time // when to ask for a pause again
+	d := delayed{s: s}
 	repeat(s.life.closing, nil, 0, func() time.Duration {
-		if s.mode.pausable() {
+		wait := d.move() // first: a message may be due now
+		next := time.Now().Add(wait)
+		if s.mode.pausable() && !time.Now().Before(ask) {
 			s.askPaused(s.life.ctx)
+			ask = s.shared.next(DelayedInterval)
 		}
-		if time.Now().Before(denied) {
-			return s.shared.until(DelayedInterval)
-		}
-		moved, waiting, err := xstream.MoveResult{Next: -1}, known, error(nil)
-		if !known {
-			waiting, err = s.stream.HasDelayed(s.life.ctx)
-		}
-		wait := s.shared.until(DelayedInterval)
-		if waiting {
-			moved, err = s.stream.Move(s.life.ctx)
-		}
-		known = moved.Next >= 0
-		switch {
-		case redisx.IsDenied(err):
-			if denied.IsZero() {
-				s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
-			}
-			denied = time.Now().Add(takeover.Jitter(delayedDenied))
-			s.markHealthy(dutyDelayed)
-		case err != nil:
-			s.markFailed(dutyDelayed, err)
-		default:
-			s.markHealthy(dutyDelayed)
-			LogLostDelayed(s.cfg.Log, s.cfg.Fields, moved)
-			denied, wait = time.Time{}, untilDue(moved, wait)
-		}
-		return wait
+		return time.Until(next)
 	})
+}
+
+// delayed is what a subscription knows of the topic's delayed messages.
+type delayed struct {
+	s      *Subscription
+	denied time.Time // until when not to ask for them; zero: they may be moved
+	known  bool      // that some wait: then they are moved without asking whether there are any
+}
+
+// move moves what is due, and returns the time until the next look.
+func (d *delayed) move() time.Duration {
+	s := d.s
+	if time.Now().Before(d.denied) {
+		return s.shared.until(DelayedInterval)
+	}
+	moved, waiting, err := xstream.MoveResult{Next: -1}, d.known, error(nil)
+	if !d.known {
+		waiting, err = s.stream.HasDelayed(s.life.ctx)
+	}
+	wait := s.shared.until(DelayedInterval)
+	if waiting {
+		moved, err = s.stream.Move(s.life.ctx)
+	}
+	d.known = moved.Next >= 0
+	switch {
+	case redisx.IsDenied(err):
+		if d.denied.IsZero() {
+			s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
+		}
+		d.denied = time.Now().Add(takeover.Jitter(delayedDenied))
+		s.markHealthy(dutyDelayed)
+	case err != nil:
+		s.markFailed(dutyDelayed, err)
+	default:
+		s.markHealthy(dutyDelayed)
+		LogLostDelayed(s.cfg.Log, s.cfg.Fields, moved)
+		d.denied, wait = time.Time{}, untilDue(moved, wait)
+	}
+	return wait
 }
 
 // untilDue returns the time until the next look after one that found this; regular is the

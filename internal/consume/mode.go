@@ -81,11 +81,7 @@ func (m grouped) open(ctx context.Context) error {
 	if err := m.checkDeadLetters(ctx); err != nil {
 		return err
 	}
-	made, err := m.stream.CreateGroup(ctx, m.cfg.StartID)
-	if err == nil && made {
-		err = m.stream.Hold(ctx, m.cfg.ClaimMinIdle) // others may still have what was pending in a lost one
-	}
-	if err != nil {
+	if err := m.stream.CreateGroup(ctx, m.cfg.StartID, m.cfg.ClaimMinIdle); err != nil {
 		return err
 	}
 	if err := m.checkRetention(ctx); err != nil {

@@ -101,6 +101,11 @@ func (s *Shared) returnName(topic, consumer string) {
 	delete(s.names, nameKey{topic, consumer})
 }
 
-// until returns the time until the next tick of that length. All topics tick together, to
+// next returns the time of the next tick of that length. All topics tick together, to
 // share a pipeline.
-func (s *Shared) until(tick time.Duration) time.Duration { return tick - time.Since(s.epoch)%tick }
+func (s *Shared) next(tick time.Duration) time.Time {
+	return s.epoch.Add((time.Since(s.epoch)/tick + 1) * tick)
+}
+
+// until returns the time until then.
+func (s *Shared) until(tick time.Duration) time.Duration { return time.Until(s.next(tick)) }

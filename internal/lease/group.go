@@ -188,10 +188,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 		start = "0" // everything in it is, or may be, new
 	}
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
-	if err := k.cfg.Stream.Hold(ctx, k.cfg.MinIdle); err != nil {
-		return err
-	}
-	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info)
+	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, k.cfg.MinIdle)
 	if err != nil {
 		return err
 	}

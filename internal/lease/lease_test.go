@@ -39,7 +39,7 @@ func newHolder(t *testing.T, minIdle time.Duration) *holder {
 	client := testserver.Client(t)
 	stream := xstream.New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
 	stream.Consumer = "holder"
-	_, err := stream.CreateGroup(t.Context(), "0")
+	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	l := ledger.New(ledger.Config{Slots: 1000, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost, Compare: xstream.CompareIDs})
 	return &holder{

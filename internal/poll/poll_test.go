@@ -118,7 +118,7 @@ func TestPoller_OneTopic(t *testing.T) {
 			key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
 			stream := xstream.New(p.cfg.Client, key, group)
 			if group != "" {
-				_, err := stream.CreateGroup(t.Context(), "0")
+				err := stream.CreateGroup(t.Context(), "0", time.Minute)
 				require.NoError(t, err)
 			}
 			const n = 20
@@ -183,7 +183,7 @@ func TestPoller_ManyTopics(t *testing.T) {
 	for i := range members {
 		key := fmt.Sprint(base, i)
 		stream := xstream.New(p.cfg.Client, key, "group")
-		_, err := stream.CreateGroup(t.Context(), "0")
+		err := stream.CreateGroup(t.Context(), "0", time.Minute)
 		require.NoError(t, err)
 		members[i] = &member{room: 2 * backlog}
 		serve(t, p.NewSeat(key, "consumer", members[i]))
@@ -219,7 +219,7 @@ func TestPoller_Orphans(t *testing.T) {
 	p, client := newPoller(t, "group")
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
 	stream := xstream.New(p.cfg.Client, key, "group")
-	_, err := stream.CreateGroup(t.Context(), "0")
+	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	m := &member{room: 10}
 	seat := p.NewSeat(key, "consumer", m)
@@ -277,7 +277,7 @@ func TestSeat_Abandon(t *testing.T) {
 	c := redisx.Client{UniversalClient: client}
 	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	stream := xstream.New(c, "key", "group")
-	_, err := stream.CreateGroup(context.Background(), "0")
+	err := stream.CreateGroup(context.Background(), "0", time.Minute)
 	require.NoError(t, err)
 	m := &member{room: 10}
 	seat := p.NewSeat("key", "consumer", m)
@@ -352,7 +352,7 @@ func TestPoller_OrphansOfAnEarlierSeat(t *testing.T) {
 	p, client := newPoller(t, "group")
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
 	stream := xstream.New(p.cfg.Client, key, "group")
-	_, err := stream.CreateGroup(t.Context(), "0")
+	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	gone, comes := &member{room: 1}, &member{room: 1}
 	seat := p.NewSeat(key, "consumer", gone)

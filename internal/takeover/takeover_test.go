@@ -34,7 +34,7 @@ func newSetup(t *testing.T, client *redis.Client, entries int) *setup {
 	testserver.RequireReal(t)
 	stream := xstream.New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
 	stream.Consumer = "we"
-	_, err := stream.CreateGroup(t.Context(), "0")
+	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	for range entries {
 		require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: stream.Key, Values: []string{"a", "b"}}).Err())

@@ -318,18 +318,30 @@ type Trimming struct {
 	Cut     map[string]int64
 }
 
-// holdScript has what the group needed kept for a while, if somebody trims the stream and
-// has seen the group.
+// holdScript has what the group needed kept for a while.
 const holdScript = `-- hold` + evenIfFull + heldFunction + `
-if not redis.call('HGET', KEYS[1], ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], 'back ' .. stamp(clock()) .. ' ' .. ARGV[2])
 return 1`
 
-// Hold keeps Retention and DeleteAcked of all groups from deleting anything for a while,
-// because the group was lost: until its consumers have restored what was pending for them,
-// nobody else knows that it is needed. Without the permission it does nothing.
-func (s *Stream) Hold(ctx context.Context, d time.Duration) error {
-	_, err := s.once(ctx, "eval", holdScript, 1, RetentionKey(s.Key), "group "+s.Group, max(vanishedFor, d.Milliseconds()))
+// hold keeps Retention and DeleteAcked of all groups from deleting anything for a while, if
+// the group was lost, that is, if somebody who trims the stream has seen it, and it is
+// missing: until its consumers have restored what was pending for them, nobody else knows
+// that it is needed. It must come before the group is created: once that is there, whoever
+// trims may have seen it. Without the permission it does nothing.
+func (s *Stream) hold(ctx context.Context, d time.Duration) error {
+	key, field := RetentionKey(s.Key), "group "+s.Group
+	v, err := s.askAt(ctx, key, "hmget", key, field)
+	if seen, ok := v.([]any); err != nil || !ok || len(seen) != 1 || seen[0] == nil {
+		return allowed(err)
+	}
+	if _, err = redisx.Do(ctx, s.Via, "xpending", s.Key, s.Group, "-", "+", 1); GroupLost(err) {
+		_, err = s.once(ctx, "eval", holdScript, 1, key, field, max(vanishedFor, d.Milliseconds()))
+	}
+	return allowed(err)
+}
+
+// allowed returns err, unless it says that a permission is missing.
+func allowed(err error) error {
 	if redisx.IsDenied(err) {
 		return nil
 	}

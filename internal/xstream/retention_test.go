@@ -365,7 +365,7 @@ func TestTrim_VanishedAgain(t *testing.T) {
 		{"recreated by its consumer", func(p topicState) {
 			lost := p.s
 			lost.Group = "lost"
-			require.NoError(t, lost.Hold(t.Context(), 0))
+			require.NoError(t, lost.hold(t.Context(), 0))
 			p.group("lost")
 		}},
 	} {
@@ -404,7 +404,7 @@ func TestHold(t *testing.T) {
 			if by == DeleteByServer && mine.HasAckAndDelete(ctx) != nil {
 				t.Skip("the server has no XACKDEL")
 			}
-			require.NoError(t, lost.Hold(ctx, time.Hour))
+			require.NoError(t, lost.hold(ctx, time.Hour))
 			require.Zero(t, p.client.Exists(ctx, RetentionKey(p.s.Key)).Val())
 			p.group("stays")
 			p.group("lost")
@@ -429,7 +429,7 @@ func TestHold(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, ids, p.ids())
 			// Recreated, with nothing pending.
-			require.NoError(t, lost.Hold(ctx, time.Hour))
+			require.NoError(t, lost.hold(ctx, time.Hour))
 			require.NoError(t, p.client.XGroupCreate(ctx, p.s.Key, "lost", ids[9]).Err())
 			ack(ids[3:8]...)
 			_, _, err = mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[8], by, nil, []string{"a", "b"})

@@ -29,12 +29,8 @@ func newStreamOf(t *testing.T, client *redis.Client, entries int) (Stream, []str
 	t.Helper()
 	s := New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "group")
 	s.Consumer = "consumer"
-	made, err := s.CreateGroup(t.Context(), "0")
-	require.NoError(t, err)
-	require.True(t, made)
-	made, err = s.CreateGroup(t.Context(), "0")
-	require.NoError(t, err)
-	require.False(t, made)
+	require.NoError(t, s.CreateGroup(t.Context(), "0", time.Minute))
+	require.NoError(t, s.CreateGroup(t.Context(), "0", time.Minute))
 	var ids []string
 	for i := range entries {
 		ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: fmt.Sprintf("%d-1", i+1), Values: []string{"a", "b"}}).Val())
@@ -407,12 +403,10 @@ func TestCreateGroup_RedisFull(t *testing.T) {
 	client := testserver.Private(t).Client()
 	s, ids := newStreamOf(t, client, 3)
 	setFull(t, client, true)
-	made, err := s.CreateGroup(t.Context(), "0")
-	require.NoError(t, err)
-	require.False(t, made)
+	require.NoError(t, s.CreateGroup(t.Context(), "0", time.Minute))
 	other := s
 	other.Group = "other"
-	_, err = other.CreateGroup(t.Context(), "0")
+	err := other.CreateGroup(t.Context(), "0", time.Minute)
 	require.True(t, redisx.OutOfMemory(err), err)
 	other.Consumer = "other"
 	require.NoError(t, other.CreateConsumer(t.Context()))
@@ -422,7 +416,7 @@ func TestCreateGroup_RedisFull(t *testing.T) {
 	for _, start := range []string{ids[0], "0"} {
 		require.NoError(t, client.XGroupDestroy(t.Context(), s.Key, s.Group).Err())
 		for _, want := range []bool{true, false} {
-			made, err = s.CreateGroupAt(t.Context(), start, info)
+			made, err := s.CreateGroupAt(t.Context(), start, info, time.Minute)
 			require.NoError(t, err)
 			require.Equal(t, want, made)
 		}
@@ -530,7 +524,7 @@ func TestCreateGroupAt(t *testing.T) {
 				require.NoError(t, client.XTrimMinID(t.Context(), s.Key, test.trim).Err())
 			}
 			add(test.after)
-			made, err := s.CreateGroupAt(t.Context(), info.Last, info)
+			made, err := s.CreateGroupAt(t.Context(), info.Last, info, time.Minute)
 			require.Equal(t, test.made, made)
 			if !test.made {
 				require.ErrorContains(t, err, "CHANGED")
@@ -541,7 +535,7 @@ func TestCreateGroupAt(t *testing.T) {
 			group, err := s.GroupInfo(t.Context())
 			require.NoError(t, err)
 			require.Equal(t, info.Last, group.LastDelivered)
-			made, err = s.CreateGroupAt(t.Context(), info.Last, info)
+			made, err = s.CreateGroupAt(t.Context(), info.Last, info, time.Minute)
 			require.NoError(t, err)
 			require.False(t, made, "it is there")
 		})

@@ -147,13 +147,17 @@ func (r *Read) Do(ctx context.Context, p redisx.Processor, before *Replies) ([]R
 }
 
 // CreateGroup creates the group, and the stream if necessary, to deliver the
-// entries after start. An existing group is not an error.
-func (s *Stream) CreateGroup(ctx context.Context, start string) (made bool, err error) {
-	_, err = redisx.Do(ctx, s.Via, "xgroup", "create", s.Key, s.Group, start, "mkstream")
-	if redisx.ReplyHas(err, "BUSYGROUP") || redisx.OutOfMemory(err) && s.HasGroup(ctx) == nil {
-		return false, nil // a server that is out of memory does not look whether the group exists
+// entries after start. An existing group is not an error. If it was lost, others may still
+// have what was pending, and need the time of a lease to restore it.
+func (s *Stream) CreateGroup(ctx context.Context, start string, lease time.Duration) error {
+	if err := s.hold(ctx, lease); err != nil {
+		return err
 	}
-	return err == nil, err
+	_, err := redisx.Do(ctx, s.Via, "xgroup", "create", s.Key, s.Group, start, "mkstream")
+	if redisx.ReplyHas(err, "BUSYGROUP") || redisx.OutOfMemory(err) && s.HasGroup(ctx) == nil {
+		return nil // a server that is out of memory does not look whether the group exists
+	}
+	return err
 }
 
 // createScript creates a group, unless the stream was recreated since it was looked
@@ -177,7 +181,10 @@ return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')`
 // CreateGroupAt creates the group as CreateGroup does, also while Redis is out of memory. It
 // returns an error if the stream was recreated since it was looked at, unless the group is to
 // start at "0", or nothing is known of the stream.
-func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info) (made bool, err error) {
+func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info, lease time.Duration) (made bool, err error) {
+	if err := s.hold(ctx, lease); err != nil {
+		return false, err
+	}
 	if start == "0" || seen.Last == "" {
 		seen = Info{Last: "0-0", First: "0-0"}
 	}
