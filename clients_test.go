@@ -270,6 +270,8 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 		StartID: "$", ClaimMinIdle: 10 * time.Second,
 	})
 	fanOut := short(goxstreams.SubscriberConfig{BlockTime: patience}) // Close must not wait for it
+	const pair = "pair"
+	twice := short(goxstreams.SubscriberConfig{ConsumerGroup: pair, StartID: "$", ClaimMinIdle: 10 * time.Second})
 
 	// Entries that a dead process has left in the first topic.
 	createGroup(t, client, topics[0], testGroup)
@@ -277,7 +279,17 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 	readAs(t, client, topics[0], testGroup, "died", 1)
 
 	var messages, failures, everything []<-chan *message.Message
-	for _, topic := range topics {
+	var shared []*tally // what two subscriptions of a topic handle together
+	var firstEnds []func()
+	for i, topic := range topics {
+		ctx, cancel := context.WithCancel(t.Context())
+		first, err := twice.Subscribe(ctx, topic)
+		require.NoError(t, err)
+		firstEnds = append(firstEnds, func() { cancel(); eventually(t, func() bool { return len(twice.Stats()) == 2*len(topics)-i-1 }) })
+		shared = append(shared, newTally())
+		shared[i].handle(first, nil)
+		shared[i].handle(subscribe(t, twice, topic), nil)
+		assert.Len(t, client.XInfoConsumers(t.Context(), topic, pair).Val(), 2)
 		messages = append(messages, subscribe(t, working, topic))
 		failures = append(failures, subscribe(t, failing, topic))
 		everything = append(everything, subscribe(t, fanOut, topic))
@@ -358,6 +370,9 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 
 	time.Sleep(600 * time.Millisecond) // several empty reads: they must not be logged
 	for i, topic := range topics {
+		eventually(t, func() bool { return shared[i].len() == 4 })
+		eventuallySettled(t, client, topic, pair)
+		firstEnds[i]()
 		publishSurely(t, client, topic, "last")
 		for _, channel := range []<-chan *message.Message{messages[i], failures[i]} {
 			msg := next(t, channel)
@@ -366,11 +381,14 @@ func runThrough(t *testing.T, client redis.UniversalClient, topics []string, log
 		}
 		eventuallySettled(t, client, topic, testGroup)
 		eventuallySettled(t, client, topic, doomed)
+		eventually(t, func() bool { return shared[i].len() == 5 })
+		eventuallySettled(t, client, topic, pair)
+		assert.Equal(t, 5, shared[i].total(), "two subscriptions of one topic handled one twice")
 	}
 
 	began := time.Now()
 	var closing sync.WaitGroup
-	for _, sub := range []*goxstreams.Subscriber{working, failing, fanOut} {
+	for _, sub := range []*goxstreams.Subscriber{working, failing, fanOut, twice} {
 		for _, st := range sub.Stats() {
 			assert.NoError(t, st.Err)
 			assert.Zero(t, st.Lost)
