@@ -62,7 +62,11 @@ func (d *delayed) move() time.Duration {
 	}
 	wait := s.shared.until(DelayedInterval)
 	if waiting {
+		sent := time.Now()
 		moved, err = s.stream.Move(s.life.ctx)
+		if moved.Next > 0 { // it counts from when the server answered, not from when the answer came
+			moved.Next = max(0, moved.Next-time.Since(sent)/2)
+		}
 	}
 	d.known = moved.Next >= 0
 	switch {

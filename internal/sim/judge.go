@@ -224,8 +224,9 @@ const (
 	bound = 10 * time.Second
 	// moveBound is how late a delayed message may be moved: the time between two looks, some of the network's, and watchEvery.
 	moveBound = 2 * time.Second
-	// punctual is what the network takes there and back, twice, and the pauses between two looks.
-	punctual = 100 * time.Millisecond
+	// punctual is what an answer and the next question may take, 90 ms each where the network is slowest for once, and another
+	// flight of the pipeline before that. Without a timer it would be up to a second.
+	punctual = 300 * time.Millisecond
 	// movesAgain is the longest time until who had no permission to move them tries again: consume.delayedDenied and its jitter.
 	movesAgain = 100 * time.Second
 	// pauseBound is how long after Pause a handler may begin: a tick, and some of the network's.

@@ -152,7 +152,7 @@ func (c *checker) index() {
 }
 
 // indexTrimmed: what was settled and then trimmed was stored. What was trimmed before that has vanished, unless the group was
-// lost with it, and its holder could not put it back.
+// lost with it, and its holder could not put it back; or the group did not exist, so that nobody could know that it is for it.
 func (c *checker) indexTrimmed() {
 	for _, event := range c.Events {
 		key := entryKey{event.Topic, event.ID}
@@ -161,10 +161,34 @@ func (c *checker) indexTrimmed() {
 		}
 		c.trimmed[key] = event.Mono
 		handled := slices.ContainsFunc(c.entries[key], func(r *Run) bool { return r.Ending == Acked && r.End <= event.Mono })
-		if handled || c.dead[key] || c.forgotten(key) != nil {
+		if handled || c.dead[key] || c.forgotten(key) != nil || c.groupless(key.topic, event.UUID) {
 			c.stored[event.UUID] = append(c.stored[event.UUID], key)
 		}
 	}
+}
+
+// groupless tells whether the message was published after Redis had lost the group, and before one of its consumers was there to
+// make it again.
+func (c *checker) groupless(topic, uuid string) bool {
+	m := c.Messages[uuid]
+	return m != nil && slices.ContainsFunc(c.Faults, func(w *Window) bool {
+		return w.loses(topic) && (w.Destroys || w.Group) && w.To <= m.From && !c.someThere(topic, Span{w.From, m.At})
+	})
+}
+
+// someThere tells whether a consumer of the topic was there at some time of the span.
+func (c *checker) someThere(topic string, span Span) bool {
+	return slices.ContainsFunc(c.Events, func(e Event) bool {
+		l := c.Lives[LifeID{e.Process, e.Life}]
+		if e.Kind != Subscribed && e.Kind != Started || e.Topic != topic || l == nil || e.Mono > span.To {
+			return false
+		}
+		end := l.To
+		if l.Closing != 0 {
+			end = min(end, l.Closing)
+		}
+		return end >= span.From
+	})
 }
 
 func (c *checker) violate(rule string, key entryKey, uuid, format string, args ...any) {

@@ -652,6 +652,20 @@ func TestTrimmed(t *testing.T) {
 	r = newRecord()
 	r.publish(Published, false, 1).add(trim).handle("consumer-1", 1, 1, Acked)
 	assert.Equal(t, []string{RuleVanished}, r.check().Broken())
+
+	for _, there := range []bool{false, true} {
+		r = newRecord().process(Spawned, "consumer-9")
+		r.add(Event{Kind: Subscribed, Process: "consumer-9", Life: 1, Topic: testTopic})
+		if !there {
+			r.process(Ended, "consumer-9")
+		}
+		r.fault(Effect{Fault: "flushall", Loses: Everything, Destroys: true}, time.Second).publish(Published, false, 1).add(trim)
+		if there {
+			assert.Equal(t, []string{RuleVanished}, r.check().Broken())
+		} else {
+			assert.Empty(t, r.check().Violations, "there was no group")
+		}
+	}
 }
 
 // TestOrderOfViolations: the same evidence gives the same verdict, in the same order.
