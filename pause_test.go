@@ -892,6 +892,7 @@ func TestPause_ReleaseWithoutAnswerAtClose(t *testing.T) {
 	}})
 	config := keyed(client)
 	config.ClaimMinIdle = time.Minute
+	config.CloseTimeout = patience // the embedded server may take a second of it until the read ends
 	publish(t, admin, topic, ordered(5, "k")...)
 	sub := newSubscriber(t, config)
 	first := next(t, subscribe(t, sub, topic))
