@@ -133,11 +133,13 @@ func TestGroupResetWhileConsumersRun(t *testing.T) {
 	}
 	await(t, func() bool { return strings.HasSuffix(groupOf(t, client, topic, "g"), " 1") })
 	ran(t, 0, "group", "reset", topic, "g", "--to", "start", "--yes")
-	for _, want := range []string{"1", "2"} {
+	var again []string // in any order: there are three slots
+	for range 2 {
 		msg := next()
-		assert.Equal(t, want, string(msg.Payload))
+		again = append(again, string(msg.Payload))
 		msg.Ack()
 	}
+	assert.ElementsMatch(t, []string{"1", "2"}, again)
 	held.Ack()
 	await(t, func() bool { return strings.HasSuffix(groupOf(t, client, topic, "g"), " 0") })
 	require.NoError(t, sub.Close())
