@@ -26,7 +26,7 @@ type lane struct {
 	behind []*Entry // in stream order
 }
 
-// keying is what an entry knows of its key.
+// keying is the state of an entry's key.
 type keying struct {
 	keyed  bool   // its key is known
 	slim   bool   // it waits for its key, without its fields

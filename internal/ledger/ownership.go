@@ -7,7 +7,7 @@ import (
 
 // This file tracks ownership and acks.
 
-// ownership is what an entry knows of it.
+// ownership is what is known of an entry's place in Redis, and since when.
 type ownership struct {
 	gone      bool      // no longer in the stream
 	orphan    bool      // was found pending for us, and may be acked by now, unless it was renewed since

@@ -9,7 +9,7 @@ import (
 // This file decides what is taken next, and whether there is room to read. What a batch
 // is made of is in batch.go.
 
-// taking is as what an entry was taken.
+// taking is how a slot took an entry.
 type taking struct {
 	past  bool   // as a retry or a candidate, not as a fresh entry
 	spare int    // places in its slot that past work leaves unused, counted as used

@@ -54,7 +54,7 @@ func (r *Replies) receive(ctx context.Context, p redisx.Processor, args []any) (
 }
 
 // rawReply receives a reply. It is made for io.CopyN, by which go-redis passes strings on: a
-// bytes.Buffer would grow to make room for more, although there is none.
+// bytes.Buffer would grow to make room for more.
 type rawReply struct {
 	b        []byte
 	expected int // the reply's size
