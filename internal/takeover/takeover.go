@@ -86,7 +86,7 @@ type Finder struct {
 	cursor              string // where a sweep that found too much continues
 	noConsumers         bool   // XINFO CONSUMERS is denied
 
-	good   time.Time // the last look without errors
+	good   time.Time // the last look without errors; at first, when the subscription was opened
 	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last write failed
 
 	nextJanitor time.Time
@@ -113,9 +113,8 @@ func (s idleEntry) idleBy(now time.Time) time.Duration {
 
 // New returns a Finder.
 func New(cfg Config) *Finder {
-	f := &Finder{cfg: cfg, seen: make(map[string]idleEntry)}
-	f.nextJanitor = time.Now().Add(Jitter(cfg.Timeout / 2))
-	return f
+	now := time.Now()
+	return &Finder{cfg: cfg, seen: make(map[string]idleEntry), good: now, nextJanitor: now.Add(Jitter(cfg.Timeout / 2))}
 }
 
 // Look looks once, and offers what it finds to the ledger.
@@ -186,7 +185,7 @@ func (f *Finder) probe(ctx context.Context) error {
 	}
 	if f.steady.IsZero() {
 		f.steady = now
-		if !f.good.IsZero() && now.Sub(f.good) >= f.third() {
+		if now.Sub(f.good) >= f.third() {
 			f.steady = now.Add(reconnectTime)
 		}
 	}

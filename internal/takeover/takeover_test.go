@@ -130,23 +130,31 @@ func TestLook_Living(t *testing.T) {
 }
 
 // While the server rejects writes no consumer can renew: idle times then mean
-// nothing, and consumers get time afterwards.
+// nothing, and consumers get time afterwards, also from a Finder that has never had
+// an answer.
 func TestLook_WritesAreRefused(t *testing.T) {
-	server := testserver.Private(t)
-	client := server.Client()
-	s := newSetup(t, client, 1)
-	s.readAs("living", 1)
-	_, err := s.Look(t.Context())
-	require.NoError(t, err)
-	require.NoError(t, client.ConfigSet(t.Context(), "min-replicas-to-write", "1").Err())
-	for began := time.Now(); time.Since(began) < 3*minIdle; time.Sleep(minIdle / 10) {
-		_, err := s.Look(t.Context())
-		require.ErrorContains(t, err, "NOREPLICAS")
+	for _, looked := range []bool{true, false} {
+		t.Run(fmt.Sprint("looked before: ", looked), func(t *testing.T) {
+			t.Parallel()
+			server := testserver.Private(t)
+			client := server.Client()
+			s := newSetup(t, client, 1)
+			s.readAs("living", 1)
+			if looked {
+				_, err := s.Look(t.Context())
+				require.NoError(t, err)
+			}
+			require.NoError(t, client.ConfigSet(t.Context(), "min-replicas-to-write", "1").Err())
+			for began := time.Now(); time.Since(began) < 3*minIdle; time.Sleep(minIdle / 10) {
+				_, err := s.Look(t.Context())
+				require.ErrorContains(t, err, "NOREPLICAS")
+			}
+			require.NoError(t, client.ConfigSet(t.Context(), "min-replicas-to-write", "0").Err())
+			took := s.lookUntil(1, 30*time.Second)
+			require.Equal(t, 1, s.ledger.Candidates(), "in the end it is dead")
+			require.GreaterOrEqual(t, took, reconnectTime)
+		})
 	}
-	require.NoError(t, client.ConfigSet(t.Context(), "min-replicas-to-write", "0").Err())
-	took := s.lookUntil(1, 30*time.Second)
-	require.Equal(t, 1, s.ledger.Candidates(), "in the end it is dead")
-	require.GreaterOrEqual(t, took, reconnectTime)
 }
 
 // Released entries are offered at once, a page at a time, and the next page as soon
