@@ -1072,6 +1072,7 @@ type contextKey struct{}
 //
 // Here each delivery is made from the entry again.
 func TestFault05_RedeliveryIsAFreshMessage(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name        string
 		group       string

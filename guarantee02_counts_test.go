@@ -187,6 +187,7 @@ func TestFault24_WaitingEntriesAge(t *testing.T) {
 // watermill-redisstream: nacks are handled in memory. After ten of them Redis still
 // counts one delivery; nothing limits them, and a restart starts over.
 func TestFault06_RedisCountsNacks(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 2} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
 			client := newClient(t)

@@ -93,7 +93,10 @@ func TestFault27_SuspectsUnderSteadyLoad(t *testing.T) {
 					begun.WriteByte('f')
 				}
 				mu.Unlock()
-				time.Sleep(work)
+				select {
+				case <-time.After(work):
+				case <-t.Context().Done():
+				}
 				mu.Lock()
 				running--
 				mu.Unlock()

@@ -803,6 +803,7 @@ func TestFault33_GroupMadeAnewAfterALongRead(t *testing.T) {
 // processes that start at once, some fail with BUSYGROUP (25 of 120). But an
 // existing group is what they wanted.
 func TestFault18_GroupCreationFailsAtOnce(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	for range 5 {
 		topic := topic(t)

@@ -114,6 +114,7 @@ func TestDefaultMarshaler_ReadsWhatRedisstreamWrites(t *testing.T) {
 }
 
 func TestDefaultMarshaler_RoundTrip(t *testing.T) {
+	t.Parallel()
 	roundTrip := func(uuid string, payload []byte, metadata message.Metadata) bool {
 		delete(metadata, UUIDHeaderKey)
 		msg := newTestMessage(uuid, string(payload), metadata)

@@ -302,10 +302,7 @@ func TestVirtualTakeover(t *testing.T) {
 func TestVirtualTakeover_Pages(t *testing.T) {
 	t.Parallel()
 	virtually(t, func(t *testing.T, v *virtualServer) {
-		n := 1100 // two pages, and a part of one
-		if raceEnabled || testing.Short() {
-			n = 600 // a page, and a part of one: the embedded server takes a time that grows with its square
-		}
+		const n = 600 // a page, and a part of one: the embedded server takes a time that grows with its square
 		client := v.client()
 		defer client.Close()
 		createGroup(t, client, "topic", testGroup)
