@@ -57,7 +57,7 @@ func (s *Subscription) apply(fx ledger.Effects) {
 		go s.slots.one(s).run()
 	}
 	if fx.Key {
-		go s.slots.one(s).key()
+		go s.slots.one(s).key(nil)
 	}
 	if fx.Crowded {
 		s.crowded.Do(func() {

@@ -1,7 +1,6 @@
 package consume
 
 import (
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -64,8 +63,7 @@ func (sl *slot) run() {
 	ended := false
 	defer func() {
 		if sl.exited(); !ended {
-			s.ledger.SlotEnded()
-			s.update()
+			go s.slots.one(s).run() // in its place
 		}
 		s.slots.end(sl, ended)
 	}()
@@ -148,45 +146,47 @@ func (s *Subscription) first(t *Task) bool {
 // rarely, and few enough for the first one to start soon.
 const keyBatch = 64
 
-// key is what the keyer runs: it computes the keys of what was read, in stream order, until
-// there is nothing left. It counts as a slot, since it calls the user's functions.
-func (sl *slot) key() {
+// key is what the keyer runs: it computes the keys of a batch, then those of what was read, in
+// stream order, until there is nothing left. It counts as a slot, since it calls the user's functions.
+func (sl *slot) key(batch []*ledger.Entry) {
 	s := sl.s
 	sl.keys = true
-	ended := false
-	var batch []*ledger.Entry
-	done := 0
+	ended, keys := false, make([]string, 0, keyBatch)
 	defer func() {
-		if !ended { // the user's function called runtime.Goexit: it failed
-			if sl.state.Load() == slotCalls {
-				s.GiveBack(&Task{Entry: sl.entry}, sl.entry.Count())
-			}
-			if late := s.ledger.KeyerEnded(slices.Delete(batch, done, done+1)); len(late) > 0 {
-				s.mode.late(late)
-			}
-			s.update()
+		if !ended && sl.state.Load() == slotCalls { // the user's function called runtime.Goexit: it failed
+			s.keyed(batch[:len(keys)], keys)
+			s.GiveBack(&Task{Entry: sl.entry}, sl.entry.Count())
+			go s.slots.one(s).key(batch[len(keys)+1:])
 		}
 		sl.keys = false
 		s.slots.end(sl, ended)
 	}()
-	keys := make([]string, keyBatch)
 	for {
-		batch, done = s.ledger.TakeUnkeyed(keyBatch), 0
+		if len(batch) == 0 {
+			batch = s.ledger.TakeUnkeyed(keyBatch)
+		}
 		if ended = len(batch) == 0; ended {
 			return
 		}
-		for i, e := range batch {
+		for _, e := range batch {
 			sl.tasks = append(sl.tasks[:0], Task{e, sl})
-			if keys[i] = ""; s.acquire(&sl.tasks[0]) {
-				keys[i] = s.work.Key(&sl.tasks[0])
+			key := ""
+			if s.acquire(&sl.tasks[0]) {
+				key = s.work.Key(&sl.tasks[0])
 			}
-			done++
+			keys = append(keys, key)
 		}
-		late, fx := s.ledger.Keyed(time.Now(), batch, keys)
-		s.apply(fx)
-		if len(late) > 0 {
-			s.mode.late(late)
-		}
+		s.keyed(batch, keys)
+		batch, keys = nil, keys[:0]
+	}
+}
+
+// keyed gives back what the keyer has taken.
+func (s *Subscription) keyed(entries []*ledger.Entry, keys []string) {
+	late, fx := s.ledger.Keyed(time.Now(), entries, keys)
+	s.apply(fx)
+	if len(late) > 0 {
+		s.mode.late(late)
 	}
 }
 

@@ -246,9 +246,8 @@ func (s *Subscription) callBroken() {
 	ended := false
 	defer func() {
 		if !ended { // the user's function called runtime.Goexit
-			s.ledger.CallerEnded()
+			s.slots.calls.Go(s.callBroken)
 		}
-		s.update()
 	}()
 	for {
 		e, fx := s.ledger.TakeBroken(time.Now())

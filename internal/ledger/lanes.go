@@ -80,34 +80,6 @@ func (l *Ledger) unkeyed() *Entry {
 	return e
 }
 
-// KeyerEnded reports a keyer that ended without another call of TakeUnkeyed, and gives
-// back what it had not looked at. After Close it returns what is to be released.
-func (l *Ledger) KeyerEnded(entries []*Entry) (late []*Entry) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.keys.keyer = false
-	behind := l.keys.queue.entries
-	l.keys.queue.entries = nil
-	for _, e := range entries {
-		switch {
-		case e.state != Keying:
-		case e.Owner != "": // not claimed yet
-			l.leave(e)
-			l.candidate(e)
-		case l.isLate():
-			l.leave(e)
-			e.state = Releasing
-			late = append(late, e)
-		default:
-			l.leave(e)
-			l.enqueue(e)
-		}
-	}
-	l.keys.queue.entries = append(l.keys.queue.entries, behind...)
-	l.sort(&l.keys.released)
-	return late
-}
-
 // isLate reports whether Close has taken back what nobody was processing, and takes back
 // nothing more.
 func (l *Ledger) isLate() bool { return l.over && !l.cfg.Serve }

@@ -194,26 +194,6 @@ func TestLine_AfterClose(t *testing.T) {
 	check(t, l)
 }
 
-// Neither does what a keyer that ended releases.
-func TestKeyerEnded_AfterClose(t *testing.T) {
-	l := newKeyed(4)
-	for _, id := range []string{"1", "2"} {
-		e := claim(id, 2)
-		e.Released = true
-		l.Offer(start, []*Entry{e}, false)
-	}
-	batch := l.TakeUnkeyed(2)
-	l.Close(start)
-	l.Claimed(start, batch[1])
-	late := l.KeyerEnded(batch[1:])
-	require.Equal(t, batch[1:], late)
-	require.Equal(t, Releasing, batch[1].state)
-	l.Remove(start, batch...)
-	require.Zero(t, l.End(start))
-	require.Zero(t, l.cfg.Bounds.Ahead())
-	check(t, l)
-}
-
 // What waits behind an entry whose function never returns is undelivered too.
 func TestEnd_Behind(t *testing.T) {
 	l := newLedger(2, func(c *Config) { c.Keyed, c.Leased, c.Serve = true, false, true })
@@ -223,7 +203,8 @@ func TestEnd_Behind(t *testing.T) {
 	with := l.TakeUnkeyed(1)
 	l.Close(start)
 	require.Equal(t, 3, l.End(start))
-	require.Empty(t, l.KeyerEnded(with))
+	late, _ := l.Keyed(start, with, []string{"a"})
+	require.Empty(t, late)
 	require.NotNil(t, with[0].Fields, "the keyer may be reading them")
 	require.Zero(t, l.cfg.Bounds.Ahead())
 	check(t, l)

@@ -960,19 +960,7 @@ func TestRandom(t *testing.T) {
 				}
 				if keying && r.IntN(2) == 0 {
 					batch := l.TakeUnkeyed(1 + r.IntN(3))
-					if keying = len(batch) > 0; r.IntN(3) == 0 && keying {
-						check(t, l)
-						l.KeyerEnded(batch[:r.IntN(len(batch)+1)])
-						for _, e := range batch {
-							if e.state == Keying { // the one that ended the keyer, and what it must not forget
-								done[e.ID] = true
-								l.Lose(now, e)
-							}
-						}
-						_, fx := l.Keyed(now, batch, nil) // which it has not got any more
-						keying = false
-						apply(fx)
-					} else if keying {
+					if keying = len(batch) > 0; keying {
 						check(t, l)
 						var keys []string
 						for _, e := range batch {

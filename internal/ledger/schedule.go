@@ -62,20 +62,6 @@ func (l *Ledger) take(e *Entry) {
 	}
 }
 
-// SlotEnded reports a slot that ended without another call of Take.
-func (l *Ledger) SlotEnded() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.use.slots--
-}
-
-// CallerEnded reports a caller that ended without another call of TakeBroken.
-func (l *Ledger) CallerEnded() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.use.callers--
-}
-
 // TakeBroken returns the next entry for a caller of OnBroken. After nil the caller
 // ends.
 func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
