@@ -20,7 +20,6 @@
 package ledger
 
 import (
-	"container/heap"
 	"context"
 	"slices"
 	"sync"
@@ -366,8 +365,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	if l.inOrder() && !aside && from == &l.retries {
 		l.head = e
 	} else {
-		heap.Push(from, e)
-		e.heap = from
+		from.insert(e)
 	}
 	if l.cfg.Leased && !e.dead && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.waits()) {
 		if dropped = from.latest(); dropped != nil {
@@ -576,8 +574,6 @@ func (l *Ledger) leave(e *Entry) {
 		}
 		if e == l.head {
 			l.head = nil
-		} else {
-			heap.Remove(e.heap, e.place)
 		}
 	case Acked:
 		l.cfg.Bounds.Unacked.used.Add(-1)

@@ -780,10 +780,10 @@ func check(t *testing.T, l *Ledger) {
 	}
 	require.Equal(t, ahead, l.keys.ahead)
 	require.Equal(t, slim, l.keys.thin)
-	for _, w := range []waiting{l.retries, l.recalls} {
-		place("heap", w...)
-		for i, e := range w {
-			require.Equal(t, i, e.place)
+	for _, q := range []*queue{&l.retries, &l.singles, &l.recalls} {
+		place("a queue by due time", q.entries...)
+		require.True(t, slices.IsSortedFunc(q.entries, func(a, b *Entry) int { return a.due.Compare(b.due) }))
+		for _, e := range q.entries {
 			require.Equal(t, Waiting, e.state)
 		}
 	}

@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -12,22 +13,20 @@ type queues struct {
 	suspects queue // claims that may have crashed their consumer
 	lonely   queue // claims that must not share this delivery with any other
 	broken   queue
-	retries  waiting
-	singles  waiting // retries that wait for no batch: see single and readmit
-	recalls  waiting // retries for OnBroken
-	head     *Entry  // with one slot: the waiting entry that blocks all others
+	retries  queue  // by due time, like the next two
+	singles  queue  // retries that wait for no batch: see single and readmit
+	recalls  queue  // retries for OnBroken
+	head     *Entry // with one slot: the waiting entry that blocks all others
 }
 
 // waitPlace is where an entry waits.
 type waitPlace struct {
-	in    *queue
-	heap  *waiting
-	place int       // in the heap
-	due   time.Time // for a waiting entry: not before that time; for any other: when it came
-	dead  bool      // waits to be moved
+	in   *queue
+	due  time.Time // for a waiting entry: not before that time; for any other: when it came
+	dead bool      // waits to be moved
 }
 
-// queue holds entries in order of arrival.
+// queue holds entries in order of arrival, or by due time.
 type queue struct{ entries []*Entry }
 
 func (q *queue) len() int { return len(q.entries) }
@@ -40,7 +39,9 @@ func (q *queue) push(e *Entry) {
 // insert is push before those that are due later.
 func (q *queue) insert(e *Entry) {
 	e.in = q
-	at, _ := slices.BinarySearchFunc(q.entries, e.due, func(other *Entry, due time.Time) int { return other.due.Compare(due) })
+	at, _ := slices.BinarySearchFunc(q.entries, e.due, func(other *Entry, due time.Time) int {
+		return cmp.Or(other.due.Compare(due), -1) // after those that are due at the same time
+	})
 	q.entries = slices.Insert(q.entries, at, e)
 }
 
@@ -66,45 +67,20 @@ func without(list []*Entry, e *Entry) []*Entry {
 	return list
 }
 
-// waiting is a heap of entries by due time.
-type waiting []*Entry
-
-func (w waiting) Len() int           { return len(w) }
-func (w waiting) Less(i, j int) bool { return w[i].due.Before(w[j].due) }
-func (w waiting) Swap(i, j int) {
-	w[i], w[j] = w[j], w[i]
-	w[i].place, w[j].place = i, j
-}
-
-func (w *waiting) Push(x any) {
-	e := x.(*Entry)
-	e.place = len(*w)
-	*w = append(*w, e)
-}
-
-func (w *waiting) Pop() any {
-	old := *w
-	e := old[len(old)-1]
-	old[len(old)-1] = nil
-	*w = old[:len(old)-1]
-	return e
-}
-
-// first returns the entry that is due first, if it is due.
-func (w waiting) first(now time.Time) *Entry {
-	if len(w) == 0 || w[0].due.After(now) {
-		return nil
+// first returns the first entry, if it is due.
+func (q *queue) first(now time.Time) *Entry {
+	if e := q.peek(); e != nil && !e.due.After(now) {
+		return e
 	}
-	return w[0]
+	return nil
 }
 
-// latest returns the entry that is due last, except those that are to be moved. It
-// searches the whole heap, which only a ledger at its limit does.
-func (w waiting) latest() (latest *Entry) {
-	for _, e := range w {
-		if !e.dead && (latest == nil || e.due.After(latest.due)) {
-			latest = e
+// latest returns the last entry, except those that are to be moved.
+func (q *queue) latest() *Entry {
+	for _, e := range slices.Backward(q.entries) {
+		if !e.dead {
+			return e
 		}
 	}
-	return latest
+	return nil
 }

@@ -147,7 +147,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 // readmit lets suspects wait for their turn again that could not be claimed, or fetched
 // again, because Redis did not answer: as retries they would share it with others.
 func (l *Ledger) readmit(now time.Time) {
-	for _, w := range []*waiting{&l.retries, &l.singles} {
+	for _, w := range []*queue{&l.retries, &l.singles} {
 		for e := w.first(now); e != nil && e.returns(); e = w.first(now) {
 			again := e.again
 			if l.leave(e); e.orphan && !e.readHere() {
@@ -291,10 +291,10 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 	if l.idle() && !l.keys.read {
 		first(l.keys.taken.Add(starved))
 	}
-	for _, w := range []waiting{l.retries, l.singles, l.recalls} {
-		if len(w) > 0 {
-			first(w[0].due)
-			first(w[0].due.Add(l.cfg.Wait))
+	for _, q := range []*queue{&l.retries, &l.singles, &l.recalls} {
+		if e := q.peek(); e != nil {
+			first(e.due)
+			first(e.due.Add(l.cfg.Wait))
 		}
 	}
 	if e := l.fresh.peek(); e != nil && l.cfg.Wait > 0 {
