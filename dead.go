@@ -21,8 +21,7 @@ func (s *subscription) handleBroken(h *consume.Task, err error) {
 	s.log.Error("Malformed entry", err, s.Fields(h))
 	switch {
 	case s.cfg.OnBroken != nil:
-		h.Broken = err
-		s.Subscription.Broken(h)
+		s.Subscription.Broken(h, err)
 	case s.KeepsDead():
 		h.Death = &death{kind: Broken, err: err}
 		s.deadLetter(h)

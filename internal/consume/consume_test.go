@@ -143,7 +143,7 @@ func TestOutcomes(t *testing.T) {
 		{"Aside", func(t *Task) { s.Aside(t, time.Millisecond) }, 2},
 		{"GiveBack", func(t *Task) { s.GiveBack(t, t.Count()) }, 2},
 		{"GiveBack, uncounted", func(t *Task) { s.GiveBack(t, t.Count()-1) }, 1},
-		{"Broken", func(t *Task) { s.Broken(t) }, 0},
+		{"Broken", func(t *Task) { s.Broken(t, io.EOF) }, 0},
 		{"MoveFailed", func(t *Task) { s.MoveFailed(t, 1, errors.New("refused")) }, 2},
 		{"NotOurs", func(t *Task) { s.NotOurs(t) }, 2}, // it is ours: the group seems lost, and the entry is being restored
 	} {
@@ -240,7 +240,7 @@ func TestBroken_HasNoSlot(t *testing.T) {
 		s.Settle(t)
 	}
 	ids := s.addFirst(2)
-	s.start(s.Broken)
+	s.start(func(t *Task) { s.Broken(t, io.EOF) })
 	require.Equal(t, ids[0], s.next().id)
 	require.Equal(t, ids[1], s.next().id)
 	require.Equal(t, ids[0], <-calls)

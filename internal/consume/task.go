@@ -214,29 +214,31 @@ func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 func (s *Subscription) Aside(t *Task, delay time.Duration) { s.schedule(t, true, delay) }
 
 func (s *Subscription) schedule(t *Task, aside bool, delay time.Duration) {
-	if s.IsClosing() {
-		s.GiveBack(t, t.Next-1)
-		return
+	if !s.IsClosing() {
+		s.mode.postponed(t)
+		if s.retry(t, aside, delay) {
+			return
+		}
 	}
-	s.mode.postponed(t)
+	s.GiveBack(t, t.Next-1)
+}
+
+// retry returns false if Close came first.
+func (s *Subscription) retry(t *Task, aside bool, delay time.Duration) (ok bool) {
 	now := time.Now()
 	dropped, ok := s.ledger.Retry(now, t.Entry, now.Add(delay), aside)
-	switch {
-	case !ok: // Close came first
-		s.GiveBack(t, t.Next-1)
-	case dropped != nil:
+	if dropped != nil {
 		s.gaveUp(dropped)
 	}
+	return ok
 }
 
 // Broken has CallBroken called with the entry, outside of the slots and of the
 // order, so that a call that hangs blocks nothing.
-func (s *Subscription) Broken(t *Task) {
-	switch full, ok := s.ledger.Broken(time.Now(), t.Entry); {
-	case !ok: // the subscription closes
+func (s *Subscription) Broken(t *Task, err error) {
+	t.Broken = err
+	if !s.retry(t, true, 0) {
 		s.GiveBack(t, t.Count()-1)
-	case full:
-		s.gaveUp(t.Entry)
 	}
 }
 
@@ -259,7 +261,7 @@ func (s *Subscription) callBroken() {
 		switch {
 		case !s.acquire(t):
 		case again && s.pause.state.Load().isPaused(): // since it was claimed
-			s.Broken(t)
+			s.Broken(t, t.Broken)
 		default:
 			s.work.CallBroken(t)
 		}

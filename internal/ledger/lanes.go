@@ -256,7 +256,7 @@ func (l *Ledger) claim() *Entry {
 }
 
 // waits is the ledger's part of Bounds.Waiting.
-func (l *Ledger) waits() int { return l.use.waiting + l.broken.len() + l.keys.thin }
+func (l *Ledger) waits() int { return l.use.waiting + l.keys.thin }
 
 // queued is how many entries were read and wait for a slot.
 func (l *Ledger) queued() int { return l.fresh.len() + l.keys.queue.len() + l.keys.with }

@@ -8,8 +8,8 @@
 //	Candidate  pending for a dead consumer, or released; a slot will claim it
 //	Queued     read ahead, or to be fetched again
 //	Running    in a slot
-//	Calling    in OnBroken, or waiting for it, outside of the slots
-//	Waiting    will be redelivered when it is due
+//	Waiting    will be redelivered, or passed to OnBroken, when it is due
+//	Calling    in OnBroken, outside of the slots
 //	Acked      handled; its ack is not confirmed yet
 //	Releasing  being released
 //
@@ -58,7 +58,7 @@ type Entry struct {
 
 	Prepared any   // what was decoded for the sake of its key
 	Death    any   // the decision that it is dead, until it is moved
-	Broken   error // why it goes to OnBroken
+	Broken   error // why its retries go to OnBroken, outside of the slots
 	Released bool  // released by its consumer, so it crashed nobody
 	Stuck    bool  // it died on a dead-letter stream, where it stays; logged already
 	Single   bool  // it shares no batch: its handler panicked
@@ -344,7 +344,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	}
 	from := &l.retries
 	switch {
-	case e.state == Calling && e.Death == nil:
+	case e.Broken != nil && e.Death == nil:
 		from = &l.recalls
 	case l.cfg.Batch > 1 && (e.single() || e.returns()):
 		from = &l.singles
@@ -373,26 +373,6 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 		}
 	}
 	return dropped, true
-}
-
-// Broken passes an entry from its slot to the callers of OnBroken. If the ledger is
-// closed, it does nothing and returns false. If too many entries wait for them, the
-// entry leaves the ledger, and full is true.
-func (l *Ledger) Broken(now time.Time, e *Entry) (full, ok bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.closed {
-		return false, false
-	}
-	if l.cfg.Leased && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.waits()) {
-		l.remove(now, e)
-		return true, true
-	}
-	l.settle(now, e)
-	l.leave(e)
-	l.free(e)
-	l.call(e)
-	return false, true
 }
 
 // Remove ends entries that no longer concern this subscription.
@@ -452,7 +432,7 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 			l.remove(now, e)
 		case e.state == Queued && !l.cfg.Serve, e.state == Keying && e.Owner == "" && !l.cfg.Serve, e.unsure:
 			queued = append(queued, e)
-		case e.state == Waiting, e.state == Calling && e.in != nil:
+		case e.state == Waiting:
 			retries = append(retries, e)
 		}
 	}
@@ -521,13 +501,6 @@ func (l *Ledger) insert(now, sent time.Time, e *Entry) {
 	l.touch(sent, e)
 }
 
-// call queues an entry for OnBroken.
-func (l *Ledger) call(e *Entry) {
-	e.state = Calling
-	l.broken.push(e)
-	l.cfg.Bounds.Waiting.used.Add(1)
-}
-
 func (l *Ledger) enqueue(e *Entry) {
 	e.state = Queued
 	if l.cfg.Keyed {
@@ -545,9 +518,6 @@ func (l *Ledger) touch(sent time.Time, e *Entry) {
 
 // leave removes an entry from its state.
 func (l *Ledger) leave(e *Entry) {
-	if e.in == &l.broken {
-		l.cfg.Bounds.Waiting.used.Add(-1)
-	}
 	if e.in != nil {
 		e.in.drop(e)
 	}

@@ -60,6 +60,12 @@ func take(l *Ledger, now time.Time) (id string, e *Entry) {
 	return taken[0].ID, taken[0]
 }
 
+// broken has OnBroken called with an entry.
+func broken(l *Ledger, now time.Time, e *Entry) (dropped *Entry, ok bool) {
+	e.Broken = errors.New("broken")
+	return l.Retry(now, e, now, true)
+}
+
 func takeAll(l *Ledger, now time.Time) (ids []string) {
 	for l.use.running < l.cfg.Slots {
 		id, e := take(l, now)
@@ -81,7 +87,8 @@ func TestEvents(t *testing.T) {
 		Calling: func(l *Ledger) *Entry {
 			l.Add(start, start, read("1"))
 			_, e := take(l, start)
-			l.Broken(start, e)
+			broken(l, start, e)
+			e, _ = l.TakeBroken(start)
 			return e
 		},
 		Waiting: func(l *Ledger) *Entry {
@@ -119,10 +126,10 @@ func TestEvents(t *testing.T) {
 	want := map[string]map[State]outcome{
 		"read again": {Candidate: {None, Queued}}, // otherwise already ours
 		"offered":    {},
-		"lost":       {Queued: {}, Waiting: {}, Calling: {}, Candidate: {}},
+		"lost":       {Queued: {}, Waiting: {}, Candidate: {}},
 		"gone":       {Waiting: {}},
 		"removed":    {Candidate: {}, Queued: {}, Running: {}, Calling: {}, Waiting: {}, Acked: {}, Releasing: {}},
-		"closed":     {Candidate: {}, Queued: same(Releasing), Waiting: same(Releasing), Calling: same(Releasing)},
+		"closed":     {Candidate: {}, Queued: same(Releasing), Waiting: same(Releasing)},
 	}
 	for event, apply := range events {
 		for state, bring := range in {
@@ -671,15 +678,15 @@ func TestBroken(t *testing.T) {
 	l.Add(start, start, read("1"))
 	_, e := take(l, start)
 	l.Stop()
-	_, ok := l.Broken(start, e)
+	_, ok := broken(l, start, e)
 	require.False(t, ok)
 	l = newLedger(1)
 	for i := range maxWaiting + 10 {
 		l.Add(start, start, read(fmt.Sprint(i)))
 		_, e := take(l, start)
-		full, ok := l.Broken(start, e)
+		dropped, ok := broken(l, start, e)
 		require.True(t, ok)
-		require.Equal(t, i > maxWaiting, full, "entry %d", i)
+		require.Equal(t, i >= maxWaiting, dropped == e, "entry %d", i)
 	}
 	check(t, l)
 }
@@ -752,7 +759,7 @@ func check(t *testing.T, l *Ledger) {
 		states []State
 	}{
 		{"fresh", &l.fresh, []State{Queued}}, {"unkeyed", &l.keys.queue, []State{Queued}}, {"claims", &l.claims, []State{Candidate}}, {"released", &l.keys.released, []State{Candidate}},
-		{"suspects", &l.suspects, []State{Candidate, Queued}}, {"lonely", &l.lonely, []State{Candidate, Queued}}, {"broken", &l.broken, []State{Calling}},
+		{"suspects", &l.suspects, []State{Candidate, Queued}}, {"lonely", &l.lonely, []State{Candidate, Queued}},
 	} {
 		place(q.name, q.q.entries...)
 		for _, e := range q.q.entries {
@@ -829,7 +836,7 @@ func check(t *testing.T, l *Ledger) {
 	require.Equal(t, counts[Waiting], l.use.waiting)
 	require.Equal(t, dead, l.use.dead)
 	require.Equal(t, counts[Queued], l.cfg.Bounds.Ahead())
-	require.EqualValues(t, counts[Waiting]+l.broken.len()+slim, l.cfg.Bounds.Waiting.used.Load())
+	require.EqualValues(t, counts[Waiting]+slim, l.cfg.Bounds.Waiting.used.Load())
 	if !l.ended {
 		require.EqualValues(t, counts[Acked], l.cfg.Bounds.Unacked.used.Load())
 		require.Equal(t, counts[Acked], acks)
@@ -1019,7 +1026,7 @@ func TestRandom(t *testing.T) {
 					}
 				case 7:
 					if e := pick(&running); e != nil {
-						l.Broken(now, e)
+						broken(l, now, e)
 						slotGoesOn(e)
 					}
 				case 8:
@@ -1029,7 +1036,7 @@ func TestRandom(t *testing.T) {
 					}
 				case 9:
 					for _, e := range l.entries {
-						if e.state != Running && e.state != Acked && e.in != &l.broken && e.state != Calling && r.IntN(20) == 0 {
+						if e.state != Running && e.state != Acked && e.state != Calling && r.IntN(20) == 0 {
 							done[e.ID] = true // taken away
 							l.Lose(now, e)
 							break

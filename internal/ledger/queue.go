@@ -9,13 +9,12 @@ import (
 // queues are where the entries of a ledger wait.
 type queues struct {
 	fresh    queue
-	claims   queue // candidates
-	suspects queue // claims that may have crashed their consumer
-	lonely   queue // claims that must not share this delivery with any other
-	broken   queue
+	claims   queue  // candidates
+	suspects queue  // claims that may have crashed their consumer
+	lonely   queue  // claims that must not share this delivery with any other
 	retries  queue  // by due time, like the next two
 	singles  queue  // retries that wait for no batch: see single and readmit
-	recalls  queue  // retries for OnBroken
+	recalls  queue  // calls of OnBroken, and their retries
 	head     *Entry // with one slot: the waiting entry that blocks all others
 }
 

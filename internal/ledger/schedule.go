@@ -67,26 +67,14 @@ func (l *Ledger) take(e *Entry) {
 func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var e *Entry
-	if !l.closed && !l.paused {
-		l.brokenDue(now)
-		if e = l.broken.peek(); e != nil {
-			l.leave(e)
-			e.state = Calling
-		}
-	}
-	if e == nil {
+	e := l.recalls.first(now)
+	if l.closed || l.paused || e == nil {
 		l.use.callers--
+		return nil, l.effects(now)
 	}
+	l.leave(e)
+	e.state = Calling
 	return e, l.effects(now)
-}
-
-// brokenDue queues retries that are due for the callers of OnBroken.
-func (l *Ledger) brokenDue(now time.Time) {
-	for e := l.recalls.first(now); e != nil; e = l.recalls.first(now) {
-		l.leave(e)
-		l.call(e)
-	}
 }
 
 // next decides what a slot takes:
@@ -242,14 +230,13 @@ func (l *Ledger) takeable(now time.Time) bool {
 // that slot starts the next one when it takes its entry.
 func (l *Ledger) effects(now time.Time) (fx Effects) {
 	if !l.closed && !l.paused {
-		l.brokenDue(now)
 		l.drain(now)
 	}
 	if l.use.slots < l.cfg.Slots && l.takeable(now) {
 		l.use.slots++
 		fx.Slots = 1
 	}
-	if l.use.callers < l.cfg.Callers && !l.closed && !l.paused && l.broken.len() > 0 {
+	if l.use.callers < l.cfg.Callers && !l.closed && !l.paused && l.recalls.first(now) != nil {
 		l.use.callers++
 		fx.Callers = 1
 	}
