@@ -25,12 +25,23 @@ const quiet = time.Second
 func (l *Ledger) Take(now time.Time, taken []*Entry) ([]*Entry, Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if !l.closed && !l.paused {
+		l.readmit(now)
+		l.drain(now)
+	}
 	e := l.next(now)
 	if e == nil {
 		l.use.slots--
 		return taken, l.effects(now)
 	}
 	l.keys.taken, l.keys.read = now, false
+	l.turn++
+	switch e.in {
+	case &l.lonely:
+		l.apart.alone = e
+	case &l.suspects:
+		l.apart.suspect = e
+	}
 	claimed, before := e.in == &l.claims, len(taken)
 	l.take(e)
 	if taken = append(taken, e); l.cfg.Batch > 1 && !e.single() && e != l.apart.alone && e != l.apart.suspect {
@@ -77,7 +88,7 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 	return e, l.effects(now)
 }
 
-// next decides what a slot takes:
+// next decides what a slot takes; it changes nothing:
 //
 //   - Nothing, while the group is paused.
 //   - With one slot: the entry that waits for its retry, and nothing before it.
@@ -92,28 +103,19 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 // suspect does not share its process with a guilty one. An entry that is not a
 // suspect has another delivery left, whatever runs beside it.
 func (l *Ledger) next(now time.Time) *Entry {
-	if l.paused {
+	switch {
+	case l.paused, l.closed && !l.cfg.Serve:
 		return nil
-	}
-	if l.closed {
-		if l.cfg.Serve {
-			return l.fresh.peek()
-		}
+	case l.closed:
+		return l.fresh.peek()
+	case l.apart.alone != nil, l.head != nil && l.head.due.After(now):
 		return nil
-	}
-	if l.apart.alone != nil || l.head != nil && l.head.due.After(now) {
-		return nil
-	}
-	if l.head != nil {
+	case l.head != nil:
 		return l.head
-	}
-	l.readmit(now)
-	if l.drain(now); !l.apart.from.IsZero() {
-		if l.busy() {
-			return nil
-		}
-		l.apart.alone = l.lonely.peek()
-		return l.apart.alone
+	case !l.apart.from.IsZero() && l.busy():
+		return nil
+	case !l.apart.from.IsZero():
+		return l.lonely.peek()
 	}
 	fresh := l.ripe(now)
 	if l.inOrder() {
@@ -125,8 +127,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 	if fresh != nil && l.use.past >= max(1, l.capacity()/2) {
 		return fresh
 	}
-	l.turn++
-	if fresh != nil && l.turn%2 == 0 {
+	if fresh != nil && l.turn%2 == 1 {
 		return fresh
 	}
 	return cmp.Or(l.pastWork(now), fresh)
@@ -164,7 +165,6 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 		case 2:
 			if l.apart.suspect == nil {
 				e = l.suspects.peek()
-				l.apart.suspect = e
 			}
 		}
 		if e != nil {
@@ -209,30 +209,13 @@ func (l *Ledger) ordinary(now time.Time) bool {
 	return l.ripe(now) != nil || l.claim() != nil || l.suspects.len() > 0 && l.apart.suspect == nil || l.dueRetry(now) != nil
 }
 
-// takeable reports whether Take would return an entry.
-func (l *Ledger) takeable(now time.Time) bool {
-	switch {
-	case l.paused:
-		return false
-	case l.closed:
-		return l.cfg.Serve && l.fresh.len() > 0
-	case l.apart.alone != nil:
-		return false
-	case l.head != nil:
-		return !l.head.due.After(now)
-	case !l.apart.from.IsZero():
-		return !l.busy()
-	}
-	return l.ordinary(now)
-}
-
 // effects returns what has to be done after a change. It starts one slot at a time:
 // that slot starts the next one when it takes its entry.
 func (l *Ledger) effects(now time.Time) (fx Effects) {
 	if !l.closed && !l.paused {
 		l.drain(now)
 	}
-	if l.use.slots < l.cfg.Slots && l.takeable(now) {
+	if l.use.slots < l.cfg.Slots && l.next(now) != nil {
 		l.use.slots++
 		fx.Slots = 1
 	}
