@@ -39,15 +39,18 @@ func (l *Ledger) dueRetry(now time.Time) *Entry {
 	return e
 }
 
-// fill fills a batch with due retries and fresh entries. While there are fresh ones, the
-// retries are at most every second entry, and half of all that runs.
-func (l *Ledger) fill(now time.Time, batch []*Entry) []*Entry {
+// fill fills a batch up to the least that any of its entries allows: with claims, or with due
+// retries and fresh entries. While there are fresh ones, the retries are at most every second
+// entry, and half of all that runs.
+func (l *Ledger) fill(now time.Time, batch []*Entry, claims bool) []*Entry {
 	for most := l.most(batch[0]); len(batch) < most; {
-		l.readmit(now)
-		e := l.fresh.peek()
-		retry := l.retries.first(now)
-		if retry != nil && (e == nil || len(batch)%2 == 1 && l.use.past < l.capacity()/2) {
-			e = retry
+		e := l.claim()
+		if !claims {
+			e = l.fresh.peek()
+			retry := l.retries.first(now)
+			if retry != nil && (e == nil || len(batch)%2 == 1 && l.use.past < l.capacity()/2) {
+				e = retry
+			}
 		}
 		if e == nil || e.single() {
 			break
@@ -61,35 +64,17 @@ func (l *Ledger) fill(now time.Time, batch []*Entry) []*Entry {
 	return batch
 }
 
-// most is how large the batch of an entry may be that is not a claim, but may have been one
-// before it waited for its key.
+// most is how large the batch of an entry may be.
 func (l *Ledger) most(e *Entry) int { return cmp.Or(e.most, l.cfg.Batch) }
 
-// fillClaims fills a batch with claims, up to the least share of any.
-func (l *Ledger) fillClaims(batch []*Entry) []*Entry {
-	most := l.share(batch[0], batch[0].Next)
-	for len(batch) < most {
-		e := l.claim()
-		if e == nil || e.single() {
-			break
-		}
-		if most = min(most, l.share(e, e.Next)); len(batch) >= most {
-			break
-		}
-		l.take(e)
-		batch = append(batch, e)
-	}
-	return batch
-}
-
-// share is how large the batch of a claimed entry may be in a delivery. It halves with each one of an entry
+// share is how large the batch of a claimed entry may be. It halves with each delivery of an entry
 // that may have crashed its consumer: so one that did is alone after log2(Batch) crashes, and
 // the others of its first batch have long been handled.
-func (l *Ledger) share(e *Entry, delivery int64) int {
+func (l *Ledger) share(e *Entry) int {
 	if e.innocent() {
 		return l.cfg.Batch
 	}
-	return max(1, l.cfg.Batch>>min(max(delivery-1, 0), 62))
+	return max(1, l.cfg.Batch>>min(max(e.Next-1, 0), 62))
 }
 
 // Running returns the entries that have not come to their outcome.

@@ -123,8 +123,8 @@ func TestWithdrawn_Suspects(t *testing.T) {
 	require.Equal(t, []string{"3"}, ids(l.suspects.entries))
 	require.Equal(t, []string{"4"}, ids(l.lonely.entries))
 	require.Equal(t, []string{"1", "2"}, ids(l.claims.entries))
-	require.Equal(t, 8, l.share(all[0], all[0].Next))
-	require.Equal(t, 2, l.share(all[1], all[1].Next))
+	require.Equal(t, 8, l.most(all[0]))
+	require.Equal(t, 2, l.most(all[1]))
 }
 
 // Withdrawn entries that are reclaimed are queued in stream order, with what was read since.

@@ -30,7 +30,7 @@ type lane struct {
 type keying struct {
 	keyed  bool   // its key is known
 	slim   bool   // it waits for its key, without its fields
-	most   int    // how large its batch may be, for a claim that waited for its key; 0: any
+	most   int    // how large its batch may be, for a claim: see share; 0: any
 	lane   *lane  // of its key, which it has or waits for; nil: it has none
 	behind *queue // the queue that it joins when it has its key; nil: it has it
 }
@@ -123,8 +123,6 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Ef
 		from = &l.lonely
 	case l.apart.suspect:
 		from = &l.suspects
-	default:
-		e.most = l.share(e, e.Count())
 	}
 	l.settle(now, e)
 	l.leave(e)

@@ -260,7 +260,7 @@ func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 
 // candidate has an entry wait to be claimed.
 func (l *Ledger) candidate(e *Entry) {
-	e.state = Candidate
+	e.state, e.most = Candidate, l.share(e)
 	switch {
 	case l.cfg.Keyed && e.Released:
 		l.keys.released.push(e)

@@ -892,7 +892,7 @@ func TestRandom(t *testing.T) {
 						for _, e := range batch {
 							require.NotContains(t, running, e)
 							if e.past && !e.single() && e.Owner != "" && len(batch) > 1 {
-								require.LessOrEqual(t, len(batch), l.share(e, e.Next))
+								require.LessOrEqual(t, len(batch), l.most(e))
 							}
 							if key := keyOf(e); keyed && key != "" && !aside[e] {
 								if !e.HasKey() {

@@ -45,11 +45,7 @@ func (l *Ledger) Take(now time.Time, taken []*Entry) ([]*Entry, Effects) {
 	claimed, before := e.in == &l.claims, len(taken)
 	l.take(e)
 	if taken = append(taken, e); l.cfg.Batch > 1 && !e.single() && e != l.apart.alone && e != l.apart.suspect {
-		if claimed {
-			taken = l.fillClaims(taken)
-		} else {
-			taken = l.fill(now, taken)
-		}
+		taken = l.fill(now, taken, claimed)
 		slices.SortFunc(taken, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) }) // those freed by another of their key are later in the queue
 	}
 	if e.past {
