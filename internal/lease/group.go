@@ -206,7 +206,7 @@ func (k *Keeper) forgetAll(now time.Time) {
 	k.progress = progress{active: k.progress.active}
 	k.seen.Unlock()
 	k.cfg.Ledger.Reclaim()
-	n := k.cfg.Ledger.Gone(now, slices.Concat(k.cfg.Ledger.Ours(), k.cfg.Ledger.ToRestore())...)
+	n := k.cfg.Ledger.Gone(now, slices.Concat(k.cfg.Ledger.Renewals(now, 0), k.cfg.Ledger.ToRestore())...)
 	if n == 0 {
 		return
 	}

@@ -240,7 +240,7 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	var renewed []*ledger.Entry
 	var last time.Time
 	others := make(map[*ledger.Entry]xstream.Standing)
-	for entries := range slices.Chunk(k.cfg.Ledger.Renewals(time.Now(), age, xstream.CompareIDs), xstream.MaxOwned) {
+	for entries := range slices.Chunk(k.cfg.Ledger.Renewals(time.Now(), age), xstream.MaxOwned) {
 		sent := time.Now()
 		standings, err := k.cfg.Stream.Renew(ctx, idsOf(entries))
 		if err != nil {

@@ -279,7 +279,7 @@ func TestTake_AckedOrphan(t *testing.T) {
 	h := newHolder(t, time.Minute)
 	h.publish("1-1", "2-1", "3-1")
 	h.read() // by another consumer, as far as the second ledger knows
-	other := ledger.New(ledger.Config{Slots: 10, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost})
+	other := ledger.New(ledger.Config{Slots: 10, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost, Compare: xstream.CompareIDs})
 	k := New(Config{Stream: h.stream, Ledger: other, MinIdle: time.Minute, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}})
 	var orphans []*ledger.Entry
 	for _, id := range []string{"1-1", "2-1", "3-1"} {

@@ -136,14 +136,14 @@ func TestReclaim(t *testing.T) {
 	require.Len(t, withdrawn, 5)
 	require.True(t, l.Withdrawn(start, withdrawn, "released", true))
 	require.Equal(t, []string{"1", "2", "3", "4", "5"}, ids(l.Withdrawals()))
-	require.Empty(t, l.Ours())
+	require.Empty(t, l.Renewals(start, 0))
 	l.Resume(start)
 	first := takeBatch(l)[0] // another consumer has recreated the group
 	require.True(t, l.WasWithdrawn(first))
 	l.Own(first)
 	l.Reclaim()
 	require.Empty(t, l.Withdrawals())
-	require.ElementsMatch(t, withdrawn, l.Ours())
+	require.ElementsMatch(t, withdrawn, l.Renewals(start, 0))
 	require.Equal(t, []string{"2", "3", "4", "5"}, ids(l.fresh.entries))
 	for _, e := range withdrawn {
 		require.EqualValues(t, 1, e.Count())

@@ -182,7 +182,6 @@ type Ledger struct {
 	over   bool // no entries are added
 	ended  bool // acks are not sent any more
 	paused bool // nothing is read and taken: see Pause
-	unsure bool // there are entries of WithdrawAgain
 }
 
 // apart keeps messages that may crash their process away from others.

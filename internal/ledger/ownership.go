@@ -23,15 +23,22 @@ type ownership struct {
 	sure      uint64    // when it was last known to be ours, by the ledger's clock
 }
 
-// Renewals returns our entries that were not confirmed for the given age, in the
-// order of compare.
-func (l *Ledger) Renewals(now time.Time, age time.Duration, compare func(a, b string) int) []*Entry {
-	ours := l.Ours()
+// those returns the entries with a property, in stream order.
+func (l *Ledger) those(is func(*Entry) bool) (found []*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	ours = slices.DeleteFunc(ours, func(e *Entry) bool { return now.Sub(e.renewed) < age })
-	slices.SortFunc(ours, func(a, b *Entry) int { return compare(a.ID, b.ID) })
-	return ours
+	for _, e := range l.entries {
+		if is(e) {
+			found = append(found, e)
+		}
+	}
+	l.sort(found)
+	return found
+}
+
+// Renewals returns our entries that were not confirmed for the given age.
+func (l *Ledger) Renewals(now time.Time, age time.Duration) []*Entry {
+	return l.those(func(e *Entry) bool { return e.ours() && now.Sub(e.renewed) >= age })
 }
 
 // Owns reports whether an entry with this ID is ours.
@@ -57,19 +64,6 @@ func (l *Ledger) Pending() (n int64) {
 // Leased reports whether entries stay pending until they are acked.
 func (l *Ledger) Leased() bool { return l.cfg.Leased }
 
-// Ours returns the entries that are, and must stay, pending for us.
-func (l *Ledger) Ours() []*Entry {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	ours := make([]*Entry, 0, len(l.entries))
-	for _, e := range l.entries {
-		if e.ours() {
-			ours = append(ours, e)
-		}
-	}
-	return ours
-}
-
 // ours reports whether the entry should be pending for us.
 func (e *Entry) ours() bool { return e.here() && e.state != Releasing }
 
@@ -94,15 +88,8 @@ func (l *Ledger) Owned(e *Entry) bool {
 // ToRestore returns what must be pending again after the group was lost: what is ours, and
 // what is on its way, since a release, or the claim of what a pause has released, that comes
 // later finds only what is pending.
-func (l *Ledger) ToRestore() (entries []*Entry) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, e := range l.entries {
-		if e.unsettled() || e.returning() {
-			entries = append(entries, e)
-		}
-	}
-	return entries
+func (l *Ledger) ToRestore() []*Entry {
+	return l.those(func(e *Entry) bool { return e.unsettled() || e.returning() })
 }
 
 // returning reports whether an entry that a pause has released is being claimed.

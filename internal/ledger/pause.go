@@ -52,7 +52,7 @@ func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
 	e.state = Queued
 	l.cfg.Bounds.ahead.Add(1)
 	l.fresh.push(e)
-	l.sort(&l.fresh)
+	l.sort(l.fresh.entries)
 	return true
 }
 
@@ -71,7 +71,7 @@ func (l *Ledger) Withdraw() (queued []*Entry) {
 			queued = append(queued, e)
 		}
 	}
-	slices.SortFunc(queued, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
+	l.sort(queued)
 	for _, e := range queued {
 		l.leave(e)
 		e.state, e.unsure = Releasing, false
@@ -79,7 +79,6 @@ func (l *Ledger) Withdraw() (queued []*Entry) {
 	for _, e := range queued {
 		l.free(e)
 	}
-	l.unsure = false
 	return queued
 }
 
@@ -95,16 +94,11 @@ func (l *Ledger) WithdrawAgain(entries []*Entry) bool {
 	for _, e := range entries {
 		e.unsure = true
 	}
-	l.unsure = true
 	return true
 }
 
 // Unsure reports whether there are entries of WithdrawAgain.
-func (l *Ledger) Unsure() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.unsure
-}
+func (l *Ledger) Unsure() bool { return len(l.those(func(e *Entry) bool { return e.unsure })) > 0 }
 
 // Withdrawn ends a release of the entries by Withdraw. Released entries become candidates
 // that belong to owner, so that they precede after the pause what is read then; other
@@ -136,28 +130,20 @@ func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, releas
 		e.keyed = false
 	}
 	// More may have been read meanwhile, and what was with a slot comes after its successors.
-	l.sort(&l.claims, &l.keys.released, &l.fresh, &l.keys.queue)
+	l.sort(l.claims.entries, l.keys.released.entries, l.fresh.entries, l.keys.queue.entries)
 	return true
 }
 
-// sort puts queues in stream order.
-func (l *Ledger) sort(queues ...*queue) {
-	for _, q := range queues {
-		slices.SortFunc(q.entries, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
+// sort puts entries in stream order.
+func (l *Ledger) sort(lists ...[]*Entry) {
+	for _, list := range lists {
+		slices.SortFunc(list, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
 	}
 }
 
 // Withdrawals returns the candidates that Withdraw has taken back, in stream order.
-func (l *Ledger) Withdrawals() (withdrawn []*Entry) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, e := range l.entries {
-		if e.state == Candidate && e.withdrawn {
-			withdrawn = append(withdrawn, e)
-		}
-	}
-	slices.SortFunc(withdrawn, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) })
-	return withdrawn
+func (l *Ledger) Withdrawals() []*Entry {
+	return l.those(func(e *Entry) bool { return e.state == Candidate && e.withdrawn })
 }
 
 // WasWithdrawn reports whether the entry was read here, and released because of a pause.
@@ -179,7 +165,7 @@ func (l *Ledger) Reclaim() {
 			l.enqueue(e)
 		}
 	}
-	l.sort(&l.fresh, &l.keys.queue)
+	l.sort(l.fresh.entries, l.keys.queue.entries)
 }
 
 // Own is Reclaim for an entry that has just been taken.

@@ -2,7 +2,6 @@ package ledger
 
 import (
 	"cmp"
-	"slices"
 	"time"
 )
 
@@ -46,7 +45,7 @@ func (l *Ledger) Take(now time.Time, taken []*Entry) ([]*Entry, Effects) {
 	l.take(e)
 	if taken = append(taken, e); l.cfg.Batch > 1 && !e.single() && e != l.apart.alone && e != l.apart.suspect {
 		taken = l.fill(now, taken, claimed)
-		slices.SortFunc(taken, func(a, b *Entry) int { return l.cfg.Compare(a.ID, b.ID) }) // those freed by another of their key are later in the queue
+		l.sort(taken) // those freed by another of their key are later in the queue
 	}
 	if e.past {
 		e.spare = max(1, l.cfg.Batch) - (len(taken) - before)
