@@ -374,7 +374,7 @@ func (s *Subscription) Consumer() string { return s.stream.Consumer }
 func (s *Subscription) Retries() bool { return s.mode.retries() }
 
 // IsLost reports whether another consumer has the entry, or the entry is gone.
-func (s *Subscription) IsLost(t *Task) bool { return t.Lost() || s.ledger.IsGone(t.Entry) }
+func (s *Subscription) IsLost(t *Task) bool { return t.Lost() || t.Gone() }
 
 // Fields returns the log fields of an entry.
 func (s *Subscription) Fields(t *Task) watermill.LogFields {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/takeover"
 )
 
@@ -36,10 +37,10 @@ func (s *Subscription) MoveEnded() { s.markHealthy(dutyDeadLetter) }
 func (s *Subscription) MoveFailed(t *Task, tries int, err error) {
 	s.markFailed(dutyDeadLetter, err)
 	if s.IsClosing() {
-		if s.ledger.IsMoving(t.Entry) {
+		if t.Move() == ledger.MaybeMoved {
 			_ = s.settleMove(t)
 		}
-		if !s.ledger.IsMoved(t.Entry) {
+		if t.Move() != ledger.Moved {
 			s.GiveBack(t, t.Count())
 		}
 		return
@@ -55,7 +56,7 @@ func (s *Subscription) settleMove(t *Task) error {
 		return context.Canceled
 	}
 	err := s.try(func() error { return s.work.MoveAgain(t) })
-	if s.ledger.IsMoved(t.Entry) {
+	if t.Move() == ledger.Moved {
 		s.Drop(t)
 	}
 	return err

@@ -69,7 +69,7 @@ func (s *Subscription) acquire(t *Task) bool {
 		t.Next = t.Count() // the answer to the command that claimed it was lost: it has reached nobody
 	}
 	taken, err := s.keeper.Take(s.life.ctx, t.Entry)
-	withdrawn := claim && s.ledger.WasWithdrawn(t.Entry)
+	withdrawn := claim && t.Withdrawn
 	if withdrawn || t.slot != nil && t.slot.keys { // later it would come after its successors
 		for pause := (backoff{}); (unavailable(err) || withdrawn && xstream.GroupLost(err)) && pause.wait(s.life.closing); taken, err = s.keeper.Take(s.life.ctx, t.Entry) {
 			if xstream.GroupLost(err) { // it is to be restored
@@ -298,7 +298,7 @@ func (s *Subscription) releaseAll() {
 	give := unread(queued)
 	var moving []*ledger.Entry
 	for _, e := range retries {
-		if s.ledger.IsMoving(e) {
+		if e.Move() == ledger.MaybeMoved {
 			moving = append(moving, e)
 			continue
 		}
@@ -310,7 +310,7 @@ func (s *Subscription) releaseAll() {
 	answers := true
 	for _, e := range moving {
 		// After an error there is no time to try this with every entry.
-		if answers = answers && s.settleMove(&Task{Entry: e}) == nil; s.ledger.IsMoved(e) {
+		if answers = answers && s.settleMove(&Task{Entry: e}) == nil; e.Move() == ledger.Moved {
 			continue
 		}
 		e.Give = s.releaseCount(e, e.Next-1)

@@ -243,7 +243,7 @@ func (k *Keeper) restore(ctx context.Context) error {
 		if len(restored) > 0 {
 			k.wasActive(sent)
 		}
-		if ids := k.cfg.Ledger.ToAck(k.cfg.Ledger.Handled(restored), nil); len(ids) > 0 {
+		if ids := k.cfg.Ledger.ToAck(restored, nil); len(ids) > 0 {
 			if err := k.ack(ctx, ids); err != nil {
 				return err
 			}

@@ -90,7 +90,7 @@ func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 		return k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, e.Next)
 	}
 	got, how, err := take()
-	if how == xstream.Settled && e.Owner != "" && k.cfg.Ledger.WasWithdrawn(e) { // by others, or the group was recreated
+	if how == xstream.Settled && e.Owner != "" && e.Withdrawn { // by others, or the group was recreated
 		if _, err = k.checkGroup(ctx); err == nil || redisx.IsDenied(err) {
 			got, how, err = take() // a repair may have restored it meanwhile
 		}
@@ -130,7 +130,7 @@ func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]s
 // its marks. It is also looked up if the entry is not pending: a proxy may have
 // sent the command twice.
 func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure bool, marks, letter []string) (string, error) {
-	k.cfg.Ledger.Moving(e, true)
+	k.cfg.Ledger.Moving(e, ledger.MaybeMoved)
 	var look []string
 	if unsure {
 		look = marks
@@ -147,16 +147,16 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 	case err != nil && (!redisx.IsReply(err) || unsure):
 		return "", err
 	case err != nil:
-		k.cfg.Ledger.Moving(e, false)
+		k.cfg.Ledger.Moving(e, ledger.NotMoved)
 		return "", err
 	case how == xstream.Moved:
-		k.cfg.Ledger.Moved(e)
+		k.cfg.Ledger.Moving(e, ledger.Moved)
 		return "", nil
 	case how != xstream.Mine:
-		k.cfg.Ledger.Moving(e, false)
+		k.cfg.Ledger.Moving(e, ledger.NotMoved)
 		return "", k.refused(ctx, e, how)
 	}
-	k.cfg.Ledger.Moved(e)
+	k.cfg.Ledger.Moving(e, ledger.Moved)
 	return id, nil
 }
 
@@ -382,7 +382,7 @@ func (k *Keeper) Release(ctx context.Context, entries []*ledger.Entry) error {
 // putBack restores entries that are to be released. Some may have come after Close, and be in
 // no ledger.
 func (k *Keeper) putBack(ctx context.Context, entries []*ledger.Entry) error {
-	entries = slices.DeleteFunc(slices.Clone(entries), k.cfg.Ledger.IsGone)
+	entries = slices.DeleteFunc(slices.Clone(entries), (*ledger.Entry).Gone)
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
 		if _, err := k.cfg.Stream.Restore(ctx, counted(chunk, given)); err != nil {
 			return err
@@ -413,7 +413,7 @@ func (k *Keeper) Abandon(ctx context.Context, e *ledger.Entry, count int64) erro
 // those that it did not send because Redis is unavailable: each further command
 // would have to wait for it too.
 func (k *Keeper) assign(ctx context.Context, to string, entries []*ledger.Entry, done func(map[string]bool)) (left []*ledger.Entry, err error) {
-	entries = slices.DeleteFunc(slices.Clone(entries), k.cfg.Ledger.IsGone)
+	entries = slices.DeleteFunc(slices.Clone(entries), (*ledger.Entry).Gone)
 	slices.SortFunc(entries, func(a, b *ledger.Entry) int { return xstream.CompareIDs(a.ID, b.ID) })
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
 		assigned, failure := k.cfg.Stream.Assign(ctx, to, counted(chunk, given))

@@ -416,7 +416,7 @@ func TestRenew_TrimmedAndTaken(t *testing.T) {
 		require.EqualValues(t, 1, h.Lost.Load())
 	}
 	require.Equal(t, errLost, cause)
-	require.True(t, h.ledger.IsGone(entries[0]))
+	require.True(t, entries[0].Gone())
 	require.True(t, entries[1].Lost())
 	require.True(t, entries[2].Lost(), "4-1 is pending: 3-1 was acked by itself")
 	require.False(t, entries[3].Lost())
@@ -553,7 +553,7 @@ func TestRegroup_NotOurs(t *testing.T) {
 	}).Err())
 	require.NoError(t, h.Regroup(t.Context()))
 	require.Equal(t, []string{"2-1"}, h.pending())
-	require.True(t, h.ledger.IsGone(entries[0]))
+	require.True(t, entries[0].Gone())
 	require.EqualValues(t, 1, h.Lost.Load())
 	require.False(t, entries[1].Lost())
 	require.True(t, entries[2].Lost())
@@ -712,7 +712,7 @@ func TestMove_Forgotten(t *testing.T) {
 				id, err = move(true)
 				require.NoError(t, err)
 				require.NotEmpty(t, id)
-				require.True(t, h.ledger.IsMoved(entries[0]))
+				require.True(t, entries[0].Move() == ledger.Moved)
 				require.Equal(t, want[1:], append([]string{}, h.pending()...))
 			})
 		}
@@ -726,7 +726,7 @@ func TestMove_ForgottenForLong(t *testing.T) {
 	h.publish("1-1")
 	e := h.read()[0]
 	h.wait(e)
-	h.ledger.Moving(e, true) // without an answer
+	h.ledger.Moving(e, ledger.MaybeMoved) // without an answer
 	require.NoError(t, h.client.XAck(t.Context(), h.stream.Key, "group", "1-1").Err())
 	h.ledger.Renewed(time.Now().Add(-2*time.Minute), e)
 	for range 2 {

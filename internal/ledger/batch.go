@@ -71,7 +71,7 @@ func (l *Ledger) most(e *Entry) int { return cmp.Or(e.most, l.cfg.Batch) }
 // that may have crashed its consumer: so one that did is alone after log2(Batch) crashes, and
 // the others of its first batch have long been handled.
 func (l *Ledger) share(e *Entry) int {
-	if e.innocent() {
+	if e.Released {
 		return l.cfg.Batch
 	}
 	return max(1, l.cfg.Batch>>min(max(e.Next-1, 0), 62))

@@ -139,7 +139,7 @@ func TestReclaim(t *testing.T) {
 	require.Empty(t, l.Renewals(start, 0))
 	l.Resume(start)
 	first := takeBatch(l)[0] // another consumer has recreated the group
-	require.True(t, l.WasWithdrawn(first))
+	require.True(t, first.Withdrawn)
 	l.Own(first)
 	l.Reclaim()
 	require.Empty(t, l.Withdrawals())

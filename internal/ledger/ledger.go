@@ -56,16 +56,18 @@ type Entry struct {
 	Owner string
 	Idle  time.Duration
 
-	Prepared any   // what was decoded for the sake of its key
-	Death    any   // the decision that it is dead, until it is moved
-	Broken   error // why its retries go to OnBroken, outside of the slots
-	Released bool  // released by its consumer, so it crashed nobody
-	Stuck    bool  // it died on a dead-letter stream, where it stays; logged already
-	Single   bool  // it shares no batch: its handler panicked
+	Prepared  any   // what was decoded for the sake of its key
+	Death     any   // the decision that it is dead, until it is moved
+	Broken    error // why its retries go to OnBroken, outside of the slots
+	Released  bool  // released by its consumer, and has crashed nobody
+	Withdrawn bool  // a candidate that was read here, and released because of a pause
+	Stuck     bool  // it died on a dead-letter stream, where it stays; logged already
+	Single    bool  // it shares no batch: its handler panicked
 
 	count  atomic.Int64
 	cancel atomic.Pointer[context.CancelCauseFunc]
 	lost   atomic.Bool
+	gone   atomic.Bool
 
 	// Guarded by the ledger.
 	state State
@@ -98,6 +100,9 @@ func (e *Entry) Detach() { e.cancel.Store(nil) }
 
 // Lost reports whether another consumer may have the entry.
 func (e *Entry) Lost() bool { return e.lost.Load() }
+
+// Gone reports whether the entry was found to be no longer in the stream.
+func (e *Entry) Gone() bool { return e.gone.Load() }
 
 // InHand reports whether a user's function has the entry.
 func (e *Entry) InHand() bool { return e.cancel.Load() != nil }
@@ -222,7 +227,7 @@ func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (fx Effects, ok bool
 	l.clock++
 	l.joined = l.clock
 	for _, e := range entries {
-		if old := l.entries[e.ID]; old != nil && !old.gone && !old.lost.Load() && old.state != Candidate {
+		if old := l.entries[e.ID]; old != nil && !old.Gone() && !old.lost.Load() && old.state != Candidate {
 			old.since = l.clock
 			l.touch(sent, old)
 			continue
@@ -240,7 +245,7 @@ func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 	defer l.mu.Unlock()
 	added := 0
 	for _, e := range candidates {
-		if old := l.entries[e.ID]; l.closed || old != nil && !old.gone {
+		if old := l.entries[e.ID]; l.closed || old != nil && !old.Gone() {
 			continue
 		}
 		added++
@@ -263,17 +268,14 @@ func (l *Ledger) candidate(e *Entry) {
 	switch {
 	case l.cfg.Keyed && e.Released:
 		l.keys.released.push(e)
-	case l.cfg.Last > 0 && !e.innocent() && e.Next >= l.cfg.Last:
+	case l.cfg.Last > 0 && !e.Released && e.Next >= l.cfg.Last:
 		l.lonely.push(e)
-	case l.cfg.Suspect > 0 && !e.innocent() && e.Next >= l.cfg.Suspect:
+	case l.cfg.Suspect > 0 && !e.Released && e.Next >= l.cfg.Suspect:
 		l.suspects.push(e)
 	default:
 		l.claims.push(e)
 	}
 }
-
-// innocent reports whether the entry has crashed no consumer.
-func (e *Entry) innocent() bool { return e.Released && !e.crashed }
 
 // Candidates returns how many entries wait to be claimed.
 func (l *Ledger) Candidates() int {
@@ -287,7 +289,7 @@ func (l *Ledger) Has(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.entries[id]
-	return e != nil && !e.gone
+	return e != nil && !e.Gone()
 }
 
 // Claimed notes that a candidate is now ours, or that a retry has its new count, by
@@ -337,7 +339,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	if l.closed {
 		return nil, false
 	}
-	if e.Detach(); e.lost.Load() || e.gone {
+	if e.Detach(); e.lost.Load() || e.Gone() {
 		l.remove(now, e)
 		return nil, true
 	}

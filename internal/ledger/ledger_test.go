@@ -445,11 +445,11 @@ func TestGone_Moving(t *testing.T) {
 	l := newLedger(1)
 	l.Add(start, start, read("1"))
 	_, e := take(l, start)
-	l.Moving(e, true)
+	l.Moving(e, MaybeMoved)
 	l.Retry(start, e, at(1), true)
 	require.Zero(t, l.Gone(start, e))
 	require.Equal(t, Waiting, e.state)
-	l.Moving(e, false)
+	l.Moving(e, NotMoved)
 	require.Equal(t, 1, l.Gone(start, e))
 	require.Equal(t, None, e.state)
 }
@@ -584,25 +584,25 @@ func TestUnclaimed(t *testing.T) {
 	const lease = 3 * time.Second
 	for _, test := range []struct {
 		name    string
-		moving  bool
+		move    Move
 		looks   []float64 // seconds after it was read
 		expired bool
 	}{
-		{"Looked", true, []float64{1, 4, 7}, false},
-		{"LookedAtTheEnd", true, []float64{3, 6, 9}, false},
-		{"LookedTooLate", true, []float64{4, 5, 6, 7}, true},
-		{"LookedOnce", true, []float64{1}, true},
-		{"NotMoving", false, []float64{1, 4, 7}, true},
+		{"Looked", MaybeMoved, []float64{1, 4, 7}, false},
+		{"LookedAtTheEnd", MaybeMoved, []float64{3, 6, 9}, false},
+		{"LookedTooLate", MaybeMoved, []float64{4, 5, 6, 7}, true},
+		{"LookedOnce", MaybeMoved, []float64{1}, true},
+		{"NotMoving", NotMoved, []float64{1, 4, 7}, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l := newLedger(4)
 			l.Add(at(0), at(0), read("1"))
 			e := l.entries["1"]
-			l.Moving(e, test.moving)
+			l.Moving(e, test.move)
 			for _, look := range test.looks {
 				l.Unclaimed(at(look), e, lease)
 			}
-			l.Moving(e, false)
+			l.Moving(e, NotMoved)
 			require.Equal(t, test.expired, l.Missing(at(9), e, lease, nil).Expired)
 		})
 	}
@@ -732,7 +732,7 @@ func TestOwns(t *testing.T) {
 	require.Equal(t, int64(5), l.Pending())
 	l.Gone(start, l.entries["gone"])
 	l.Lose(start, l.entries["lost"])
-	l.Moving(l.entries["moving"], true)
+	l.Moving(l.entries["moving"], MaybeMoved)
 	for id, owns := range map[string]bool{"running": true, "gone": false, "waits": true, "moving": true, "theirs": false, "unknown": false} {
 		require.Equal(t, owns, l.Owns(id), id)
 	}

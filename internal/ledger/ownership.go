@@ -9,18 +9,14 @@ import (
 
 // ownership is what is known of an entry's place in Redis, and since when.
 type ownership struct {
-	gone      bool      // no longer in the stream
-	orphan    bool      // was found pending for us, and may be acked by now, unless it was renewed since
-	moving    bool      // a move to the dead-letter stream was sent, and may have happened
-	moved     bool      // it was moved
-	handled   bool      // it was acked here, whatever has become of the ack
-	withdrawn bool      // a candidate that was read here, and released because of a pause
-	unsure    bool      // its release at a pause had no answer: see WithdrawAgain
-	crashed   bool      // it may have crashed its consumer before it was released
-	renewed   time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
-	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
-	since     uint64    // when it became ours, by the ledger's clock
-	sure      uint64    // when it was last known to be ours, by the ledger's clock
+	orphan  bool // was found pending for us, and may be acked by now, unless it was renewed since
+	move    Move
+	handled bool      // it was acked here, whatever has become of the ack
+	unsure  bool      // its release at a pause had no answer: see WithdrawAgain
+	renewed time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
+	putBack time.Time // when it was restored, if it was not pending since it was last taken; zero: never
+	since   uint64    // when it became ours, by the ledger's clock
+	sure    uint64    // when it was last known to be ours, by the ledger's clock
 }
 
 // those returns the entries with a property, in stream order.
@@ -46,7 +42,7 @@ func (l *Ledger) Owns(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e := l.entries[id]
-	return e != nil && !e.gone && e.Owner == ""
+	return e != nil && !e.Gone() && e.Owner == ""
 }
 
 // Pending returns how many entries must be pending for us.
@@ -54,7 +50,7 @@ func (l *Ledger) Pending() (n int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.entries {
-		if e.ours() && e.state != Acked && !e.moving {
+		if e.ours() && e.state != Acked && e.move == NotMoved {
 			n++
 		}
 	}
@@ -69,12 +65,12 @@ func (e *Entry) ours() bool { return e.here() && e.state != Releasing }
 
 // here reports the same of an entry that may be on its way to somebody else.
 func (e *Entry) here() bool {
-	return e.Owner == "" && e.state != None && !e.lost.Load() && !e.gone && !e.moved
+	return e.Owner == "" && e.state != None && !e.lost.Load() && !e.Gone() && e.move != Moved
 }
 
 // unsettled reports whether no command was sent that settles the entry.
 func (e *Entry) unsettled() bool {
-	return e.here() && e.state != Acked && !e.moving && (!e.orphan || e.sure > e.since)
+	return e.here() && e.state != Acked && e.move == NotMoved && (!e.orphan || e.sure > e.since)
 }
 
 // Owned reports whether the entry must be pending for us: no command was sent that
@@ -94,7 +90,7 @@ func (l *Ledger) ToRestore() []*Entry {
 
 // returning reports whether an entry that a pause has released is being claimed.
 func (e *Entry) returning() bool {
-	return e.withdrawn && e.Owner != "" && (e.state == Running || e.state == Keying) && !e.gone && !e.lost.Load()
+	return e.Withdrawn && e.Owner != "" && (e.state == Running || e.state == Keying) && !e.Gone() && !e.lost.Load()
 }
 
 // RestoreCount returns the count to restore an entry with: that of a claim under way is what
@@ -108,46 +104,26 @@ func (l *Ledger) RestoreCount(e *Entry) int64 {
 	return e.Count()
 }
 
-// Moving notes whether the entry may have been moved to the dead-letter stream;
-// Moved notes that it was: it is no longer pending, though still in hand.
-func (l *Ledger) Moving(e *Entry, moving bool) {
+// Move is what is known of an entry's move to the dead-letter stream.
+type Move uint8
+
+// What is known of a move.
+const (
+	NotMoved   Move = iota
+	MaybeMoved      // its command was sent, and had no answer yet
+	Moved           // no longer pending, though still in hand
+)
+
+// Moving notes what is known of the entry's move. Only the goroutine that is processing the
+// entry calls it.
+func (l *Ledger) Moving(e *Entry, move Move) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.moving = moving
+	e.move = move
 }
 
-// Moved notes that the entry was moved to the dead-letter stream.
-func (l *Ledger) Moved(e *Entry) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e.moved = true
-}
-
-// IsMoving reports whether the entry may have been moved, and IsMoved whether it was.
-func (l *Ledger) IsMoving(e *Entry) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return e.moving && !e.moved
-}
-
-// IsMoved reports whether the entry was moved.
-func (l *Ledger) IsMoved(e *Entry) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return e.moved
-}
-
-// Handled returns those of the entries that were acked here, or moved.
-func (l *Ledger) Handled(entries []*Entry) (handled []*Entry) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, e := range entries {
-		if e.handled || e.moved {
-			handled = append(handled, e)
-		}
-	}
-	return handled
-}
+// Move returns what Moving noted, to the same goroutine.
+func (e *Entry) Move() Move { return e.move }
 
 // Renewed notes that the entries are ours, by a command sent at that time.
 func (l *Ledger) Renewed(sent time.Time, entries ...*Entry) {
@@ -180,7 +156,7 @@ func (l *Ledger) Restored(sent time.Time, entries ...*Entry) {
 func (l *Ledger) Unclaimed(now time.Time, e *Entry, lease time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e.moving && now.Sub(e.renewed) <= lease {
+	if e.move != NotMoved && now.Sub(e.renewed) <= lease {
 		e.renewed = now
 	}
 }
@@ -248,11 +224,11 @@ func (l *Ledger) Gone(now time.Time, entries ...*Entry) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range entries {
-		if e.moving {
+		if e.move != NotMoved {
 			continue // the next attempt to move it finds out
 		}
-		if !e.gone {
-			e.gone = true
+		if !e.Gone() {
+			e.gone.Store(true)
 			n++
 		}
 		if e.state == Waiting || e.state == Queued && e.Fields == nil {
@@ -260,13 +236,6 @@ func (l *Ledger) Gone(now time.Time, entries ...*Entry) (n int) {
 		}
 	}
 	return n
-}
-
-// IsGone reports whether the entry was found to be no longer in the stream.
-func (l *Ledger) IsGone(e *Entry) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return e.gone
 }
 
 // CancelAll cancels the contexts of all delivered messages.
@@ -286,7 +255,7 @@ func (l *Ledger) Counts() (ours, wait int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.entries {
-		if e.Owner == "" && !e.lost.Load() && !e.gone {
+		if e.Owner == "" && !e.lost.Load() && !e.Gone() {
 			ours++
 		}
 	}
@@ -300,14 +269,14 @@ func (l *Ledger) Acks(n int) []*Entry {
 	return l.acks[:min(len(l.acks), n)]
 }
 
-// ToAck appends the IDs of the entries that are in the stream, as far as known: the
-// ID of any other may belong to another entry now. (A pointer in an interface needs
-// no allocation.)
+// ToAck appends the IDs of those that were acked here, or moved, and that are in the stream,
+// as far as known: the ID of any other may belong to another entry now. (A pointer in an
+// interface needs no allocation.)
 func (l *Ledger) ToAck(entries []*Entry, ids []any) []any {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range entries {
-		if !e.gone {
+		if !e.Gone() && (e.handled || e.move == Moved) {
 			ids = append(ids, &e.ID)
 		}
 	}

@@ -43,7 +43,7 @@ func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
 	if l.over {
 		return false
 	}
-	if e.Detach(); e.lost.Load() || e.gone {
+	if e.Detach(); e.lost.Load() || e.Gone() {
 		l.remove(now, e)
 		return true
 	}
@@ -112,18 +112,16 @@ func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, releas
 	}
 	for _, e := range entries {
 		switch {
-		case e.lost.Load() || e.gone || l.entries[e.ID] != e:
+		case e.lost.Load() || e.Gone() || l.entries[e.ID] != e:
 			l.remove(now, e)
 			continue
 		case released:
-			if e.crashed = e.Count() > 1 && !e.innocent(); l.cfg.Keyed || l.inOrder() {
-				e.crashed = false // the order comes first
-			}
-			e.Fields, e.Prepared, e.Owner, e.Idle, e.Released = nil, nil, owner, 0, true
+			e.Fields, e.Prepared, e.Owner, e.Idle = nil, nil, owner, 0
+			e.Released = e.Released || e.Count() <= 1 || l.cfg.Keyed || l.inOrder() // the order comes before its crashes
 			e.orphan, e.again = false, nil
 			count := max(e.Count()-1, 0)
 			l.candidate(e.SetCount(count, count+1))
-			e.withdrawn = true
+			e.Withdrawn = true
 		default:
 			l.enqueue(e)
 		}
@@ -143,14 +141,7 @@ func (l *Ledger) sort(lists ...[]*Entry) {
 
 // Withdrawals returns the candidates that Withdraw has taken back, in stream order.
 func (l *Ledger) Withdrawals() []*Entry {
-	return l.those(func(e *Entry) bool { return e.state == Candidate && e.withdrawn })
-}
-
-// WasWithdrawn reports whether the entry was read here, and released because of a pause.
-func (l *Ledger) WasWithdrawn(e *Entry) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return e.withdrawn
+	return l.those(func(e *Entry) bool { return e.state == Candidate && e.Withdrawn })
 }
 
 // Reclaim makes withdrawn entries ours again, to be restored in a group that was lost:
@@ -159,7 +150,7 @@ func (l *Ledger) Reclaim() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, e := range l.entries {
-		if e.state == Candidate && e.withdrawn {
+		if e.state == Candidate && e.Withdrawn {
 			l.leave(e)
 			l.own(e)
 			l.enqueue(e)
@@ -177,7 +168,7 @@ func (l *Ledger) Own(e *Entry) {
 
 // own makes a withdrawn entry ours, with an unchanged count.
 func (l *Ledger) own(e *Entry) {
-	e.Owner, e.Released, e.withdrawn = "", false, false
+	e.Owner, e.Released, e.Withdrawn = "", false, false
 	l.clock++
 	e.since, e.sure = l.clock, l.clock
 	e.SetCount(e.Next, e.Next)

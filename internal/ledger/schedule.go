@@ -114,7 +114,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 	}
 	fresh := l.ripe(now)
 	if l.inOrder() {
-		if c := l.claim(); fresh != nil && c != nil && c.withdrawn && l.cfg.Compare(fresh.ID, c.ID) < 0 {
+		if c := l.claim(); fresh != nil && c != nil && c.Withdrawn && l.cfg.Compare(fresh.ID, c.ID) < 0 {
 			return fresh // held back at a pause that ended before it was withdrawn
 		}
 		return cmp.Or(l.pastWork(now), fresh)
