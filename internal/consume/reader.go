@@ -123,9 +123,6 @@ func own(fields []string) []string {
 	return clones
 }
 
-// Holds reports whether this subscription has the entry.
-func (r *reader) Holds(id string) bool { return r.s.ledger.Owns(id) }
-
 // Reading notes that reading works, or that there is nothing to read for.
 func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 

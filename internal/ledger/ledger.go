@@ -258,7 +258,7 @@ func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 		}
 		l.candidate(e)
 	}
-	l.more = more && added > 0 // otherwise they would be requested forever
+	l.more = l.more || more && added > 0 // otherwise they would be requested forever
 	return l.effects(now)
 }
 

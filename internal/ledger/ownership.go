@@ -37,14 +37,6 @@ func (l *Ledger) Renewals(now time.Time, age time.Duration) []*Entry {
 	return l.those(func(e *Entry) bool { return e.ours() && now.Sub(e.renewed) >= age })
 }
 
-// Owns reports whether an entry with this ID is ours.
-func (l *Ledger) Owns(id string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.entries[id]
-	return e != nil && !e.Gone() && e.Owner == ""
-}
-
 // Pending returns how many entries must be pending for us.
 func (l *Ledger) Pending() (n int64) {
 	l.mu.Lock()

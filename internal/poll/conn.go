@@ -340,12 +340,11 @@ func (c *conn) wakeBroken() {
 // unheld returns the rows that the member does not have.
 func (s *Seat) unheld(rows []xstream.Pending) []xstream.Pending {
 	s.p.mu.Lock()
+	defer s.p.mu.Unlock()
 	maps.DeleteFunc(s.disowned, func(id string, _ bool) bool {
 		return !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id })
 	})
-	rows = slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.disowned[r.ID] })
-	s.p.mu.Unlock()
-	return slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.member.Holds(r.ID) })
+	return slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.disowned[r.ID] })
 }
 
 // read reads the parts with one command, and distributes the entries.

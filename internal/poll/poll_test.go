@@ -45,17 +45,13 @@ func (m *member) Take(b Batch) {
 	}
 }
 
-func (m *member) Holds(id string) bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return slices.Contains(m.got, id)
-}
-
 func (m *member) Orphans(rows []xstream.Pending) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, r := range rows {
-		m.orphans = append(m.orphans, r.ID)
+		if !slices.Contains(m.got, r.ID) {
+			m.orphans = append(m.orphans, r.ID)
+		}
 	}
 }
 

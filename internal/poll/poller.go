@@ -59,8 +59,6 @@ type Member interface {
 	Room() int
 	// Take takes entries that were read for it.
 	Take(Batch)
-	// Holds reports whether it has the entry.
-	Holds(id string) bool
 	// Orphans takes entries that are pending for its consumer but that it does not have:
 	// the answer to the command that read or claimed them was lost.
 	Orphans([]xstream.Pending)
