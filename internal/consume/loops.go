@@ -78,20 +78,20 @@ func (s *Subscription) apply(fx ledger.Effects) {
 		poke(s.loops.look)
 	}
 	if !fx.Timer.IsZero() {
-		s.loops.arm(fx.Timer, func() { s.apply(s.ledger.Fired(time.Now())) })
+		s.arm(fx.Timer)
 	}
 }
 
 // update carries out what is due now.
 func (s *Subscription) update() { s.apply(s.ledger.Effects(time.Now())) }
 
-// arm schedules run for that time. An earlier time that is already set remains:
-// concurrent callers may arrive in either order. One who arrives late can replace a
-// later time, so run must arm the timer again.
-func (l *loops) arm(at time.Time, run func()) {
+// arm has update called at that time. An earlier time that is already set remains: update arms
+// the timer again. (Concurrent callers may arrive in either order.)
+func (s *Subscription) arm(at time.Time) {
+	l := &s.loops
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.at.IsZero() && l.at.Before(at) {
+	if !l.at.IsZero() && !at.Before(l.at) {
 		return
 	}
 	l.at = at
@@ -103,7 +103,7 @@ func (l *loops) arm(at time.Time, run func()) {
 		l.mu.Lock()
 		l.at = time.Time{}
 		l.mu.Unlock()
-		run()
+		s.update()
 	})
 }
 

@@ -37,7 +37,7 @@ func TestRoom_Keys(t *testing.T) {
 	require.Zero(t, l.Room(10))
 	require.Equal(t, at(0.1), l.nextTime(start))
 	require.False(t, l.Effects(at(0.09)).Room)
-	fx := l.Fired(at(0.1))
+	fx := l.Effects(at(0.1))
 	require.True(t, fx.Room, "slots are idle")
 	require.Equal(t, 13, l.Room(10))
 	readKeyed(l, at(0.1), "slow", 15, 17)
@@ -148,7 +148,7 @@ func TestRoom_KeysFewBehind(t *testing.T) {
 	readKeyed(l, start, "c", 5, 5)
 	require.Len(t, takeAllKeyed(l), 3)
 	require.Zero(t, l.Room(0))
-	fx := l.Fired(at(0.1))
+	fx := l.Effects(at(0.1))
 	require.True(t, fx.Room, "a slot is idle")
 	require.Equal(t, 1, l.Room(0))
 }
@@ -160,8 +160,8 @@ func TestRoom_KeysTimer(t *testing.T) {
 	readKeyed(l, start, "a", 1, 5)
 	take(l, start)
 	require.Zero(t, l.Room(0))
-	require.Equal(t, at(0.1), l.armed, "the timer is set, or nobody looks again")
-	require.True(t, l.Fired(at(0.1)).Room)
+	require.Equal(t, at(0.1), l.nextTime(start), "the timer is set, or nobody looks again")
+	require.True(t, l.Effects(at(0.1)).Room)
 }
 
 func takeAllKeyed(l *Ledger) (ids []string) {

@@ -127,7 +127,7 @@ type Effects struct {
 	Room    bool      // the reader, which found no room, should check again
 	Ack     bool      // there are acks to send
 	Look    bool      // the offered candidates are used up, and there were more
-	Timer   time.Time // when to call Fired; zero: no change
+	Timer   time.Time // when to call Effects; zero: at no time
 }
 
 // Config configures a Ledger.
@@ -181,7 +181,6 @@ type Ledger struct {
 	turn   int // counts the entries taken: see next
 	ahead  int // the read-ahead limit at the reader's last call of Room
 	parked bool
-	armed  time.Time
 	more   bool // there are more candidates than were offered
 	closed bool // no new entries are taken
 	over   bool // no entries are added
@@ -403,14 +402,6 @@ func (l *Ledger) Releasing(now time.Time, entries ...*Entry) {
 func (l *Ledger) Effects(now time.Time) Effects {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.effects(now)
-}
-
-// Fired returns what has to be done when the timer has fired: no other one is set.
-func (l *Ledger) Fired(now time.Time) Effects {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.armed = time.Time{}
 	return l.effects(now)
 }
 

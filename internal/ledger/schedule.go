@@ -229,13 +229,7 @@ func (l *Ledger) effects(now time.Time) (fx Effects) {
 		l.parked = false
 		fx.Room = true
 	}
-	if !now.Before(l.armed) {
-		l.armed = time.Time{}
-	}
-	if at := l.nextTime(now); !at.IsZero() && (l.armed.IsZero() || at.Before(l.armed)) {
-		l.armed = at
-		fx.Timer = at
-	}
+	fx.Timer = l.nextTime(now)
 	return fx
 }
 
