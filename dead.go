@@ -163,7 +163,7 @@ func (s *subscription) deadLetter(h *consume.Task) {
 		}
 		s.told(h, OutcomeRetried, s.retry.MaxInterval, d.cause(), nil)
 		h.Death, h.Stuck = nil, true
-		s.Aside(h, s.retry.MaxInterval)
+		s.Again(h, s.retry.MaxInterval)
 	default:
 		s.move(h, dead)
 	}
@@ -299,7 +299,7 @@ func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 	if !s.IsClosing() {
 		s.told(h, OutcomeRetried, delay, err, nil)
 	}
-	s.Aside(h, delay)
+	s.Again(h, delay)
 	return false
 }
 

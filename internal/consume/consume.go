@@ -39,7 +39,7 @@ const (
 )
 
 // Work processes entries. It must bring each entry to its outcome, by a method of
-// Subscription that ends it: Settle, Drop, Again, Snooze, Aside, GiveBack, Broken,
+// Subscription that ends it: Settle, Drop, Again, Snooze, GiveBack, Broken,
 // MoveFailed, NotOurs or Abandoned; or by a HandOver that returns false.
 type Work interface {
 	// Handle is called in a slot, with an entry that is ours and has its fields, or

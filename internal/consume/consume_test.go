@@ -140,7 +140,7 @@ func TestOutcomes(t *testing.T) {
 		{"Settle", func(t *Task) { s.Settle(t) }, 0},
 		{"Again", func(t *Task) { s.Again(t, time.Millisecond) }, 2},
 		{"Again, uncounted", func(t *Task) { t.Next = t.Count(); s.Again(t, time.Millisecond) }, 1},
-		{"Aside", func(t *Task) { s.Aside(t, time.Millisecond) }, 2},
+		{"Again, aside", func(t *Task) { t.Stuck = true; s.Again(t, time.Millisecond) }, 2},
 		{"GiveBack", func(t *Task) { s.GiveBack(t, t.Count()) }, 2},
 		{"GiveBack, uncounted", func(t *Task) { s.GiveBack(t, t.Count()-1) }, 1},
 		{"Broken", func(t *Task) { s.Broken(t, io.EOF) }, 0},
@@ -171,7 +171,7 @@ func TestOutcomes_Order(t *testing.T) {
 		t.Run(fmt.Sprint("aside ", aside), func(t *testing.T) {
 			s := newSetup(t, nil)
 			ids := s.addFirst(2)
-			s.start(func(t *Task) { s.schedule(t, aside, delay) })
+			s.start(func(t *Task) { t.Stuck = aside; s.Again(t, delay) })
 			order := []string{ids[0], ids[0], ids[1]}
 			if aside {
 				order[1], order[2] = ids[1], ids[0]

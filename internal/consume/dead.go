@@ -45,7 +45,7 @@ func (s *Subscription) MoveFailed(t *Task, tries int, err error) {
 		}
 		return
 	}
-	s.Aside(t, takeover.Jitter(min(minBackoff<<min(tries, 11), maxMovePause)))
+	s.Again(t, takeover.Jitter(min(minBackoff<<min(tries, 11), maxMovePause)))
 }
 
 // settleMove repeats a move without an answer when the subscription closes, and ends the
@@ -67,7 +67,7 @@ func (s *Subscription) settleMove(t *Task) error {
 func (s *Subscription) NotOurs(t *Task) {
 	s.MoveEnded()
 	if s.ledger.Owned(t.Entry) {
-		s.Aside(t, minBackoff)
+		s.Again(t, minBackoff)
 		return
 	}
 	s.Drop(t)

@@ -195,7 +195,15 @@ func (s *Subscription) SettleAll(tasks []*Task) {
 func (s *Subscription) Drop(t *Task) { s.ledger.Remove(time.Now(), t.Entry) }
 
 // Again schedules the entry's redelivery after the delay.
-func (s *Subscription) Again(t *Task, delay time.Duration) { s.schedule(t, false, delay) }
+func (s *Subscription) Again(t *Task, delay time.Duration) {
+	if !s.IsClosing() {
+		s.mode.postponed(t)
+		if s.retry(t, delay) {
+			return
+		}
+	}
+	s.GiveBack(t, t.Next-1)
+}
 
 // Snooze schedules the entry's redelivery after the delay with an unchanged count:
 // this delivery does not count. The count in Redis is lowered at once, so that a
@@ -210,23 +218,10 @@ func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 	s.Again(t, delay)
 }
 
-// Aside is like Again, but successors do not wait for the entry.
-func (s *Subscription) Aside(t *Task, delay time.Duration) { s.schedule(t, true, delay) }
-
-func (s *Subscription) schedule(t *Task, aside bool, delay time.Duration) {
-	if !s.IsClosing() {
-		s.mode.postponed(t)
-		if s.retry(t, aside, delay) {
-			return
-		}
-	}
-	s.GiveBack(t, t.Next-1)
-}
-
 // retry returns false if Close came first.
-func (s *Subscription) retry(t *Task, aside bool, delay time.Duration) (ok bool) {
+func (s *Subscription) retry(t *Task, delay time.Duration) (ok bool) {
 	now := time.Now()
-	dropped, ok := s.ledger.Retry(now, t.Entry, now.Add(delay), aside)
+	dropped, ok := s.ledger.Retry(now, t.Entry, now.Add(delay))
 	if dropped != nil {
 		s.gaveUp(dropped)
 	}
@@ -237,7 +232,7 @@ func (s *Subscription) retry(t *Task, aside bool, delay time.Duration) (ok bool)
 // order, so that a call that hangs blocks nothing.
 func (s *Subscription) Broken(t *Task, err error) {
 	t.Broken = err
-	if !s.retry(t, true, 0) {
+	if !s.retry(t, 0) {
 		s.GiveBack(t, t.Count()-1)
 	}
 }

@@ -81,7 +81,7 @@ func (h *holder) read() (taken []*ledger.Entry) {
 
 func (h *holder) wait(entries ...*ledger.Entry) {
 	for _, e := range entries {
-		h.ledger.Retry(time.Now(), e, time.Now().Add(time.Hour), false)
+		h.ledger.Retry(time.Now(), e, time.Now().Add(time.Hour))
 	}
 }
 

@@ -42,7 +42,7 @@ func TestBatch_PastIsSlow(t *testing.T) {
 			require.Len(t, batch, 10)
 			for _, e := range batch {
 				e.Single = true
-				l.Retry(start, e, start, false)
+				l.Retry(start, e, start)
 			}
 		},
 		"Claim": func(t *testing.T, l *Ledger) {

@@ -67,7 +67,7 @@ func TestRoom_KeysBehindARetry(t *testing.T) {
 	require.Positive(t, l.Room(10))
 	readKeyed(l, start, "bad", 1, 5)
 	_, bad := take(l, start)
-	l.Retry(start, bad, at(3600), false)
+	l.Retry(start, bad, at(3600))
 	require.Equal(t, 4, l.keys.thin)
 	told := 0
 	for n := 6; l.Room(10) > 0; n += 10 {
@@ -230,7 +230,7 @@ func TestTake_CrowdedClaims(t *testing.T) {
 	l := newKeyed(2)
 	readKeyed(l, start, "a", 1, 1)
 	_, bad := take(l, start)
-	l.Retry(start, bad, at(3600), false)
+	l.Retry(start, bad, at(3600))
 	n := 0
 	for i := range maxWaiting {
 		l.Offer(start, []*Entry{claim(strconv.Itoa(i+2), 2)}, false)
@@ -254,7 +254,7 @@ func TestReadmit_Keys(t *testing.T) {
 	l := newKeyed(4)
 	readKeyed(l, start, "a", 1, 1)
 	_, holder := take(l, start)
-	l.Retry(start, holder, at(10), false)
+	l.Retry(start, holder, at(10))
 	l.Offer(start, []*Entry{claim("6", 5)}, false)
 	id, lonely := take(l, start)
 	require.Equal(t, "6", id)
@@ -267,7 +267,7 @@ func TestReadmit_Keys(t *testing.T) {
 	id, _ = take(l, at(11))
 	require.Equal(t, "6", id)
 	require.Equal(t, lonely, l.apart.alone)
-	l.Retry(at(11), lonely, at(12), false) // Redis did not answer
+	l.Retry(at(11), lonely, at(12)) // Redis did not answer
 	check(t, l)
 	readKeyed(l, at(11), "b", 7, 7)
 	id, other := take(l, at(11))
@@ -280,7 +280,7 @@ func TestReadmit_Keys(t *testing.T) {
 	require.Equal(t, "6", id)
 	require.Equal(t, lonely, l.apart.alone)
 	l.Claimed(at(13), lonely)
-	l.Retry(at(13), lonely, at(14), false) // its handler failed
+	l.Retry(at(13), lonely, at(14)) // its handler failed
 	id, _ = take(l, at(14))
 	require.Equal(t, "6", id)
 	require.Nil(t, l.apart.alone, "a retry of ours")

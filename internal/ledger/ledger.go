@@ -329,10 +329,9 @@ func (l *Ledger) Acked(now time.Time, entries ...*Entry) (fx Effects) {
 }
 
 // Retry schedules the entry's redelivery. If the ledger is closed, it returns
-// false. With aside the entry does not block others if there is only one slot. If
-// too many entries wait, the one that is due last leaves the ledger, and is
-// returned.
-func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (dropped *Entry, ok bool) {
+// false. What is dead or broken, or Stuck, blocks no other entries meanwhile. If too many
+// entries wait, the one that is due last leaves the ledger, and is returned.
+func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
@@ -358,11 +357,12 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time, aside bool) (drop
 	if e.dead = e.Death != nil; e.dead {
 		l.use.dead++
 	}
-	if aside || e.dead || from == &l.recalls {
+	aside := e.dead || e.Stuck || from == &l.recalls
+	if aside {
 		l.free(e)
 	}
 	l.slimAll(e)
-	if l.inOrder() && !aside && from == &l.retries {
+	if l.inOrder() && !aside {
 		l.head = e
 	} else {
 		from.insert(e)

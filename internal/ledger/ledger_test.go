@@ -63,7 +63,7 @@ func take(l *Ledger, now time.Time) (id string, e *Entry) {
 // broken has OnBroken called with an entry.
 func broken(l *Ledger, now time.Time, e *Entry) (dropped *Entry, ok bool) {
 	e.Broken = errors.New("broken")
-	return l.Retry(now, e, now, true)
+	return l.Retry(now, e, now)
 }
 
 func takeAll(l *Ledger, now time.Time) (ids []string) {
@@ -94,7 +94,7 @@ func TestEvents(t *testing.T) {
 		Waiting: func(l *Ledger) *Entry {
 			l.Add(start, start, read("1"))
 			_, e := take(l, start)
-			l.Retry(start, e, at(10), false)
+			l.Retry(start, e, at(10))
 			return e
 		},
 		Acked: func(l *Ledger) *Entry {
@@ -168,24 +168,24 @@ func TestTake(t *testing.T) {
 		{"with one slot what waits holds up the others", 1, func(l *Ledger) {
 			l.Add(start, start, read("1", "2"))
 			_, e := take(l, start)
-			l.Retry(start, e, at(10), false)
+			l.Retry(start, e, at(10))
 		}, 9, nil},
 		{"until it is due", 1, func(l *Ledger) {
 			l.Add(start, start, read("1", "2"))
 			_, e := take(l, start)
-			l.Retry(start, e, at(10), false)
+			l.Retry(start, e, at(10))
 		}, 10, []string{"1"}},
 		{"or lost", 1, func(l *Ledger) {
 			l.Add(start, start, read("1", "2"))
 			_, e := take(l, start)
-			l.Retry(start, e, at(10), false)
+			l.Retry(start, e, at(10))
 			l.Lose(at(1), e)
 		}, 1, []string{"2"}},
 		{"but not what waits to be moved", 1, func(l *Ledger) {
 			l.Add(start, start, read("1", "2"))
 			_, e := take(l, start)
 			e.Death = "dead"
-			l.Retry(start, e, at(10), true)
+			l.Retry(start, e, at(10))
 		}, 1, []string{"2"}},
 		{"what was claimed is older than what was read", 1, func(l *Ledger) {
 			l.Add(start, start, read("5"))
@@ -269,7 +269,7 @@ func TestTake_StartsTheNextSlot(t *testing.T) {
 	l := newLedger(2)
 	l.Add(start, start, read("1"))
 	_, e := take(l, start)
-	l.Retry(start, e, at(1), false)
+	l.Retry(start, e, at(1))
 	require.Equal(t, 0, l.Effects(start).Slots)
 	l.use.slots = 0
 	fx, _ := l.Add(at(1), at(1), read("2"))
@@ -355,7 +355,7 @@ func TestTake_LonelyOrphan(t *testing.T) {
 	l := newLedger(2)
 	l.Offer(start, []*Entry{(&Entry{ID: "a"}).SetCount(5, 5)}, false)
 	_, a := take(l, start)
-	_, ok := l.Retry(start, a, at(1), false)
+	_, ok := l.Retry(start, a, at(1))
 	require.True(t, ok)
 	l.Add(at(0.5), at(0.5), read("1"))
 	_, other := take(l, at(0.5))
@@ -374,7 +374,7 @@ func TestTake_SuspectOrphan(t *testing.T) {
 	l := newLedger(2)
 	l.Offer(start, []*Entry{(&Entry{ID: "a"}).SetCount(3, 3)}, false)
 	_, a := take(l, start)
-	_, ok := l.Retry(start, a, at(1), false)
+	_, ok := l.Retry(start, a, at(1))
 	require.True(t, ok)
 	l.Offer(start, []*Entry{claim("b", 3)}, false)
 	_, b := take(l, start)
@@ -431,7 +431,7 @@ func TestRoom_Dead(t *testing.T) {
 		l.Add(start, start, read(fmt.Sprint(i)))
 		_, e := take(l, start)
 		e.Death = "dead"
-		dropped, ok := l.Retry(start, e, at(60), true)
+		dropped, ok := l.Retry(start, e, at(60))
 		require.True(t, ok)
 		require.Nil(t, dropped)
 	}
@@ -446,7 +446,7 @@ func TestGone_Moving(t *testing.T) {
 	l.Add(start, start, read("1"))
 	_, e := take(l, start)
 	l.Moving(e, MaybeMoved)
-	l.Retry(start, e, at(1), true)
+	l.Retry(start, e, at(1))
 	require.Zero(t, l.Gone(start, e))
 	require.Equal(t, Waiting, e.state)
 	l.Moving(e, NotMoved)
@@ -460,7 +460,7 @@ func TestClose(t *testing.T) {
 	l.Add(start, start, read("1", "2", "3", "4"))
 	take(l, start)
 	_, e := take(l, start)
-	l.Retry(start, e, at(60), false)
+	l.Retry(start, e, at(60))
 	l.Offer(start, []*Entry{claim("a", 2)}, false)
 	queued, retries := l.Close(at(1))
 	slices.SortFunc(queued, func(a, b *Entry) int { return int(a.ID[0]) - int(b.ID[0]) })
@@ -470,7 +470,7 @@ func TestClose(t *testing.T) {
 	require.Equal(t, "2", retries[0].ID)
 	id, _ := take(l, at(1))
 	require.Empty(t, id)
-	_, ok := l.Retry(at(1), l.entries["1"], at(2), false)
+	_, ok := l.Retry(at(1), l.entries["1"], at(2))
 	require.False(t, ok, "whoever has it gives it back")
 	require.Equal(t, 2, l.cfg.Bounds.Ahead()-0+2)
 }
@@ -507,7 +507,7 @@ func TestAttach(t *testing.T) {
 			l.Lose(start, e)
 			require.Equal(t, errLost, cause)
 		}
-		_, ok := l.Retry(start, e, at(1), false)
+		_, ok := l.Retry(start, e, at(1))
 		require.True(t, ok)
 		require.Equal(t, None, e.state, "it is another consumer's")
 	}
@@ -641,7 +641,7 @@ func TestTake_LonelyBehindAHead(t *testing.T) {
 	l.Add(start, start, read("1", "2", "3"))
 	_, head := take(l, start)
 	l.Offer(start, []*Entry{claim("a", 5)}, false)
-	l.Retry(start, head, at(3600), false)
+	l.Retry(start, head, at(3600))
 	l.Effects(at(1))
 	id, head := take(l, at(3600))
 	require.Equal(t, "1", id)
@@ -712,7 +712,7 @@ func TestAdd_LostBefore(t *testing.T) {
 	_, e := take(l, start)
 	require.NotSame(t, old, e)
 	require.False(t, e.Lost())
-	l.Retry(start, old, at(1), false)
+	l.Retry(start, old, at(1))
 	require.Same(t, e, l.entries["1"])
 	require.Empty(t, l.strays)
 	check(t, l)
@@ -1019,7 +1019,8 @@ func TestRandom(t *testing.T) {
 							l.Claimed(now, e)
 						}
 						aside[e] = aside[e] || r.IntN(3) == 0
-						dropped, ok := l.Retry(now, e, now.Add(time.Duration(r.IntN(9000))*time.Millisecond), aside[e])
+						e.Stuck = aside[e]
+						dropped, ok := l.Retry(now, e, now.Add(time.Duration(r.IntN(9000))*time.Millisecond))
 						require.Nil(t, dropped)
 						require.True(t, ok)
 						slotGoesOn(e)
@@ -1031,7 +1032,7 @@ func TestRandom(t *testing.T) {
 					}
 				case 8:
 					if e := pick(&calling); e != nil {
-						l.Retry(now, e, now.Add(time.Second), false)
+						l.Retry(now, e, now.Add(time.Second))
 						callerGoesOn()
 					}
 				case 9:
