@@ -160,13 +160,7 @@ func (s *Subscription) withdraw() {
 	if err != nil {
 		s.markFailed(dutyPause, err)
 	}
-	ok := false
-	if unavailable(err) {
-		ok = s.ledger.WithdrawAgain(entries)
-	} else {
-		ok = s.ledger.Withdrawn(time.Now(), entries, lease.Released, err == nil)
-	}
-	if !ok {
+	if !s.ledger.Withdrawn(time.Now(), entries, lease.Released, err == nil, unavailable(err)) {
 		s.release(entries)
 	}
 }

@@ -379,7 +379,7 @@ func TestTake_WithdrawnGroupRecreated(t *testing.T) {
 			h.ledger.Pause()
 			withdrawn := h.ledger.Withdraw()
 			require.NoError(t, h.Release(t.Context(), withdrawn))
-			require.True(t, h.ledger.Withdrawn(time.Now(), withdrawn, Released, true))
+			require.True(t, h.ledger.Withdrawn(time.Now(), withdrawn, Released, true, false))
 			require.Empty(t, h.pending())
 			h.ledger.Resume(time.Now())
 			taken, _ := h.ledger.Take(time.Now(), nil)

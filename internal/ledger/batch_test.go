@@ -88,7 +88,7 @@ func TestBatch_SingleStaysAlone(t *testing.T) {
 				require.True(t, l.HoldBack(start, e))
 			}
 			if withdrawn {
-				require.True(t, l.Withdrawn(start, l.Withdraw(), "released", true))
+				require.True(t, l.Withdrawn(start, l.Withdraw(), "released", true, false))
 			}
 			l.Resume(start)
 			for _, want := range [][]string{{"1", "2"}, {"3"}, {"4"}} {
@@ -116,7 +116,7 @@ func TestWithdrawn_Suspects(t *testing.T) {
 			for _, e := range batch {
 				require.True(t, l.HoldBack(start, e))
 			}
-			require.True(t, l.Withdrawn(start, l.Withdraw(), "released", true))
+			require.True(t, l.Withdrawn(start, l.Withdraw(), "released", true, false))
 			l.Resume(start.Add(time.Hour))
 		}
 	}
@@ -134,7 +134,7 @@ func TestReclaim(t *testing.T) {
 	l.Pause()
 	withdrawn := l.Withdraw()
 	require.Len(t, withdrawn, 5)
-	require.True(t, l.Withdrawn(start, withdrawn, "released", true))
+	require.True(t, l.Withdrawn(start, withdrawn, "released", true, false))
 	require.Equal(t, []string{"1", "2", "3", "4", "5"}, ids(l.Withdrawals()))
 	require.Empty(t, l.Renewals(start, 0))
 	l.Resume(start)

@@ -1068,7 +1068,7 @@ func TestRandom(t *testing.T) {
 					require.True(t, l.paused && l.cfg.Leased || len(withdrawn) == 0)
 					if len(withdrawn) > 0 {
 						check(t, l)
-						require.True(t, l.Withdrawn(now, withdrawn, "released", r.IntN(3) > 0))
+						require.True(t, l.Withdrawn(now, withdrawn, "released", r.IntN(3) > 0, false))
 					}
 				}
 				if l.paused {

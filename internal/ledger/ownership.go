@@ -12,7 +12,7 @@ type ownership struct {
 	orphan  bool // was found pending for us, and may be acked by now, unless it was renewed since
 	move    Move
 	handled bool      // it was acked here, whatever has become of the ack
-	unsure  bool      // its release at a pause had no answer: see WithdrawAgain
+	unsure  bool      // its release at a pause had no answer: see Withdrawn
 	renewed time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
 	putBack time.Time // when it was restored, if it was not pending since it was last taken; zero: never
 	since   uint64    // when it became ours, by the ledger's clock

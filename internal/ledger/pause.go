@@ -82,29 +82,15 @@ func (l *Ledger) Withdraw() (queued []*Entry) {
 	return queued
 }
 
-// WithdrawAgain notes that a release by Withdraw had no answer, so that the entries may be
-// somebody else's: they are neither renewed nor delivered, and Withdraw returns them again.
-// After Close it does nothing, and returns false: they are late.
-func (l *Ledger) WithdrawAgain(entries []*Entry) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.over {
-		return false
-	}
-	for _, e := range entries {
-		e.unsure = true
-	}
-	return true
-}
-
-// Unsure reports whether there are entries of WithdrawAgain.
+// Unsure reports whether a release by Withdraw had no answer: see Withdrawn.
 func (l *Ledger) Unsure() bool { return len(l.those(func(e *Entry) bool { return e.unsure })) > 0 }
 
 // Withdrawn ends a release of the entries by Withdraw. Released entries become candidates
 // that belong to owner, so that they precede after the pause what is read then; other
-// consumers may take them first. If the release has failed, they are queued again. After
-// Close it does nothing, and returns false: they are late.
-func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, released bool) bool {
+// consumers may take them first. If the release has failed, they are queued again. If it had
+// no answer, they may be somebody else's: they are neither renewed nor delivered, and Withdraw
+// returns them again. After Close it does nothing, and returns false: they are late.
+func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, released, unsure bool) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.over {
@@ -114,6 +100,9 @@ func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, releas
 		switch {
 		case e.lost.Load() || e.Gone() || l.entries[e.ID] != e:
 			l.remove(now, e)
+			continue
+		case unsure:
+			e.unsure = true
 			continue
 		case released:
 			e.Fields, e.Prepared, e.Owner, e.Idle = nil, nil, owner, 0

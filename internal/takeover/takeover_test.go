@@ -307,7 +307,7 @@ func TestSweep_GroupLostInAPause(t *testing.T) {
 	withdrawn := s.ledger.Withdraw()
 	require.Len(t, withdrawn, 3)
 	require.NoError(t, keeper.Release(ctx, withdrawn))
-	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true))
+	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true, false))
 	require.NoError(t, keeper.CheckReleased(ctx, s.ledger.Withdrawals(), false))
 	require.Len(t, s.ledger.Withdrawals(), 3, "they are as they should be")
 
@@ -323,7 +323,7 @@ func TestSweep_GroupLostInAPause(t *testing.T) {
 	require.Len(t, rows, 3, "lost")
 	// Now the group knows us: what is not pending was settled.
 	require.Eventually(t, func() bool { return len(s.ledger.Withdraw()) == 3 }, 10*time.Second, time.Millisecond)
-	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true))
+	require.True(t, s.ledger.Withdrawn(time.Now(), withdrawn, lease.Released, true, false))
 	require.NoError(t, s.client.XAck(ctx, s.stream.Key, "group", rows[0].ID, rows[1].ID, rows[2].ID).Err())
 	require.NoError(t, keeper.CheckReleased(ctx, s.ledger.Withdrawals(), false))
 	require.Empty(t, s.ledger.Withdrawals())
