@@ -301,17 +301,13 @@ func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.
 		if how != xstream.Settled {
 			continue
 		}
-		if !k.cfg.Ledger.Owned(e) {
-			k.cfg.Ledger.Unclaimed(now, e, k.cfg.MinIdle)
-			continue
-		}
 		m := k.cfg.Ledger.Missing(now, e, k.cfg.MinIdle, renewed)
-		if m.Taken {
+		if !m.Ours || m.Taken {
 			continue
 		}
 		missing = append(missing, e)
-		expired = expired || m.Expired
-		forgotten = forgotten || k.cfg.Timeout > 0 && k.cfg.Ledger.Missing(now, e, k.cfg.Timeout, nil).Expired
+		expired = expired || m.Age > k.cfg.MinIdle
+		forgotten = forgotten || k.cfg.Timeout > 0 && m.Age > k.cfg.Timeout
 		sure = sure || e.InHand() || m.ReadOn
 	}
 	switch {

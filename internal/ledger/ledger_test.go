@@ -535,13 +535,16 @@ func TestMissing(t *testing.T) {
 	l.Add(at(0), at(0), read("1", "1b"))
 	l.Add(at(1), at(1), read("2"))
 	one, sibling, two := l.entries["1"], l.entries["1b"], l.entries["2"]
-	missing := func(e *Entry, others ...*Entry) Missing { return l.Missing(at(10), e, time.Minute, others) }
+	missing := func(e *Entry, others ...*Entry) Missing {
+		m := l.Missing(at(10), e, time.Minute, others)
+		m.Ours, m.Age = false, 0
+		return m
+	}
 	require.Equal(t, Missing{}, missing(two))
 	require.Equal(t, Missing{ReadOn: true}, missing(one), "2 may be of another group, whether it is here still or not")
 	require.Equal(t, Missing{ReadOn: true}, missing(one, two))
 	require.Equal(t, Missing{ReadOn: true, Taken: true}, missing(one, sibling))
-	require.False(t, l.Missing(at(10), one, at(10).Sub(at(0)), nil).Expired)
-	require.True(t, l.Missing(at(10), one, at(9).Sub(at(0)), nil).Expired)
+	require.Equal(t, 10*time.Second, l.Missing(at(10), one, 0, nil).Age)
 	l.Renewed(at(2), one, two)
 	require.Equal(t, Missing{Taken: true}, missing(one, two))
 	l.Add(at(3), at(3), read("2")) // again, by another group
@@ -568,14 +571,19 @@ func TestMissing_OthersRestored(t *testing.T) {
 	l := newLedger(4)
 	l.Add(at(0), at(0), read("1", "2"))
 	one, two := l.entries["1"], l.entries["2"]
-	require.Equal(t, Missing{Taken: true}, l.Missing(at(1), one, time.Minute, []*Entry{two}))
+	missing := func(seconds float64) Missing {
+		m := l.Missing(at(seconds), one, time.Minute, []*Entry{two})
+		m.Ours, m.Age = false, 0
+		return m
+	}
+	require.Equal(t, Missing{Taken: true}, missing(1))
 	l.Restored(at(1))
-	require.Equal(t, Missing{Taken: true}, l.Missing(at(1), one, time.Minute, []*Entry{two}), "nothing was restored")
+	require.Equal(t, Missing{Taken: true}, missing(1), "nothing was restored")
 	l.Restored(at(1), two)
-	require.Equal(t, Missing{ReadOn: true}, l.Missing(at(2), one, time.Minute, []*Entry{two}))
-	require.False(t, l.Missing(at(2), two, at(2).Sub(at(1)), nil).Expired, "restoring renews")
+	require.Equal(t, Missing{ReadOn: true}, missing(2))
+	require.Equal(t, time.Second, l.Missing(at(2), two, 0, nil).Age, "restoring renews")
 	l.Renewed(at(3), one, two)
-	require.Equal(t, Missing{Taken: true}, l.Missing(at(4), one, time.Minute, []*Entry{two}))
+	require.Equal(t, Missing{Taken: true}, missing(4))
 }
 
 // What may have been moved, and was found not pending while its lease was good, is nobody
@@ -600,10 +608,10 @@ func TestUnclaimed(t *testing.T) {
 			e := l.entries["1"]
 			l.Moving(e, test.move)
 			for _, look := range test.looks {
-				l.Unclaimed(at(look), e, lease)
+				l.Missing(at(look), e, lease, nil)
 			}
 			l.Moving(e, NotMoved)
-			require.Equal(t, test.expired, l.Missing(at(9), e, lease, nil).Expired)
+			require.Equal(t, test.expired, l.Missing(at(9), e, 0, nil).Age > lease)
 		})
 	}
 }

@@ -70,8 +70,10 @@ func (e *Entry) unsettled() bool {
 func (l *Ledger) Owned(e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return e.unsettled() && e.state != Releasing
+	return e.owned()
 }
+
+func (e *Entry) owned() bool { return e.unsettled() && e.state != Releasing }
 
 // ToRestore returns what must be pending again after the group was lost: what is ours, and
 // what is on its way, since a release, or the claim of what a pause has released, that comes
@@ -142,22 +144,12 @@ func (l *Ledger) Restored(sent time.Time, entries ...*Entry) {
 	}
 }
 
-// Unclaimed notes that an entry which may have been moved is not pending. If its lease
-// is still good, nobody can have claimed it, and from now on nobody can: should it turn
-// out that it was not moved, its lease has not expired.
-func (l *Ledger) Unclaimed(now time.Time, e *Entry, lease time.Duration) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if e.move != NotMoved && now.Sub(e.renewed) <= lease {
-		e.renewed = now
-	}
-}
-
 // Missing describes an entry that is no longer pending.
 type Missing struct {
-	Taken   bool // another consumer took or settled it: other entries are still pending that were ours when it was last known to be
-	Expired bool // its lease may have expired
-	ReadOn  bool // something became ours since, perhaps from a new group with the same name; false if the entry was restored recently
+	Ours   bool          // it should be pending for us: see Owned
+	Taken  bool          // another consumer took or settled it: other entries are still pending that were ours when it was last known to be
+	Age    time.Duration // of its last renewal: its lease may have expired
+	ReadOn bool          // something became ours since, perhaps from a new group with the same name; false if the entry was restored recently
 }
 
 // ackedByHand is how long an entry that was restored because of ReadOn is not
@@ -166,18 +158,18 @@ type Missing struct {
 // twice.
 const ackedByHand = 10 * time.Minute
 
-// Missing compares such an entry with those that are still pending. lease is the
-// duration of its lease.
+// Missing compares such an entry with those that are still pending. If it may have been
+// moved, and its lease is still good, nobody can have claimed it, and from now on nobody can:
+// should it turn out that it was not moved, its lease has not expired.
 func (l *Ledger) Missing(now time.Time, missing *Entry, lease time.Duration, others []*Entry) (m Missing) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, e := range others {
-		if e != missing && e.since <= missing.sure {
-			m.Taken = true
-		}
+	m.Ours, m.Age = missing.owned(), now.Sub(missing.renewed)
+	if missing.move != NotMoved && m.Age <= lease {
+		missing.renewed = now
 	}
+	m.Taken = slices.ContainsFunc(others, func(e *Entry) bool { return e != missing && e.since <= missing.sure })
 	m.ReadOn = l.joined > missing.sure && (missing.putBack.IsZero() || now.Sub(missing.putBack) > ackedByHand)
-	m.Expired = now.Sub(missing.renewed) > lease
 	return m
 }
 
