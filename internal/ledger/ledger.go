@@ -345,7 +345,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 	switch {
 	case e.Broken != nil && e.Death == nil:
 		from = &l.recalls
-	case l.cfg.Batch > 1 && (e.single() || e.returns()):
+	case l.cfg.Batch > 1 && (e.single() || e.again != nil):
 		from = &l.singles
 	}
 	e.most = 0

@@ -766,7 +766,7 @@ func check(t *testing.T, l *Ledger) {
 		q      *queue
 		states []State
 	}{
-		{"fresh", &l.fresh, []State{Queued}}, {"unkeyed", &l.keys.queue, []State{Queued}}, {"claims", &l.claims, []State{Candidate}}, {"released", &l.keys.released, []State{Candidate}},
+		{"fresh", &l.fresh, []State{Queued}}, {"unkeyed", &l.keys.queue, []State{Queued}}, {"claims", &l.claims, []State{Candidate, Queued}}, {"released", &l.keys.released, []State{Candidate}},
 		{"suspects", &l.suspects, []State{Candidate, Queued}}, {"lonely", &l.lonely, []State{Candidate, Queued}},
 	} {
 		place(q.name, q.q.entries...)

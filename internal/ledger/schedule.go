@@ -12,7 +12,7 @@ import (
 type taking struct {
 	past  bool   // as a retry or a candidate, not as a fresh entry
 	spare int    // places in its slot that past work leaves unused, counted as used
-	again *queue // from this queue of suspects, until it has its fields again
+	again *queue // from this queue of candidates, until it has its fields again
 }
 
 // quiet is how long there must be no other work here until an entry may run alone
@@ -57,7 +57,7 @@ func (l *Ledger) Take(now time.Time, taken []*Entry) ([]*Entry, Effects) {
 // take moves an entry into a slot.
 func (l *Ledger) take(e *Entry) {
 	past := e.state != Queued
-	if e.again = nil; !past && e.Fields == nil && e.in != &l.fresh { // it had waited for its key
+	if e.again = nil; e.state != Waiting && e.Owner == "" && e.Fields == nil && e.in != &l.fresh { // an orphan, or it had waited for its key
 		e.again = e.in
 	}
 	l.leave(e)
@@ -128,25 +128,18 @@ func (l *Ledger) next(now time.Time) *Entry {
 	return cmp.Or(l.pastWork(now), fresh)
 }
 
-// readmit lets suspects wait for their turn again that could not be claimed, or fetched
-// again, because Redis did not answer: as retries they would share it with others.
+// readmit lets candidates of ours wait for their turn again that could not be fetched because
+// Redis did not answer: as retries they would share it with others.
 func (l *Ledger) readmit(now time.Time) {
-	for _, w := range []*queue{&l.retries, &l.singles} {
-		for e := w.first(now); e != nil && e.returns(); e = w.first(now) {
-			again := e.again
-			if l.leave(e); e.orphan && !e.readHere() {
-				l.candidate(e)
-				continue
-			}
-			e.state, e.again = Queued, nil
+	for _, q := range []*queue{&l.retries, &l.singles} {
+		for e := q.first(now); e != nil && e.again != nil; e = q.first(now) {
+			l.leave(e)
+			e.state = Queued
 			l.cfg.Bounds.ahead.Add(1)
-			again.push(e)
+			e.again.push(e)
 		}
 	}
 }
-
-// returns reports whether a retry waits for its turn again instead: see readmit.
-func (e *Entry) returns() bool { return e.orphan && !e.readHere() || e.again != nil }
 
 // pastWork returns a due retry, a claim, or a suspect, in turn.
 func (l *Ledger) pastWork(now time.Time) *Entry {
