@@ -96,8 +96,6 @@ func (l *Ledger) Keyed(now time.Time, entries []*Entry, keys []string) (late []*
 		case e.lost.Load():
 			l.remove(now, e)
 		case l.isLate():
-			l.leave(e)
-			e.state = Releasing
 			late = append(late, e)
 		default:
 			l.leave(e)
@@ -117,6 +115,9 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Ef
 		l.hold(e, key)
 		return true, false, fx
 	}
+	if l.isLate() {
+		return false, true, fx
+	}
 	from := &l.fresh
 	switch e {
 	case l.apart.alone:
@@ -126,12 +127,8 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Ef
 	}
 	l.settle(now, e)
 	l.leave(e)
-	if late = l.isLate(); late {
-		e.state = Releasing
-	} else {
-		l.line(e, key, from)
-	}
-	return false, late, l.effects(now)
+	l.line(e, key, from)
+	return false, false, l.effects(now)
 }
 
 // hold gives a key that nobody has.

@@ -187,7 +187,6 @@ func TestLine_AfterClose(t *testing.T) {
 	ok, late, _ := l.Line(start, old, "a")
 	require.False(t, ok)
 	require.True(t, late)
-	require.Equal(t, Releasing, old.state)
 	l.Remove(start, old, holder)
 	require.Zero(t, l.End(start))
 	require.Empty(t, l.entries)
