@@ -109,7 +109,6 @@ type Subscription struct {
 	life     life
 	loops    loops
 	slots    slots
-	crowded  sync.Once // logs once that too many entries wait for others of their keys
 	overflow sync.Once // logs once that an entry is pending for us without room in the ledger
 
 	claimed, lost, trimmed atomic.Int64

@@ -60,10 +60,8 @@ func (s *Subscription) apply(fx ledger.Effects) {
 		go s.slots.one(s).key(nil)
 	}
 	if fx.Crowded {
-		s.crowded.Do(func() {
-			s.cfg.Log.Error("Too many messages wait for others with the same ordering key; until these are handled, nothing more is read",
-				errors.New("MaxConcurrency or the retries of few keys limit the topic"), s.cfg.Fields)
-		})
+		s.cfg.Log.Error("Too many messages wait for others with the same ordering key; until these are handled, nothing more is read",
+			errors.New("MaxConcurrency or the retries of few keys limit the topic"), s.cfg.Fields)
 	}
 	if fx.Callers > 0 {
 		s.slots.calls.Go(s.callBroken)

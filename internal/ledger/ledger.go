@@ -354,10 +354,10 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 	e.state, e.due = Waiting, due
 	l.use.waiting++
 	l.cfg.Bounds.Waiting.used.Add(1)
-	if e.dead = e.Death != nil; e.dead {
+	if e.Death != nil {
 		l.use.dead++
 	}
-	aside := e.dead || e.Stuck || from == &l.recalls
+	aside := e.Death != nil || e.Stuck || from == &l.recalls
 	if aside {
 		l.free(e)
 	}
@@ -367,7 +367,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 	} else {
 		from.insert(e)
 	}
-	if l.cfg.Leased && !e.dead && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.waits()) {
+	if l.cfg.Leased && e.Death == nil && l.cfg.Bounds.over(&l.cfg.Bounds.Waiting, l.waits()) {
 		if dropped = from.latest(); dropped != nil {
 			l.remove(now, dropped)
 		}
@@ -530,8 +530,7 @@ func (l *Ledger) leave(e *Entry) {
 	case Waiting:
 		l.use.waiting--
 		l.cfg.Bounds.Waiting.used.Add(-1)
-		if e.dead {
-			e.dead = false
+		if e.Death != nil {
 			l.use.dead--
 		}
 		if e == l.head {

@@ -833,7 +833,7 @@ func check(t *testing.T, l *Ledger) {
 				past += 1 + e.spare
 			}
 		}
-		if e.dead {
+		if e.state == Waiting && e.Death != nil {
 			dead++
 		}
 	}

@@ -20,9 +20,8 @@ type queues struct {
 
 // waitPlace is where an entry waits.
 type waitPlace struct {
-	in   *queue
-	due  time.Time // for a waiting entry: not before that time; for any other: when it came
-	dead bool      // waits to be moved
+	in  *queue
+	due time.Time // for a waiting entry: not before that time; for any other: when it came
 }
 
 // queue holds entries in order of arrival, or by due time.
@@ -77,7 +76,7 @@ func (q *queue) first(now time.Time) *Entry {
 // latest returns the last entry, except those that are to be moved.
 func (q *queue) latest() *Entry {
 	for _, e := range slices.Backward(q.entries) {
-		if !e.dead {
+		if e.Death == nil {
 			return e
 		}
 	}
