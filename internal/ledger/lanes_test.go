@@ -135,6 +135,7 @@ func TestClose_Keys(t *testing.T) {
 	late, _ := l.Keyed(start, with, []string{"a", "a"})
 	require.Equal(t, []*Entry{released}, late)
 	l.Remove(start, append(queued, late...)...)
+	require.NotNil(t, with[0].Fields, "the keyer may be reading them")
 	require.Empty(t, l.entries)
 	require.Zero(t, l.cfg.Bounds.Ahead())
 	require.Zero(t, l.keys.ahead+l.keys.thin+l.keys.with)

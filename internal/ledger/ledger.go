@@ -226,7 +226,7 @@ func (l *Ledger) Add(now, sent time.Time, entries []*Entry) (fx Effects, ok bool
 	l.clock++
 	l.joined = l.clock
 	for _, e := range entries {
-		if old := l.entries[e.ID]; old != nil && !old.Gone() && !old.lost.Load() && old.state != Candidate {
+		if old := l.entries[e.ID]; old != nil && !old.Gone() && !old.lost.Load() && old.Owner == "" && old.state != Candidate {
 			old.since = l.clock
 			l.touch(sent, old)
 			continue
@@ -420,9 +420,9 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	}
 	for _, e := range l.entries {
 		switch {
-		case e.state == Candidate:
+		case e.state == Candidate && e.Owner != "":
 			l.remove(now, e)
-		case e.state == Queued && !l.cfg.Serve, e.state == Keying && e.Owner == "" && !l.cfg.Serve, e.unsure:
+		case e.state == Candidate, e.state == Queued && !l.cfg.Serve, e.state == Keying && e.Owner == "" && !l.cfg.Serve, e.unsure:
 			queued = append(queued, e)
 		case e.state == Waiting:
 			retries = append(retries, e)
@@ -455,10 +455,9 @@ func (l *Ledger) End(now time.Time) (left int) {
 			left++
 		}
 	}
-	for id, e := range l.entries {
-		if serve && e.state == Keying { // the same; the function may be reading it
-			l.leave(e)
-			delete(l.entries, id)
+	for _, e := range l.entries {
+		if serve && e.state == Keying { // the same
+			l.remove(now, e)
 			left++
 		}
 	}
@@ -558,7 +557,9 @@ func (l *Ledger) remove(now time.Time, e *Entry) {
 	l.settle(now, e)
 	l.leave(e)
 	l.free(e)
-	e.Fields, e.Prepared, e.Death = nil, nil, nil // other entries of the same read may stay for a long time
+	if !l.over { // otherwise the keyer may be reading them
+		e.Fields, e.Prepared, e.Death = nil, nil, nil // other entries of the same read may stay for a long time
+	}
 	if l.entries[e.ID] == e {
 		delete(l.entries, e.ID)
 	} else {

@@ -475,6 +475,29 @@ func TestClose(t *testing.T) {
 	require.Equal(t, 2, l.cfg.Bounds.Ahead()-0+2)
 }
 
+// An entry that is pending for us with a lost answer is released too: nobody has handled it.
+func TestClose_Orphan(t *testing.T) {
+	l := newLedger(1)
+	l.Add(start, start, read("5"))
+	take(l, start)
+	l.Offer(start, []*Entry{(&Entry{ID: "1"}).SetCount(2, 2), claim("2", 2)}, false)
+	queued, _ := l.Close(start)
+	require.Equal(t, []string{"1"}, ids(queued))
+}
+
+// An entry that a recreated group delivers to us while its claim is under way is another
+// delivery: the claim will be refused.
+func TestAdd_BeingClaimed(t *testing.T) {
+	l := newLedger(1)
+	l.Offer(start, []*Entry{claim("1", 3)}, false)
+	_, e := take(l, start)
+	l.Add(start, start, read("1"))
+	l.Remove(start, e)
+	id, _ := take(l, start)
+	require.Equal(t, "1", id)
+	check(t, l)
+}
+
 // A ledger whose entries cannot be released still delivers them.
 func TestClose_Serve(t *testing.T) {
 	l := newLedger(1, func(c *Config) { c.Serve, c.Leased = true, false })
