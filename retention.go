@@ -132,7 +132,7 @@ func (r *TrimResult) add(t xstream.Trimming) {
 // TrimResult.HeldBy is its name.
 func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
 	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done bool, rest time.Duration, err error) {
-		t, err := s.Trim(ctx, r.internal(), 0)
+		t, err := s.Trim(ctx, r.internal(), "", 0)
 		if err != nil {
 			return false, 0, err
 		}

@@ -310,7 +310,7 @@ func TestRetention_HardMaxLenInTime(t *testing.T) {
 	stream := xstream.New(redisx.Client{UniversalClient: client}, topic, "")
 	const interval = time.Hour // as if no time passed
 	run := func(r xstream.Retention) xstream.Trimming {
-		got, err := stream.Trim(t.Context(), r, interval)
+		got, err := stream.Trim(t.Context(), r, "", interval)
 		require.NoError(t, err)
 		return got
 	}
@@ -362,7 +362,7 @@ func TestRetention_HardMaxLenManyGroups(t *testing.T) {
 	stream := xstream.New(redisx.Client{UniversalClient: client}, topic, "")
 	total := map[string]int64{}
 	for runs := 1; ; runs++ {
-		got, err := stream.Trim(t.Context(), xstream.Retention{KeepLast: xstream.KeepAll, HardMaxLen: 510}, 0)
+		got, err := stream.Trim(t.Context(), xstream.Retention{KeepLast: xstream.KeepAll, HardMaxLen: 510}, "", 0)
 		require.NoError(t, err)
 		for group, n := range got.Cut {
 			total[group] += n

@@ -41,6 +41,7 @@ const (
 type trimmer struct {
 	*Subscription
 	stream xstream.Stream
+	own    string // the group, or the name of the fan-out's position, without which it does not trim
 	keep   xstream.Retention
 	duty   string
 	fields watermill.LogFields
@@ -52,7 +53,10 @@ type trimmer struct {
 
 func (s *Subscription) startRetention() {
 	if s.cfg.Retention != nil {
-		t := &trimmer{Subscription: s, stream: s.stream, keep: *s.cfg.Retention, duty: dutyTrim, fields: s.cfg.Fields}
+		t := &trimmer{Subscription: s, stream: s.stream, own: s.stream.Group, keep: *s.cfg.Retention, duty: dutyTrim, fields: s.cfg.Fields}
+		if m, ok := s.mode.(fanOut); ok {
+			t.own = m.position.name
+		}
 		s.loops.start(t.run)
 	}
 	if s.cfg.KeepDeadLetters > 0 {
@@ -93,7 +97,7 @@ func (t *trimmer) trim() (wait time.Duration, err error) {
 	defer func() { t.logCut(cut) }()
 	interval, took := RetentionInterval, time.Duration(0)
 	for {
-		got, err := t.stream.Trim(t.life.ctx, t.keep, interval)
+		got, err := t.stream.Trim(t.life.ctx, t.keep, t.own, interval)
 		if err != nil {
 			return 0, err
 		}

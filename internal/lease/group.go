@@ -188,7 +188,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 		start = "0" // everything in it is, or may be, new
 	}
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
-	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, k.cfg.MinIdle)
+	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, k.cfg.MinIdle, k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
 	if err != nil {
 		return err
 	}

@@ -273,6 +273,20 @@ func TestRegroup_Halfway(t *testing.T) {
 	require.Zero(t, h.Lost.Load())
 }
 
+// Who deletes entries holds for the groups that may have been lost with its own.
+func TestRegroup_Holds(t *testing.T) {
+	for _, deletes := range []bool{true, false} {
+		h := newHolder(t, time.Minute)
+		h.cfg.Trims = deletes
+		h.publish("1-1")
+		require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+		require.NoError(t, h.Regroup(t.Context()))
+		held, err := h.client.HExists(t.Context(), xstream.RetentionKey(h.stream.Key), "group group").Result()
+		require.NoError(t, err)
+		require.Equal(t, deletes, held)
+	}
+}
+
 // An entry that was found pending for us, and is acked by the time it is taken, is
 // not ours; nor does it look like one of a recreated group.
 func TestTake_AckedOrphan(t *testing.T) {

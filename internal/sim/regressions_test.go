@@ -17,6 +17,7 @@ var regressions = []struct {
 	{"a fan-out that once lacked permission never reported its position again", 5039, Without{Faults: "1,3-7", Calls: "1-181,183-244", Consumers: "1-4", Producers: "1,3", Delays: "1-174"}},
 	{"a lease expired while its read was blocked", 3379, Without{}},
 	{"a move had no answer, its consumer was removed, and the process closed", 209539, Without{}},
+	{"a consumer trimmed before it had recreated its group in a server without data", 50109, Without{Faults: "1-7,10-29", Calls: "1-23,25-41"}},
 	{"a release met several broken connections", 21340, Without{}},
 	{"a move had no answer, its consumer was removed, and the dead-letter stream refused it for longer than a lease", 204920, Without{Faults: "1-9,11-12,14-25,27", Calls: "1-43,45-51"}},
 }

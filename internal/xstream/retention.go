@@ -204,7 +204,8 @@ const (
 //
 // Of the consumers with the same Retention that ask within an interval one trims; the others
 // are told how long to wait, unless the stream exceeds HardMaxLen: then each cuts off, and does
-// only that.
+// only that. So does one whose own group, or position, is not there: then Redis may have lost
+// those of others, too, and what nobody has read yet would seem to concern nobody.
 //
 // A server that is out of memory refuses HSET, unless the script has written already. So it
 // begins with a write that does nothing: trimming is what such a server needs.
@@ -224,6 +225,13 @@ if missing then return missing end
 redis.call('XTRIM', KEYS[1], 'MINID', '~', '0', 'LIMIT', 1) -- trims nothing, see below
 local groups, all, least, listed = groupsOf()
 local bound, excess, floor = nil, 0, nil
+local own = ARGV[options + 9]
+local there = own == '' or redis.call('HGET', KEYS[2], own)
+for _, g in ipairs(all) do there = there or g.name == own end
+if not there then
+  if hard == 0 then return {interval} end
+  rest = math.max(rest, 1)
+end
 if rest <= 0 then
   floor = lowest('0-1')
   local holds, known, floors = held(KEYS[3], listed, now, vanished)
@@ -324,17 +332,21 @@ redis.call('HSET', KEYS[1], ARGV[1], 'back ' .. stamp(clock()) .. ' ' .. ARGV[2]
 return 1`
 
 // hold keeps Retention and DeleteAcked of all groups from deleting anything for a while, if
-// the group was lost, that is, if somebody who trims the stream has seen it, and it is
-// missing: until its consumers have restored what was pending for them, nobody else knows
-// that it is needed. It must come before the group is created: once that is there, whoever
-// trims may have seen it. Without the permission it does nothing.
-func (s *Stream) hold(ctx context.Context, d time.Duration) error {
+// the group was lost, that is, if it is missing, and the caller or somebody who trims the
+// stream has seen it: until its consumers have restored what was pending for them, nobody
+// else knows that it is needed. If Redis has lost everything, that goes for the other groups,
+// too. It must come before the group is created: once that is there, whoever trims may have
+// seen it. Without the permission it does nothing.
+func (s *Stream) hold(ctx context.Context, d time.Duration, known bool) error {
 	key, field := RetentionKey(s.Key), "group "+s.Group
-	v, err := s.askAt(ctx, key, "hmget", key, field)
-	if seen, ok := v.([]any); err != nil || !ok || len(seen) != 1 || seen[0] == nil {
-		return allowed(err)
+	if !known {
+		v, err := s.askAt(ctx, key, "hmget", key, field)
+		if seen, ok := v.([]any); err != nil || !ok || len(seen) != 1 || seen[0] == nil {
+			return allowed(err)
+		}
 	}
-	if _, err = redisx.Do(ctx, s.Via, "xpending", s.Key, s.Group, "-", "+", 1); GroupLost(err) {
+	_, err := redisx.Do(ctx, s.Via, "xpending", s.Key, s.Group, "-", "+", 1)
+	if GroupLost(err) {
 		_, err = s.once(ctx, "eval", holdScript, 1, key, field, max(vanishedFor, d.Milliseconds()))
 	}
 	return allowed(err)
@@ -354,9 +366,10 @@ func (s *Stream) retentionArgs(script string, r Retention) []any {
 }
 
 // Trim trims a bounded number of entries, unless somebody else has done so within the
-// interval. 0 continues a run at once.
-func (s *Stream) Trim(ctx context.Context, r Retention, interval time.Duration) (t Trimming, err error) {
-	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime)
+// interval. 0 continues a run at once. own is the caller's group, or the name of its position,
+// which must be there; it may be empty.
+func (s *Stream) Trim(ctx context.Context, r Retention, own string, interval time.Duration) (t Trimming, err error) {
+	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own)
 	v, err := s.once(ctx, args...)
 	if err != nil {
 		return t, err

@@ -92,7 +92,7 @@ func (p topicState) all(r Retention) (sum Trimming) {
 	p.t.Helper()
 	sum.Cut = make(map[string]int64)
 	for more := true; more; {
-		got, err := p.s.Trim(p.t.Context(), r, 0)
+		got, err := p.s.Trim(p.t.Context(), r, "", 0)
 		require.NoError(p.t, err)
 		require.True(p.t, got.Ran)
 		sum.Trimmed += got.Trimmed
@@ -293,12 +293,12 @@ func TestTrim_Interval(t *testing.T) {
 	for i := range 10 {
 		p.add(fmt.Sprintf("%d-1", i+1), "x")
 	}
-	first, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, time.Hour)
+	first, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
 	require.NoError(t, err)
 	require.True(t, first.Ran)
 	require.Equal(t, 5*time.Hour, first.Wait, "nothing was trimmed: there is no hurry")
 	for range 2 {
-		next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, time.Hour)
+		next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
 		require.NoError(t, err)
 		require.False(t, next.Ran)
 		require.LessOrEqual(t, next.Wait, 5*time.Hour)
@@ -313,7 +313,7 @@ func TestTrim_Interval(t *testing.T) {
 		}
 	}
 	require.Equal(t, 1, set)
-	next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, time.Hour)
+	next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
 	require.NoError(t, err)
 	require.True(t, next.Ran)
 }
@@ -354,6 +354,42 @@ func TestTrim_VanishedGroup(t *testing.T) {
 	require.Equal(t, map[string]string{"group stays": field("stays"), "floor stays": "(10-1"}, p.client.HGetAll(ctx, RetentionKey(p.s.Key)).Val(), "and it is forgotten")
 }
 
+// Redis may have lost everything, and have new messages: who trims first, before the groups
+// and positions are there again, would take these for messages that concern nobody. So nobody
+// trims without its own; and a group that is recreated holds for the others. HardMaxLen still
+// applies.
+func TestTrim_OwnLost(t *testing.T) {
+	for _, own := range []string{"group", "fan-out"} {
+		t.Run(own, func(t *testing.T) {
+			p := newTopic(t)
+			ctx := t.Context()
+			for i := range 10 {
+				p.add(fmt.Sprintf("%d-1", i+1), "x")
+			}
+			trim := func(r Retention) int64 {
+				got, err := p.s.Trim(ctx, r, own, 0)
+				require.NoError(t, err)
+				return got.Trimmed
+			}
+			require.Zero(t, trim(Retention{KeepLast: 3}))
+			require.EqualValues(t, 2, trim(Retention{KeepLast: 3, HardMaxLen: 8}))
+			if own == "fan-out" {
+				require.NoError(t, p.s.SetPosition(ctx, own, "8-1", Info{}, time.Minute))
+				require.EqualValues(t, 5, trim(Retention{KeepLast: 3}))
+				return
+			}
+			first := p.s
+			first.Group = own
+			made, err := first.CreateGroupAt(ctx, "0", Info{}, time.Hour, true)
+			require.NoError(t, err)
+			require.True(t, made)
+			p.read(own, "consumer", 100)
+			require.NoError(t, p.client.XAck(ctx, p.s.Key, own, p.ids()...).Err())
+			require.Zero(t, trim(Retention{KeepLast: 3}), "another group may be lost, and not be there again yet")
+		})
+	}
+}
+
 // A group that vanishes a second time is held for as it was the first time, also if nobody
 // has looked since the first hold ended.
 func TestTrim_VanishedAgain(t *testing.T) {
@@ -365,7 +401,7 @@ func TestTrim_VanishedAgain(t *testing.T) {
 		{"recreated by its consumer", func(p topicState) {
 			lost := p.s
 			lost.Group = "lost"
-			require.NoError(t, lost.hold(t.Context(), 0))
+			require.NoError(t, lost.hold(t.Context(), 0, false))
 			p.group("lost")
 		}},
 	} {
@@ -404,7 +440,7 @@ func TestHold(t *testing.T) {
 			if by == DeleteByServer && mine.HasAckAndDelete(ctx) != nil {
 				t.Skip("the server has no XACKDEL")
 			}
-			require.NoError(t, lost.hold(ctx, time.Hour))
+			require.NoError(t, lost.hold(ctx, time.Hour, false))
 			require.Zero(t, p.client.Exists(ctx, RetentionKey(p.s.Key)).Val())
 			p.group("stays")
 			p.group("lost")
@@ -429,7 +465,7 @@ func TestHold(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, ids, p.ids())
 			// Recreated, with nothing pending.
-			require.NoError(t, lost.hold(ctx, time.Hour))
+			require.NoError(t, lost.hold(ctx, time.Hour, false))
 			require.NoError(t, p.client.XGroupCreate(ctx, p.s.Key, "lost", ids[9]).Err())
 			ack(ids[3:8]...)
 			_, _, err = mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[8], by, nil, []string{"a", "b"})
@@ -465,7 +501,7 @@ func TestTrim_GroupCreatedMeanwhile(t *testing.T) {
 	go func() {
 		r := p.s
 		for ctx.Err() == nil {
-			if _, err := r.Trim(ctx, Retention{KeepLast: 1}, 0); err != nil && ctx.Err() == nil {
+			if _, err := r.Trim(ctx, Retention{KeepLast: 1}, "", 0); err != nil && ctx.Err() == nil {
 				trimming <- err
 				return
 			}

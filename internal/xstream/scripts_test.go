@@ -225,19 +225,19 @@ func TestPositions(t *testing.T) {
 			// One is gone, the other is before the last entry. The pending entry
 			// blocks everything after it.
 			require.NoError(t, s.RemovePosition(t.Context(), "one"))
-			trimmed, err := s.Trim(t.Context(), Retention{}, 0)
+			trimmed, err := s.Trim(t.Context(), Retention{}, "", 0)
 			require.NoError(t, err)
 			require.Zero(t, trimmed.Trimmed)
 			require.Equal(t, Pin{Group: s.Group, Consumer: s.Consumer, ID: ids[0], Age: trimmed.Pin.Age}, trimmed.Pin)
 			require.Len(t, left(), 5)
 			require.NoError(t, s.AckAndDelete(t.Context(), by, all[0]))
-			trimmed, err = s.Trim(t.Context(), Retention{}, 0)
+			trimmed, err = s.Trim(t.Context(), Retention{}, "", 0)
 			require.NoError(t, err)
 			require.False(t, trimmed.More)
 			require.Equal(t, Pin{Consumer: "two", ID: ids[5], Age: trimmed.Pin.Age}, trimmed.Pin, "a fan-out has not come to the last one")
 			require.Equal(t, []string{ids[5]}, left())
 			require.NoError(t, s.SetPosition(t.Context(), "two", ids[5], Info{}, time.Minute))
-			trimmed, err = s.Trim(t.Context(), Retention{}, 0)
+			trimmed, err = s.Trim(t.Context(), Retention{}, "", 0)
 			require.NoError(t, err)
 			require.Equal(t, Pin{}, trimmed.Pin)
 			require.Empty(t, left())
@@ -257,11 +257,11 @@ func TestTrim_ExpiredPosition(t *testing.T) {
 	expired("")
 	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, all...))
 	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val(), "the fan-out has not read the second one")
-	_, err := s.Trim(t.Context(), Retention{}, 0)
+	_, err := s.Trim(t.Context(), Retention{}, "", 0)
 	require.NoError(t, err)
 	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val())
 	expired("!") // it died
-	_, err = s.Trim(t.Context(), Retention{}, 0)
+	_, err = s.Trim(t.Context(), Retention{}, "", 0)
 	require.NoError(t, err)
 	require.Zero(t, client.XLen(t.Context(), s.Key).Val())
 	require.Zero(t, client.Exists(t.Context(), PositionsKey(s.Key)).Val())
@@ -316,7 +316,7 @@ func TestPosition_StreamBeganAnew(t *testing.T) {
 			least := func(read int) {
 				t.Helper()
 				length := client.XLen(t.Context(), s.Key).Val()
-				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, 0)
+				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, "", 0)
 				require.NoError(t, err)
 				require.EqualValues(t, read, trimmed.Trimmed)
 				require.Equal(t, length, trimmed.Trimmed+trimmed.Length)
@@ -416,7 +416,7 @@ func TestCreateGroup_RedisFull(t *testing.T) {
 	for _, start := range []string{ids[0], "0"} {
 		require.NoError(t, client.XGroupDestroy(t.Context(), s.Key, s.Group).Err())
 		for _, want := range []bool{true, false} {
-			made, err := s.CreateGroupAt(t.Context(), start, info, time.Minute)
+			made, err := s.CreateGroupAt(t.Context(), start, info, time.Minute, false)
 			require.NoError(t, err)
 			require.Equal(t, want, made)
 		}
@@ -524,7 +524,7 @@ func TestCreateGroupAt(t *testing.T) {
 				require.NoError(t, client.XTrimMinID(t.Context(), s.Key, test.trim).Err())
 			}
 			add(test.after)
-			made, err := s.CreateGroupAt(t.Context(), info.Last, info, time.Minute)
+			made, err := s.CreateGroupAt(t.Context(), info.Last, info, time.Minute, false)
 			require.Equal(t, test.made, made)
 			if !test.made {
 				require.ErrorContains(t, err, "CHANGED")
@@ -535,7 +535,7 @@ func TestCreateGroupAt(t *testing.T) {
 			group, err := s.GroupInfo(t.Context())
 			require.NoError(t, err)
 			require.Equal(t, info.Last, group.LastDelivered)
-			made, err = s.CreateGroupAt(t.Context(), info.Last, info, time.Minute)
+			made, err = s.CreateGroupAt(t.Context(), info.Last, info, time.Minute, false)
 			require.NoError(t, err)
 			require.False(t, made, "it is there")
 		})

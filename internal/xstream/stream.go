@@ -150,7 +150,7 @@ func (r *Read) Do(ctx context.Context, p redisx.Processor, before *Replies) ([]R
 // entries after start. An existing group is not an error. If it was lost, others may still
 // have what was pending, and need the time of a lease to restore it.
 func (s *Stream) CreateGroup(ctx context.Context, start string, lease time.Duration) error {
-	if err := s.hold(ctx, lease); err != nil {
+	if err := s.hold(ctx, lease, false); err != nil {
 		return err
 	}
 	_, err := redisx.Do(ctx, s.Via, "xgroup", "create", s.Key, s.Group, start, "mkstream")
@@ -178,11 +178,12 @@ elseif ARGV[3] ~= '0-0' then
 end
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')`
 
-// CreateGroupAt creates the group as CreateGroup does, also while Redis is out of memory. It
+// CreateGroupAt creates a group that was there before as CreateGroup does, also while Redis is out of memory. If the
+// caller deletes entries, it must not delete what concerns other groups that were lost with it. It
 // returns an error if the stream was recreated since it was looked at, unless the group is to
 // start at "0", or nothing is known of the stream.
-func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info, lease time.Duration) (made bool, err error) {
-	if err := s.hold(ctx, lease); err != nil {
+func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info, lease time.Duration, deletes bool) (made bool, err error) {
+	if err := s.hold(ctx, lease, deletes); err != nil {
 		return false, err
 	}
 	if start == "0" || seen.Last == "" {
