@@ -218,20 +218,13 @@ return {seen, trimmed}`
 func (s *Stream) AckTrimmed(ctx context.Context, ids []string) (trimmed map[string]bool, err error) {
 	trimmed = make(map[string]bool)
 	for len(ids) > 0 {
-		v, err := s.eval(ctx, ackTrimmedScript, appendAll([]any{s.Group}, ids)...)
-		if err != nil {
-			return trimmed, err
+		reply := read(s.eval(ctx, ackTrimmedScript, appendAll([]any{s.Group}, ids)...))
+		seen := reply.number()
+		maps.Copy(trimmed, reply.list().texts())
+		if *reply.err != nil {
+			return trimmed, *reply.err
 		}
-		reply, _ := v.([]any)
-		if len(reply) != 2 {
-			return trimmed, errReply
-		}
-		seen, _ := reply[0].(int64)
-		if seen <= 0 {
-			return trimmed, errReply
-		}
-		maps.Copy(trimmed, stringSet(reply[1]))
-		ids = ids[min(int(seen), len(ids)):]
+		ids = ids[min(max(int(seen), 1), len(ids)):]
 	}
 	return trimmed, nil
 }

@@ -121,23 +121,12 @@ func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Dele
 		args = []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // two keys less that need permission
 	}
 	args = appendAll(append(args, s.Group, id, s.Consumer, string(by), len(marks), vanishedFor), marks)
-	v, err := s.once(ctx, cut(args, fields)...)
-	if err != nil {
-		return "", "", err
+	reply := read(s.once(ctx, cut(args, fields)...))
+	how := Standing(reply.text())
+	if how != Mine {
+		return "", how, *reply.err
 	}
-	reply, _ := v.([]any)
-	if len(reply) == 0 {
-		return "", "", errReply
-	}
-	how, _ := reply[0].(string)
-	if Standing(how) != Mine {
-		return "", Standing(how), nil
-	}
-	if len(reply) != 2 {
-		return "", "", errReply
-	}
-	moved, _ := reply[1].(string)
-	return moved, Mine, nil
+	return reply.text(), how, *reply.err
 }
 
 // Entries returns the entries that are in the stream, by ID.
@@ -151,10 +140,7 @@ func (s *Stream) Entries(ctx context.Context, ids []string) (map[string]Entry, e
 	}
 	found := make(map[string]Entry, len(ids))
 	for _, cmd := range cmds {
-		if err := cmd.Err(); err != nil {
-			return nil, redisx.Redacted(err)
-		}
-		entries, err := parseEntries(cmd.(*redis.Cmd).Val())
+		entries, err := entriesOf(cmd.(*redis.Cmd).Val(), redisx.Redacted(cmd.Err()))
 		if err != nil {
 			return nil, err
 		}

@@ -258,24 +258,12 @@ func (s *Stream) HasDelayed(ctx context.Context) (bool, error) {
 
 // Move adds delayed messages that are due to the stream, a bounded number of them.
 func (s *Stream) Move(ctx context.Context) (MoveResult, error) {
-	v, err := s.once(ctx, "eval", moveScript, 3, s.Key, DueKey(s.Key), DelayedKey(s.Key), maxMoved, maxMovedBytes, MaxFields+2)
-	if err != nil {
-		return MoveResult{}, err
+	reply := read(s.once(ctx, "eval", moveScript, 3, s.Key, DueKey(s.Key), DelayedKey(s.Key), maxMoved, maxMovedBytes, MaxFields+2))
+	m := MoveResult{Count: int(reply.number()), Next: reply.millis()}
+	for reply.more() {
+		m.Lost = append(m.Lost, reply.text())
 	}
-	reply, _ := v.([]any)
-	if len(reply) < 2 {
-		return MoveResult{}, errReply
-	}
-	count, ok := reply[0].(int64)
-	next, ok2 := reply[1].(int64)
-	if !ok || !ok2 {
-		return MoveResult{}, errReply
-	}
-	m := MoveResult{Count: int(count), Next: time.Duration(next) * time.Millisecond}
-	for _, uuid := range reply[2:] {
-		m.Lost = append(m.Lost, fmt.Sprint(uuid))
-	}
-	return m, nil
+	return m, *reply.err
 }
 
 // Delayed is how many messages of a topic wait to be due.
@@ -291,19 +279,11 @@ return {redis.call('ZCARD', KEYS[1]), first[2]}`
 
 // DelayedSummary tells how many messages wait.
 func (s *Stream) DelayedSummary(ctx context.Context) (d Delayed, err error) {
-	v, err := s.ask(ctx, "eval", delayedSummaryScript, 1, DueKey(s.Key))
-	if err != nil {
-		return d, err
+	reply := read(s.ask(ctx, "eval", delayedSummaryScript, 1, DueKey(s.Key)))
+	if d.Count = reply.number(); reply.more() {
+		d.First = reply.score()
 	}
-	reply, _ := v.([]any)
-	if len(reply) == 0 {
-		return d, errReply
-	}
-	d.Count, _ = reply[0].(int64)
-	if len(reply) > 1 {
-		d.First, err = parseScore(reply[1])
-	}
-	return d, err
+	return d, *reply.err
 }
 
 // Waiting is a delayed message.
@@ -365,24 +345,12 @@ return page`
 // DelayedPage returns n messages that wait, at most, in the order in which they are due,
 // after the one given (the zero value: from the first on).
 func (s *Stream) DelayedPage(ctx context.Context, after Waiting, n int) ([]Waiting, error) {
-	v, err := s.ask(ctx, "eval", delayedPageScript, 2, DueKey(s.Key), DelayedKey(s.Key), after.score, after.UUID, n)
-	if err != nil {
-		return nil, err
+	reply := read(s.ask(ctx, "eval", delayedPageScript, 2, DueKey(s.Key), DelayedKey(s.Key), after.score, after.UUID, n))
+	var page []Waiting
+	for reply.more() {
+		page = append(page, reply.waiting(reply.text()))
 	}
-	rows, ok := v.([]any)
-	if !ok || len(rows)%3 != 0 {
-		return nil, errReply
-	}
-	page := make([]Waiting, 0, len(rows)/3)
-	for ; len(rows) > 0; rows = rows[3:] {
-		uuid, _ := rows[0].(string)
-		w, err := parseWaiting(uuid, rows[1], rows[2])
-		if err != nil {
-			return nil, err
-		}
-		page = append(page, w)
-	}
-	return page, nil
+	return page, *reply.err
 }
 
 // delayedGetScript returns the score of a message and its packed fields.
@@ -393,37 +361,18 @@ return {score, redis.call('HMGET', KEYS[2], ARGV[1])[1] or ''}`
 
 // DelayedGet returns the message that waits under a UUID, or ErrMissing.
 func (s *Stream) DelayedGet(ctx context.Context, uuid string) (Waiting, error) {
-	v, err := s.ask(ctx, "eval", delayedGetScript, 2, DueKey(s.Key), DelayedKey(s.Key), uuid)
-	if err != nil {
-		return Waiting{}, err
-	}
-	reply, _ := v.([]any)
-	switch len(reply) {
-	case 0:
+	reply := read(s.ask(ctx, "eval", delayedGetScript, 2, DueKey(s.Key), DelayedKey(s.Key), uuid))
+	if *reply.err == nil && !reply.more() {
 		return Waiting{}, ErrMissing
-	case 2:
-	default:
-		return Waiting{}, errReply
 	}
-	return parseWaiting(uuid, reply[0], reply[1])
+	return reply.waiting(uuid), *reply.err
 }
 
-func parseWaiting(uuid string, score, packed any) (w Waiting, err error) {
-	w.UUID = uuid
-	w.score, _ = score.(string)
-	w.Due, err = parseScore(score)
-	s, _ := packed.(string)
-	w.Fields, w.Err = unpackDelayed(s)
-	return w, err
-}
-
-func parseScore(v any) (time.Time, error) {
-	s, _ := v.(string)
-	ms, err := strconv.ParseFloat(s, 64)
-	if err != nil {
-		return time.Time{}, errReply
-	}
-	return time.UnixMilli(int64(ms)), nil
+func (a *answer) waiting(uuid string) Waiting {
+	w := Waiting{UUID: uuid, score: a.text()}
+	w.Due = a.timeOf(w.score)
+	w.Fields, w.Err = unpackDelayed(a.text())
+	return w
 }
 
 // unpackDelayed returns an entry's fields of what the hash has.
@@ -516,19 +465,8 @@ type Recurrence struct {
 // published once.
 func (s *Stream) Recur(ctx context.Context, name string, last, at time.Time, maxLen int64, fields []any) (Recurrence, error) {
 	args := []any{"eval", recurScript, 2, s.Key, RecurringKey(s.Key), "*", name, stamp(last), stamp(at), maxLen}
-	v, err := redisx.Do(ctx, s.Via, append(args, fields...)...)
-	if err != nil {
-		return Recurrence{}, err
-	}
-	reply, _ := v.([]any)
-	if len(reply) != 2 {
-		return Recurrence{}, errReply
-	}
-	var r Recurrence
-	if r.Last, err = parseScore(reply[0]); err == nil {
-		r.Now, err = parseScore(reply[1])
-	}
-	return r, err
+	reply := read(redisx.Do(ctx, s.Via, append(args, fields...)...))
+	return Recurrence{reply.score(), reply.score()}, *reply.err
 }
 
 func stamp(t time.Time) string {

@@ -90,17 +90,13 @@ func (s *Stream) Renew(ctx context.Context, ids []string) (map[string]Standing, 
 }
 
 func standings(v any, err error) (map[string]Standing, error) {
-	if err != nil {
-		return nil, err
+	reply := read(v, err)
+	found := make(map[string]Standing, len(reply.rest)/2)
+	for reply.more() {
+		id := reply.text()
+		found[id] = Standing(reply.text())
 	}
-	list, _ := v.([]any)
-	found := make(map[string]Standing, len(list)/2)
-	for i := 0; i+1 < len(list); i += 2 {
-		id, _ := list[i].(string)
-		standing, _ := list[i+1].(string)
-		found[id] = Standing(standing)
-	}
-	return found, nil
+	return found, *reply.err
 }
 
 // takeScript retries an entry of the caller's, or takes over an entry that was seen
@@ -123,23 +119,13 @@ return {how, entry}`
 // must already be pending for the consumer. Otherwise it must be pending for the
 // owner with that count, and have been idle for at least that time.
 func (s *Stream) Take(ctx context.Context, id, owner string, count int64, idle time.Duration, next int64) (*Entry, Standing, error) {
-	v, err := s.eval(ctx, takeScript, s.Group, id, s.Consumer, owner, count, idle.Milliseconds(), next)
-	if err != nil {
-		return nil, "", err
+	reply := read(s.eval(ctx, takeScript, s.Group, id, s.Consumer, owner, count, idle.Milliseconds(), next))
+	how := Standing(reply.text())
+	if how != Mine {
+		return nil, how, *reply.err
 	}
-	reply, _ := v.([]any)
-	if len(reply) == 0 {
-		return nil, "", errReply
-	}
-	how, _ := reply[0].(string)
-	if Standing(how) != Mine {
-		return nil, Standing(how), nil
-	}
-	entries, err := parseEntries(reply[1:])
-	if err != nil || len(entries) != 1 {
-		return nil, "", errReply
-	}
-	return &entries[0], Mine, nil
+	e := reply.entry()
+	return &e, how, *reply.err
 }
 
 // assignScript returns the IDs that it has assigned.
@@ -179,11 +165,8 @@ func appendCounted(args []any, entries []Counted) []any {
 // the given delivery counts, and returns their IDs. Pass at most MaxOwned entries,
 // in ID order.
 func (s *Stream) Assign(ctx context.Context, to string, entries []Counted) (map[string]bool, error) {
-	v, err := s.eval(ctx, assignScript, appendCounted([]any{s.Group, s.Consumer, to}, entries)...)
-	if err != nil {
-		return nil, err
-	}
-	return stringSet(v), nil
+	reply := read(s.eval(ctx, assignScript, appendCounted([]any{s.Group, s.Consumer, to}, entries)...))
+	return reply.texts(), *reply.err
 }
 
 // restoreScript returns the IDs that are not the caller's, each with its standing.

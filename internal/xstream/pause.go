@@ -3,6 +3,7 @@ package xstream
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -61,25 +62,16 @@ func parseControl(v any) Control {
 	if v == resumed {
 		return Control{Known: true}
 	}
-	since, err := parseScore(v)
-	if err != nil {
-		since = time.UnixMilli(0) // written by hand, and not to be ignored
-	}
-	return Control{Since: since, Known: true}
+	s, _ := v.(string)
+	ms, _ := strconv.ParseFloat(s, 64) // 0: written by hand, and not to be ignored
+	return Control{Since: time.UnixMilli(int64(ms)), Known: true}
 }
 
 // Control asks whether the group is paused, by HMGET: the answer of HGET, nil as a rule, is an
 // error to a client's Limiter and hooks.
 func (s *Stream) Control(ctx context.Context) (Control, error) {
-	v, err := s.askAt(ctx, ControlKey(s.Key), "hmget", ControlKey(s.Key), pausedField+s.Group)
-	if err != nil {
-		return Control{}, err
-	}
-	fields, ok := v.([]any)
-	if !ok || len(fields) != 1 {
-		return Control{}, errReply
-	}
-	return parseControl(fields[0]), nil
+	reply := read(s.askAt(ctx, ControlKey(s.Key), "hmget", ControlKey(s.Key), pausedField+s.Group))
+	return parseControl(next[any](reply)), *reply.err
 }
 
 // Paused returns the groups of the topic that are paused, and since when.

@@ -33,22 +33,14 @@ func (s *Stream) pendingArgs(idle time.Duration, start, end string, count int, c
 // Pending returns at most count entries that have been idle for at least idle,
 // starting at the ID start. A consumer's name limits it to that consumer.
 func (s *Stream) Pending(ctx context.Context, idle time.Duration, start, end string, count int, consumer string) ([]Pending, error) {
-	v, err := s.ask(ctx, s.pendingArgs(idle, start, end, count, consumer)...)
-	if err != nil {
-		return nil, err
-	}
-	return parsePending(v)
+	return pendingOf(s.ask(ctx, s.pendingArgs(idle, start, end, count, consumer)...))
 }
 
 // PendingOn returns all pending entries of a consumer, in pages of count, over a
 // connection of the caller's.
 func (s *Stream) PendingOn(ctx context.Context, p redisx.Processor, consumer string, count int) (all []Pending, err error) {
 	for start := "-"; ; {
-		v, err := redisx.DoOnce(ctx, p, s.pendingArgs(0, start, "+", count, consumer)...)
-		if err != nil {
-			return nil, err
-		}
-		rows, err := parsePending(v)
+		rows, err := pendingOf(redisx.DoOnce(ctx, p, s.pendingArgs(0, start, "+", count, consumer)...))
 		if err != nil {
 			return nil, err
 		}
@@ -60,21 +52,14 @@ func (s *Stream) PendingOn(ctx context.Context, p redisx.Processor, consumer str
 	}
 }
 
-func parsePending(v any) ([]Pending, error) {
-	rows, _ := v.([]any)
-	out := make([]Pending, 0, len(rows))
-	for _, row := range rows {
-		cols, ok := row.([]any)
-		if !ok || len(cols) != 4 {
-			return nil, fmt.Errorf("goxstreams: XPENDING: unexpected row %v", row)
-		}
-		id, _ := cols[0].(string)
-		name, _ := cols[1].(string)
-		idle, _ := cols[2].(int64)
-		n, _ := cols[3].(int64)
-		out = append(out, Pending{id, name, time.Duration(idle) * time.Millisecond, n})
+func pendingOf(v any, err error) ([]Pending, error) {
+	rows := read(v, err)
+	all := make([]Pending, 0, len(rows.rest))
+	for rows.more() {
+		row := rows.list()
+		all = append(all, Pending{row.text(), row.text(), row.millis(), row.number()})
 	}
-	return out, nil
+	return all, *rows.err
 }
 
 // Summary is the summary form of XPENDING.
@@ -87,26 +72,18 @@ type Summary struct {
 // PendingSummary summarizes the pending entries of the group. Unlike GroupInfo, its
 // cost does not grow with the number of groups.
 func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
-	v, err := s.ask(ctx, "xpending", s.Key, s.Group)
-	if err != nil {
-		return Summary{}, err
-	}
-	cols, _ := v.([]any)
-	if len(cols) != 4 {
-		return Summary{}, fmt.Errorf("goxstreams: XPENDING: unexpected reply %v", v)
-	}
 	sum := Summary{Consumers: make(map[string]int64)}
-	sum.Count, _ = cols[0].(int64)
-	sum.First, _ = cols[1].(string) // nil if nothing is pending
-	rows, _ := cols[3].([]any)
-	for _, row := range rows {
-		if row, ok := row.([]any); ok && len(row) == 2 {
-			name, _ := row[0].(string)
-			n, _ := row[1].(string)
-			sum.Consumers[name], _ = strconv.ParseInt(n, 10, 64)
-		}
+	reply := read(s.ask(ctx, "xpending", s.Key, s.Group))
+	if sum.Count = reply.number(); sum.Count == 0 { // the rest is nil
+		return sum, *reply.err
 	}
-	return sum, nil
+	sum.First, _ = reply.text(), reply.text()
+	for rows := reply.list(); rows.more(); {
+		row := rows.list()
+		name := row.text()
+		sum.Consumers[name], _ = strconv.ParseInt(row.text(), 10, 64)
+	}
+	return sum, *reply.err
 }
 
 // GroupInfo is the entry of a group in XINFO GROUPS.
@@ -178,23 +155,21 @@ type ConsumerInfo struct {
 
 // Consumers returns the group's consumers.
 func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
-	v, err := s.ask(ctx, "xinfo", "consumers", s.Key, s.Group)
-	if err != nil {
-		return nil, err
-	}
-	rows, _ := v.([]any)
-	all := make([]ConsumerInfo, len(rows))
-	for i, row := range rows {
-		all[i].Name, _ = lookup(row, "name").(string)
-		all[i].Pending, _ = lookup(row, "pending").(int64)
+	rows := read(s.ask(ctx, "xinfo", "consumers", s.Key, s.Group))
+	var all []ConsumerInfo
+	for rows.more() {
+		row, c := next[any](rows), ConsumerInfo{}
+		c.Name, _ = lookup(row, "name").(string)
+		c.Pending, _ = lookup(row, "pending").(int64)
 		idle, _ := lookup(row, "idle").(int64)
-		all[i].Idle = time.Duration(idle) * time.Millisecond
-		all[i].Inactive = all[i].Idle
+		c.Idle = time.Duration(idle) * time.Millisecond
+		c.Inactive = c.Idle
 		if inactive, ok := lookup(row, "inactive").(int64); ok {
-			all[i].Inactive = max(-1, time.Duration(inactive)*time.Millisecond)
+			c.Inactive = max(-1, time.Duration(inactive)*time.Millisecond)
 		}
+		all = append(all, c)
 	}
-	return all, nil
+	return all, *rows.err
 }
 
 // removeConsumersScript removes consumers with nothing pending: the one named in

@@ -370,70 +370,42 @@ func (s *Stream) retentionArgs(script string, r Retention) []any {
 // which must be there; it may be empty.
 func (s *Stream) Trim(ctx context.Context, r Retention, own string, interval time.Duration) (t Trimming, err error) {
 	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own)
-	v, err := s.once(ctx, args...)
-	if err != nil {
-		return t, err
-	}
-	reply, _ := v.([]any)
-	if len(reply) != 1 && len(reply) != 9 {
-		return t, errReply
-	}
-	wait, ok := reply[0].(int64)
-	if t.Wait = time.Duration(wait) * time.Millisecond; !ok || len(reply) == 1 {
-		return t, errUnless(ok)
+	reply := read(s.once(ctx, args...))
+	if t.Wait = reply.millis(); !reply.more() {
+		return t, *reply.err
 	}
 	t.Ran = true
-	t.Trimmed, _ = reply[1].(int64)
-	t.Length, ok = reply[2].(int64)
-	t.More = reply[3] == int64(1)
+	t.Trimmed, t.Length, t.More = reply.number(), reply.number(), reply.number() == 1
 	t.Over = r.HardMaxLen > 0 && t.Length > r.HardMaxLen
-	t.Pin = parsePin(reply[4], reply[5])
-	t.Cut = parseCounts(reply[6])
-	t.Held = parseHeld(reply[7])
-	groups, _ := reply[8].(int64)
-	t.Cost = time.Duration(maxTrimTime+groupTime*groups) * time.Microsecond
-	return t, errUnless(ok)
+	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
+	t.Cost = time.Duration(maxTrimTime+groupTime*reply.number()) * time.Microsecond
+	return t, *reply.err
 }
 
-func errUnless(ok bool) error {
-	if !ok {
-		return errReply
-	}
-	return nil
-}
-
-func parsePin(now, v any) (p Pin) {
-	cols, _ := v.([]any)
-	if len(cols) != 3 {
+func (a *answer) pin() (p Pin) {
+	now, cols := a.number(), a.list()
+	if !cols.more() {
 		return p
 	}
-	p.Group, _ = cols[0].(string)
-	p.Consumer, _ = cols[1].(string)
-	p.ID, _ = cols[2].(string)
-	ms, _ := now.(int64)
-	if at, _ := SplitID(p.ID); at > 0 && at <= uint64(max(ms, 0)) { // an ID need not be a time
-		p.Age = time.Duration(uint64(ms)-at) * time.Millisecond
+	p = Pin{Group: cols.text(), Consumer: cols.text(), ID: cols.text()}
+	if at, _ := SplitID(p.ID); at > 0 && at <= uint64(max(now, 0)) { // an ID need not be a time
+		p.Age = time.Duration(uint64(now)-at) * time.Millisecond
 	}
 	return p
 }
 
-func parseHeld(v any) (h Held) {
-	cols, _ := v.([]any)
-	if len(cols) != 2 {
-		return h
+func (a *answer) held() (h Held) {
+	if cols := a.list(); cols.more() {
+		h = Held{cols.text(), time.UnixMilli(cols.number())}
 	}
-	h.By, _ = cols[0].(string)
-	ms, _ := cols[1].(int64)
-	h.Until = time.UnixMilli(ms)
 	return h
 }
 
-func parseCounts(v any) map[string]int64 {
-	rows, _ := v.([]any)
-	counts := make(map[string]int64, len(rows)/2)
-	for i := 0; i+1 < len(rows); i += 2 {
-		name, _ := rows[i].(string)
-		counts[name], _ = rows[i+1].(int64)
+func (a *answer) counts() map[string]int64 {
+	counts := make(map[string]int64)
+	for rows := a.list(); rows.more(); {
+		name := rows.text()
+		counts[name] = rows.number()
 	}
 	return counts
 }
@@ -476,20 +448,10 @@ func (s *Stream) Plan(ctx context.Context, r Retention, after string, before int
 	if after != "" {
 		from = "(" + after
 	}
-	v, err := s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned, vanishedFor)...)
-	if err != nil {
-		return t, "", err
-	}
-	reply, _ := v.([]any)
-	if len(reply) != 7 {
-		return t, "", errReply
-	}
-	n, ok := reply[0].(int64)
-	last, _ = reply[1].(string)
-	t.Trimmed, t.Pin, t.Cut = n, parsePin(reply[3], reply[4]), parseCounts(reply[5])
-	t.Held = parseHeld(reply[6])
-	t.Length, _ = reply[2].(int64)
-	return t, last, errUnless(ok)
+	reply := read(s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned, vanishedFor)...))
+	t.Trimmed, last, t.Length = reply.number(), reply.text(), reply.number()
+	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
+	return t, last, *reply.err
 }
 
 // floorScript returns what pins the floor, and what HardMaxLen has cut off of a group.
@@ -503,16 +465,8 @@ return {redis.call('TIME')[1] * 1000, pinned, tonumber(cut or 0)}`
 // Floor returns the oldest entry that a group has not acked or a fan-out has not read, of
 // all of them, and how many entries HardMaxLen has cut off before this group acked them.
 func (s *Stream) Floor(ctx context.Context) (p Pin, cut int64, err error) {
-	v, err := s.ask(ctx, "eval", floorScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), 0, s.Group)
-	if err != nil {
-		return p, 0, err
-	}
-	reply, _ := v.([]any)
-	if len(reply) != 3 {
-		return p, 0, errReply
-	}
-	cut, ok := reply[2].(int64)
-	return parsePin(reply[0], reply[1]), cut, errUnless(ok)
+	reply := read(s.ask(ctx, "eval", floorScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), 0, s.Group))
+	return reply.pin(), reply.number(), *reply.err
 }
 
 // OneSlot returns an error if the stream and what is beside it are not in one slot.

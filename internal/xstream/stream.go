@@ -216,11 +216,7 @@ func (s *Stream) Length(ctx context.Context) (int64, error) {
 
 // Page returns at most count entries from start to end.
 func (s *Stream) Page(ctx context.Context, start, end string, count int) ([]Entry, error) {
-	v, err := s.ask(ctx, "xrange", s.Key, start, end, "count", count)
-	if err != nil {
-		return nil, err
-	}
-	return parseEntries(v)
+	return entriesOf(s.ask(ctx, "xrange", s.Key, start, end, "count", count))
 }
 
 // Entry returns the entry; nil if the stream does not have it.
@@ -234,11 +230,7 @@ func (s *Stream) Entry(ctx context.Context, id string) (*Entry, error) {
 
 // Newest returns the ID of the last entry; "" if there is none.
 func (s *Stream) Newest(ctx context.Context) (string, error) {
-	v, err := s.ask(ctx, "xrevrange", s.Key, "+", "-", "count", 1)
-	if err != nil {
-		return "", err
-	}
-	entries, err := parseEntries(v)
+	entries, err := entriesOf(s.ask(ctx, "xrevrange", s.Key, "+", "-", "count", 1))
 	if err != nil || len(entries) == 0 {
 		return "", err
 	}
@@ -384,44 +376,6 @@ func (s *Stream) Version(ctx context.Context) string {
 		}
 	}
 	return "a server of unknown version"
-}
-
-// parseEntries converts entries of a reply that go-redis has parsed.
-func parseEntries(v any) ([]Entry, error) {
-	rows, ok := v.([]any)
-	if !ok && v != nil {
-		return nil, fmt.Errorf("goxstreams: expected entries, got %T", v)
-	}
-	entries := make([]Entry, 0, len(rows))
-	for _, row := range rows {
-		pair, ok := row.([]any)
-		if !ok || len(pair) != 2 {
-			continue // before Redis 7.0 XCLAIM returns nil for deleted entries
-		}
-		id, ok := pair[0].(string)
-		if !ok {
-			return nil, fmt.Errorf("goxstreams: expected an entry ID, got %T", pair[0])
-		}
-		values, _ := pair[1].([]any)
-		fields := make([]string, len(values))
-		for i, v := range values {
-			fields[i], _ = v.(string)
-		}
-		entries = append(entries, Entry{id, fields})
-	}
-	return entries, nil
-}
-
-// stringSet converts a list of strings in a reply to a set.
-func stringSet(v any) map[string]bool {
-	rows, _ := v.([]any)
-	set := make(map[string]bool, len(rows))
-	for _, row := range rows {
-		if s, ok := row.(string); ok {
-			set[s] = true
-		}
-	}
-	return set
 }
 
 // ErrMissing means that an ID is not in the stream.
