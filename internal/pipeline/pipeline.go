@@ -46,11 +46,10 @@ type Pipeline struct {
 	connections int // 0: each call is sent by itself
 	leave       bool
 
-	mu     sync.Mutex
-	busy   int       // connections in use
-	began  time.Time // start of the last flight
-	queue  []*call
-	expiry *time.Timer // for calls that wait too long; nil: not set
+	mu    sync.Mutex
+	busy  int       // connections in use
+	began time.Time // start of the last flight
+	queue []*call
 }
 
 // New returns a Pipeline over the client. Only a single server's pipelines use one
@@ -68,19 +67,9 @@ func New(client redisx.Client, connections int, leave bool) *Pipeline {
 
 // call is a group of commands that stay together.
 type call struct {
-	cmds  []redis.Cmder
-	turn  chan turn // for a waiting call
-	since time.Time // start of the wait
+	cmds []redis.Cmder
+	turn chan bool // for a waiting call: true: its caller has the connection; false: it was sent with others
 }
-
-// turn is the result of a call's wait.
-type turn uint8
-
-const (
-	done turn = iota // it was sent with others
-	lead             // its caller has the connection
-	late             // it has waited too long
-)
 
 // Process sends one command and returns its error. If that is ctx's error, the
 // command may still be in flight, and must not be read.
@@ -108,17 +97,17 @@ func (l *Pipeline) Do(ctx context.Context, cmds ...redis.Cmder) error {
 		l.busy++
 		return l.lead(ctx, &call{cmds: cmds})
 	}
-	c := &call{cmds: cmds, turn: make(chan turn, 1), since: time.Now()}
+	c := &call{cmds: cmds, turn: make(chan bool, 1)}
 	l.queue = append(l.queue, c)
-	if l.expiry == nil {
-		l.expiry = time.AfterFunc(l.client.PoolTimeout(), l.expire)
-	}
 	l.mu.Unlock()
 	return l.await(ctx, c)
 }
 
-// await waits for the call's turn, or for its end.
+// await waits for the call's turn, or for its end. Waiting for a turn is like waiting for a
+// connection, so that go-redis's PoolTimeout bounds it.
 func (l *Pipeline) await(ctx context.Context, c *call) error {
+	late := time.NewTimer(l.client.PoolTimeout())
+	defer late.Stop()
 	var slow <-chan time.Time
 	if l.connections > 1 {
 		timer := time.NewTimer(slowFlight)
@@ -127,12 +116,10 @@ func (l *Pipeline) await(ctx context.Context, c *call) error {
 	}
 	for {
 		select {
-		case t := <-c.turn:
+		case lead := <-c.turn:
 			switch {
-			case t == done:
+			case !lead:
 				return nil
-			case t == late:
-				return fmt.Errorf("earlier calls are still waiting for an answer: %w", redis.ErrPoolTimeout)
 			case ctx.Err() != nil:
 				l.pass()
 				return ctx.Err()
@@ -146,25 +133,17 @@ func (l *Pipeline) await(ctx context.Context, c *call) error {
 				return l.lead(ctx, c)
 			}
 			l.mu.Unlock()
+		case <-late.C:
+			l.mu.Lock()
+			waited := l.unqueueLocked(c)
+			l.mu.Unlock()
+			if waited { // otherwise its turn has come
+				return fmt.Errorf("earlier calls are still waiting for an answer: %w", redis.ErrPoolTimeout)
+			}
 		case <-ctx.Done():
 			l.abandon(c)
 			return ctx.Err()
 		}
-	}
-}
-
-// expire ends calls that have waited longer than go-redis's PoolTimeout: waiting
-// for a turn is like waiting for a connection.
-func (l *Pipeline) expire() {
-	patience := l.client.PoolTimeout()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for len(l.queue) > 0 && time.Since(l.queue[0].since) >= patience {
-		l.shiftLocked().turn <- late
-	}
-	l.expiry = nil
-	if len(l.queue) > 0 {
-		l.expiry = time.AfterFunc(patience-time.Since(l.queue[0].since), l.expire)
 	}
 }
 
@@ -214,7 +193,7 @@ func (l *Pipeline) flight(ctx context.Context, batch []*call) {
 					cmd.SetErr(errors.New("a hook of the client panicked"))
 				}
 			}
-			c.turn <- done
+			c.turn <- false
 		}
 		l.pass()
 	}()
@@ -262,7 +241,7 @@ func (l *Pipeline) pass() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if next := l.shiftLocked(); next != nil {
-		next.turn <- lead
+		next.turn <- true
 		return
 	}
 	l.busy--
@@ -277,8 +256,8 @@ func (l *Pipeline) abandon(c *call) {
 		return
 	}
 	select {
-	case t := <-c.turn:
-		if t == lead {
+	case lead := <-c.turn:
+		if lead {
 			l.pass()
 		}
 	default: // in flight
