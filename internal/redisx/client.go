@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"reflect"
 	"strings"
 	"time"
 
@@ -26,17 +27,8 @@ type Client struct{ redis.UniversalClient }
 // IsNil also recognizes a nil pointer in the interface, the result of forgetting to
 // create the client.
 func IsNil(c redis.UniversalClient) bool {
-	switch c := c.(type) {
-	case nil:
-		return true
-	case *redis.Client:
-		return c == nil
-	case *redis.ClusterClient:
-		return c == nil
-	case *redis.Ring:
-		return c == nil
-	}
-	return false
+	v := reflect.ValueOf(c)
+	return !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil()
 }
 
 // Single returns the client if it is a single server's, otherwise nil. Its
@@ -68,14 +60,15 @@ func (c Client) Node(ctx context.Context, key string) (*redis.Client, error) {
 	return nil, nil
 }
 
-// Master returns the processor for commands whose answers must be current. A
+// Master returns the client for commands whose answers must be current. A
 // Cluster client may send reads to replicas, and a replica that lags behind shows
-// entries as acked or deleted that are not. For other clients it returns via.
-func (c Client) Master(ctx context.Context, via Processor, key string) (Processor, error) {
+// entries as acked or deleted that are not. Other clients are returned as they are.
+func (c Client) Master(ctx context.Context, key string) (Client, error) {
 	if cluster, ok := c.UniversalClient.(*redis.ClusterClient); ok {
-		return cluster.MasterForKey(ctx, key)
+		master, err := cluster.MasterForKey(ctx, key)
+		return Client{master}, err
 	}
-	return via, nil
+	return c, nil
 }
 
 // Refresh makes a Cluster client reload the slots if the error suggests that they
@@ -103,7 +96,7 @@ func (c Client) Rerouted(ctx context.Context, err error) bool {
 
 // OneServer returns an error if one script cannot use both keys.
 func (c Client) OneServer(ctx context.Context, a, b string) error {
-	if c.Single() != nil || c.Wrapped() || slot(a) == slot(b) {
+	if c.Single() != nil || c.Wrapped() || TagOf(a) == TagOf(b) {
 		return nil
 	}
 	na, err := c.Node(ctx, a)
@@ -187,20 +180,4 @@ func TagOf(key string) string {
 		return tag
 	}
 	return key
-}
-
-// slot returns a key's slot in a Cluster: the CRC16 (XMODEM) of its tag.
-func slot(key string) uint16 {
-	var crc uint16
-	for _, b := range []byte(TagOf(key)) {
-		crc ^= uint16(b) << 8
-		for range 8 {
-			if crc&0x8000 != 0 {
-				crc = crc<<1 ^ 0x1021
-			} else {
-				crc <<= 1
-			}
-		}
-	}
-	return crc % 16384
 }

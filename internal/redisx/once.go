@@ -65,34 +65,11 @@ func Do(ctx context.Context, p Processor, args ...any) (any, error) {
 	return v, err
 }
 
-// Leaving runs each command in a goroutine, so that the caller can return when its
-// context ends, which go-redis ignores while it waits for a reply. The command
-// continues, and must not be read then.
-type Leaving struct{ Processor }
-
-// Process runs the command.
-func (l Leaving) Process(ctx context.Context, cmd redis.Cmder) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	done := make(chan error, 1)
-	go func() { done <- l.Processor.Process(context.WithoutCancel(ctx), cmd) }()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// Pipeliner creates pipelines: a client.
-type Pipeliner interface{ Pipeline() redis.Pipeliner }
-
 // ExecPipeline sends the commands together. Afterwards each has its own error, even
 // where go-redis sets none: if the server rejects the connection (after a change of
 // password, for example), go-redis returns that error, but leaves the commands as
 // if they had succeeded with empty replies.
-func ExecPipeline(ctx context.Context, client Pipeliner, cmds []redis.Cmder) {
+func ExecPipeline(ctx context.Context, client redis.Cmdable, cmds []redis.Cmder) {
 	pipe := client.Pipeline()
 	for _, cmd := range cmds {
 		_ = pipe.Process(ctx, cmd)

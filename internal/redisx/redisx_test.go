@@ -18,18 +18,6 @@ import (
 
 func TestMain(m *testing.M) { testserver.Main(m) }
 
-// The slots are those that Redis computes, including hash tags.
-func TestSlot(t *testing.T) {
-	cluster := testserver.Cluster(t).Client()
-	for _, key := range []string{
-		"", "orders", "123456789", "{orders}.dead", "orders.dead{orders}", "a{b}c", "a{}b", "a{b", "a}b{c}", "foo{{bar}}zap", "\x00\xff",
-	} {
-		want, err := cluster.ClusterKeySlot(t.Context(), key).Result()
-		require.NoError(t, err)
-		assert.EqualValues(t, want, slot(key), "%q", key)
-	}
-}
-
 func TestSent_Outcome(t *testing.T) {
 	written := func() *Sent {
 		s := NewSent("*")

@@ -6,7 +6,7 @@ import (
 )
 
 // answer reads the values of a reply that go-redis has parsed, one after the other. A value
-// that is missing, or of another type, is an error; then the rest is empty.
+// that is missing, or of another type, is an error; then the rest is empty. nil is the zero value.
 type answer struct {
 	rest []any
 	err  *error // of the whole reply
@@ -26,6 +26,7 @@ func next[T any](a *answer) (v T) {
 	ok := a.more()
 	if ok {
 		v, ok = a.rest[0].(T)
+		ok = ok || a.rest[0] == nil
 		a.rest = a.rest[1:]
 	}
 	if !ok && *a.err == nil {

@@ -154,17 +154,11 @@ func (s *Stream) Entries(ctx context.Context, ids []string) (map[string]Entry, e
 // pipeline sends the commands together, to the master. Afterwards each has its own
 // error.
 func (s *Stream) pipeline(ctx context.Context, cmds []redis.Cmder) error {
-	node, err := s.Client.Node(ctx, s.Key)
-	switch {
-	case err != nil:
-		return err
-	case len(cmds) == 0:
-	case node != nil:
-		redisx.ExecPipeline(ctx, node, cmds)
-	default:
-		redisx.ExecPipeline(ctx, s.Client, cmds)
+	master, err := s.Client.Master(ctx, s.Key)
+	if err == nil && len(cmds) > 0 {
+		redisx.ExecPipeline(ctx, master, cmds)
 	}
-	return nil
+	return err
 }
 
 // Delete deletes the entries and returns the outcome of each.

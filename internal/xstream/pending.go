@@ -74,10 +74,7 @@ type Summary struct {
 func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
 	sum := Summary{Consumers: make(map[string]int64)}
 	reply := read(s.ask(ctx, "xpending", s.Key, s.Group))
-	if sum.Count = reply.number(); sum.Count == 0 { // the rest is nil
-		return sum, *reply.err
-	}
-	sum.First, _ = reply.text(), reply.text()
+	sum.Count, sum.First, _ = reply.number(), reply.text(), reply.text() // nil, if nothing is pending
 	for rows := reply.list(); rows.more(); {
 		row := rows.list()
 		name := row.text()

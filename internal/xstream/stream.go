@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/goxstreams/watermill-goxstreams/internal/pipeline"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
@@ -39,14 +40,15 @@ func New(client redisx.Client, key, group string) Stream {
 // twice.
 func (s *Stream) ask(ctx context.Context, args ...any) (any, error) {
 	send := func() (any, error) {
-		master, err := s.Client.Master(ctx, s.Via, s.Key)
-		if err != nil {
-			return nil, err
-		}
+		via := s.Via
 		if s.Client.Single() == nil {
-			master = redisx.Leaving{Processor: master}
+			master, err := s.Client.Master(ctx, s.Key)
+			if err != nil {
+				return nil, err
+			}
+			via = pipeline.New(master, 0, true) // returns when ctx ends
 		}
-		return redisx.Do(ctx, master, args...)
+		return redisx.Do(ctx, via, args...)
 	}
 	v, err := send()
 	if s.Client.Rerouted(ctx, err) {
