@@ -70,12 +70,7 @@ end`
 // of an older version has seen it. It also returns which groups are known already, as "held" or
 // "seen", and their known floors. key is RetentionKey, now the server's time, and a hold
 // lasts for vanished (both in milliseconds). With look it stores nothing.
-const heldFunction = `
-local function clock()
-  local t = redis.call('TIME')
-  return t[1] * 1000 + math.floor(t[2] / 1000)
-end
-local function stamp(ms) return string.format('%.0f', ms) end
+const heldFunction = clockFunction + `
 local function held(key, groups, now, vanished, look)
   local present, known, floors, holds, named = {}, {}, {}, {}, {}
   for _, g in ipairs(groups) do

@@ -25,13 +25,8 @@ func DueKey(key string) string { return Beside(key, "due") }
 // DelayedKey is the key of the hash: "orders.delayed{orders}" for "orders".
 func DelayedKey(key string) string { return Beside(key, "delayed") }
 
-// clockFunction returns the server's clock in milliseconds, rounded down or up, so that
-// nothing is due before its time.
-const clockFunction = `
-local function clock(round)
-  local t = redis.call('TIME')
-  return t[1] * 1000 + round(t[2] / 1000)
-end
+// untilNextFunction returns for how many milliseconds nothing is due; -1: nothing waits.
+const untilNextFunction = clockFunction + `
 local function untilNext(now)
   local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
   return first[2] and math.max(0, first[2] - now) or -1
@@ -45,7 +40,7 @@ end`
 //
 // The arguments of each message are its UUID, when it is due (empty: now; "+ms": after
 // that; "@ms": at that time), the number of its fields, and these.
-const scheduleScript = `-- schedule` + deniedFunction + clockFunction + `
+const scheduleScript = `-- schedule` + deniedFunction + untilNextFunction + `
 local maxlen, producer, now = ARGV[2], ARGV[3], clock(math.ceil)
 local missing = denied('ZADD', KEYS[2], 0, '') or denied('ZSCORE', KEYS[2], '')
   or denied('HSET', KEYS[3], '', '') or denied('HGET', KEYS[3], '')
@@ -94,7 +89,7 @@ for _, add in ipairs(adds) do
   if not redis.call(unpack(add)) then return false end -- the first one: NOMKSTREAM, and there is no stream
 end
 for _, w in ipairs(waits) do
-  redis.call('ZADD', KEYS[2], string.format('%.0f', w[1]), w[2])
+  redis.call('ZADD', KEYS[2], stamp(w[1]), w[2])
   redis.call('HSET', KEYS[3], w[2], w[3])
 end
 return untilNext(now)`
@@ -187,8 +182,8 @@ func (c *Scheduling) UntilNext() time.Duration { return c.wait }
 // moveScript moves due messages into the stream. A value that cannot be unpacked is added
 // as it is, as a malformed entry, so that it is not lost. If XADD with IDMP fails, as on a
 // server that does not know it, the message is added without.
-const moveScript = `-- move` + deniedFunction + clockFunction + `
-local now = clock(math.floor)
+const moveScript = `-- move` + deniedFunction + untilNextFunction + `
+local now = clock()
 local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, ARGV[1])
 if #due == 0 then return {0, untilNext(now)} end
 local missing = denied('XADD', KEYS[1], '*', 'f', 'v') or denied('ZREM', KEYS[2], '') or denied('HDEL', KEYS[3], '')
@@ -437,13 +432,13 @@ func RecurringKey(key string) string { return Beside(key, "recurring") }
 // stands for the last one.
 const recurScript = `-- recur` + deniedFunction + clockFunction + `
 local name, known, at, maxlen = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local now = clock(math.floor)
-local last, stamp = redis.call('HGET', KEYS[2], name), string.format('%.0f', now)
+local now = clock()
+local last = redis.call('HGET', KEYS[2], name)
 if not last then
-  last = stamp
+  last = stamp(now)
   redis.call('HSET', KEYS[2], name, last)
 end
-if at == '' or tonumber(last) ~= tonumber(known) or tonumber(at) > now then return {last, stamp} end
+if at == '' or tonumber(last) ~= tonumber(known) or tonumber(at) > now then return {last, stamp(now)} end
 local args = {'XADD', KEYS[1]}
 if maxlen ~= '0' then args[3] = 'MAXLEN'; args[4] = '~'; args[5] = maxlen end
 args[#args + 1] = '*'
@@ -452,7 +447,7 @@ local missing = denied('HSET', KEYS[2], name, at) or denied(unpack(args))
 if missing then return missing end
 redis.call(unpack(args))
 redis.call('HSET', KEYS[2], name, at)
-return {at, stamp}`
+return {at, stamp(now)}`
 
 // Recurrence is how far a recurring message has come.
 type Recurrence struct {

@@ -67,10 +67,8 @@ for i = 3, #ARGV do
   end
 end
 if #ids == 0 then return others end
-local args = {}
-for i, id in ipairs(ids) do args[i] = id end
-args[#args + 1] = 'JUSTID'
-for _, id in ipairs(redis.call('XCLAIM', KEYS[1], ARGV[1], me, 0, unpack(args))) do found[id] = nil end
+ids[#ids + 1] = 'JUSTID'
+for _, id in ipairs(redis.call('XCLAIM', KEYS[1], ARGV[1], me, 0, unpack(ids))) do found[id] = nil end
 for _, id in ipairs(ids) do
   if found[id] then
     others[#others + 1] = id
@@ -130,21 +128,13 @@ func (s *Stream) Take(ctx context.Context, id, owner string, count int64, idle t
 
 // assignScript returns the IDs that it has assigned.
 const assignScript = `-- assign` + mineFunction + `
-local me, to, given, counts = ARGV[2], ARGV[3], {}, {}
+local me, to, given = ARGV[2], ARGV[3], {}
 local found = mine(ARGV[4], ARGV[#ARGV - 1], me)
 for i = 4, #ARGV, 2 do
   if found[ARGV[i]] then
-    local ids = counts[ARGV[i + 1]] or {}
-    counts[ARGV[i + 1]] = ids
-    ids[#ids + 1] = ARGV[i]
+    redis.call('XCLAIM', KEYS[1], ARGV[1], to, 0, ARGV[i], 'RETRYCOUNT', ARGV[i + 1], 'JUSTID')
     given[#given + 1] = ARGV[i]
   end
-end
-for count, ids in pairs(counts) do
-  ids[#ids + 1] = 'RETRYCOUNT'
-  ids[#ids + 1] = count
-  ids[#ids + 1] = 'JUSTID'
-  redis.call('XCLAIM', KEYS[1], ARGV[1], to, 0, unpack(ids))
 end
 return given`
 

@@ -23,11 +23,10 @@ const pausedField = "paused:"
 const resumed = "0"
 
 // pauseScript pauses a group. It may run twice: the first time counts.
-const pauseScript = `-- pause` + evenIfFull + `
+const pauseScript = `-- pause` + evenIfFull + clockFunction + `
 local since = redis.call('HGET', KEYS[1], ARGV[1])
 if since and since ~= ARGV[2] then return 1 end
-local t = redis.call('TIME')
-redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', t[1] * 1000 + math.floor(t[2] / 1000)))
+redis.call('HSET', KEYS[1], ARGV[1], stamp(clock()))
 return 1`
 
 // Pause pauses the group.

@@ -172,8 +172,7 @@ if missing then return missing end`
 // is old enough, whichever comes first; and how many entries its KeepLast allows. Without
 // a group nothing but number and age decides, and if neither is limited, nothing goes.
 const boundFunction = `
-local now = redis.call('TIME')
-now = now[1] * 1000 + math.floor(now[2] / 1000)
+local now = clock()
 local options = 2 + ARGV[1]
 local keepLast, keepFor, hard = tonumber(ARGV[options]), tonumber(ARGV[options + 1]), tonumber(ARGV[options + 2])
 local function boundOf(floor, groups)

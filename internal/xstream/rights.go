@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
-
-	"github.com/redis/go-redis/v9"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
@@ -31,7 +28,16 @@ const evenIfFull = `
 redis.pcall('HDEL', KEYS[1], '')
 `
 
-// rightsScript returns the commands that are denied. The server checks the command
+// clockFunction returns the server's clock in milliseconds, rounded down unless a function is
+// given. stamp writes it without an exponent.
+const clockFunction = `
+local function clock(round)
+  local t = redis.call('TIME')
+  return t[1] * 1000 + (round or math.floor)(t[2] / 1000)
+end
+local function stamp(ms) return string.format('%.0f', ms) end`
+
+// rightsScript returns an error that names the commands that are denied. The server checks the command
 // and its keys.
 const rightsScript = deniedFunction + `
 local missing = {}
@@ -44,27 +50,17 @@ need('XACK', 'XACK', key, group, '0-1')
 need('XCLAIM', 'XCLAIM', key, group, 'c', 0, '0-1')
 need('XPENDING', 'XPENDING', key, group)
 need('XRANGE', 'XRANGE', key, '-', '+')
-return missing`
+if #missing == 0 then return 1 end
+return redis.error_reply('NOPERM the permission for ' .. table.concat(missing, ', ') .. ' is missing')`
 
 // CheckRights returns an error that names the permissions which a consumer of the
 // group lacks.
 func (s *Stream) CheckRights(ctx context.Context) error {
-	v, err := redisx.Do(ctx, s.Via, "eval", rightsScript, 1, s.Key, s.Group)
+	_, err := redisx.Do(ctx, s.Via, "eval", rightsScript, 1, s.Key, s.Group)
 	if redisx.ReplyHas(err, "'eval'", "unknown command") {
 		return fmt.Errorf("the permission for EVAL is missing: %w", err)
 	}
-	if err != nil && err != redis.Nil {
-		return err
-	}
-	rows, _ := v.([]any)
-	var names []string
-	for _, row := range rows {
-		names = append(names, fmt.Sprint(row))
-	}
-	if len(names) > 0 {
-		return redisx.ReplyError("NOPERM the permission for " + strings.Join(names, ", ") + " is missing")
-	}
-	return nil
+	return err
 }
 
 // ErrUnsupported is the library's exported error of that name.

@@ -165,18 +165,11 @@ func (s *Stream) CreateGroup(ctx context.Context, start string, lease time.Durat
 // createScript creates a group, unless the stream was recreated since it was looked
 // at. Its first command has a server that is out of memory accept that: see evenIfFull. Without
 // their group, consumers could make no room.
-const createScript = `-- create` + lessFunction + `
+const createScript = `-- create` + lessFunction + beganAnewFunction + `
 redis.call('XACK', KEYS[1], ARGV[1], '0-1')
-local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
-if not info.err then
-  local is = {}
-  for i = 1, #info, 2 do is[info[i]] = info[i + 1] end
-  local first = is['first-entry'] and is['first-entry'][1] or ARGV[4]
-  if less(is['last-generated-id'], ARGV[3]) or less(first, ARGV[4]) or (is['entries-added'] or 0) < tonumber(ARGV[5]) then
-    return redis.error_reply('CHANGED the stream began anew')
-  end
-elseif ARGV[3] ~= '0-0' then
-  return redis.error_reply('CHANGED the stream was deleted')
+if ARGV[3] ~= '' then
+  if beganAnew(ARGV[3]) then return redis.error_reply('CHANGED the stream began anew') end
+  if not stream['last-generated-id'] then return redis.error_reply('CHANGED the stream was deleted') end
 end
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')`
 
@@ -188,10 +181,11 @@ func (s *Stream) CreateGroupAt(ctx context.Context, start string, seen Info, lea
 	if err := s.hold(ctx, lease, deletes); err != nil {
 		return false, err
 	}
-	if start == "0" || seen.Last == "" {
-		seen = Info{Last: "0-0", First: "0-0"}
+	life := ""
+	if start != "0" && seen.Last != "" {
+		life = seen.life()
 	}
-	_, err = s.eval(ctx, createScript, s.Group, start, seen.Last, seen.First, seen.Added)
+	_, err = s.eval(ctx, createScript, s.Group, start, life)
 	if redisx.ReplyHas(err, "BUSYGROUP") {
 		return false, nil
 	}
