@@ -151,7 +151,9 @@ func (q *DeadLetterQueue) replay(ctx context.Context, ids []string, toAll bool) 
 				key := [2]string{d.Topic, d.Group}
 				if _, ok := known[key]; !ok {
 					topic := xstream.New(q.stream.Client, d.Topic, d.Group)
-					known[key] = topic.GroupExists(ctx)
+					if known[key] = topic.HasGroup(ctx); redisx.IsDenied(known[key]) {
+						known[key] = nil
+					}
 				}
 				err = known[key]
 			}

@@ -25,10 +25,10 @@ const maxDelay = 10 * 365 * 24 * time.Hour
 func dueOf(msg *message.Message, now time.Time) (xstream.Due, error) {
 	until, period := msg.Metadata.Get(delay.DelayedUntilKey), msg.Metadata.Get(delay.DelayedForKey)
 	if until == "" && period == "" {
-		return xstream.Due{}, nil
+		return "", nil
 	}
 	fail := func(key, format string, args ...any) (xstream.Due, error) {
-		return xstream.Due{}, fmt.Errorf("metadata %s: %s", key, fmt.Sprintf(format, args...))
+		return "", fmt.Errorf("metadata %s: %s", key, fmt.Sprintf(format, args...))
 	}
 	if until == "" {
 		return fail(delay.DelayedUntilKey, "is missing, while %s is set", delay.DelayedForKey)
@@ -85,7 +85,7 @@ func duesOf(messages []*message.Message) ([]xstream.Due, error) {
 		if err != nil {
 			return nil, atMessage(i, messages, err)
 		}
-		if due == (xstream.Due{}) {
+		if due == "" {
 			continue
 		}
 		if msg.UUID == "" {

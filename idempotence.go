@@ -109,13 +109,7 @@ func (p *Publisher) sendIdempotent(topic string, call *xstream.Publishing) error
 	if err := p.config.Idempotence.takes(call.Len()); err != nil {
 		return err
 	}
-	return p.whilePrepared(call.Context(), topic, func() error {
-		err := p.send(topic, call)
-		if errors.Is(err, redis.Nil) {
-			call = call.Again()
-		}
-		return err
-	})
+	return p.whilePrepared(call.Context(), topic, func() error { return p.send(topic, call) })
 }
 
 // whilePrepared sends a call to a stream configured for Idempotence. Its XADDs do not

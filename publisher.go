@@ -228,11 +228,7 @@ func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
 			return fmt.Errorf("nothing is stored: %w", redisx.Redacted(err))
 		}
 	}
-	if p.client.Single() == nil {
-		err = call.SendTo(p.client)
-	} else {
-		err = call.Send(p.pipe)
-	}
+	err = call.Send(p.client, p.pipe)
 	if xstream.MultiRefused(err) {
 		p.forgetMulti(node)
 	}

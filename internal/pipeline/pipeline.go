@@ -203,7 +203,8 @@ func (l *Pipeline) flight(ctx context.Context, batch []*call) {
 
 func (l *Pipeline) send(ctx context.Context, batch []*call) {
 	if len(batch) == 1 && len(batch[0].cmds) == 1 {
-		_ = l.client.Process(ctx, batch[0].cmds[0])
+		cmd := batch[0].cmds[0]
+		cmd.SetErr(l.client.Process(ctx, cmd)) // a wrapped client may not have set it
 		return
 	}
 	var cmds []redis.Cmder

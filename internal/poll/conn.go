@@ -513,8 +513,9 @@ func (c *conn) fail(err error) {
 		return
 	}
 	if len(c.parts) > 1 && redisx.IsReply(err) {
-		for _, part := range c.parts {
-			c.readAlone(part)
+		for _, p := range slices.Clone(c.parts) {
+			c.parts, c.block = []part{p}, -1
+			c.read()
 		}
 		return
 	}
@@ -528,29 +529,6 @@ func (c *conn) dismissRest(failed part, err error) {
 	c.dismiss(slices.DeleteFunc(slices.Clone(c.rest), func(p part) bool {
 		return redisx.IsReply(err) && p.topic != failed.topic
 	}), err)
-}
-
-// readAlone reads one of several topics, without blocking.
-func (c *conn) readAlone(p part) {
-	bconn, err := c.connect()
-	var readings []xstream.Reading
-	sent := time.Now()
-	if err == nil {
-		read := c.command([]part{p})
-		read.Block = -1
-		readings, err = read.Do(c.ctx, bconn, &c.replies)
-	}
-	if err != nil {
-		if !redisx.IsReply(err) {
-			c.disconnect()
-		}
-		c.dismiss([]part{p}, err)
-		c.dismissRest(p, err)
-		return
-	}
-	for _, got := range readings {
-		c.deal(p, Batch{Entries: got.Entries, Sent: sent, At: time.Now()})
-	}
 }
 
 func (c *conn) dismiss(parts []part, err error) {

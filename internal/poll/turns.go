@@ -75,7 +75,7 @@ func (c *conn) chosen(parts, rest []part) (next, others []part, block time.Durat
 	case len(urgent) > 0:
 		candidates = urgent
 	case c.dry:
-		covering := cover(turns, topics)
+		covering := cover(turns)
 		candidates = nil
 		for _, t := range covering {
 			candidates = append(candidates, t.parts...)
@@ -133,23 +133,17 @@ func (c *conn) turnsOf(parts []part) (turns []turn, topics int) {
 }
 
 // cover returns turns that cover all topics: one, if there is one that does; otherwise few.
-func cover(turns []turn, topics int) (covering []turn) {
+func cover(turns []turn) (covering []turn) {
+	slices.SortStableFunc(turns, func(a, b turn) int {
+		return cmp.Or(cmp.Compare(len(b.parts), len(a.parts)), older(slices.MinFunc(a.parts, older), slices.MinFunc(b.parts, older)))
+	})
 	covered := make(map[*topic]bool)
-	gain := func(t turn) (n int) {
-		for _, p := range t.parts {
-			if !covered[p.topic] {
-				n++
+	for _, t := range turns {
+		if slices.ContainsFunc(t.parts, func(p part) bool { return !covered[p.topic] }) {
+			covering = append(covering, t)
+			for _, p := range t.parts {
+				covered[p.topic] = true
 			}
-		}
-		return n
-	}
-	for len(covered) < topics {
-		best := slices.MinFunc(turns, func(a, b turn) int {
-			return cmp.Or(cmp.Compare(gain(b), gain(a)), older(slices.MinFunc(a.parts, older), slices.MinFunc(b.parts, older)))
-		})
-		covering = append(covering, best)
-		for _, p := range best.parts {
-			covered[p.topic] = true
 		}
 	}
 	return covering

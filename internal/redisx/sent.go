@@ -21,8 +21,11 @@ func NewSent(value string) *Sent { return &Sent{value: []byte(value)} }
 
 var asterisk = []byte("*")
 
-// Asterisk sets the value to "*".
-func (s *Sent) Asterisk() { s.value = asterisk }
+// Asterisk sets the value to "*", of a command that is not written yet.
+func (s *Sent) Asterisk() {
+	s.value = asterisk
+	s.written.Store(false)
+}
 
 // MarshalBinary is called by go-redis when it writes the command.
 func (s *Sent) MarshalBinary() ([]byte, error) {

@@ -114,26 +114,14 @@ func NewScheduling(ctx context.Context, key string, maxLen int64, producerID str
 	}
 }
 
-// Due is when a message is due; the zero value: at once.
-type Due struct {
-	at  time.Time
-	in  time.Duration
-	set bool
-}
+// Due is when a message is due, as scheduleScript takes it; the zero value: at once.
+type Due string
 
 // DueAt is a time by the server's clock, and DueIn a time from when the server gets to it.
 // Both are in milliseconds, rounded up.
-func DueAt(t time.Time) Due     { return Due{at: t, set: true} }
-func DueIn(d time.Duration) Due { return Due{in: d, set: true} }
-
-func (d Due) arg() string {
-	switch {
-	case !d.set:
-		return ""
-	case d.at.IsZero():
-		return "+" + strconv.FormatInt((d.in+time.Millisecond-1).Milliseconds(), 10)
-	}
-	return "@" + strconv.FormatInt(millis(d.at), 10)
+func DueAt(t time.Time) Due { return Due("@" + strconv.FormatInt(millis(t), 10)) }
+func DueIn(d time.Duration) Due {
+	return Due("+" + strconv.FormatInt((d+time.Millisecond-1).Milliseconds(), 10))
 }
 
 // millis rounds a time up to milliseconds.
@@ -142,7 +130,7 @@ func millis(t time.Time) int64 { return t.Add(time.Millisecond - 1).UnixMilli() 
 // Add adds a message. Fields appends its fields to the arguments.
 func (c *Scheduling) Add(uuid string, due Due, fields func(args []any) ([]any, error)) error {
 	at := len(c.args) + 2
-	args, err := fields(append(c.args, uuid, due.arg(), 0))
+	args, err := fields(append(c.args, uuid, string(due), 0))
 	if err != nil {
 		return err
 	}

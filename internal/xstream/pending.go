@@ -2,7 +2,6 @@ package xstream
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -117,24 +116,11 @@ func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 	return GroupInfo{}, ErrNoGroup
 }
 
-// GroupExists returns an error if the group is known not to exist.
-func (s *Stream) GroupExists(ctx context.Context) error {
-	_, err := s.GroupInfo(ctx)
-	switch {
-	case GroupLost(err):
-		return fmt.Errorf("group %q of topic %q no longer exists", s.Group, s.Key)
-	case redisx.IsDenied(err):
-		return nil
-	}
-	return err
-}
-
-// HasGroup returns an error if the group does not exist. Unlike GroupExists, it needs the
-// permission to ask.
+// HasGroup returns an error if the group does not exist.
 func (s *Stream) HasGroup(ctx context.Context) error {
 	_, err := s.GroupInfo(ctx)
 	if GroupLost(err) {
-		return errors.New("the topic has no such group")
+		return fmt.Errorf("the topic %q has no such group: %q", s.Key, s.Group)
 	}
 	return err
 }

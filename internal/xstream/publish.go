@@ -32,14 +32,12 @@ type Publishing struct {
 	sent  redisx.Sent // the ID of each XADD: "*"
 	adds  []redisx.OnceStringCmd
 	multi redisx.OnceCmd // only for several messages
-	exec  redisx.OnceRawCmd
+	exec  redisx.OnceCmd
 }
 
 // NewPublishing returns a call of n messages. Only the context's values are used.
 func NewPublishing(ctx context.Context, n int) *Publishing {
-	c := &Publishing{ctx: context.WithoutCancel(ctx), adds: make([]redisx.OnceStringCmd, 0, n)}
-	c.sent.Asterisk()
-	return c
+	return &Publishing{ctx: context.WithoutCancel(ctx), adds: make([]redisx.OnceStringCmd, 0, n)}
 }
 
 // usualArgs is the number of arguments for an ID, the UUID to remember, and
@@ -68,22 +66,6 @@ func (c *Publishing) Len() int { return len(c.adds) }
 // Context returns the context of the call's commands.
 func (c *Publishing) Context() context.Context { return c.ctx }
 
-// Again returns the call to be sent once more. It takes over the arguments: the original
-// must not be sent again.
-func (c *Publishing) Again() *Publishing {
-	call := NewPublishing(c.ctx, len(c.adds))
-	for _, add := range c.adds {
-		args := add.Args()
-		for i, arg := range args {
-			if arg == any(&c.sent) {
-				args[i] = &call.sent
-			}
-		}
-		call.Add(args)
-	}
-	return call
-}
-
 // errNoMulti is the error that MultiRefused reports.
 var errNoMulti = errors.New("MULTI was refused")
 
@@ -91,13 +73,21 @@ var errNoMulti = errors.New("MULTI was refused")
 // permitted.
 func MultiRefused(err error) bool { return errors.Is(err, errNoMulti) }
 
-// Send sends the call over the pipeline, in one round trip, together with
-// concurrent calls.
-func (c *Publishing) Send(pipe *pipeline.Pipeline) error {
+// Send sends the call in one round trip: over the pipeline, together with concurrent calls,
+// or several messages for a client whose pipelines may use several connections by
+// themselves. It may be called again after redis.Nil: nothing is stored.
+func (c *Publishing) Send(client redisx.Client, pipe *pipeline.Pipeline) error {
+	c.sent.Asterisk()
+	for _, add := range c.adds {
+		add.SetErr(nil)
+	}
 	if len(c.adds) == 1 {
 		return c.single(pipe.Process(c.ctx, c.adds[0]))
 	}
-	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.NewOnceRaw(c.ctx, "exec")
+	if client.Single() == nil {
+		return c.sendTo(client)
+	}
+	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.NewOnce(c.ctx, "exec")
 	cmds := make([]redis.Cmder, 0, len(c.adds)+2)
 	cmds = append(cmds, c.multi)
 	for _, add := range c.adds {
@@ -140,33 +130,27 @@ func (c *Publishing) single(err error) error {
 // executed reads EXEC's reply, which contains the errors of the commands. The IDs
 // are not needed, but a missing one becomes redis.Nil, as for a single XADD.
 func (c *Publishing) executed() error {
-	if err := c.exec.Err(); err != nil {
-		return c.sent.Outcome(err)
-	}
-	reply := resp(c.exec.Val())
-	n, err := reply.list()
-	if err != nil {
+	replies, err := c.exec.Slice()
+	switch {
+	case errors.Is(err, redis.Nil): // somebody left a WATCH on the connection
+		return redis.TxFailedErr
+	case err != nil:
 		// EXECABORT means that a command was rejected, but does not say why.
 		for _, add := range c.adds {
-			if add.Err() != nil && redisx.IsReply(add.Err()) && redisx.IsReply(err) {
-				return redisx.Redacted(add.Err())
+			if redisx.IsReply(err) && redisx.IsReply(add.Err()) {
+				err = add.Err()
+				break
 			}
 		}
-		return redisx.Redacted(err)
-	}
-	if n < len(c.adds) { // nil from EXEC: somebody left a WATCH on the connection
-		return redis.TxFailedErr
+		return c.sent.Outcome(err)
+	case len(replies) != len(c.adds):
+		return fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, errReply)
 	}
 	outcomes := make([]error, len(c.adds))
-	for i := range outcomes {
-		id, err := reply.bulk()
-		if err == nil && id == "" {
-			err = redis.Nil
+	for i, reply := range replies {
+		if outcomes[i], _ = reply.(error); reply == nil {
+			outcomes[i] = redis.Nil
 		}
-		if err != nil && !redisx.IsReply(err) {
-			return fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, err)
-		}
-		outcomes[i] = err
 	}
 	return summary(outcomes)
 }
@@ -204,12 +188,8 @@ func summary(outcomes []error) error {
 	return fmt.Errorf("%w: %d of %d messages are stored: %w", redisx.ErrOutcomeUnknown, stored, len(outcomes), first)
 }
 
-// SendTo sends the call by itself, for clients whose pipelines may use several
-// connections: the client routes the transaction to the key's node.
-func (c *Publishing) SendTo(client redisx.Client) error {
-	if len(c.adds) == 1 {
-		return c.single(client.Process(c.ctx, c.adds[0]))
-	}
+// sendTo sends the call by itself: the client routes the transaction to the key's node.
+func (c *Publishing) sendTo(client redisx.Client) error {
 	_, err := client.TxPipelined(c.ctx, func(pipe redis.Pipeliner) error {
 		for _, add := range c.adds {
 			_ = pipe.Process(c.ctx, add)
