@@ -83,17 +83,6 @@ func (c Client) Refresh(err error) {
 	}
 }
 
-// Rerouted reloads a Cluster client's slots if err is a redirection, and waits for
-// it. It reports whether a retry makes sense.
-func (c Client) Rerouted(ctx context.Context, err error) bool {
-	if !ReplyHas(err, "MOVED ") {
-		return false
-	}
-	cluster, ok := c.UniversalClient.(*redis.ClusterClient)
-	// ForEachMaster loads the slots before it calls the function.
-	return ok && cluster.ForEachMaster(ctx, func(context.Context, *redis.Client) error { return nil }) == nil
-}
-
 // OneServer returns an error if one script cannot use both keys.
 func (c Client) OneServer(ctx context.Context, a, b string) error {
 	if c.Single() != nil || c.Wrapped() || TagOf(a) == TagOf(b) {

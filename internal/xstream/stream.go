@@ -36,33 +36,28 @@ func New(client redisx.Client, key, group string) Stream {
 	return Stream{Client: client, Via: client, Key: key, Group: group}
 }
 
-// ask sends a command to the master. The command must be read-only, or safe to run
-// twice.
+// ask sends a command on the stream to the master: see askAt.
 func (s *Stream) ask(ctx context.Context, args ...any) (any, error) {
-	send := func() (any, error) {
-		via := s.Via
-		if s.Client.Single() == nil {
-			master, err := s.Client.Master(ctx, s.Key)
-			if err != nil {
-				return nil, err
-			}
-			via = pipeline.New(master, 0, true) // returns when ctx ends
-		}
-		return redisx.Do(ctx, via, args...)
-	}
-	v, err := send()
-	if s.Client.Rerouted(ctx, err) {
-		v, err = send()
-	}
-	return v, err
+	return s.askAt(ctx, s.Key, args...)
 }
 
-// askAt is ask for a command on the key, also while the key's slot moves from one node of a
-// Cluster to another, and the old one does not have it: go-redis sends scripts to masters,
-// and where these say it is.
+// askAt sends a command on the key, which is in the stream's slot, to the master. The command
+// must be read-only, or safe to run twice. A node's own client does not follow a slot that has
+// moved to another node, or is about to; but go-redis sends scripts to masters, and to where
+// these say that the key is.
 func (s *Stream) askAt(ctx context.Context, key string, args ...any) (any, error) {
-	v, err := s.ask(ctx, args...)
-	if redisx.ReplyHas(err, "ASK ") {
+	if s.Client.Single() != nil {
+		return redisx.Do(ctx, s.Via, args...)
+	}
+	client, err := s.Client, error(nil)
+	if args[0] != "eval" {
+		client, err = s.Client.Master(ctx, key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	v, err := redisx.Do(ctx, pipeline.New(client, 0, true), args...) // with leave: it returns when ctx ends
+	if redisx.ReplyHas(err, "MOVED ", "ASK ") {
 		return redisx.Do(ctx, s.Via, append([]any{"eval", "return redis.call(unpack(ARGV))", 1, key}, args...)...)
 	}
 	return v, err
