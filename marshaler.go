@@ -220,23 +220,12 @@ func (DefaultMarshaler) appendFields(args []any, msg *message.Message) ([]any, e
 }
 
 func (DefaultMarshaler) unmarshalFields(fields []string, create newMessage) (*message.Message, error) {
-	var (
-		uuid, metadata, payload string
-		hasUUID                 bool
-	)
-	for i := 0; i < len(fields); i += 2 {
-		switch value := fields[i+1]; fields[i] {
-		case UUIDHeaderKey:
-			uuid, hasUUID = value, true
-		case metadataField:
-			metadata = value
-		case payloadField:
-			payload = value
-		}
-	}
-	if !hasUUID {
+	uuid, ok := lookUp(fields, UUIDHeaderKey)
+	if !ok {
 		return nil, missing(UUIDHeaderKey, fields, BodyMarshaler{}.field(), "use BodyMarshaler for the format of goxstreams")
 	}
+	payload, _ := lookUp(fields, payloadField)
+	metadata, _ := lookUp(fields, metadataField)
 	msg := create(uuid, payload)
 	if err := unpackMetadata(strings.Clone(metadata), msg.Metadata); err != nil {
 		return nil, fmt.Errorf("field %q: %w", metadataField, err)
@@ -247,12 +236,20 @@ func (DefaultMarshaler) unmarshalFields(fields []string, create newMessage) (*me
 // missing returns the error for an entry without the field. If it has the other
 // format's field instead, the wrong Unmarshaler is most likely configured.
 func missing(field string, fields []string, other, hint string) error {
-	for i := 0; i < len(fields); i += 2 {
-		if fields[i] == other {
-			return fmt.Errorf("field %q is missing, but field %q is present: %s", field, other, hint)
-		}
+	if _, ok := lookUp(fields, other); ok {
+		return fmt.Errorf("field %q is missing, but field %q is present: %s", field, other, hint)
 	}
 	return fmt.Errorf("field %q is missing", field)
+}
+
+// lookUp returns the last value of a field.
+func lookUp(fields []string, name string) (value string, ok bool) {
+	for i := len(fields) - 2; i >= 0; i -= 2 {
+		if fields[i] == name {
+			return fields[i+1], true
+		}
+	}
+	return "", false
 }
 
 // BodyMarshaler uses the wire format of goxstreams: the payload is one field, which
@@ -320,23 +317,12 @@ func (m BodyMarshaler) unmarshalFields(fields []string, create newMessage) (*mes
 	if err := m.validate(); err != nil {
 		return nil, err
 	}
-	var (
-		field, payload, metadata string
-		hasPayload               bool
-	)
-	field = m.field()
-	for i := 0; i < len(fields); i += 2 {
-		switch value := fields[i+1]; fields[i] {
-		case field:
-			payload, hasPayload = value, true
-		case m.MetadataField:
-			metadata = value
-		}
-	}
-	if !hasPayload {
-		return nil, missing(field, fields, UUIDHeaderKey, "use DefaultMarshaler for this format")
+	payload, ok := lookUp(fields, m.field())
+	if !ok {
+		return nil, missing(m.field(), fields, UUIDHeaderKey, "use DefaultMarshaler for this format")
 	}
 	msg := create("", payload)
+	metadata, _ := lookUp(fields, m.MetadataField)
 	if m.MetadataField == "" || metadata == "" {
 		return msg, nil
 	}
