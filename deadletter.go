@@ -200,12 +200,10 @@ func (s *subscription) deadMessage(h *consume.Task, fields []string) DeadMessage
 // unmarshaled, the payload is the packed fields (see UnpackFields) and the UUID is
 // the entry's ID.
 func (d DeadMessage) letter() []string {
-	msg := message.NewMessage(d.EntryID, nil)
 	packed := packFields(d.Fields)
+	msg := message.NewMessage(d.EntryID, message.Payload(packed))
 	if d.Message != nil {
 		msg = d.Message.Copy()
-	} else {
-		msg.Payload = message.Payload(packed)
 	}
 	for key, value := range map[string]string{
 		middleware.ReasonForPoisonedKey:  d.Reason,
@@ -224,22 +222,11 @@ func (d DeadMessage) letter() []string {
 	if delete(msg.Metadata, DeadReplaysKey); d.Replays > 0 {
 		msg.Metadata.Set(DeadReplaysKey, strconv.Itoa(d.Replays))
 	}
-	// This library never publishes a UUID key in the metadata. Another one's must
-	// not prevent the move.
-	delete(msg.Metadata, UUIDHeaderKey)
-	fields, err := DefaultMarshaler{}.appendFields(nil, msg)
-	if err != nil {
-		panic(fmt.Sprintf("goxstreams: DefaultMarshaler rejects a dead letter: %v", err)) // its only reason was removed above
+	delete(msg.Metadata, UUIDHeaderKey) // another library's: DefaultMarshaler would reject the message if it were published again
+	return []string{
+		UUIDHeaderKey, msg.UUID, metadataField, string(packMetadata(msg.Metadata)), payloadField, string(msg.Payload),
+		deadFieldsField, packed,
 	}
-	letter := make([]string, 0, len(fields)+2)
-	for _, f := range fields {
-		if b, ok := f.([]byte); ok {
-			letter = append(letter, string(b))
-		} else {
-			letter = append(letter, fmt.Sprint(f))
-		}
-	}
-	return append(letter, deadFieldsField, packed)
 }
 
 // marks returns parts of the letter's packed metadata by which the dead letter can
