@@ -71,9 +71,8 @@ func (l DeadLetter) Middleware(h message.HandlerFunc) message.HandlerFunc {
 func (l DeadLetter) judge(d *deliveryContext, err error) error {
 	v, err := d.consider(err)
 	v.letters = append(slices.Clone(v.letters), l)
-	if (v.fate == undecided || v.fate == again) && l.matches(err) {
-		v.fate, v.kind = dead, Filtered
-		err = mark(err, ErrDead)
+	if (v.fate == "" || v.fate == OutcomeRetried) && l.matches(err) {
+		err = v.die(Filtered, err, ErrDead)
 	}
 	d.verdict.Store(v)
 	return err

@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,7 +11,6 @@ import (
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill/message"
-	"github.com/ThreeDotsLabs/watermill/message/router/middleware"
 	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 	"github.com/goxstreams/watermill-goxstreams/internal/xstream"
 )
@@ -338,7 +338,7 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) (isDead bool)
 	case s.IsLost(h): // another consumer has it, or the entry is gone
 		s.Drop(h)
 		return false
-	case closing && (v == nil || v.fate == interrupted || v.fate == snoozed || errors.Is(context.Cause(d), ErrSubscriberClosed)):
+	case closing && (v == nil || v.fate == OutcomeReleased || v.fate == OutcomeSnoozed || errors.Is(context.Cause(d), ErrSubscriberClosed)):
 		// A shutdown is not a failure. A Nack without an error does not say whether
 		// the shutdown caused it; one retry too many does less harm than one too
 		// few.
@@ -346,7 +346,7 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) (isDead bool)
 		return false
 	case v == nil:
 		v = &verdict{delay: -1}
-	case v.fate == snoozed:
+	case v.fate == OutcomeSnoozed:
 		s.told(h, OutcomeSnoozed, v.delay, v.err, nil)
 		s.Snooze(h, v.delay)
 		return false
@@ -354,7 +354,7 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) (isDead bool)
 
 	v = s.complete(h, *v)
 	switch {
-	case v.fate == dead:
+	case v.fate == OutcomeDead:
 		death := &death{kind: v.kind, err: v.err, handler: d.handlerName()}
 		h.Death = death
 		death.topic = s.route(h, v.letters)
@@ -381,34 +381,14 @@ func (d *deliveryContext) handlerName() string {
 	return message.HandlerNameFromCtx(d.msg.Context())
 }
 
-// complete completes a verdict with the subscription's own policy. Its limit holds
-// whatever a middleware has decided.
+// complete completes a verdict with the subscription's own policy.
 func (s *subscription) complete(h *consume.Task, v verdict) *verdict {
-	switch {
-	case v.fate == dead:
-		return &v
-	case s.retry.exhausted(h.Count()):
-		return v.end(Exhausted, ErrRetriesExhausted)
-	case v.fate == again:
+	if v.fate == OutcomeDead || v.fate == OutcomeRetried {
 		return &v
 	}
-	if v.delay < 0 {
-		v.delay = s.retry.delay(h.Count())
-	}
-	v.hook = s.retry.OnRetryHook
-	if s.retry.ShouldRetry == nil {
-		return &v
-	}
-	params := middleware.RetryParams{Err: v.err, RetryNum: int(h.Count()), Delay: v.delay}
-	if v.err == nil {
-		params.Err = ErrNacked
-	}
-	retry := true
-	if err := user(h, func() error { retry = s.retry.ShouldRetry(params); return nil }); err != nil {
+	cause := cmp.Or(v.err, ErrNacked)
+	if err := user(h, func() error { _ = s.retry.decide(&v, h.Count(), cause); return nil }); err != nil {
 		s.log.Error("Retry.ShouldRetry panicked; the message will be retried", err, s.Fields(h))
-	}
-	if !retry {
-		return v.end(PermanentFailure, ErrPermanent)
 	}
 	return &v
 }

@@ -57,27 +57,16 @@ func OutcomeOf(msg *message.Message, err error) OutcomeKind {
 	if d == nil || err == nil || !d.sub.Retries() {
 		return ""
 	}
-	v := d.verdict.Load()
-	if v == nil {
-		v = &verdict{}
-		if d.Err() != nil || errors.Is(err, context.Canceled) && d.sub.IsClosing() {
-			v.fate = interrupted
-		}
+	var kind OutcomeKind
+	if v := d.verdict.Load(); v != nil {
+		kind = v.fate
+	} else if d.Err() != nil || errors.Is(err, context.Canceled) && d.sub.IsClosing() {
+		kind = OutcomeReleased
 	}
-	switch v.fate {
-	case again:
-		return OutcomeRetried
-	case dead:
-		return OutcomeDead
-	case snoozed:
-		return OutcomeSnoozed
-	case interrupted:
-		if errors.Is(context.Cause(d), ErrLeaseLost) {
-			return OutcomeLeaseLost
-		}
-		return OutcomeReleased
+	if kind == OutcomeReleased && errors.Is(context.Cause(d), ErrLeaseLost) {
+		return OutcomeLeaseLost
 	}
-	return ""
+	return kind
 }
 
 // told tells OnOutcome what becomes of an entry.

@@ -116,7 +116,7 @@ func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 		switch {
 		case invalid != nil && d != nil:
 			err := Snooze(invalid, defaultMaxInterval)
-			d.verdict.Store(&verdict{fate: snoozed, err: err, delay: defaultMaxInterval})
+			d.verdict.Store(&verdict{fate: OutcomeSnoozed, err: err, delay: defaultMaxInterval})
 			return nil, err
 		case invalid != nil:
 			return nil, invalid
@@ -130,7 +130,7 @@ func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 			outer.Store(true)
 		}
 		if r.exhaustedBefore(d.count) && !inner.Load() {
-			d.verdict.Store(&verdict{fate: dead, kind: Exhausted, err: ErrRetriesExhausted})
+			d.verdict.Store(&verdict{fate: OutcomeDead, kind: Exhausted, err: ErrRetriesExhausted})
 			return nil, ErrRetriesExhausted
 		}
 		return d.judged(h, r.judge)
@@ -141,27 +141,30 @@ func (r Retry) Middleware(h message.HandlerFunc) message.HandlerFunc {
 // already decided.
 func (r Retry) judge(d *deliveryContext, err error) error {
 	v, err := d.consider(err)
-	if v.fate == undecided {
-		count := d.count
-		if v.delay < 0 {
-			v.delay = r.delay(count)
-		}
-		switch {
-		case r.exhausted(count):
-			v.fate, v.kind = dead, Exhausted
-			err = mark(err, ErrRetriesExhausted)
-		case r.ShouldRetry != nil && !r.ShouldRetry(middleware.RetryParams{Err: err, RetryNum: int(count), Delay: v.delay}):
-			v.fate, v.kind = dead, PermanentFailure
-			err = mark(err, ErrPermanent)
-		default:
-			v.fate, v.hook = again, r.OnRetryHook
-		}
-	} else if v.fate == dead && v.kind == Filtered && r.exhausted(d.count) {
+	if v.fate == "" {
+		err = r.decide(v, d.count, err)
+	} else if v.kind == Filtered && r.exhausted(d.count) {
 		// Decided by a DeadLetter further inside. One further outside would see the
 		// exhausted retries, too.
-		v.kind, err = Exhausted, mark(err, ErrRetriesExhausted)
+		err = v.die(Exhausted, err, ErrRetriesExhausted)
 	}
 	d.verdict.Store(v)
+	return err
+}
+
+// decide decides about the failure of the count-th delivery. It returns err, marked if
+// the message is dead.
+func (r Retry) decide(v *verdict, count int64, err error) error {
+	if v.delay < 0 {
+		v.delay = r.delay(count)
+	}
+	v.fate, v.hook = OutcomeRetried, r.OnRetryHook
+	switch {
+	case r.exhausted(count):
+		return v.die(Exhausted, err, ErrRetriesExhausted)
+	case r.ShouldRetry != nil && !r.ShouldRetry(middleware.RetryParams{Err: err, RetryNum: int(count), Delay: v.delay}):
+		return v.die(PermanentFailure, err, ErrPermanent)
+	}
 	return err
 }
 

@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -101,39 +102,28 @@ func (e *delayedError) As(target any) bool {
 	return ok
 }
 
-// delayOf returns the delay that err requests, and whether it is a Snooze.
-func delayOf(err error) (delay time.Duration, asked, snooze bool) {
+// delayOf returns the delay that err requests, or a negative one, and whether it is a Snooze.
+func delayOf(err error) (delay time.Duration, snooze bool) {
 	var ours *delayedError
 	var theirs *cenkalti.RetryAfterError
 	switch {
 	case errors.As(err, &ours):
-		return ours.delay, true, ours.snooze
+		return ours.delay, ours.snooze
 	case errors.As(err, &theirs):
-		return max(theirs.Duration, 0), true, false
+		return max(theirs.Duration, 0), false
 	}
-	return 0, false, false
+	return -1, false
 }
 
 // errPanicked stands for a panic, which the middlewares notice but do not recover.
 var errPanicked = errors.New("goxstreams: the handler panicked")
 
-// fate is what happens to a message whose handler failed.
-type fate uint8
-
-const (
-	undecided   fate = iota // the subscription's config decides
-	again                   // redelivered; this counts
-	snoozed                 // redelivered; this delivery does not count
-	dead                    // moved to the dead-letter stream
-	interrupted             // not a failure: the subscription closes, or the lease is lost
-)
-
 // verdict is the middlewares' decision about a failed delivery. The subscription
 // acts on it if the message is nacked; an Ack always acks. It is immutable once
 // stored, since the subscription may read it at any time after that.
 type verdict struct {
-	fate    fate
-	err     error // the handler's error
+	fate    OutcomeKind // empty: the subscription's config decides; OutcomeReleased: not a failure
+	err     error       // the handler's error
 	kind    DeadKind
 	delay   time.Duration            // before the redelivery; negative: the policy's
 	hook    func(int, time.Duration) // called with the retry number and the delay
@@ -180,34 +170,27 @@ func (d *deliveryContext) consider(err error) (*verdict, error) {
 		c := *v
 		return &c, err
 	}
-	v := &verdict{err: err, delay: -1}
-	delay, asked, snooze := delayOf(err)
-	if asked {
-		v.delay = delay
-	}
+	delay, snooze := delayOf(err)
+	v := &verdict{err: err, delay: delay}
 	switch {
 	case d.interrupted(err):
-		v.fate = interrupted
+		v.fate = OutcomeReleased
 	case errors.Is(err, ErrRetriesExhausted):
-		v.fate, v.kind = dead, Exhausted
+		v.fate, v.kind = OutcomeDead, Exhausted
 	case IsDead(err):
-		v.fate, v.kind = dead, PermanentFailure
+		v.fate, v.kind = OutcomeDead, PermanentFailure
 	case snooze:
-		v.fate = snoozed
+		v.fate = OutcomeSnoozed
 	case d.sub.retry.exhausted(d.count):
-		v.fate, v.kind = dead, Exhausted
-		err = mark(err, ErrRetriesExhausted)
+		err = v.die(Exhausted, err, ErrRetriesExhausted)
 	}
 	return v, err
 }
 
-// end makes the message dead. err is the reason if the handler's error is unknown.
-func (v *verdict) end(kind DeadKind, err error) *verdict {
-	v.fate, v.kind = dead, kind
-	if v.err == nil {
-		v.err = err
-	}
-	return v
+// die makes the message dead, and marks err, or stands for it if it is unknown.
+func (v *verdict) die(kind DeadKind, err, sentinel error) error {
+	v.fate, v.kind, v.err = OutcomeDead, kind, cmp.Or(v.err, sentinel)
+	return mark(err, sentinel)
 }
 
 // shutdownNotice is how long a handler's context.Canceled is held back, so that the
