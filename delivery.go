@@ -62,8 +62,8 @@ type deliveryContext struct {
 	cancel          context.CancelCauseFunc    // the method Cancel
 	verdict         atomic.Pointer[verdict]
 	entered         atomic.Pointer[atomic.Bool] // of the innermost Retry that has the message: whether another one is further inside
-	decoded         any                         // a Consumer's decoded payload
-	body            atomic.Pointer[any]         // the same, for the first caller
+	body            any                         // a Consumer's decoded payload, for the first caller
+	taken           atomic.Bool                 // body has been used
 	handler         atomic.Pointer[string]      // the router's name of the handler, once a middleware has seen it
 	returned        time.Time                   // when the handler did, if that is longer ago: see interrupted
 }
@@ -264,10 +264,7 @@ func newBareMessage(uuid, payload string) *message.Message {
 // deliver passes the message to its handler, or to the output channel, and waits until
 // it is settled.
 func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) {
-	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), decoded: body}
-	if body != nil {
-		d.body.Store(&d.decoded)
-	}
+	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), body: body}
 	if s.handler != nil {
 		d.handler.Store(&noRouter)
 	}

@@ -376,10 +376,8 @@ func (c *Consumer[E]) process(msg *message.Message) ([]*message.Message, error) 
 // delivery, made by a middleware, decodes again, so that changes to the first body
 // do not leak into it. A copy that a middleware made is decoded again too.
 func (c *Consumer[E]) bodyOf(msg *message.Message) (E, error) {
-	if d := deliveryOf(msg); d != nil {
-		if body := d.body.Swap(nil); body != nil {
-			return *(*body).(*E), nil
-		}
+	if d := deliveryOf(msg); d != nil && d.body != nil && !d.taken.Swap(true) {
+		return *d.body.(*E), nil
 	}
 	body, err := c.decode(msg.Payload)
 	if err != nil {
