@@ -1,6 +1,7 @@
 package goxstreams
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -118,6 +119,10 @@ func (s *subscription) route(h *consume.Task, letters []DeadLetter) (topic strin
 			break
 		}
 	}
+	if topic == s.topic {
+		s.log.Error("Using "+s.deadLetters, errors.New("DeadLetter.Topic returned the message's own topic"), s.Fields(h))
+		return ""
+	}
 	return topic
 }
 
@@ -184,7 +189,8 @@ func (s *subscription) recount(h *consume.Task, count int64) []string {
 
 // move moves the entry to the dead-letter stream.
 func (s *subscription) move(h *consume.Task, dead DeadMessage) {
-	d, topic := deathOf(h), s.letterTopic(h)
+	d := deathOf(h)
+	topic := cmp.Or(d.topic, s.deadLetters)
 	id, err := s.Move(h, topic, d.unsure != nil, dead.marks(), dead.letter())
 	if err != nil {
 		err = fmt.Errorf("moving %s to %s: %w", h.ID, topic, err)
@@ -207,19 +213,6 @@ func (s *subscription) move(h *consume.Task, dead DeadMessage) {
 	s.moved(h, dead, topic, id)
 }
 
-// letterTopic returns the stream that a dead entry moves to.
-func (s *subscription) letterTopic(h *consume.Task) string {
-	switch d := deathOf(h); d.topic {
-	case "":
-		return s.deadLetters
-	case s.topic:
-		s.log.Error("Using "+s.deadLetters, errors.New("DeadLetter.Topic returned the message's own topic"), s.Fields(h))
-		return s.deadLetters
-	default:
-		return d.topic
-	}
-}
-
 // MoveAgain moves an entry whose last move had no answer, unless it is in the dead-letter
 // stream.
 func (s *subscription) MoveAgain(h *consume.Task) error {
@@ -227,7 +220,7 @@ func (s *subscription) MoveAgain(h *consume.Task) error {
 	if d.unsure == nil {
 		return nil
 	}
-	topic := s.letterTopic(h)
+	topic := cmp.Or(d.topic, s.deadLetters)
 	id, err := s.Move(h, topic, true, d.unsure.marks(), d.unsure.letter())
 	if id != "" {
 		s.moved(h, *d.unsure, topic, id)

@@ -354,7 +354,9 @@ func (s *subscription) nacked(h *consume.Task, d *deliveryContext) (isDead bool)
 	case v.fate == OutcomeDead:
 		death := &death{kind: v.kind, err: v.err, handler: d.handlerName()}
 		h.Death = death
-		death.topic = s.route(h, v.letters)
+		if s.KeepsDead() {
+			death.topic = s.route(h, v.letters)
+		}
 		return true
 	case closing:
 		s.GiveBack(h, count)
