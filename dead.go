@@ -136,7 +136,7 @@ func (s *subscription) dead(h *consume.Task) {
 	}
 	d := deathOf(h)
 	dead := s.deadMessage(h, h.Fields)
-	if s.typed != nil && dead.Message != nil && !s.process(h, dead) {
+	if !s.process(h, dead) {
 		return
 	}
 	s.stats.dead.Add(1)
@@ -160,7 +160,7 @@ func (s *subscription) deadLetter(h *consume.Task) {
 	}
 	dead := s.deadMessage(h, fields)
 	switch {
-	case s.typed != nil && dead.Message != nil && !s.process(h, dead):
+	case !s.process(h, dead):
 	case isDeadLetter(fields): // the entry already is a dead letter
 		s.MoveEnded()
 		if !h.Stuck {
@@ -253,7 +253,7 @@ const dyingCrashes = 3
 // in the message's slot, until CloseTimeout.
 func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 	d := deathOf(h)
-	if d.final || dead.Kind == Broken || s.diedTooOften(h) {
+	if s.typed.dead == nil || dead.Message == nil || d.final || s.diedTooOften(h) {
 		return true
 	}
 	d.deliveries = dead.Deliveries

@@ -173,13 +173,10 @@ func (s *subscription) deadMessage(h *consume.Task, fields []string) DeadMessage
 	fields, replays, _ := cutReplay(fields)
 	d := DeadMessage{
 		EntryID: h.ID, Topic: s.topic, Group: s.cfg.ConsumerGroup, Consumer: s.Consumer(),
-		Handler: death.handler, Reason: shorten(death.err.Error()), Kind: death.kind, Deliveries: cmp.Or(death.deliveries, h.Count()),
+		Handler: cmp.Or(death.handler, s.typed.name), Reason: shorten(death.err.Error()), Kind: death.kind, Deliveries: cmp.Or(death.deliveries, h.Count()),
 		DiedAt: time.Now().UTC().Truncate(time.Millisecond), Replays: replays, Fields: fields,
 	}
-	if d.Handler == "" && s.typed != nil {
-		d.Handler = s.typed.name
-	}
-	safe := s.typed != nil && !s.diedTooOften(h) // a crash then counts as one in the worker's ProcessDead
+	safe := s.typed.dead != nil && !s.diedTooOften(h) // a crash then counts as one in the worker's ProcessDead
 	switch s.cfg.Unmarshaler.(type) {
 	case DefaultMarshaler, BodyMarshaler:
 		safe = true

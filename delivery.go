@@ -143,7 +143,7 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 // Handle brings entries to their outcomes: acked, waiting for their retries, moved to the
 // dead-letter stream, released, or lost to another consumer.
 func (s *subscription) Handle(tasks []consume.Task) {
-	if s.typed != nil && s.typed.batch != nil {
+	if s.typed.batch != nil {
 		s.handleBatch(tasks)
 	} else if msg, body, ok := s.prepare(&tasks[0]); ok {
 		s.deliver(&tasks[0], msg, body)
@@ -165,7 +165,7 @@ func (s *subscription) prepare(h *consume.Task) (msg *message.Message, body any,
 		return nil, nil, false
 	case s.retry.exhaustedBefore(h.Count()):
 		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
-		if s.typed != nil && s.typed.batch != nil {
+		if s.typed.batch != nil {
 			s.Again(h, 0) // in a slot of its own: ProcessDead may take long, and a batch waits
 		} else {
 			s.dead(h)
@@ -214,7 +214,7 @@ func (s *subscription) Key(h *consume.Task) (key string) {
 // the body.
 func (s *subscription) unmarshal(h *consume.Task, fields []string) (msg *message.Message, body any, err error) {
 	msg, err = s.message(h, fields)
-	if err == nil && s.typed != nil {
+	if err == nil && s.typed.decode != nil {
 		err = user(h, func() error { body, err = s.typed.decode(msg.Payload); return err })
 	}
 	if err != nil {

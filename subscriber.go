@@ -312,7 +312,7 @@ type Subscriber struct {
 	logger watermill.LoggerAdapter
 	client redisx.Client
 	shared *consume.Shared
-	typed  *typed // the Consumer's part; nil without a Consumer
+	typed  typed // the Consumer's part; empty without a Consumer
 
 	mu      sync.Mutex
 	subs    map[*subscription]struct{} // including those still being opened

@@ -3,7 +3,6 @@ package goxstreams
 import (
 	"context"
 	"sync/atomic"
-	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
 	"github.com/ThreeDotsLabs/watermill/message"
@@ -20,7 +19,7 @@ type subscription struct {
 	topic       string
 	deadLetters string
 	retry       Retry
-	typed       *typed // the Consumer's part; nil without a Consumer
+	typed       typed // the Consumer's part; empty without a Consumer
 	log         watermill.LoggerAdapter
 	stats       counters
 
@@ -39,13 +38,8 @@ func newSubscription(ctx context.Context, s *Subscriber, topic string, handler f
 		sub.deadLetters = c.DeadLetterTopic(topic)
 	}
 	suspect, last := sub.typed.suspects(sub.retry.suspects())
-	var maxSize int
-	var maxWait time.Duration
-	if s.typed != nil {
-		maxSize, maxWait = s.typed.maxSize, s.typed.maxWait
-	}
 	sub.Subscription = consume.New(ctx, s.shared, consume.Config{
-		Topic: topic, Group: c.ConsumerGroup, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency, MaxBatch: maxSize, MaxWait: maxWait, BatchSize: c.BatchSize,
+		Topic: topic, Group: c.ConsumerGroup, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency, MaxBatch: s.typed.maxSize, MaxWait: s.typed.maxWait, BatchSize: c.BatchSize,
 		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(), KeepDeadLetters: c.KeepDeadLetters, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,
 		CloseTimeout: c.CloseTimeout, ConsumerTimeout: c.ConsumerTimeout, DeadLetters: sub.deadLetters, Suspect: suspect, Last: last,
 		Keyed: c.OrderingKey != nil, TakeAgain: sub.retry.InitialInterval, LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed,

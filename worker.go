@@ -285,7 +285,7 @@ func newConsumer[E any](worker Worker[E], config ConsumerConfig, errs configErro
 		return nil, err
 	}
 	c := &Consumer[E]{worker: worker, config: config, subscriber: subscriber, logger: logger}
-	subscriber.typed = &typed{name: config.Name, alone: len(config.Middlewares) == 0, decode: c.decode, dead: c.processDead}
+	subscriber.typed = typed{name: config.Name, alone: len(config.Middlewares) == 0, decode: c.decode, dead: c.processDead}
 	c.handler = subscriber.config.Retry.Middleware(c.process)
 	for _, m := range slices.Backward(config.Middlewares) {
 		c.handler = m(c.handler)

@@ -96,7 +96,7 @@ func NewBatchConsumer[E any](worker BatchWorker[E], config BatchConsumerConfig, 
 	if err != nil {
 		return nil, err
 	}
-	t := b.consumer.subscriber.typed
+	t := &b.consumer.subscriber.typed
 	t.batch, t.maxSize, t.maxWait = b.process, config.MaxSize, config.MaxWait
 	return b, nil
 }
@@ -292,7 +292,7 @@ func (s *subscription) settleAcked(tasks []*consume.Task) {
 // suspects is Retry's, for batches: the first deliveries after crashes find what has caused
 // these by halving, in as many rounds as a batch needs.
 func (t *typed) suspects(from, last int64) (int64, int64) {
-	if t == nil || t.batch == nil || from == 0 {
+	if t.batch == nil || from == 0 {
 		return from, last
 	}
 	return from + int64(bits.Len(uint(t.maxSize-1))), last
