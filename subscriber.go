@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -315,9 +314,9 @@ type Subscriber struct {
 	typed  typed // the Consumer's part; empty without a Consumer
 
 	mu      sync.Mutex
-	subs    map[*subscription]struct{} // including those still being opened
-	opening sync.WaitGroup
-	closed  bool
+	subs   map[*subscription]struct{} // including those still being opened
+	open   sync.WaitGroup             // counts them
+	closed bool
 }
 
 var (
@@ -371,14 +370,14 @@ func (s *Subscriber) Subscribe(ctx context.Context, topic string) (<-chan *messa
 // subscribe opens a subscription. With a handler it calls that instead of sending to
 // the channel.
 func (s *Subscriber) subscribe(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
-	sub, err := s.open(ctx, topic, handler)
+	sub, err := s.start(ctx, topic, handler)
 	if err != nil {
 		return nil, fmt.Errorf("goxstreams: subscribe to %q: %w", topic, err)
 	}
 	return sub, nil
 }
 
-func (s *Subscriber) open(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
+func (s *Subscriber) start(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
 	if topic == "" {
 		return nil, errors.New("the topic is empty")
 	}
@@ -391,23 +390,30 @@ func (s *Subscriber) open(ctx context.Context, topic string, handler func(*messa
 		s.mu.Unlock()
 		return nil, ErrSubscriberClosed
 	}
-	s.opening.Add(1)
+	s.open.Add(1)
 	s.subs[sub] = struct{}{}
 	s.mu.Unlock()
-	defer s.opening.Done()
 
 	if err := sub.Open(ctx); err != nil {
-		s.forget(sub)
+		s.ended(sub)
 		return nil, err
 	}
-	sub.start(func() { s.forget(sub) })
+	latest.Store(sub)
+	sub.Start()
+	go func() {
+		<-sub.Done()
+		latest.CompareAndSwap(sub, nil)
+		s.ended(sub)
+	}()
 	return sub, nil
 }
 
-func (s *Subscriber) forget(sub *subscription) {
+func (s *Subscriber) ended(sub *subscription) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	delete(s.subs, sub)
+	s.mu.Unlock()
+	close(sub.output)
+	s.open.Done()
 }
 
 // SubscribeInitialize creates the topic's stream and the group, so that messages
@@ -438,12 +444,6 @@ func (s *Subscriber) Close() error {
 		sub.Close() // subscriptions still being opened give up or close at once
 	}
 	s.mu.Unlock()
-	s.opening.Wait()
-	s.mu.Lock()
-	subs := slices.Collect(maps.Keys(s.subs))
-	s.mu.Unlock()
-	for _, sub := range subs {
-		<-sub.done
-	}
+	s.open.Wait()
 	return nil
 }

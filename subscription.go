@@ -23,15 +23,14 @@ type subscription struct {
 	log         watermill.LoggerAdapter
 	stats       counters
 
-	output  chan *message.Message
+	output  chan *message.Message  // closed when the subscription has ended
 	handler func(*message.Message) // acks the message, or it is nacked; nil: output's receiver has it
-	done    chan struct{}          // closed after output is closed
 }
 
 func newSubscription(ctx context.Context, s *Subscriber, topic string, handler func(*message.Message)) *subscription {
 	sub := &subscription{
 		cfg: s.config, topic: topic, retry: *s.config.Retry, typed: s.typed, log: s.logger,
-		output: make(chan *message.Message), handler: handler, done: make(chan struct{}),
+		output: make(chan *message.Message), handler: handler,
 	}
 	c := &sub.cfg
 	if c.ConsumerGroup != "" {
@@ -52,16 +51,3 @@ func newSubscription(ctx context.Context, s *Subscriber, topic string, handler f
 // middlewares log through it: they have no logger of their own, and a message
 // without its context does not lead to its subscription.
 var latest atomic.Pointer[subscription]
-
-// start runs the subscription and calls ended when it has ended.
-func (s *subscription) start(ended func()) {
-	latest.Store(s)
-	s.Start()
-	go func() {
-		<-s.Done()
-		close(s.output)
-		latest.CompareAndSwap(s, nil)
-		ended()
-		close(s.done)
-	}()
-}

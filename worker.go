@@ -325,7 +325,7 @@ func (c *Consumer[E]) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	<-sub.done
+	<-sub.output
 	return nil
 }
 
