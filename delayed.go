@@ -108,38 +108,20 @@ func (p *Publisher) schedule(topic string, messages []*message.Message, dues []x
 	if err != nil {
 		return fmt.Errorf("nothing is stored: %w", err)
 	}
-	producerID := ""
-	if i := p.config.Idempotence; i != nil {
-		producerID = i.ProducerID
-		if err := i.takes(len(messages)); err != nil {
-			return err
-		}
-	}
-	call := xstream.NewScheduling(messages[0].Context(), topic, p.maxLen(topic), producerID)
+	call := xstream.NewScheduling(messages[0].Context(), topic, p.maxLen(topic), p.producerID())
 	for i, msg := range messages {
-		err = call.Add(msg.UUID, dues[i], func(args []any) ([]any, error) {
-			if producerID != "" && msg.UUID == "" {
-				return nil, errNoUUID
-			}
-			return appendFields(args, p.config.Marshaler, topic, msg)
-		})
+		err = call.Add(msg.UUID, dues[i], func(args []any) ([]any, error) { return p.appendFields(args, topic, msg) })
 		if err != nil {
 			return atMessage(i, messages, err)
 		}
 	}
-	p.calls.begin()
-	defer p.calls.end()
-	send := func() error { return p.sendScheduling(call) }
-	if producerID == "" {
-		err = send()
-	} else {
-		err = p.whilePrepared(call.Context(), topic, send)
+	p.calls.add(1)
+	defer p.calls.add(-1)
+	err = p.whilePrepared(call.Context(), topic, len(messages), func() error { return p.sendScheduling(call) })
+	if err == nil {
+		p.soon.in(topic, call.UntilNext())
 	}
-	if err != nil {
-		return err
-	}
-	p.soon.in(topic, call.UntilNext())
-	return nil
+	return err
 }
 
 // sendScheduling sends the call, and repeats it while a Cluster refuses it because it moves
@@ -200,9 +182,9 @@ func (s *soon) inLocked(topic string, wait time.Duration) {
 		s.topics = make(map[string]*appointment)
 	}
 	generation := s.generation
-	s.runs.begin()
+	s.runs.add(1)
 	s.topics[topic] = &appointment{at, time.AfterFunc(wait, func() {
-		defer s.runs.end()
+		defer s.runs.add(-1)
 		s.move(topic, generation)
 	})}
 }
@@ -242,7 +224,7 @@ func (s *soon) end() <-chan struct{} {
 	for topic, a := range s.topics {
 		if a.timer.Stop() {
 			delete(s.topics, topic)
-			s.runs.end()
+			s.runs.add(-1)
 		}
 	}
 	return s.runs.idle()

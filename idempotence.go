@@ -90,33 +90,32 @@ func (i Idempotence) validate(errs *configErrors) {
 	}
 }
 
-// takes returns an error for a call that could not be repeated: its last UUIDs
-// would evict its first ones, which a repeated call would then store again.
-func (i Idempotence) takes(messages int) error {
-	if int64(messages) > i.MaxIDs {
-		return fmt.Errorf("%d messages in one call exceed PublisherConfig.Idempotence.MaxIDs (%d)", messages, i.MaxIDs)
-	}
-	return nil
-}
-
 var errNoUUID = errors.New("the UUID is empty, but PublisherConfig.Idempotence requires one")
 
 // maxRemade is how often one call recreates a deleted stream.
 const maxRemade = 10
 
-// sendIdempotent is send for a stream configured for Idempotence.
-func (p *Publisher) sendIdempotent(topic string, call *xstream.Publishing) error {
-	if err := p.config.Idempotence.takes(call.Len()); err != nil {
-		return err
+// producerID returns the ID by which Redis remembers UUIDs; empty without Idempotence.
+func (p *Publisher) producerID() string {
+	if p.config.Idempotence == nil {
+		return ""
 	}
-	return p.whilePrepared(call.Context(), topic, func() error { return p.send(topic, call) })
+	return p.config.Idempotence.ProducerID
 }
 
-// whilePrepared sends a call to a stream configured for Idempotence. Its XADDs do not
-// create the stream (NOMKSTREAM), since a deleted stream would be recreated with
+// whilePrepared sends a call, with Idempotence to a stream configured for it. Then its XADDs
+// do not create the stream (NOMKSTREAM), since a deleted stream would be recreated with
 // the server's default settings. A nil reply means that the stream is gone and
-// nothing is stored.
-func (p *Publisher) whilePrepared(ctx context.Context, topic string, send func() error) error {
+// nothing is stored: send is called again.
+func (p *Publisher) whilePrepared(ctx context.Context, topic string, messages int, send func() error) error {
+	if p.config.Idempotence == nil {
+		return send()
+	}
+	if most := p.config.Idempotence.MaxIDs; int64(messages) > most {
+		// The call could not be repeated: its last UUIDs would evict its first ones, which
+		// would then be stored again.
+		return fmt.Errorf("%d messages in one call exceed PublisherConfig.Idempotence.MaxIDs (%d)", messages, most)
+	}
 	for range maxRemade {
 		if err := p.prepare(ctx, topic); err != nil {
 			return fmt.Errorf("nothing is stored: %w", err)

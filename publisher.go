@@ -72,9 +72,7 @@ type Publisher struct {
 	logger watermill.LoggerAdapter
 	quiet  bool // the logger discards everything
 
-	probe sync.Mutex
-	multi map[string]*question // whether MULTI is allowed, by node address; guarded by probe
-
+	multi    sync.Map // the addresses of nodes that allow MULTI
 	prepared sync.Map // topics whose streams are configured for Idempotence
 
 	pipe *pipeline.Pipeline // calls that arrive while one pipeline is in flight share the next
@@ -166,12 +164,9 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 	}
 	// Begin after the Marshaler has returned, since it may itself call Publish or
 	// Close on this Publisher.
-	p.calls.begin()
-	defer p.calls.end()
-	if p.config.Idempotence != nil {
-		return p.sendIdempotent(topic, call)
-	}
-	return p.send(topic, call)
+	p.calls.add(1)
+	defer p.calls.add(-1)
+	return p.whilePrepared(call.Context(), topic, len(messages), func() error { return p.send(topic, call) })
 }
 
 // marshal returns the XADD commands of one call.
@@ -179,9 +174,11 @@ func (p *Publisher) marshal(topic string, messages []*message.Message) (*xstream
 	call := xstream.NewPublishing(messages[0].Context(), len(messages))
 	prefix := xstream.AddPrefix(topic, p.maxLen(topic), p.config.Idempotence != nil) // see whilePrepared
 	for i, msg := range messages {
-		if err := p.add(call, prefix, topic, msg); err != nil {
+		args, err := p.appendFields(call.Begin(prefix, p.producerID(), msg.UUID), topic, msg)
+		if err != nil {
 			return nil, atMessage(i, messages, err)
 		}
+		call.Add(args)
 	}
 	return call, nil
 }
@@ -195,19 +192,12 @@ func atMessage(i int, messages []*message.Message, err error) error {
 	return fmt.Errorf("marshal message %d of %d (UUID %q): %w", i+1, len(messages), uuid, err)
 }
 
-func (p *Publisher) add(call *xstream.Publishing, prefix []any, topic string, msg *message.Message) error {
-	producerID := ""
-	if i := p.config.Idempotence; i != nil {
-		if msg.UUID == "" {
-			return errNoUUID
-		}
-		producerID = i.ProducerID
+// appendFields appends the fields of a message's entry to its arguments.
+func (p *Publisher) appendFields(args []any, topic string, msg *message.Message) ([]any, error) {
+	if p.config.Idempotence != nil && msg.UUID == "" {
+		return nil, errNoUUID
 	}
-	args, err := appendFields(call.Begin(prefix, producerID, msg.UUID), p.config.Marshaler, topic, msg)
-	if err == nil {
-		call.Add(args)
-	}
-	return err
+	return appendFields(args, p.config.Marshaler, topic, msg)
 }
 
 func (p *Publisher) maxLen(topic string) int64 {
@@ -229,17 +219,10 @@ func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
 		}
 	}
 	err = call.Send(p.client, p.pipe)
-	if xstream.MultiRefused(err) {
-		p.forgetMulti(node)
+	if xstream.MultiRefused(err) && node != nil {
+		p.multi.Delete(node.Options().Addr) // the next call checks again
 	}
 	return err
-}
-
-// question is a check that is made once: concurrent callers wait for its answer.
-// The answer is kept if it is no error.
-type question struct {
-	answered chan struct{}
-	err      error
 }
 
 // probeMulti checks, once per node, that MULTI is allowed. Without MULTI, Redis
@@ -248,36 +231,14 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 	if node == nil {
 		return nil
 	}
-	addr := node.Options().Addr
-	p.probe.Lock()
-	if q := p.multi[addr]; q != nil {
-		p.probe.Unlock()
-		<-q.answered
-		return q.err
+	if _, ok := p.multi.Load(node.Options().Addr); ok {
+		return nil
 	}
-	q := &question{answered: make(chan struct{}), err: errors.New("goxstreams: checking the permission for MULTI panicked")}
-	if p.multi == nil {
-		p.multi = make(map[string]*question)
+	err := xstream.AskMulti(ctx, node)
+	if err == nil {
+		p.multi.Store(node.Options().Addr, struct{}{})
 	}
-	p.multi[addr] = q
-	p.probe.Unlock()
-	defer close(q.answered)
-	defer func() {
-		if q.err != nil {
-			p.forgetMulti(node)
-		}
-	}()
-	q.err = xstream.AskMulti(ctx, node)
-	return q.err
-}
-
-// forgetMulti makes the next call check again.
-func (p *Publisher) forgetMulti(node *redis.Client) {
-	p.probe.Lock()
-	defer p.probe.Unlock()
-	if node != nil {
-		delete(p.multi, node.Options().Addr)
-	}
+	return err
 }
 
 // Close waits for the calls in flight, but no longer than the client's options
@@ -305,16 +266,10 @@ type calls struct {
 	none chan struct{} // closed when n drops to 0; nil while nobody waits
 }
 
-func (c *calls) begin() {
+func (c *calls) add(n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.n++
-}
-
-func (c *calls) end() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.n--; c.n == 0 && c.none != nil {
+	if c.n += n; c.n == 0 && c.none != nil {
 		close(c.none)
 		c.none = nil
 	}
@@ -322,13 +277,10 @@ func (c *calls) end() {
 
 // idle returns a channel that is closed once no calls are in flight.
 func (c *calls) idle() <-chan struct{} {
+	c.add(1)
+	defer c.add(-1) // closes it at once if there are no others
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.n == 0 {
-		none := make(chan struct{})
-		close(none)
-		return none
-	}
 	if c.none == nil {
 		c.none = make(chan struct{})
 	}

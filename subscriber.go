@@ -313,7 +313,7 @@ type Subscriber struct {
 	shared *consume.Shared
 	typed  typed // the Consumer's part; empty without a Consumer
 
-	mu      sync.Mutex
+	mu     sync.Mutex
 	subs   map[*subscription]struct{} // including those still being opened
 	open   sync.WaitGroup             // counts them
 	closed bool
