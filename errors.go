@@ -58,7 +58,11 @@ type configErrors struct {
 	errs     []error
 }
 
-func (c *configErrors) add(field, format string, args ...any) {
+// addIf adds a mistake if it was made.
+func (c *configErrors) addIf(wrong bool, field, format string, args ...any) {
+	if !wrong {
+		return
+	}
 	if c.typeName != "" {
 		field = c.typeName + "." + field
 	}
@@ -67,22 +71,14 @@ func (c *configErrors) add(field, format string, args ...any) {
 
 // atLeast notes a number that is negative, or less than least although it is not 0, the default.
 func atLeast[N int | int64 | time.Duration](c *configErrors, field string, n, least N) {
-	switch {
-	case n < 0:
-		c.add(field, "is negative: %v", n)
-	case n > 0 && n < least:
-		c.add(field, "is %v; it must be at least %v", n, least)
-	}
+	c.addIf(n < 0, field, "is negative: %v", n)
+	c.addIf(n > 0 && n < least, field, "is %v; it must be at least %v", n, least)
 }
 
 // arguments checks those that functions have in common.
 func (c *configErrors) arguments(clientName string, client redis.UniversalClient, topicName, topic string) {
-	if redisx.IsNil(client) {
-		c.add(clientName, "a client is required")
-	}
-	if topic == "" {
-		c.add(topicName, "is empty")
-	}
+	c.addIf(redisx.IsNil(client), clientName, "a client is required")
+	c.addIf(topic == "", topicName, "is empty")
 }
 
 func (c *configErrors) err() error { return errors.Join(c.errs...) }

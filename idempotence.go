@@ -74,20 +74,11 @@ func (i Idempotence) withDefaults() *Idempotence {
 }
 
 func (i Idempotence) validate(errs *configErrors) {
-	switch {
-	case i.Window < 0:
-		errs.add("Idempotence.Window", "is negative: %v", i.Window)
-	case i.Window > maxWindow:
-		errs.add("Idempotence.Window", "is %v; Redis remembers for %v at most", i.Window, maxWindow)
-	case i.Window%time.Second != 0:
-		errs.add("Idempotence.Window", "is %v; it must be whole seconds", i.Window)
-	}
-	switch {
-	case i.MaxIDs < 0:
-		errs.add("Idempotence.MaxIDs", "is negative: %d", i.MaxIDs)
-	case i.MaxIDs > mostIDs:
-		errs.add("Idempotence.MaxIDs", "is %d; Redis remembers %d at most", i.MaxIDs, mostIDs)
-	}
+	atLeast(errs, "Idempotence.Window", i.Window, 0)
+	errs.addIf(i.Window > maxWindow, "Idempotence.Window", "is %v; Redis remembers for %v at most", i.Window, maxWindow)
+	errs.addIf(i.Window > 0 && i.Window <= maxWindow && i.Window%time.Second != 0, "Idempotence.Window", "is %v; it must be whole seconds", i.Window)
+	atLeast(errs, "Idempotence.MaxIDs", i.MaxIDs, 0)
+	errs.addIf(i.MaxIDs > mostIDs, "Idempotence.MaxIDs", "is %d; Redis remembers %d at most", i.MaxIDs, mostIDs)
 }
 
 var errNoUUID = errors.New("the UUID is empty, but PublisherConfig.Idempotence requires one")

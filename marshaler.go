@@ -289,6 +289,14 @@ func (m BodyMarshaler) Unmarshal(values map[string]any) (*message.Message, error
 
 func (m BodyMarshaler) field() string { return cmp.Or(m.Field, "body") }
 
+// marshaler checks a Marshaler or an Unmarshaler.
+func (c *configErrors) marshaler(field string, m any) {
+	if m, ok := m.(BodyMarshaler); ok {
+		err := m.validate()
+		c.addIf(err != nil, field, "%v", err)
+	}
+}
+
 // validate is called by the constructors: if both used the same field, no entry
 // could be read.
 func (m BodyMarshaler) validate() error {

@@ -78,9 +78,7 @@ func Paused(ctx context.Context, client redis.UniversalClient, topic string) (ma
 func pausable(caller string, client redis.UniversalClient, topic, group string) (xstream.Stream, error) {
 	errs := configErrors{typeName: caller}
 	errs.arguments("client", client, "topic", topic)
-	if group == "" {
-		errs.add("group", "is empty; a fan-out, which has no group, cannot be paused")
-	}
+	errs.addIf(group == "", "group", "is empty; a fan-out, which has no group, cannot be paused")
 	return xstream.New(redisx.Client{UniversalClient: client}, topic, group), errs.err()
 }
 

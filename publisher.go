@@ -46,15 +46,9 @@ type PublisherConfig struct {
 
 func (c PublisherConfig) validate() error {
 	errs := configErrors{typeName: "PublisherConfig"}
-	if redisx.IsNil(c.Client) {
-		errs.add("Client", "is required")
-	}
+	errs.addIf(redisx.IsNil(c.Client), "Client", "is required")
 	atLeast(&errs, "DefaultMaxLen", c.DefaultMaxLen, 0)
-	if m, ok := c.Marshaler.(BodyMarshaler); ok {
-		if err := m.validate(); err != nil {
-			errs.add("Marshaler", "%v", err)
-		}
-	}
+	errs.marshaler("Marshaler", c.Marshaler)
 	for _, topic := range slices.Sorted(maps.Keys(c.MaxLens)) {
 		atLeast(&errs, fmt.Sprintf("MaxLens[%q]", topic), c.MaxLens[topic], 0)
 	}

@@ -54,17 +54,12 @@ func (e Every) Next(t time.Time) time.Time {
 
 func (r Recurring) validate() error {
 	errs := configErrors{typeName: "Recurring"}
-	for _, f := range []struct {
-		name string
-		set  bool
-	}{{"Name", r.Name != ""}, {"Topic", r.Topic != ""}, {"Schedule", r.Schedule != nil}, {"Message", r.Message != nil}} {
-		if !f.set {
-			errs.add(f.name, "is required")
-		}
-	}
-	if e, ok := r.Schedule.(Every); ok && e <= 0 {
-		errs.add("Schedule", "Every(%v) is not positive", time.Duration(e))
-	}
+	errs.addIf(r.Name == "", "Name", "is required")
+	errs.addIf(r.Topic == "", "Topic", "is required")
+	errs.addIf(r.Schedule == nil, "Schedule", "is required")
+	errs.addIf(r.Message == nil, "Message", "is required")
+	every, ok := r.Schedule.(Every)
+	errs.addIf(ok && every <= 0, "Schedule", "Every(%v) is not positive", time.Duration(every))
 	return errs.err()
 }
 

@@ -50,12 +50,8 @@ func (r Retention) validate(prefix string, errs *configErrors) {
 	atLeast(errs, prefix+"KeepLast", r.KeepLast, 0)
 	atLeast(errs, prefix+"KeepFor", r.KeepFor, time.Millisecond)
 	atLeast(errs, prefix+"HardMaxLen", r.HardMaxLen, 0)
-	if r.HardMaxLen > 0 && r.HardMaxLen < r.KeepLast {
-		errs.add(prefix+"HardMaxLen", "is %d; it must be at least KeepLast (%d)", r.HardMaxLen, r.KeepLast)
-	}
-	if slices.Contains(r.IgnoreGroups, "") {
-		errs.add(prefix+"IgnoreGroups", "contains an empty name")
-	}
+	errs.addIf(r.HardMaxLen > 0 && r.HardMaxLen < r.KeepLast, prefix+"HardMaxLen", "is %d; it must be at least KeepLast (%d)", r.HardMaxLen, r.KeepLast)
+	errs.addIf(slices.Contains(r.IgnoreGroups, ""), prefix+"IgnoreGroups", "contains an empty name")
 }
 
 func (r Retention) internal() xstream.Retention {
@@ -168,9 +164,7 @@ const trimPause = consume.RetentionInterval / consume.MaxTrims
 func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(*xstream.Stream, *TrimResult) (done bool, rest time.Duration, err error)) (result TrimResult, err error) {
 	errs := configErrors{typeName: name}
 	errs.arguments("c", c, "topic", topic)
-	if r.isZero() {
-		errs.add("r", "keeps everything: set KeepLast, KeepFor or HardMaxLen")
-	}
+	errs.addIf(r.isZero(), "r", "keeps everything: set KeepLast, KeepFor or HardMaxLen")
 	r.validate("r.", &errs)
 	if err := errs.err(); err != nil {
 		return result, err

@@ -169,20 +169,12 @@ func (r Retry) decide(v *verdict, count int64, err error) error {
 }
 
 func (r Retry) validate(errs *configErrors) {
-	if r.MaxRetries < -1 {
-		errs.add("Retry.MaxRetries", "is %d; it must be -1 (no retries), 0 (no limit) or more", r.MaxRetries)
-	}
+	errs.addIf(r.MaxRetries < -1, "Retry.MaxRetries", "is %d; it must be -1 (no retries), 0 (no limit) or more", r.MaxRetries)
 	atLeast(errs, "Retry.InitialInterval", r.InitialInterval, 0)
 	atLeast(errs, "Retry.MaxInterval", r.MaxInterval, 0)
-	if r.MaxInterval > 0 && r.MaxInterval < r.InitialInterval {
-		errs.add("Retry.MaxInterval", "is %v; it must be at least InitialInterval (%v)", r.MaxInterval, r.InitialInterval)
-	}
-	if r.Multiplier != 0 && !(r.Multiplier >= 1) || math.IsInf(r.Multiplier, 0) {
-		errs.add("Retry.Multiplier", "is %v; it must be 1 or more", r.Multiplier)
-	}
-	if !(r.RandomizationFactor >= 0 && r.RandomizationFactor <= 1) {
-		errs.add("Retry.RandomizationFactor", "is %v; it must be between 0 and 1", r.RandomizationFactor)
-	}
+	errs.addIf(r.MaxInterval > 0 && r.MaxInterval < r.InitialInterval, "Retry.MaxInterval", "is %v; it must be at least InitialInterval (%v)", r.MaxInterval, r.InitialInterval)
+	errs.addIf(r.Multiplier != 0 && !(r.Multiplier >= 1) || math.IsInf(r.Multiplier, 0), "Retry.Multiplier", "is %v; it must be 1 or more", r.Multiplier)
+	errs.addIf(!(r.RandomizationFactor >= 0 && r.RandomizationFactor <= 1), "Retry.RandomizationFactor", "is %v; it must be between 0 and 1", r.RandomizationFactor)
 }
 
 // exhausted reports whether a message that failed in its count-th delivery has no

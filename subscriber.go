@@ -242,12 +242,8 @@ const minLease = 10 * time.Millisecond
 // validate returns every mistake in the config, as the caller gave it.
 func (c SubscriberConfig) validate() error {
 	errs := configErrors{typeName: "SubscriberConfig"}
-	if redisx.IsNil(c.Client) {
-		errs.add("Client", "is required")
-	}
-	if c.StartID != "" && !isStartID(c.StartID) {
-		errs.add("StartID", `is %q; it must be "$", "0" or an entry ID such as "1700000000000-0"`, c.StartID)
-	}
+	errs.addIf(redisx.IsNil(c.Client), "Client", "is required")
+	errs.addIf(c.StartID != "" && !isStartID(c.StartID), "StartID", `is %q; it must be "$", "0" or an entry ID such as "1700000000000-0"`, c.StartID)
 	atLeast(&errs, "MaxConcurrency", c.MaxConcurrency, 0)
 	atLeast(&errs, "BatchSize", c.BatchSize, 0)
 	atLeast(&errs, "BlockTime", c.BlockTime, time.Millisecond) // BLOCK 0 would block forever
@@ -257,50 +253,27 @@ func (c SubscriberConfig) validate() error {
 	atLeast(&errs, "CloseTimeout", c.CloseTimeout, time.Millisecond)
 	atLeast(&errs, "ConsumerTimeout", c.ConsumerTimeout, time.Millisecond)
 	atLeast(&errs, "KeepDeadLetters", c.KeepDeadLetters, time.Millisecond)
-	minIdle := c.ClaimMinIdle
-	if minIdle <= 0 { // reported above
-		minIdle = defaultClaimMinIdle
-	}
-	if c.ClaimInterval > minIdle {
-		errs.add("ClaimInterval", "is %v; it must not exceed ClaimMinIdle (%v)", c.ClaimInterval, minIdle)
-	}
+	minIdle := cmp.Or(max(c.ClaimMinIdle, 0), defaultClaimMinIdle) // a negative one is reported above
+	errs.addIf(c.ClaimInterval > minIdle, "ClaimInterval", "is %v; it must not exceed ClaimMinIdle (%v)", c.ClaimInterval, minIdle)
 	if c.Retry != nil {
 		c.Retry.validate(&errs)
 	}
 	c.Retention.validate("Retention.", &errs)
-	switch ignored := c.Retention.IgnoreGroups; {
-	case len(ignored) > 0 && c.Retention.isZero() && !c.DeleteAcked:
-		errs.add("Retention.IgnoreGroups", "needs KeepLast, KeepFor, HardMaxLen or DeleteAcked")
-	case c.ConsumerGroup != "" && slices.Contains(ignored, c.ConsumerGroup):
-		errs.add("Retention.IgnoreGroups", "contains the ConsumerGroup: its messages would be lost")
-	}
-	if c.DeleteAcked && (c.Retention.KeepLast != 0 || c.Retention.KeepFor != 0) {
-		errs.add("DeleteAcked", "excludes Retention.KeepLast and Retention.KeepFor: it keeps nothing")
-	}
-	if m, ok := c.Unmarshaler.(BodyMarshaler); ok {
-		if err := m.validate(); err != nil {
-			errs.add("Unmarshaler", "%v", err)
-		}
-	}
-	if c.ConsumerGroup == "" {
-		for _, f := range []struct {
-			name string
-			set  bool
-		}{
-			{"Consumer", c.Consumer != ""}, {"NoAck", c.NoAck}, {"DeleteAcked", c.DeleteAcked},
-			{"ClaimMinIdle", c.ClaimMinIdle != 0}, {"Retry", c.Retry != nil}, {"KeepDeadLetters", c.KeepDeadLetters != 0},
-		} {
-			if f.set {
-				errs.add(f.name, "needs a ConsumerGroup")
-			}
-		}
-	}
-	if c.NoAck && c.Retry != nil {
-		errs.add("NoAck", "excludes Retry: nothing is pending, so nothing can be redelivered")
-	}
-	if c.NoAck && c.DeleteAcked {
-		errs.add("NoAck", "excludes DeleteAcked: nothing is acked")
-	}
+	ignored := c.Retention.IgnoreGroups
+	errs.addIf(len(ignored) > 0 && c.Retention.isZero() && !c.DeleteAcked, "Retention.IgnoreGroups", "needs KeepLast, KeepFor, HardMaxLen or DeleteAcked")
+	errs.addIf(c.ConsumerGroup != "" && slices.Contains(ignored, c.ConsumerGroup), "Retention.IgnoreGroups", "contains the ConsumerGroup: its messages would be lost")
+	errs.addIf(c.DeleteAcked && (c.Retention.KeepLast != 0 || c.Retention.KeepFor != 0), "DeleteAcked", "excludes Retention.KeepLast and Retention.KeepFor: it keeps nothing")
+	errs.marshaler("Unmarshaler", c.Unmarshaler)
+	const needsGroup = "needs a ConsumerGroup"
+	fanOut := c.ConsumerGroup == ""
+	errs.addIf(fanOut && c.Consumer != "", "Consumer", needsGroup)
+	errs.addIf(fanOut && c.NoAck, "NoAck", needsGroup)
+	errs.addIf(fanOut && c.DeleteAcked, "DeleteAcked", needsGroup)
+	errs.addIf(fanOut && c.ClaimMinIdle != 0, "ClaimMinIdle", needsGroup)
+	errs.addIf(fanOut && c.Retry != nil, "Retry", needsGroup)
+	errs.addIf(fanOut && c.KeepDeadLetters != 0, "KeepDeadLetters", needsGroup)
+	errs.addIf(c.NoAck && c.Retry != nil, "NoAck", "excludes Retry: nothing is pending, so nothing can be redelivered")
+	errs.addIf(c.NoAck && c.DeleteAcked, "NoAck", "excludes DeleteAcked: nothing is acked")
 	return errs.err()
 }
 

@@ -256,19 +256,11 @@ func NewConsumer[E any](worker Worker[E], config ConsumerConfig, logger watermil
 
 // newConsumer adds to the mistakes.
 func newConsumer[E any](worker Worker[E], config ConsumerConfig, errs configErrors, logger watermill.LoggerAdapter) (*Consumer[E], error) {
-	if config.Topic == "" {
-		errs.add("Topic", "is required")
-	}
-	if config.Subscriber.OnBroken != nil {
-		errs.add("Subscriber.OnBroken", "cannot be set: it is the worker's ProcessBroken")
-	}
-	if config.Subscriber.OnDead != nil {
-		errs.add("Subscriber.OnDead", "cannot be set: it is the worker's ProcessDead")
-	}
+	errs.addIf(config.Topic == "", "Topic", "is required")
+	errs.addIf(config.Subscriber.OnBroken != nil, "Subscriber.OnBroken", "cannot be set: it is the worker's ProcessBroken")
+	errs.addIf(config.Subscriber.OnDead != nil, "Subscriber.OnDead", "cannot be set: it is the worker's ProcessDead")
 	for i, m := range config.Middlewares {
-		if m == nil {
-			errs.add(fmt.Sprintf("Middlewares[%d]", i), "is nil")
-		}
+		errs.addIf(m == nil, fmt.Sprintf("Middlewares[%d]", i), "is nil")
 	}
 	if err := config.Subscriber.validate(); err != nil {
 		errs.errs = append(errs.errs, err)
