@@ -50,9 +50,26 @@ func (q *DeadLetterQueue) Count(ctx context.Context) (int64, error) {
 // with an empty ID, and stops.
 func (q *DeadLetterQueue) All(ctx context.Context, after string) iter.Seq2[DeadMessage, error] {
 	return func(yield func(DeadMessage, error) bool) {
-		err := q.all(ctx, after, func(d DeadMessage, err error) bool {
-			return yield(d, q.wrap("read", err))
-		})
+		start, last, err := "-", "", error(nil)
+		if after != "" {
+			start, err = entryID(after)
+			start = "(" + start
+		}
+		if err == nil {
+			last, err = q.stream.Newest(ctx)
+		}
+		for more := last != ""; err == nil && more; {
+			var entries []xstream.Entry
+			entries, err = q.stream.Page(ctx, start, last, deadPage)
+			for _, e := range entries {
+				d, broken := readLetter(e)
+				if !yield(d, q.wrap("read", broken)) {
+					return
+				}
+				start = "(" + e.ID
+			}
+			more = len(entries) == deadPage
+		}
 		if err != nil {
 			yield(DeadMessage{}, q.wrap("read", err))
 		}
@@ -72,32 +89,6 @@ func ReadDeadLetter(id string, fields []string) (DeadMessage, error) {
 		err = fmt.Errorf("goxstreams: %w", err)
 	}
 	return d, err
-}
-
-func (q *DeadLetterQueue) all(ctx context.Context, after string, yield func(DeadMessage, error) bool) error {
-	start := "-"
-	if after != "" {
-		id, err := entryID(after)
-		if err != nil {
-			return err
-		}
-		start = "(" + id
-	}
-	last, err := q.stream.Newest(ctx)
-	for err == nil && last != "" {
-		var entries []xstream.Entry
-		entries, err = q.stream.Page(ctx, start, last, deadPage)
-		for _, e := range entries {
-			if !yield(readLetter(e)) {
-				return nil
-			}
-		}
-		if len(entries) < deadPage {
-			break
-		}
-		start = "(" + entries[len(entries)-1].ID
-	}
-	return err
 }
 
 // Replay moves dead letters back to their topic, for the group in which they died.
@@ -189,21 +180,19 @@ func (q *DeadLetterQueue) Delete(ctx context.Context, ids ...string) (int, error
 // continues after missing IDs, and stops after the page in which anything else
 // failed. Duplicate IDs are processed once.
 func (q *DeadLetterQueue) each(ctx context.Context, ids []string, do func(context.Context, []string) ([]error, error)) (done int, err error) {
-	ids = slices.Clone(ids)
-	for i := range ids {
-		if ids[i], err = entryID(ids[i]); err != nil {
+	asked := make(map[string]bool, len(ids))
+	var unique, missing []string
+	for _, id := range ids {
+		if id, err = entryID(id); err != nil {
 			return 0, err
 		}
+		if !asked[id] {
+			asked[id] = true
+			unique = append(unique, id)
+		}
 	}
-	asked := make(map[string]bool, len(ids))
-	ids = slices.DeleteFunc(ids, func(id string) bool {
-		again := asked[id]
-		asked[id] = true
-		return again
-	})
-	var missing []string
 	var failed []error
-	for page := range slices.Chunk(ids, deadPage) {
+	for page := range slices.Chunk(unique, deadPage) {
 		errs, err := []error(nil), ctx.Err() // before anything is sent
 		if err == nil {
 			errs, err = do(ctx, page)

@@ -88,14 +88,8 @@ func (s *Schedule) After(ctx context.Context, due time.Time, uuid string) iter.S
 }
 
 func readDelayed(w xstream.Waiting) DelayedMessage {
-	d := DelayedMessage{UUID: w.UUID, Due: w.Due, Fields: w.Fields}
-	if w.Err != nil {
-		return d
-	}
-	if msg, err := unmarshalFields(DefaultMarshaler{}, w.Fields, newOwnMessage); err == nil {
-		d.Message = msg
-	}
-	return d
+	msg, _ := unmarshalFields(DefaultMarshaler{}, w.Fields, newOwnMessage) // nil: another format, or w.Err
+	return DelayedMessage{UUID: w.UUID, Due: w.Due, Message: msg, Fields: w.Fields}
 }
 
 // Get returns a delayed message. A *NotFoundError means that no message with that UUID is

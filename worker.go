@@ -127,6 +127,9 @@ type Producer[E any] struct {
 // fails.
 func NewProducer[E any](pub message.Publisher, config ProducerConfig) *Producer[E] {
 	config.Codec = cmp.Or[Codec](config.Codec, jsonCodec{})
+	if config.UUID == nil {
+		config.UUID = func(context.Context, any) string { return watermill.NewUUID() }
+	}
 	return &Producer[E]{pub, config}
 }
 
@@ -167,13 +170,6 @@ func (p *Producer[E]) failed(topic string, err error) error {
 	return fmt.Errorf("goxstreams: produce to %q: %w", topic, err)
 }
 
-func (p *Producer[E]) uuid(ctx context.Context, event E) string {
-	if p.config.UUID == nil {
-		return watermill.NewUUID()
-	}
-	return p.config.UUID(ctx, event)
-}
-
 func (p *Producer[E]) produceIn(ctx context.Context, topic string, d time.Duration, events ...E) error {
 	if p.pub == nil {
 		return p.failed(topic, errors.New("NewProducer got a nil Publisher"))
@@ -187,7 +183,7 @@ func (p *Producer[E]) produceIn(ctx context.Context, topic string, d time.Durati
 		if err != nil {
 			return p.failed(topic, fmt.Errorf("encode events[%d] of %d: %w", i, len(events), err))
 		}
-		messages[i] = message.NewMessageWithContext(ctx, p.uuid(ctx, event), payload)
+		messages[i] = message.NewMessageWithContext(ctx, p.config.UUID(ctx, event), payload)
 		if p.config.Metadata != nil {
 			maps.Copy(messages[i].Metadata, p.config.Metadata(ctx))
 		}

@@ -138,10 +138,7 @@ func (b *BatchConsumer[E]) process(ctx context.Context, batch []*batched, stop f
 			batch[from].h.Single = true
 			from, size, bad = to, 1, 0
 		case stop():
-			for i := from; i < len(batch); i++ {
-				errs[i] = fmt.Errorf("not handled: %w", context.Canceled)
-			}
-			return errs
+			return append(errs[:from], slices.Repeat([]error{fmt.Errorf("not handled: %w", context.Canceled)}, len(batch)-from)...)
 		default:
 			bad = to
 		}
@@ -163,11 +160,7 @@ func (b *BatchConsumer[E]) call(ctx context.Context, batch []*batched) (errs []e
 	}
 	err = guard(func() error { errs = b.worker.ProcessBatch(ctx, messages); return nil })
 	if err == nil && errs != nil && len(errs) != len(batch) {
-		wrong := fmt.Errorf("goxstreams: ProcessBatch returned %d errors for %d messages", len(errs), len(batch))
-		errs = make([]error, len(batch))
-		for i := range errs {
-			errs[i] = wrong
-		}
+		errs = slices.Repeat([]error{fmt.Errorf("goxstreams: ProcessBatch returned %d errors for %d messages", len(errs), len(batch))}, len(batch))
 	}
 	return errs, err
 }
@@ -225,13 +218,7 @@ func (s *subscription) handleBatch(tasks []consume.Task) {
 		}
 		leaving.Wait()
 	}
-	exited := func() {
-		errs = make([]error, len(batch))
-		for i := range errs {
-			errs[i] = errExited
-		}
-		s.settleBatch(ctx, batch, errs)
-	}
+	exited := func() { s.settleBatch(ctx, batch, slices.Repeat([]error{errExited}, len(batch))) }
 	batch[0].h.Direct(func() { errs = s.typed.batch(ctx, batch, stop) }, leave, exited)
 	s.settleBatch(ctx, batch, errs)
 }
