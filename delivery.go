@@ -145,24 +145,23 @@ func DeliveryFromContext(ctx context.Context) (Delivery, bool) {
 func (s *subscription) Handle(tasks []consume.Task) {
 	if s.typed.batch != nil {
 		s.handleBatch(tasks)
-	} else if msg, body, ok := s.prepare(&tasks[0]); ok {
-		s.deliver(&tasks[0], msg, body)
+	} else if m, ok := s.prepare(&tasks[0]); ok {
+		s.deliver(&tasks[0], m)
 	}
 }
 
 // prepare decodes an entry. It brings one that is not to be delivered to its outcome, and
 // returns false.
-func (s *subscription) prepare(h *consume.Task) (msg *message.Message, body any, ok bool) {
-	if h.Death != nil {
-		s.dead(h)
-		return nil, nil, false
-	}
-	published, _, group := cutReplay(h.Fields)
-	h.Fields = published
+func (s *subscription) prepare(h *consume.Task) (m decoded, ok bool) {
+	var group string
+	h.Fields, _, group = cutReplay(h.Fields)
 	switch {
+	case h.Death != nil:
+		s.dead(h)
+		return m, false
 	case group != "" && group != s.cfg.ConsumerGroup:
 		s.Settle(h) // a replay for another group
-		return nil, nil, false
+		return m, false
 	case s.retry.exhaustedBefore(h.Count()):
 		h.Death = &death{kind: Exhausted, err: ErrRetriesExhausted, crashed: true}
 		if s.typed.batch != nil {
@@ -170,20 +169,19 @@ func (s *subscription) prepare(h *consume.Task) (msg *message.Message, body any,
 		} else {
 			s.dead(h)
 		}
-		return nil, nil, false
+		return m, false
 	}
-	d, ok := h.Prepared.(*decoded)
-	if h.Prepared = nil; !ok {
-		d = &decoded{}
-		d.msg, d.body, d.err = s.unmarshal(h, h.Fields)
+	if m, ok = h.Prepared.(decoded); !ok {
+		m = s.unmarshal(h, h.Fields)
 	}
-	if d.err != nil {
-		s.handleBroken(h, d.err)
+	h.Prepared = nil
+	if m.err != nil {
+		s.handleBroken(h, m.err)
 	}
-	return d.msg, d.body, d.err == nil
+	return m, m.err == nil
 }
 
-// decoded is an entry that was decoded for the sake of its key.
+// decoded is an entry's message and, for a Consumer, its body: an *E.
 type decoded struct {
 	msg  *message.Message
 	body any
@@ -197,30 +195,26 @@ func (s *subscription) Key(h *consume.Task) (key string) {
 	if group != "" && group != s.cfg.ConsumerGroup || s.retry.exhaustedBefore(h.Count()) {
 		return ""
 	}
-	d := &decoded{}
-	h.Prepared = d
-	if d.msg, d.body, d.err = s.unmarshal(h, fields); d.err != nil {
-		return ""
+	m := s.unmarshal(h, fields)
+	if m.err == nil {
+		if err := user(h, func() error { key = s.cfg.OrderingKey(m.msg); return nil }); err != nil {
+			m.err = fmt.Errorf("%w: OrderingKey: %w", ErrBroken, err)
+		}
 	}
-	err := user(h, func() error { key = s.cfg.OrderingKey(d.msg); return nil })
-	if err != nil {
-		d.err = fmt.Errorf("%w: OrderingKey: %w", ErrBroken, err)
-		return ""
-	}
+	h.Prepared = m
 	return key
 }
 
-// unmarshal decodes an entry's fields into a message and, for a Consumer, the payload into
-// the body.
-func (s *subscription) unmarshal(h *consume.Task, fields []string) (msg *message.Message, body any, err error) {
-	msg, err = s.message(h, fields)
-	if err == nil && s.typed.decode != nil {
-		err = user(h, func() error { body, err = s.typed.decode(msg.Payload); return err })
+// unmarshal decodes an entry's fields.
+func (s *subscription) unmarshal(h *consume.Task, fields []string) (m decoded) {
+	m.msg, m.err = s.message(h, fields)
+	if m.err == nil && s.typed.decode != nil {
+		m.err = user(h, func() (err error) { m.body, err = s.typed.decode(m.msg.Payload); return err })
 	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", ErrBroken, err)
+	if m.err != nil {
+		m.err = fmt.Errorf("%w: %w", ErrBroken, m.err)
 	}
-	return msg, body, nil
+	return m
 }
 
 // message unmarshals an entry. It decodes a dead letter in this library's format,
@@ -263,8 +257,9 @@ func newBareMessage(uuid, payload string) *message.Message {
 
 // deliver passes the message to its handler, or to the output channel, and waits until
 // it is settled.
-func (s *subscription) deliver(h *consume.Task, msg *message.Message, body any) {
-	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), body: body}
+func (s *subscription) deliver(h *consume.Task, m decoded) {
+	msg := m.msg
+	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), body: m.body}
 	if s.handler != nil {
 		d.handler.Store(&noRouter)
 	}

@@ -236,7 +236,7 @@ type Consumer[E any] struct {
 	worker     Worker[E]
 	config     ConsumerConfig
 	subscriber *Subscriber
-	handler    message.HandlerFunc
+	handle     message.NoPublishHandlerFunc
 	logger     watermill.LoggerAdapter
 }
 
@@ -274,9 +274,13 @@ func newConsumer[E any](worker Worker[E], config ConsumerConfig, errs configErro
 	}
 	c := &Consumer[E]{worker: worker, config: config, subscriber: subscriber, logger: logger}
 	subscriber.typed = typed{name: config.Name, alone: len(config.Middlewares) == 0, decode: c.decode, dead: c.processDead}
-	c.handler = subscriber.config.Retry.Middleware(c.process)
+	handler := subscriber.config.Retry.Middleware(c.process)
 	for _, m := range slices.Backward(config.Middlewares) {
-		c.handler = m(c.handler)
+		handler = m(handler)
+	}
+	c.handle = func(msg *message.Message) error {
+		_, err := handler(msg)
+		return err
 	}
 	return c, nil
 }
@@ -299,10 +303,7 @@ type typed struct {
 // means that it could not subscribe.
 func (c *Consumer[E]) Run(ctx context.Context) error {
 	sub, err := c.subscriber.subscribe(ctx, c.config.Topic, func(msg *message.Message) {
-		err := guard(func() error { // ShouldRetry may panic too
-			_, err := c.handler(msg)
-			return err
-		})
+		err := guard(func() error { return c.handle(msg) }) // ShouldRetry may panic too
 		switch over := ctx.Err() != nil || msg.Context().Err() != nil; {
 		case err == nil:
 			msg.Ack()
@@ -326,10 +327,7 @@ func (c *Consumer[E]) Run(ctx context.Context) error {
 // marked as final. The Consumer's name must be unique in the router, otherwise the
 // router panics.
 func (c *Consumer[E]) AddTo(router *message.Router) *message.Handler {
-	return router.AddConsumerHandler(c.config.Name, c.config.Topic, c.subscriber, func(msg *message.Message) error {
-		_, err := c.handler(msg)
-		return err
-	})
+	return router.AddConsumerHandler(c.config.Name, c.config.Topic, c.subscriber, c.handle)
 }
 
 // Stats returns the state of each active Run, and of the router's handler: see

@@ -167,17 +167,16 @@ func (b *BatchConsumer[E]) call(ctx context.Context, batch []*batched) (errs []e
 
 // batched is a message of a batch.
 type batched struct {
-	h    *consume.Task
-	msg  *message.Message
-	body any // an *E; nil: decode it again
+	h *consume.Task
+	decoded
 }
 
 // handleBatch brings the entries of a batch to their outcomes.
 func (s *subscription) handleBatch(tasks []consume.Task) {
 	all := make([]batched, 0, len(tasks))
 	for i := range tasks {
-		if msg, body, ok := s.prepare(&tasks[i]); ok {
-			all = append(all, batched{&tasks[i], msg, body})
+		if m, ok := s.prepare(&tasks[i]); ok {
+			all = append(all, batched{&tasks[i], m})
 		}
 	}
 	ctx, cancel := context.WithCancelCause(s.Calling())
