@@ -241,12 +241,11 @@ func (p *Publisher) probeMulti(ctx context.Context, node *redis.Client) error {
 // handler's publisher when that handler ends, and a publisher that other handlers
 // share must keep working.
 func (p *Publisher) Close() error {
-	timer := time.NewTimer(p.client.CallTimeout())
-	defer timer.Stop()
+	timeout := time.After(p.client.CallTimeout())
 	for _, idle := range []func() <-chan struct{}{p.calls.idle, p.soon.end} {
 		select {
 		case <-idle():
-		case <-timer.C: // for example, a go-redis hook that itself waits for Close
+		case <-timeout: // for example, a go-redis hook that itself waits for Close
 			return nil
 		}
 	}

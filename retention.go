@@ -127,17 +127,13 @@ func (r *TrimResult) add(t xstream.Trimming) {
 // finds it missing, unless beyond HardMaxLen, so that its consumers can recreate it:
 // TrimResult.HeldBy is its name.
 func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
-	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done bool, rest time.Duration, err error) {
-		t, err := s.Trim(ctx, r.internal(), "", 0)
-		if err != nil {
-			return false, 0, err
-		}
-		result.add(t)
+	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, _ int64) (t xstream.Trimming, done bool, rest time.Duration, err error) {
+		t, err = s.Trim(ctx, r.internal(), "", 0)
 		rest = 100 * t.Cost
 		if t.Over {
 			rest = t.Cost // at most half of the server's time
 		}
-		return !t.More && !t.Over, rest, nil
+		return t, !t.More && !t.Over, rest, err
 	})
 }
 
@@ -145,14 +141,9 @@ func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retentio
 // trimmed, so it takes longer than Trim.
 func PlanTrim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
 	last := ""
-	result, err := eachPage(ctx, "PlanTrim", c, topic, r, func(s *xstream.Stream, result *TrimResult) (done bool, rest time.Duration, err error) {
-		t, after, err := s.Plan(ctx, r.internal(), last, result.Trimmed)
-		if err != nil {
-			return false, 0, err
-		}
-		result.add(t)
-		last = after
-		return t.Trimmed == 0, trimPause, nil
+	result, err := eachPage(ctx, "PlanTrim", c, topic, r, func(s *xstream.Stream, trimmed int64) (t xstream.Trimming, done bool, rest time.Duration, err error) {
+		t, last, err = s.Plan(ctx, r.internal(), last, trimmed)
+		return t, t.Trimmed == 0, trimPause, err
 	})
 	result.Length -= result.Trimmed
 	return result, err
@@ -161,7 +152,7 @@ func PlanTrim(ctx context.Context, c redis.UniversalClient, topic string, r Rete
 // trimPause is the pause between the steps of PlanTrim, of a millisecond each.
 const trimPause = consume.RetentionInterval / consume.MaxTrims
 
-func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(*xstream.Stream, *TrimResult) (done bool, rest time.Duration, err error)) (result TrimResult, err error) {
+func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(s *xstream.Stream, trimmed int64) (t xstream.Trimming, done bool, rest time.Duration, err error)) (result TrimResult, err error) {
 	errs := configErrors{typeName: name}
 	errs.arguments("c", c, "topic", topic)
 	errs.addIf(r.isZero(), "r", "keeps everything: set KeepLast, KeepFor or HardMaxLen")
@@ -170,13 +161,16 @@ func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic s
 		return result, err
 	}
 	stream := xstream.New(redisx.Client{UniversalClient: c}, topic, "")
-	if err = stream.OneSlot(ctx); err == nil {
-		for done := false; err == nil && !done; {
-			var rest time.Duration
-			done, rest, err = step(&stream, &result)
-			if !done && err == nil {
-				err = pause(ctx, rest)
-			}
+	err = stream.OneSlot(ctx)
+	for done := false; err == nil && !done; {
+		var t xstream.Trimming
+		var rest time.Duration
+		if t, done, rest, err = step(&stream, result.Trimmed); err != nil {
+			break
+		}
+		result.add(t)
+		if !done {
+			err = pause(ctx, rest)
 		}
 	}
 	if err != nil {
@@ -186,10 +180,8 @@ func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic s
 }
 
 func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(d):
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

@@ -211,14 +211,12 @@ func (d *deliveryContext) interrupted(err error) bool {
 	if !d.returned.IsZero() {
 		wait -= time.Since(d.returned)
 	}
-	notice := time.NewTimer(wait)
-	defer notice.Stop()
 	select {
 	case <-d.sub.Closing():
 		return true
 	case <-d.Done():
 		return true
-	case <-notice.C:
+	case <-time.After(wait):
 		return d.sub.IsClosing()
 	}
 }
