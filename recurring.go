@@ -52,15 +52,13 @@ func (e Every) Next(t time.Time) time.Time {
 	return time.UnixMilli((t.UnixMilli()/every + 1) * every)
 }
 
-func (r Recurring) validate() error {
-	errs := configErrors{typeName: "Recurring"}
+func (r Recurring) validate(errs *configErrors) {
 	errs.addIf(r.Name == "", "Name", "is required")
 	errs.addIf(r.Topic == "", "Topic", "is required")
 	errs.addIf(r.Schedule == nil, "Schedule", "is required")
 	errs.addIf(r.Message == nil, "Message", "is required")
 	every, ok := r.Schedule.(Every)
 	errs.addIf(ok && every <= 0, "Schedule", "Every(%v) is not positive", time.Duration(every))
-	return errs.err()
 }
 
 // Recur publishes recurring messages until ctx ends; then it returns nil. It returns an
@@ -77,24 +75,17 @@ func (r Recurring) validate() error {
 // until then, which is logged as an error: see docs/delayed.md. Idempotence does not
 // apply to recurring messages, nor does a delay in their metadata.
 func (p *Publisher) Recur(ctx context.Context, recurring ...Recurring) error {
-	var errs []error
+	errs := configErrors{typeName: "Recurring"}
 	names := make(map[[2]string]bool)
 	for _, r := range recurring {
-		if err := r.validate(); err != nil {
-			errs = append(errs, err)
-		}
-		if key := [2]string{r.Topic, r.Name}; names[key] {
-			errs = append(errs, fmt.Errorf("goxstreams: Recurring.Name: %q is there twice for topic %q", r.Name, r.Topic))
-		} else {
-			names[key] = true
-		}
+		r.validate(&errs)
+		key := [2]string{r.Topic, r.Name}
+		errs.addIf(names[key], "Name", "%q is there twice for topic %q", r.Name, r.Topic)
+		names[key] = true
+		err := p.client.OneServer(ctx, r.Topic, xstream.RecurringKey(r.Topic))
+		errs.addIf(errors.Is(err, redisx.ErrTwoServers), "Topic", "the state of %q would be in another slot of the Cluster; give the topic a hash tag: %v", r.Topic, err)
 	}
-	for _, r := range recurring {
-		if err := p.client.OneServer(ctx, r.Topic, xstream.RecurringKey(r.Topic)); errors.Is(err, redisx.ErrTwoServers) {
-			errs = append(errs, fmt.Errorf("goxstreams: Recurring.Topic: the state of %q would be in another slot of the Cluster; give the topic a hash tag: %w", r.Topic, err))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errs.err(); err != nil {
 		return err
 	}
 	var all sync.WaitGroup

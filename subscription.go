@@ -2,6 +2,7 @@ package goxstreams
 
 import (
 	"context"
+	"math/bits"
 	"sync/atomic"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -36,7 +37,10 @@ func newSubscription(ctx context.Context, s *Subscriber, topic string, handler f
 	if c.ConsumerGroup != "" {
 		sub.deadLetters = c.DeadLetterTopic(topic)
 	}
-	suspect, last := sub.typed.suspects(sub.retry.suspects())
+	suspect, last := sub.retry.suspects()
+	if suspect > 0 && s.typed.batch != nil { // the first deliveries after crashes find their cause by halving a batch
+		suspect += int64(bits.Len(uint(s.typed.maxSize - 1)))
+	}
 	sub.Subscription = consume.New(ctx, s.shared, consume.Config{
 		Topic: topic, Group: c.ConsumerGroup, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency, MaxBatch: s.typed.maxSize, MaxWait: s.typed.maxWait, BatchSize: c.BatchSize,
 		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(), KeepDeadLetters: c.KeepDeadLetters, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,

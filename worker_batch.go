@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -273,13 +272,4 @@ func (s *subscription) settleAcked(tasks []*consume.Task) {
 		s.told(tasks[0], OutcomeAcked, 0, nil, nil)
 		s.Settle(tasks[0])
 	}
-}
-
-// suspects is Retry's, for batches: the first deliveries after crashes find what has caused
-// these by halving, in as many rounds as a batch needs.
-func (t *typed) suspects(from, last int64) (int64, int64) {
-	if t.batch == nil || from == 0 {
-		return from, last
-	}
-	return from + int64(bits.Len(uint(t.maxSize-1))), last
 }
