@@ -20,15 +20,12 @@ import (
 func (s *subscription) handleBroken(h *consume.Task, err error) {
 	s.stats.broken.Add(1)
 	s.log.Error("Malformed entry", err, s.Fields(h))
-	switch {
-	case s.cfg.OnBroken != nil:
+	if s.cfg.OnBroken != nil {
 		s.Subscription.Broken(h, err)
-	case s.KeepsDead():
-		h.Death = &death{kind: Broken, err: err}
-		s.deadLetter(h)
-	default:
-		s.Drop(h)
+		return
 	}
+	h.Death = &death{kind: Broken, err: err}
+	s.dead(h)
 }
 
 // CallBroken calls OnBroken with a malformed entry.
