@@ -284,6 +284,8 @@ func (l *Ledger) room() int {
 	free := max(0, l.capacity()-l.use.running)
 	if l.head != nil {
 		free = 0
+	} else if !l.inOrder() { // what is read has half of the slots: see next
+		free += max(0, l.use.past-l.capacity()/2)
 	}
 	if l.cfg.Batch > 1 { // what waits for its batch to fill is not ahead of the slots
 		filled := min(free, queued)
