@@ -135,7 +135,8 @@ func (p *Publisher) recur(ctx context.Context, r Recurring) {
 	run := recurrence{Recurring: r, p: p, stream: xstream.New(p.client, r.Topic, "")}
 	failed := false
 	for {
-		wait, err := run.step(ctx)
+		var wait time.Duration
+		err := guard(func() (err error) { wait, err = run.step(ctx); return err }) // Schedule.Next may panic
 		if err != nil && ctx.Err() == nil {
 			if !failed {
 				p.logger.Error("A recurring message was not published; retrying", err, run.logFields())

@@ -55,7 +55,7 @@ func (r Retention) validate(prefix string, errs *configErrors) {
 }
 
 func (r Retention) internal() xstream.Retention {
-	in := xstream.Retention{KeepLast: r.KeepLast, KeepFor: r.KeepFor, HardMaxLen: r.HardMaxLen, Ignore: slices.Clone(r.IgnoreGroups)}
+	in := xstream.Retention{KeepLast: r.KeepLast, KeepFor: r.KeepFor, HardMaxLen: r.HardMaxLen, Ignore: r.IgnoreGroups}
 	if r.KeepLast == 0 && r.KeepFor == 0 {
 		in.KeepLast = xstream.KeepAll
 	}

@@ -206,6 +206,7 @@ func (c SubscriberConfig) withDefaults() SubscriberConfig {
 	c.ClaimInterval = cmp.Or(c.ClaimInterval, min(defaultClaimInterval, c.ClaimMinIdle))
 	c.CloseTimeout = cmp.Or(c.CloseTimeout, defaultCloseTimeout)
 	c.ConsumerTimeout = cmp.Or(c.ConsumerTimeout, defaultConsumerTimeout)
+	c.Retention.IgnoreGroups = slices.Clone(c.Retention.IgnoreGroups)
 	retry := defaultRetry
 	switch {
 	case c.Retry != nil:

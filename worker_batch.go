@@ -148,16 +148,19 @@ func (b *BatchConsumer[E]) process(ctx context.Context, batch []*batched, stop f
 // call calls the worker once, and returns its errors, or a panic.
 func (b *BatchConsumer[E]) call(ctx context.Context, batch []*batched) (errs []error, err error) {
 	messages := make([]Message[E], len(batch))
-	for i, m := range batch {
-		if m.body == nil { // it was passed on already, and may have been changed
-			if m.body, err = b.consumer.decode(m.msg.Payload); err != nil {
-				return nil, err
+	err = guard(func() (err error) {
+		for i, m := range batch {
+			if m.body == nil { // it was passed on already, and may have been changed
+				if m.body, err = b.consumer.decode(m.msg.Payload); err != nil {
+					return err
+				}
 			}
+			messages[i] = Message[E]{ID: m.h.ID, RetryCount: max(m.h.Count()-1, 0), Body: *m.body.(*E), Metadata: m.msg.Metadata}
+			m.body = nil
 		}
-		messages[i] = Message[E]{ID: m.h.ID, RetryCount: max(m.h.Count()-1, 0), Body: *m.body.(*E), Metadata: m.msg.Metadata}
-		m.body = nil
-	}
-	err = guard(func() error { errs = b.worker.ProcessBatch(ctx, messages); return nil })
+		errs = b.worker.ProcessBatch(ctx, messages)
+		return nil
+	})
 	if err == nil && errs != nil && len(errs) != len(batch) {
 		errs = slices.Repeat([]error{fmt.Errorf("goxstreams: ProcessBatch returned %d errors for %d messages", len(errs), len(batch))}, len(batch))
 	}
