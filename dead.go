@@ -58,9 +58,9 @@ func (s *subscription) brokenCalled(h *consume.Task, err error) {
 	case err == nil:
 		s.told(h, OutcomeAcked, 0, nil, nil)
 		s.Settle(h)
-	case s.IsLost(h) || !s.Retries():
+	case s.IsLost(h):
 		s.Drop(h)
-	case IsDead(err):
+	case IsDead(err), !s.Retries():
 		h.Death = &death{kind: Broken, err: h.Broken}
 		s.dead(h)
 	case s.IsClosing():
@@ -137,7 +137,7 @@ func (s *subscription) dead(h *consume.Task) {
 		return
 	}
 	s.stats.dead.Add(1)
-	s.log.Error("Dead message dropped: without a consumer group dead letters are not stored", d.err, s.Fields(h))
+	s.log.Error("Dead message dropped: only a consumer group without NoAck stores dead letters", d.err, s.Fields(h))
 	s.told(h, OutcomeDead, 0, d.cause(), &dead)
 	s.Drop(h)
 }

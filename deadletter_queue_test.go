@@ -829,7 +829,7 @@ func TestDeadLetterQueue_CannotBeReplayed(t *testing.T) {
 			require.NoError(t, client.XGroupDestroy(t.Context(), topic, "gone").Err())
 			letters := lettersIn(t, client, goxstreams.DeadLetterTopic(topic))
 			return letters[len(letters)-1].ID
-		}, `group "gone" of topic`, false},
+		}, `has no such group: "gone"`, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

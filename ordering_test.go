@@ -477,6 +477,51 @@ func TestOrderingKey_RetriesStarveNobody(t *testing.T) {
 	}
 }
 
+// Retries of slow handlers, for which nothing is read ahead, keep every slot busy: then
+// nothing more was read, for good.
+func TestRetriesOfSlowHandlersStarveNobody(t *testing.T) {
+	t.Parallel()
+	for _, slots := range []int{1, 2, 4} {
+		for _, keys := range []bool{true, false} {
+			if slots == 1 && !keys {
+				continue // the order comes first
+			}
+			t.Run(fmt.Sprintf("MaxConcurrency %d, keys %v", slots, keys), func(t *testing.T) {
+				t.Parallel()
+				client, topic := newClient(t), topic(t)
+				config := keyed(client)
+				if config.MaxConcurrency = slots; !keys {
+					config.OrderingKey = nil
+				}
+				config.Retry = &goxstreams.Retry{InitialInterval: 20 * time.Millisecond, MaxInterval: 20 * time.Millisecond}
+				for i := range 20 {
+					publish(t, client, topic, fmt.Sprintf("bad%d 1", i))
+				}
+				publish(t, client, topic, "good1 1", "good2 1", "good3 1")
+				var good atomic.Int64
+				messages := subscribe(t, newSubscriber(t, config), topic)
+				go func() {
+					for msg := range messages {
+						go func() {
+							select {
+							case <-time.After(150 * time.Millisecond): // slow, for the prefetch
+							case <-t.Context().Done():
+							}
+							if strings.HasPrefix(string(msg.Payload), "bad") {
+								msg.Nack()
+								return
+							}
+							good.Add(1)
+							msg.Ack()
+						}()
+					}
+				}()
+				eventually(t, func() bool { return good.Load() == 3 }, "good messages are not even read")
+			})
+		}
+	}
+}
+
 // Closing uses up no retry of what was read with a message whose OrderingKey hangs, and
 // leaves it to others at once.
 func TestOrderingKey_HangsAtClose(t *testing.T) {

@@ -149,11 +149,11 @@ func TestPause_BadInput(t *testing.T) {
 		require.ErrorContains(t, f(ctx, nil, topic, testGroup), ".client: a client is required")
 		require.ErrorContains(t, f(ctx, client, "", testGroup), ".topic: is empty")
 		require.ErrorContains(t, f(ctx, client, topic, ""), ".group: is empty; a fan-out")
-		require.ErrorContains(t, f(ctx, client, topic, "nobody"), "the topic has no such group")
+		require.ErrorContains(t, f(ctx, client, topic, "nobody"), "has no such group")
 	}
 	createGroup(t, client, topic, testGroup)
 	for _, f := range []func(context.Context, redis.UniversalClient, string, string) error{goxstreams.Pause, goxstreams.Resume} {
-		require.ErrorContains(t, f(ctx, client, topic, "nobody"), "the topic has no such group")
+		require.ErrorContains(t, f(ctx, client, topic, "nobody"), "has no such group")
 	}
 	paused, err := goxstreams.Paused(ctx, client, topic)
 	require.NoError(t, err)

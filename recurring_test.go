@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -228,6 +229,29 @@ func TestRecurring_MessageFails(t *testing.T) {
 	for i := range all[1:] {
 		require.EqualValues(t, 100, all[i+1]-all[i])
 	}
+}
+
+// panicky is a schedule that panics the first time.
+type panicky struct {
+	every time.Duration
+	once  *sync.Once
+}
+
+func (p panicky) Next(t time.Time) time.Time {
+	p.once.Do(func() { panic("no time zones") })
+	return inclusive(p.every).Next(t.Add(1))
+}
+
+// A Schedule that panics ended the process.
+func TestRecurring_SchedulePanics(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	log := newLogRecorder()
+	r := atEach(topic, 100*time.Millisecond)
+	r.Schedule = panicky{100 * time.Millisecond, new(sync.Once)}
+	recur(t, r, log)
+	eventually(t, func() bool { return client.XLen(t.Context(), topic).Val() > 3 })
+	require.Len(t, logLinesWith(log.Errors(), "no time zones"), 1, "%v", log.Errors())
 }
 
 // inclusive is a schedule whose Next returns the time itself at an occurrence.

@@ -1909,7 +1909,7 @@ func TestRetry_FanOut(t *testing.T) {
 				require.Equal(t, []int64{1, 2, 3}, bad.seen())
 				require.Equal(t, slices.Repeat([]int64{1}, 10), snoozed.seen())
 				require.EqualValues(t, 2, hooks.Load())
-				require.Len(t, logLinesWith(log.Errors(), "Dead message dropped: without a consumer group dead letters are not stored"), 2)
+				require.Len(t, logLinesWith(log.Errors(), "Dead message dropped: only a consumer group without NoAck stores dead letters"), 2)
 				require.Len(t, log.Errors(), 2)
 				require.Empty(t, allLetters(t, client, topic))
 			})

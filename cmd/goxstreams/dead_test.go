@@ -205,7 +205,7 @@ func TestReplayOfSome(t *testing.T) {
 
 	_, notes := ran(t, exitPartly, "dead", "replay", topic, "--yes", "1-1", gone, here)
 	assert.Contains(t, notes, "1-1: not found")
-	assert.Contains(t, notes, fmt.Sprintf("%s: group \"gone\" of topic %q no longer exists\n", gone, topic))
+	assert.Contains(t, notes, fmt.Sprintf("%s: topic %q has no such group: \"gone\"\n", gone, topic))
 	assert.Contains(t, notes, "1 dead letter replayed, 2 failed.\n")
 	assert.Equal(t, []string{gone}, deadOf(t, client, topic))
 	assert.Equal(t, []string{"2"}, received(t, client, topic, "here", 1))

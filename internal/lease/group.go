@@ -271,12 +271,10 @@ func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, sur
 	if len(entries) == 0 {
 		return nil
 	}
-	released := *k.cfg.Stream
-	released.Consumer = Released
 	var taken []*ledger.Entry
 	settled := 0
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
-		standings, err := released.Renew(ctx, idsOf(chunk))
+		standings, err := k.cfg.Stream.Standings(ctx, Released, idsOf(chunk))
 		if err != nil {
 			return err
 		}

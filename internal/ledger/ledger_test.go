@@ -422,6 +422,24 @@ func TestRoom(t *testing.T) {
 	require.True(t, fx.Room)
 }
 
+// Retries have at most half of the slots while there is other work: so there is room to read
+// that, also while they have all of them.
+func TestRoom_Retries(t *testing.T) {
+	l := newLedger(4)
+	l.Add(start, start, read("1", "2", "3", "4"))
+	for _, id := range []string{"1", "2", "3", "4"} {
+		take(l, start)
+		l.Retry(start, l.entries[id], at(1))
+	}
+	require.Equal(t, 4, l.Room(0))
+	for range 4 {
+		take(l, at(1))
+	}
+	require.Equal(t, 2, l.Room(0))
+	l.Add(at(1), at(1), read("5"))
+	require.Zero(t, l.Room(0), "one waits for a slot")
+}
+
 // While very many entries wait to be moved to the dead-letter stream, nothing more
 // is read.
 func TestRoom_Dead(t *testing.T) {

@@ -216,3 +216,16 @@ func TestLine_Patience(t *testing.T) {
 	lineDone(t, hung, "hang")
 	lineDone(t, echo(context.Background(), l, "after"), "after")
 }
+
+// refusing is a client of the user's that refuses commands, and leaves them as they were.
+type refusing struct{ redis.UniversalClient }
+
+func (refusing) Process(context.Context, redis.Cmder) error { return redis.ErrClosed }
+
+// A command that a wrapped client refused seemed to have succeeded.
+func TestLine_WrappedClientRefuses(t *testing.T) {
+	l := New(redisx.Client{UniversalClient: refusing{testserver.Client(t)}}, 1, false)
+	lineFails := func(err error) { require.ErrorIs(t, err, redis.ErrClosed) }
+	lineFails(<-echo(t.Context(), l, "refused"))
+	lineFails(<-echo(t.Context(), New(redisx.Client{UniversalClient: refusing{testserver.Client(t)}}, 0, true), "refused"))
+}

@@ -216,8 +216,8 @@ func (s *Stream) AckTrimmed(ctx context.Context, ids []string) (trimmed map[stri
 		reply := read(s.eval(ctx, ackTrimmedScript, appendAll([]any{s.Group}, ids)...))
 		seen := reply.number()
 		maps.Copy(trimmed, reply.list().texts())
-		if *reply.err != nil {
-			return trimmed, *reply.err
+		if reply.failed() != nil {
+			return trimmed, reply.failed()
 		}
 		ids = ids[min(max(int(seen), 1), len(ids)):]
 	}

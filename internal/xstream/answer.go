@@ -20,6 +20,9 @@ func read(v any, err error) *answer {
 	return &answer{rest, &err}
 }
 
+// failed returns the first error. (As a call, it comes after those before it in an expression.)
+func (a *answer) failed() error { return *a.err }
+
 func (a *answer) more() bool { return *a.err == nil && len(a.rest) > 0 }
 
 func next[T any](a *answer) (v T) {
@@ -77,5 +80,5 @@ func entriesOf(v any, err error) ([]Entry, error) {
 	for rows.more() {
 		entries = append(entries, rows.entry())
 	}
-	return entries, *rows.err
+	return entries, rows.failed()
 }

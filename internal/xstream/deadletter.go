@@ -124,9 +124,9 @@ func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Dele
 	reply := read(s.once(ctx, cut(args, fields)...))
 	how := Standing(reply.text())
 	if how != Mine {
-		return "", how, *reply.err
+		return "", how, reply.failed()
 	}
-	return reply.text(), how, *reply.err
+	return reply.text(), how, reply.failed()
 }
 
 // Entries returns the entries that are in the stream, by ID.

@@ -246,7 +246,7 @@ func (s *Stream) Move(ctx context.Context) (MoveResult, error) {
 	for reply.more() {
 		m.Lost = append(m.Lost, reply.text())
 	}
-	return m, *reply.err
+	return m, reply.failed()
 }
 
 // Delayed is how many messages of a topic wait to be due.
@@ -266,7 +266,7 @@ func (s *Stream) DelayedSummary(ctx context.Context) (d Delayed, err error) {
 	if d.Count = reply.number(); reply.more() {
 		d.First = reply.score()
 	}
-	return d, *reply.err
+	return d, reply.failed()
 }
 
 // Waiting is a delayed message.
@@ -333,7 +333,7 @@ func (s *Stream) DelayedPage(ctx context.Context, after Waiting, n int) ([]Waiti
 	for reply.more() {
 		page = append(page, reply.waiting(reply.text()))
 	}
-	return page, *reply.err
+	return page, reply.failed()
 }
 
 // delayedGetScript returns the score of a message and its packed fields.
@@ -345,10 +345,10 @@ return {score, redis.call('HMGET', KEYS[2], ARGV[1])[1] or ''}`
 // DelayedGet returns the message that waits under a UUID, or ErrMissing.
 func (s *Stream) DelayedGet(ctx context.Context, uuid string) (Waiting, error) {
 	reply := read(s.ask(ctx, "eval", delayedGetScript, 2, DueKey(s.Key), DelayedKey(s.Key), uuid))
-	if *reply.err == nil && !reply.more() {
+	if reply.failed() == nil && !reply.more() {
 		return Waiting{}, ErrMissing
 	}
-	return reply.waiting(uuid), *reply.err
+	return reply.waiting(uuid), reply.failed()
 }
 
 func (a *answer) waiting(uuid string) Waiting {
@@ -449,7 +449,7 @@ type Recurrence struct {
 func (s *Stream) Recur(ctx context.Context, name string, last, at time.Time, maxLen int64, fields []any) (Recurrence, error) {
 	args := []any{"eval", recurScript, 2, s.Key, RecurringKey(s.Key), "*", name, stamp(last), stamp(at), maxLen}
 	reply := read(redisx.Do(ctx, s.Via, append(args, fields...)...))
-	return Recurrence{reply.score(), reply.score()}, *reply.err
+	return Recurrence{reply.score(), reply.score()}, reply.failed()
 }
 
 func stamp(t time.Time) string {

@@ -94,7 +94,7 @@ func standings(v any, err error) (map[string]Standing, error) {
 		id := reply.text()
 		found[id] = Standing(reply.text())
 	}
-	return found, *reply.err
+	return found, reply.failed()
 }
 
 // takeScript retries an entry of the caller's, or takes over an entry that was seen
@@ -120,10 +120,10 @@ func (s *Stream) Take(ctx context.Context, id, owner string, count int64, idle t
 	reply := read(s.eval(ctx, takeScript, s.Group, id, s.Consumer, owner, count, idle.Milliseconds(), next))
 	how := Standing(reply.text())
 	if how != Mine {
-		return nil, how, *reply.err
+		return nil, how, reply.failed()
 	}
 	e := reply.entry()
-	return &e, how, *reply.err
+	return &e, how, reply.failed()
 }
 
 // assignScript returns the IDs that it has assigned.
@@ -156,15 +156,16 @@ func appendCounted(args []any, entries []Counted) []any {
 // in ID order.
 func (s *Stream) Assign(ctx context.Context, to string, entries []Counted) (map[string]bool, error) {
 	reply := read(s.eval(ctx, assignScript, appendCounted([]any{s.Group, s.Consumer, to}, entries)...))
-	return reply.texts(), *reply.err
+	return reply.texts(), reply.failed()
 }
 
-// restoreScript returns the IDs that are not the caller's, each with its standing.
+// restoreScript returns the IDs that are not the caller's, each with its standing. Without a
+// count it restores none.
 const restoreScript = `-- restore` + standingFunction + `
 local me, others = ARGV[2], {}
 for i = 3, #ARGV, 2 do
   local how = standing(ARGV[i], me)
-  if how == 'settled' then
+  if how == 'settled' and ARGV[i + 1] ~= '' then
     redis.call('XCLAIM', KEYS[1], ARGV[1], me, 0, ARGV[i], 'FORCE', 'RETRYCOUNT', ARGV[i + 1], 'JUSTID')
   elseif how ~= 'mine' then
     others[#others + 1] = ARGV[i]
@@ -177,6 +178,16 @@ return others`
 // unless they are pending for another one. It returns the standings of those.
 func (s *Stream) Restore(ctx context.Context, entries []Counted) (map[string]Standing, error) {
 	return standings(s.eval(ctx, restoreScript, appendCounted([]any{s.Group, s.Consumer}, entries)...))
+}
+
+// Standings returns the standings of the entries, at most MaxOwned, that are not pending for
+// the consumer.
+func (s *Stream) Standings(ctx context.Context, consumer string, ids []string) (map[string]Standing, error) {
+	args := []any{s.Group, consumer}
+	for _, id := range ids {
+		args = append(args, id, "")
+	}
+	return standings(s.eval(ctx, restoreScript, args...))
 }
 
 // OneMore returns the next delivery count. It stays at the maximum, which XNACK

@@ -70,7 +70,7 @@ func parseControl(v any) Control {
 // error to a client's Limiter and hooks.
 func (s *Stream) Control(ctx context.Context) (Control, error) {
 	reply := read(s.askAt(ctx, ControlKey(s.Key), "hmget", ControlKey(s.Key), pausedField+s.Group))
-	return parseControl(next[any](reply)), *reply.err
+	return parseControl(next[any](reply)), reply.failed()
 }
 
 // Paused returns the groups of the topic that are paused, and since when.

@@ -58,7 +58,7 @@ func pendingOf(v any, err error) ([]Pending, error) {
 		row := rows.list()
 		all = append(all, Pending{row.text(), row.text(), row.millis(), row.number()})
 	}
-	return all, *rows.err
+	return all, rows.failed()
 }
 
 // Summary is the summary form of XPENDING.
@@ -79,7 +79,7 @@ func (s *Stream) PendingSummary(ctx context.Context) (Summary, error) {
 		name := row.text()
 		sum.Consumers[name], _ = strconv.ParseInt(row.text(), 10, 64)
 	}
-	return sum, *reply.err
+	return sum, reply.failed()
 }
 
 // GroupInfo is the entry of a group in XINFO GROUPS.
@@ -120,7 +120,7 @@ func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 func (s *Stream) HasGroup(ctx context.Context) error {
 	_, err := s.GroupInfo(ctx)
 	if GroupLost(err) {
-		return fmt.Errorf("the topic %q has no such group: %q", s.Key, s.Group)
+		return fmt.Errorf("topic %q has no such group: %q", s.Key, s.Group)
 	}
 	return err
 }
@@ -152,7 +152,7 @@ func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
 		}
 		all = append(all, c)
 	}
-	return all, *rows.err
+	return all, rows.failed()
 }
 
 // removeConsumersScript removes consumers with nothing pending: the one named in

@@ -371,14 +371,14 @@ func (s *Stream) Trim(ctx context.Context, r Retention, own string, interval tim
 	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own)
 	reply := read(s.once(ctx, args...))
 	if t.Wait = reply.millis(); !reply.more() {
-		return t, *reply.err
+		return t, reply.failed()
 	}
 	t.Ran = true
 	t.Trimmed, t.Length, t.More = reply.number(), reply.number(), reply.number() == 1
 	t.Over = r.HardMaxLen > 0 && t.Length > r.HardMaxLen
 	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
 	t.Cost = time.Duration(maxTrimTime+groupTime*reply.number()) * time.Microsecond
-	return t, *reply.err
+	return t, reply.failed()
 }
 
 func (a *answer) pin() (p Pin) {
@@ -450,7 +450,7 @@ func (s *Stream) Plan(ctx context.Context, r Retention, after string, before int
 	reply := read(s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned, vanishedFor)...))
 	t.Trimmed, last, t.Length = reply.number(), reply.text(), reply.number()
 	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
-	return t, last, *reply.err
+	return t, last, reply.failed()
 }
 
 // floorScript returns what pins the floor, and what HardMaxLen has cut off of a group.
@@ -465,7 +465,7 @@ return {redis.call('TIME')[1] * 1000, pinned, tonumber(cut or 0)}`
 // all of them, and how many entries HardMaxLen has cut off before this group acked them.
 func (s *Stream) Floor(ctx context.Context) (p Pin, cut int64, err error) {
 	reply := read(s.ask(ctx, "eval", floorScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), 0, s.Group))
-	return reply.pin(), reply.number(), *reply.err
+	return reply.pin(), reply.number(), reply.failed()
 }
 
 // OneSlot returns an error if the stream and what is beside it are not in one slot.

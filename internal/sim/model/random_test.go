@@ -313,7 +313,7 @@ func (r random) callDelayed(s xstream.Stream, version string) {
 		}
 		call := xstream.NewScheduling(ctx, s.Key, pick(r, int64(0), 0, 0, 100), producer)
 		for range 1 + r.IntN(3) {
-			at := pick(r, xstream.Due{}, xstream.DueIn(0), xstream.DueIn(time.Hour), xstream.DueAt(farAway), xstream.DueAt(due()))
+			at := pick(r, xstream.Due(""), xstream.DueIn(0), xstream.DueIn(time.Hour), xstream.DueAt(farAway), xstream.DueAt(due()))
 			_ = call.Add(uuid(), at, func(args []any) ([]any, error) { return append(args, "f", pick(r, "v", "w")), nil })
 		}
 		_ = call.Send(s.Via)
