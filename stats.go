@@ -18,7 +18,7 @@ type SubscriptionStats struct {
 	Group string // empty for fan-out
 
 	InFlight int // pending for this consumer: prefetched, delivered, or waiting for a retry
-	Waiting  int // waiting for a retry; included in InFlight
+	Waiting  int // waiting for a retry, or for OnBroken; included in InFlight
 
 	Delivered int64 // messages delivered
 	Retried   int64 // redeliveries; included in Delivered
