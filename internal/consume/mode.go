@@ -177,7 +177,7 @@ func (m leased) release(ctx context.Context, give []*ledger.Entry) error {
 // abandoned leaves the entry pending for this consumer until its lease expires.
 // This delivery does not count.
 func (m leased) abandoned(h *Task) {
-	if err := m.keeper.Abandon(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
+	if _, err := m.keeper.Recount(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
 		m.cfg.Log.Error("The abandoned delivery counts as a retry: its count could not be restored", err, m.Fields(h))
 	}
 }

@@ -85,9 +85,17 @@ func (k *Keeper) ack(ctx context.Context, ids []any) error {
 // returns false if the entry is not ours; Ledger.Owned reports whether it will be
 // again.
 func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
+	fields, err := k.Recount(ctx, e, e.Next)
+	e.Fields = fields
+	return fields != nil, err
+}
+
+// Recount sets the delivery count of an entry of ours, or of a candidate, which it claims,
+// and returns its fields; nil if it is not ours.
+func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]string, error) {
 	sent := time.Now()
 	take := func() (*xstream.Entry, xstream.Standing, error) {
-		return k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, e.Next)
+		return k.cfg.Stream.Take(ctx, e.ID, e.Owner, e.Count(), e.Idle, count)
 	}
 	got, how, err := take()
 	if how == xstream.Settled && e.Owner != "" && e.Withdrawn { // by others, or the group was recreated
@@ -96,23 +104,6 @@ func (k *Keeper) Take(ctx context.Context, e *ledger.Entry) (bool, error) {
 		}
 	}
 	if err != nil {
-		return false, err
-	}
-	if how != xstream.Mine {
-		return false, k.refused(ctx, e, how)
-	}
-	k.wasActive(sent)
-	e.Fields = got.Fields
-	e.SetCount(e.Next, xstream.OneMore(e.Next))
-	return k.cfg.Ledger.Claimed(sent, e), nil
-}
-
-// Recount sets the delivery count of an entry of ours, and returns its fields; nil
-// if it is not ours.
-func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]string, error) {
-	sent := time.Now()
-	got, how, err := k.cfg.Stream.Take(ctx, e.ID, "", 0, 0, count)
-	if err != nil {
 		return nil, err
 	}
 	if how != xstream.Mine {
@@ -120,7 +111,9 @@ func (k *Keeper) Recount(ctx context.Context, e *ledger.Entry, count int64) ([]s
 	}
 	k.wasActive(sent)
 	e.SetCount(count, xstream.OneMore(count))
-	k.cfg.Ledger.Renewed(sent, e)
+	if !k.cfg.Ledger.Claimed(sent, e) {
+		return nil, nil
+	}
 	return got.Fields, nil
 }
 
@@ -349,7 +342,7 @@ func (k *Keeper) Release(ctx context.Context, entries []*ledger.Entry) error {
 		maps.Copy(released, ids)
 		k.GivenBack.Add(int64(len(released) - before))
 	}
-	left, err := k.assign(ctx, Released, entries, done)
+	left, err := k.assign(ctx, entries, done)
 	if len(left) == 0 || err != nil && !xstream.GroupLost(err) {
 		return err
 	}
@@ -371,7 +364,7 @@ func (k *Keeper) Release(ctx context.Context, entries []*ledger.Entry) error {
 			return err
 		}
 	}
-	_, err = k.assign(ctx, Released, left, done)
+	_, err = k.assign(ctx, left, done)
 	return err
 }
 
@@ -397,22 +390,14 @@ func counted(entries []*ledger.Entry, count func(*ledger.Entry) int64) []xstream
 	return all
 }
 
-// Abandon leaves an entry pending for our consumer, with the given count, until its
-// lease expires.
-func (k *Keeper) Abandon(ctx context.Context, e *ledger.Entry, count int64) error {
-	e.Give = count
-	_, err := k.assign(ctx, k.cfg.Stream.Consumer, []*ledger.Entry{e}, func(map[string]bool) {})
-	return err
-}
-
-// assign assigns entries to a consumer. It returns those that are not ours, and
+// assign releases entries. It returns those that are not ours, and
 // those that it did not send because Redis is unavailable: each further command
 // would have to wait for it too.
-func (k *Keeper) assign(ctx context.Context, to string, entries []*ledger.Entry, done func(map[string]bool)) (left []*ledger.Entry, err error) {
+func (k *Keeper) assign(ctx context.Context, entries []*ledger.Entry, done func(map[string]bool)) (left []*ledger.Entry, err error) {
 	entries = slices.DeleteFunc(slices.Clone(entries), (*ledger.Entry).Gone)
 	slices.SortFunc(entries, func(a, b *ledger.Entry) int { return xstream.CompareIDs(a.ID, b.ID) })
 	for chunk := range slices.Chunk(entries, xstream.MaxOwned) {
-		assigned, failure := k.cfg.Stream.Assign(ctx, to, counted(chunk, given))
+		assigned, failure := k.cfg.Stream.Assign(ctx, Released, counted(chunk, given))
 		done(assigned)
 		for _, e := range chunk {
 			if !assigned[e.ID] {
