@@ -394,7 +394,7 @@ type Stats struct {
 func (s *Subscription) Stats() Stats {
 	st := Stats{
 		Claimed: s.claimed.Load(), Released: s.keeper.GivenBack.Load(),
-		Lost: s.lost.Load() + s.keeper.Lost.Load() + s.finder.Lost.Load(), Trimmed: s.trimmed.Load(),
+		Lost: s.lost.Load() + s.keeper.Lost.Load(), Trimmed: s.trimmed.Load(),
 	}
 	st.PausedSince = s.pause.state.Load().since
 	st.InFlight, st.Waiting = s.ledger.Counts()

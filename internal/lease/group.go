@@ -47,23 +47,15 @@ func (k *Keeper) SawEntry(e xstream.Entry) {
 	p.read = m
 }
 
-// SawGroup remembers the group's last-delivered-id.
-func (k *Keeper) SawGroup(lastDelivered string) {
-	k.seen.Lock()
-	defer k.seen.Unlock()
-	k.progress.known = lastDelivered
-}
-
-// SeeGroup asks for the group's last-delivered-id, and remembers it.
-func (k *Keeper) SeeGroup(ctx context.Context) error {
+// SeeGroup asks for the group's last-delivered-id, which it remembers, and its number of consumers.
+func (k *Keeper) SeeGroup(ctx context.Context) (consumers int64, err error) {
 	info, err := k.cfg.Stream.GroupInfo(ctx)
-	if redisx.IsDenied(err) {
-		return nil
-	}
 	if err == nil {
-		k.SawGroup(info.LastDelivered)
+		k.seen.Lock()
+		defer k.seen.Unlock()
+		k.progress.known = info.LastDelivered
 	}
-	return err
+	return info.Consumers, err
 }
 
 // SawMissing remembers that the group does not know the consumer. Call it before the
@@ -88,9 +80,7 @@ func (k *Keeper) wasActive(sent time.Time) {
 func (k *Keeper) Probe(ctx context.Context) error {
 	err := k.cfg.Stream.Probe(ctx)
 	if err == nil {
-		k.seen.Lock()
-		defer k.seen.Unlock()
-		k.progress.active = time.Now()
+		k.wasActive(time.Time{}) // which says nothing about entries
 	}
 	return err
 }
@@ -285,7 +275,7 @@ func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, sur
 			case xstream.Settled:
 				settled++
 			case xstream.Trimmed:
-				k.lost(1, e)
+				k.CountLost(1, e)
 			}
 			taken = append(taken, e)
 		}

@@ -164,7 +164,7 @@ func (k *Keeper) refused(ctx context.Context, e *ledger.Entry, how xstream.Stand
 	case e.Owner == "":
 		k.stand(map[*ledger.Entry]xstream.Standing{e: how})
 	case how == xstream.Trimmed: // a candidate
-		k.lost(1, e)
+		k.CountLost(1, e)
 	}
 	return nil
 }
@@ -184,23 +184,22 @@ func (k *Keeper) stand(standings map[*ledger.Entry]xstream.Standing) {
 			k.cfg.Log.Info("Lease lost: another consumer has claimed or settled the message", k.entryFields(e))
 		}
 	}
-	k.lost(lost, last)
+	k.CountLost(lost, last)
 }
 
-// lost counts and logs messages that were deleted from the stream while pending; e
-// is one of them.
-func (k *Keeper) lost(n int, e *ledger.Entry) {
-	switch k.Lost.Add(int64(n)); n {
-	case 0:
-	case 1:
-		k.cfg.Log.Error("Message lost", ErrTrimmed, k.entryFields(e))
+// CountLost counts and logs messages that were deleted from the stream while pending; e
+// is one of them, if it is known.
+func (k *Keeper) CountLost(n int, e *ledger.Entry) {
+	switch k.Lost.Add(int64(n)); {
+	case n == 0:
+	case n == 1 && e != nil:
+		k.cfg.Log.Error("Message lost", errTrimmed, k.entryFields(e))
 	default:
-		k.cfg.Log.Error("Messages lost", ErrTrimmed, k.cfg.Fields.Add(watermill.LogFields{"entries": n}))
+		k.cfg.Log.Error("Messages lost", errTrimmed, k.cfg.Fields.Add(watermill.LogFields{"entries": n}))
 	}
 }
 
-// ErrTrimmed is the reason why a message was lost.
-var ErrTrimmed = errors.New("trimmed or deleted while pending")
+var errTrimmed = errors.New("trimmed or deleted while pending")
 
 func (k *Keeper) entryFields(e *ledger.Entry) watermill.LogFields {
 	return k.cfg.Fields.Add(watermill.LogFields{"xid": e.ID, "deliveries": e.Count()})

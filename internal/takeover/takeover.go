@@ -14,7 +14,6 @@ import (
 	"context"
 	"math/rand/v2"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -76,8 +75,6 @@ type Config struct {
 // Finder finds abandoned entries.
 type Finder struct {
 	cfg  Config
-	Lost atomic.Int64 // entries that were found to be trimmed
-
 	seen map[string]idleEntry
 
 	// The last sweep of the whole list, and the last sweep of idle consumers.
@@ -123,7 +120,9 @@ func (f *Finder) Look(ctx context.Context) (ledger.Effects, error) {
 	if now.Sub(f.good) >= max(f.third(), 2*f.cfg.Interval) {
 		f.steady = time.Time{} // this process may have been stopped together with the server
 	}
+	f.trimmed = 0
 	candidates, more, err := f.look(ctx)
+	f.cfg.Keeper.CountLost(f.trimmed, nil)
 	if err != nil {
 		f.steady = time.Time{}
 	} else {
@@ -147,24 +146,20 @@ func (f *Finder) look(ctx context.Context) (candidates []*ledger.Entry, more boo
 	if !f.cfg.Ledger.Leased() {
 		return nil, false, nil
 	}
-	mine := sum.Consumers[f.cfg.Stream.Consumer]
-	if sum.Count == mine && mine <= ours {
+	mine, free := sum.Consumers[f.cfg.Stream.Consumer], sum.Consumers[lease.Released]
+	sum.Count -= free
+	ourOwn := sum.Count == mine && mine <= ours
+	if ourOwn && free == 0 {
 		return nil, false, nil
 	}
-	defer f.logTrimmed()
 	if err := f.probe(ctx); err != nil {
 		return nil, false, err
 	}
-	if n := sum.Consumers[lease.Released]; n > 0 {
-		if !f.cfg.Ledger.IsPaused() { // after a pause each consumer first takes what it has released itself
-			candidates, more, err = f.released(ctx)
-		}
-		if err != nil {
-			return candidates, more, err
-		}
-		if sum.Count -= n; sum.Count == mine && mine <= ours {
-			return candidates, more, nil
-		}
+	if free > 0 && !f.cfg.Ledger.IsPaused() { // after a pause each consumer first takes what it has released itself
+		candidates, more, err = f.released(ctx)
+	}
+	if err != nil || ourOwn {
+		return candidates, more, err
 	}
 	if err := f.sweep(ctx, sum.Count); err != nil {
 		return candidates, more, err
@@ -198,7 +193,7 @@ func (f *Finder) group(ctx context.Context) error {
 	if start.Before(f.nextGroup) {
 		return nil
 	}
-	info, err := f.cfg.Stream.GroupInfo(ctx)
+	consumers, err := f.cfg.Keeper.SeeGroup(ctx)
 	if redisx.IsDenied(err) { // continue without it
 		f.nextGroup = start.Add(groupLimit)
 		return nil
@@ -206,9 +201,8 @@ func (f *Finder) group(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	f.consumers = info.Consumers
-	f.cfg.Keeper.SawGroup(info.LastDelivered)
-	f.nextGroup = start.Add(min(groupRest*time.Since(start)*time.Duration(max(1, info.Consumers)), groupLimit))
+	f.consumers = consumers
+	f.nextGroup = start.Add(min(groupRest*time.Since(start)*time.Duration(max(1, consumers)), groupLimit))
 	return nil
 }
 
@@ -397,16 +391,7 @@ func (f *Finder) ackTrimmed(ctx context.Context, rows []xstream.Pending) (map[st
 	}
 	trimmed, err := f.cfg.Stream.AckTrimmed(ctx, ids)
 	f.trimmed += len(trimmed)
-	f.Lost.Add(int64(len(trimmed)))
 	return trimmed, err
-}
-
-// logTrimmed logs what ackTrimmed has found.
-func (f *Finder) logTrimmed() {
-	if f.trimmed > 0 {
-		f.cfg.Log.Error("Messages lost", lease.ErrTrimmed, f.cfg.Fields.Add(watermill.LogFields{"entries": f.trimmed}))
-		f.trimmed = 0
-	}
 }
 
 // ripe removes from seen and returns the entries that were found idle long enough

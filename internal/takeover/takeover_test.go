@@ -263,7 +263,7 @@ func TestLook_Trimmed(t *testing.T) {
 	require.Equal(t, 1, s.ledger.Candidates())
 	entries, _ := s.ledger.Take(time.Now(), nil)
 	require.Equal(t, rows[1].ID, entries[0].ID)
-	require.EqualValues(t, 1, s.Lost.Load())
+	require.EqualValues(t, 1, s.cfg.Keeper.Lost.Load())
 	left, err := s.stream.Pending(t.Context(), 0, "-", "+", 2, "")
 	require.NoError(t, err)
 	require.Len(t, left, 1)
