@@ -16,9 +16,8 @@ import (
 // loops holds their state.
 type loops struct {
 	ack, look chan struct{} // signal that there is work
-	first     sync.WaitGroup
-	last      sync.WaitGroup // these run until the handlers have ended
-	stop      chan struct{}
+	running   sync.WaitGroup
+	stop      chan struct{} // closed when the handlers have ended
 
 	mu    sync.Mutex
 	timer *time.Timer // for the next due entry; nil until first needed
@@ -29,8 +28,7 @@ func newLoops() loops {
 	return loops{ack: make(chan struct{}, 1), look: make(chan struct{}, 1), stop: make(chan struct{})}
 }
 
-func (l *loops) start(run func())     { l.first.Go(run) }
-func (l *loops) startLast(run func()) { l.last.Go(run) }
+func (l *loops) start(run func()) { l.running.Go(run) }
 
 // end waits for all loops.
 func (l *loops) end() {
@@ -40,8 +38,7 @@ func (l *loops) end() {
 		l.timer.Stop()
 	}
 	l.mu.Unlock()
-	l.first.Wait()
-	l.last.Wait()
+	l.running.Wait()
 }
 
 func poke(c chan struct{}) {

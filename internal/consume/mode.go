@@ -125,8 +125,8 @@ type leased struct{ grouped }
 
 func (m leased) start() {
 	m.grouped.start()
-	m.loops.startLast(m.renewLoop)
-	m.loops.startLast(m.ackLoop)
+	m.loops.start(m.renewLoop)
+	m.loops.start(m.ackLoop)
 }
 
 func (m leased) read(entries []xstream.Entry) []xstream.Entry {
