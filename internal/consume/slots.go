@@ -1,6 +1,7 @@
 package consume
 
 import (
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,7 +23,7 @@ type slot struct {
 	tasks []Task          // those of taken that are handled
 
 	keys bool   // it runs key
-	left func() // gives up on the message's handler; set before slotHandles
+	left func() // gives up on the message's handler, in slotCalls; nil: it is another function
 }
 
 // slots are the slots of a subscription, and the calls of the user's functions
@@ -40,7 +41,6 @@ type slots struct {
 const (
 	slotRuns int32 = iota
 	slotCalls
-	slotHandles // the function is the message's handler: see Task.Direct
 	slotDetached
 )
 
@@ -78,6 +78,24 @@ func (sl *slot) run() {
 		if sl.acquire(); len(sl.tasks) > 0 {
 			s.work.Handle(sl.tasks)
 		}
+	}
+}
+
+// call calls a user's function. It does not return if the slot was detached meanwhile; then
+// left was called, unless it is nil. If the function calls runtime.Goexit, exited is called, if
+// it is not nil, or else the slot's end sees that it was called.
+func (sl *slot) call(f, left, exited func()) {
+	returned := false
+	sl.left = left
+	sl.state.Store(slotCalls)
+	defer func() {
+		if !returned && exited != nil && sl.state.CompareAndSwap(slotCalls, slotRuns) {
+			exited()
+		}
+	}()
+	f()
+	if returned = true; !sl.state.CompareAndSwap(slotCalls, slotRuns) {
+		runtime.Goexit()
 	}
 }
 
@@ -246,15 +264,14 @@ func (s *Subscription) detachSlots() {
 	s.slots.mu.Lock()
 	var handled []func()
 	for sl := range s.slots.running {
-		switch {
-		case sl.state.CompareAndSwap(slotHandles, slotDetached):
-			handled = append(handled, sl.left)
-		case sl.state.CompareAndSwap(slotCalls, slotDetached):
-			n++
-		default:
+		if !sl.state.CompareAndSwap(slotCalls, slotDetached) {
 			continue
 		}
-		s.slots.forget(sl)
+		if s.slots.forget(sl); sl.left == nil {
+			n++
+		} else {
+			handled = append(handled, sl.left)
+		}
 	}
 	s.slots.mu.Unlock()
 	var leaving sync.WaitGroup

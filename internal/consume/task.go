@@ -3,7 +3,6 @@ package consume
 import (
 	"context"
 	"errors"
-	"runtime"
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
@@ -24,17 +23,12 @@ type Task struct {
 // Call calls a user's function, which must recover its own panics. It does not
 // return if the subscription has ended in the meantime.
 func (t *Task) Call(f func()) {
-	sl := t.slot
-	if sl == nil { // not in a slot
+	if t.slot == nil { // not in a slot
 		f()
 		return
 	}
-	sl.entry = t.Entry
-	sl.state.Store(slotCalls)
-	f()
-	if !sl.state.CompareAndSwap(slotCalls, slotRuns) {
-		runtime.Goexit()
-	}
+	t.slot.entry = t.Entry
+	t.slot.call(f, nil, nil)
 }
 
 // Go runs a user's function outside of the slots. The drain waits for it until
@@ -163,21 +157,7 @@ func (s *Subscription) Begin(t *Task) bool {
 // Direct is Call for the handler of a message, or of the slot's batch. If CloseTimeout passes first, left is called,
 // by another goroutine, and Direct does not return. If the handler calls runtime.Goexit, as
 // t.FailNow does, exited is called, and Direct does not return.
-func (t *Task) Direct(handler, left, exited func()) {
-	sl, returned := t.slot, false
-	sl.left = left
-	sl.state.Store(slotHandles)
-	defer func() {
-		if !returned && sl.state.CompareAndSwap(slotHandles, slotRuns) {
-			exited()
-		}
-	}()
-	handler()
-	returned = true
-	if !sl.state.CompareAndSwap(slotHandles, slotRuns) {
-		runtime.Goexit()
-	}
-}
+func (t *Task) Direct(handler, left, exited func()) { t.slot.call(handler, left, exited) }
 
 // Settle ends an entry that is done: it is acked.
 func (s *Subscription) Settle(t *Task) { s.apply(s.ledger.Acked(time.Now(), t.Entry)) }
