@@ -84,6 +84,7 @@ type Finder struct {
 	noConsumers         bool   // XINFO CONSUMERS is denied
 
 	good   time.Time // the last look without errors; at first, when the subscription was opened
+	failed bool      // a look has failed, or come late, since writes were last answered
 	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last write failed
 
 	nextJanitor time.Time
@@ -118,13 +119,13 @@ func New(cfg Config) *Finder {
 func (f *Finder) Look(ctx context.Context) (ledger.Effects, error) {
 	now := time.Now()
 	if now.Sub(f.good) >= max(f.third(), 2*f.cfg.Interval) {
-		f.steady = time.Time{} // this process may have been stopped together with the server
+		f.steady, f.failed = time.Time{}, true // this process may have been stopped together with the server
 	}
 	f.trimmed = 0
 	candidates, more, err := f.look(ctx)
 	f.cfg.Keeper.CountLost(f.trimmed, nil)
 	if err != nil {
-		f.steady = time.Time{}
+		f.steady, f.failed = time.Time{}, true
 	} else {
 		f.good = time.Now()
 	}
@@ -176,13 +177,14 @@ func (f *Finder) probe(ctx context.Context) error {
 	}
 	now := time.Now()
 	if now.Sub(sent) >= f.third() {
-		f.steady = time.Time{} // it was delayed
+		f.steady, f.failed = time.Time{}, true // it was delayed
 	}
 	if f.steady.IsZero() {
 		f.steady = now
-		if now.Sub(f.good) >= f.third() {
+		if f.failed && now.Sub(f.good) >= f.third() {
 			f.steady = now.Add(reconnectTime)
 		}
+		f.failed = false
 	}
 	return nil
 }

@@ -157,6 +157,23 @@ func TestLook_WritesAreRefused(t *testing.T) {
 	}
 }
 
+// A subscription that looks rarely has not had an outage for that.
+func TestLook_Rarely(t *testing.T) {
+	s := newSetup(t, testserver.Client(t), 1)
+	s.cfg.Interval = minIdle
+	look := func() {
+		time.Sleep(s.cfg.Interval * 5 / 4)
+		_, err := s.Look(t.Context())
+		require.NoError(t, err)
+	}
+	look() // nothing is pending, so it asks no further
+	s.readAs("dead", 1)
+	for range 4 {
+		look()
+	}
+	require.Equal(t, 1, s.ledger.Candidates())
+}
+
 // Released entries are offered at once, a page at a time, and the next page as soon
 // as that is used up.
 func TestLook_Released(t *testing.T) {
