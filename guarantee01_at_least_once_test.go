@@ -1379,6 +1379,23 @@ func TestTrimmed(t *testing.T) {
 	}
 }
 
+// With NoAck a group that is lost goes on after what was read: it began where it had last been
+// looked at, so that everything since came a second time.
+func TestNoAck_GroupLost(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	config := grouped(client)
+	config.NoAck, config.ClaimInterval = true, time.Minute
+	handled := newTally()
+	handled.handle(subscribe(t, newSubscriber(t, config), topic), nil)
+	publishN(t, client, topic, 50)
+	eventuallyAll(t, handled.len, 50)
+	require.NoError(t, client.XGroupDestroy(t.Context(), topic, testGroup).Err())
+	publishN(t, client, topic, 1)
+	eventuallyAll(t, handled.len, 51)
+	require.Equal(t, 51, handled.total())
+}
+
 // TestNoAck: at-most-once delivery.
 func TestNoAck(t *testing.T) {
 	t.Parallel()

@@ -805,6 +805,52 @@ func TestPause_RoundTrips(t *testing.T) {
 	}, "topics do not share their round trips")
 }
 
+// In a pause longer than ConsumerTimeout others remove the name of a consumer that has released
+// all it had. When it found, after Resume, that others had handled that, it took the group for a
+// new one, and restored everything, which was handled twice.
+func TestPause_LongerThanConsumerTimeout(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // XINFO CONSUMERS
+	admin, topic := newClient(t), topic(t)
+	config := grouped(admin)
+	config.ConsumerTimeout, config.ClaimInterval = 500*time.Millisecond, 50*time.Millisecond
+	first := config
+	var cut atomic.Pointer[chan struct{}]
+	first.Client = newClient(t, &hook{process: func(_ context.Context, _ redis.Cmder, next func() error) error {
+		if c := cut.Load(); c != nil {
+			<-*c
+		}
+		return next()
+	}})
+	sub := newSubscriber(t, first)
+	messages := subscribe(t, sub, topic)
+	ids := readAhead(t, admin, topic, sub, messages, 1)
+	running := next(t, messages)
+	name := delivery(t, running).Consumer
+	pauseFor(t, admin, topic, sub)
+	running.Ack()
+	eventually(t, func() bool { return stats(t, sub).InFlight == 0 })
+	others := subscribe(t, newSubscriber(t, config), topic)
+	eventually(t, func() bool {
+		consumers, err := admin.XInfoConsumers(t.Context(), topic, testGroup).Result()
+		require.NoError(t, err)
+		return !slices.ContainsFunc(consumers, func(c redis.XInfoConsumer) bool { return c.Name == name })
+	}, "its name stays")
+	late := make(chan struct{})
+	cut.Store(&late) // it learns of Resume last
+	handled := newTally()
+	handled.handle(others, nil)
+	resume(t, admin, topic)
+	eventuallyAll(t, handled.len, len(ids)-1)
+	eventuallySettled(t, admin, topic, testGroup)
+	cut.Store(nil)
+	close(late)
+	handled.handle(messages, nil)
+	eventuallyPaused(t, sub, false)
+	eventuallySettled(t, admin, topic, testGroup)
+	require.Equal(t, len(ids)-1, handled.total(), "handled twice")
+}
+
 // A release without an answer may have happened: until one has come, what was read ahead is
 // neither renewed nor handled here, also if the group is resumed meanwhile. So no order is
 // broken, and nothing is handled twice.

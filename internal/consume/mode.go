@@ -129,7 +129,7 @@ func (m leased) start() {
 	m.loops.start(m.ackLoop)
 }
 
-func (m leased) read(entries []xstream.Entry) []xstream.Entry {
+func (m grouped) read(entries []xstream.Entry) []xstream.Entry {
 	m.keeper.SawEntry(entries[len(entries)-1])
 	return entries
 }
@@ -184,8 +184,6 @@ func (m leased) abandoned(h *Task) {
 
 // unleased has nothing pending, so nothing can be redelivered or released.
 type unleased struct{ grouped }
-
-func (unleased) read(entries []xstream.Entry) []xstream.Entry { return entries }
 
 func (m unleased) late(entries []*ledger.Entry) { m.lost.Add(int64(len(entries))) }
 

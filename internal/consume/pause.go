@@ -102,8 +102,7 @@ func (s *Subscription) checkReleased(resuming bool) error {
 		entries = []*ledger.Entry{entries[0], entries[len(entries)-1]} // a lost group has lost both
 	}
 	if len(entries) > 0 {
-		surely := !all && len(entries) > 1 // a single one may have been acked by hand
-		if err := s.keeper.CheckReleased(s.life.ctx, entries, surely); err != nil {
+		if err := s.keeper.CheckReleased(s.life.ctx, entries, all); err != nil {
 			return err
 		}
 	}

@@ -21,7 +21,8 @@ type progress struct {
 	older xstream.Mark // an entry that was read some time earlier
 	at    time.Time    // when older was set
 
-	active  time.Time // when the server last saw the consumer take or renew an entry
+	active  time.Time // when the server last saw the consumer take or renew an entry, or was probed
+	taken   time.Time // the same without probes, which keep no idle name in the group
 	missing time.Time // when the group did not know the consumer, if it has had no entry since
 }
 
@@ -35,7 +36,7 @@ func (k *Keeper) SawEntry(e xstream.Entry) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
 	p := &k.progress
-	p.active, p.missing = time.Now(), time.Time{}
+	p.active, p.taken, p.missing = time.Now(), time.Now(), time.Time{}
 	if xstream.CompareIDs(m.ID, p.read.ID) <= 0 {
 		return
 	}
@@ -71,6 +72,9 @@ func (k *Keeper) wasActive(sent time.Time) {
 	k.seen.Lock()
 	defer k.seen.Unlock()
 	k.progress.active = time.Now()
+	if !sent.IsZero() {
+		k.progress.taken = time.Now()
+	}
 	if sent.After(k.progress.missing) {
 		k.progress.missing = time.Time{}
 	}
@@ -103,6 +107,12 @@ func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error)
 		}
 	}
 	return true, err
+}
+
+// forgotten reports whether others may have removed the consumer's name since it was idle: then
+// that the group does not know it proves nothing.
+func (k *Keeper) forgotten() bool {
+	return k.cfg.Timeout > 0 && time.Since(k.progressNow().taken) >= k.cfg.Timeout
 }
 
 func (k *Keeper) progressNow() progress {
@@ -145,6 +155,9 @@ func (k *Keeper) checkGroup(ctx context.Context) (lost bool, err error) {
 	}
 	defer k.end()
 	if lost, err = k.consumerIsNew(ctx, false); lost && err == nil {
+		if k.forgotten() {
+			return false, nil
+		}
 		err = k.remade(ctx)
 	}
 	return lost, err
@@ -193,8 +206,11 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 // their messages are not acked, since the ID may belong to another entry now.
 func (k *Keeper) forgetAll(now time.Time) {
 	k.seen.Lock()
-	k.progress = progress{active: k.progress.active}
+	k.progress = progress{active: k.progress.active, taken: k.progress.taken}
 	k.seen.Unlock()
+	if !k.cfg.Ledger.Leased() {
+		return
+	}
 	k.cfg.Ledger.Reclaim()
 	n := k.cfg.Ledger.Gone(now, slices.Concat(k.cfg.Ledger.Renewals(now, 0), k.cfg.Ledger.ToRestore())...)
 	if n == 0 {
@@ -247,10 +263,11 @@ func (k *Keeper) restore(ctx context.Context) error {
 // CheckReleased looks after entries that a pause has released: nobody takes them until it
 // ends, so if they are not pending any more, the group was lost, and recreated by somebody
 // who did not know of them. Then they are restored. During a pause that everybody obeys, all
-// entries that are passed must be missing for that; while others may take some, surely is
-// false, and the group must also have forgotten this consumer. Entries that others have are
+// entries that are passed must be missing for that. While others may take some, or if it is a
+// single one, which may have been acked by hand, the group must also have forgotten this
+// consumer, and not for having been idle if others may take some. Entries that others have are
 // dropped.
-func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, surely bool) error {
+func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, others bool) error {
 	if err := k.begin(ctx); err != nil {
 		return err
 	}
@@ -280,6 +297,7 @@ func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, sur
 			taken = append(taken, e)
 		}
 	}
+	surely := !others && len(entries) > 1
 	lost := surely && settled == len(entries)
 	if settled > 0 && !surely {
 		isNew, err := k.consumerIsNew(ctx, false)
@@ -289,7 +307,7 @@ func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, sur
 		if err != nil {
 			return err
 		}
-		lost = isNew
+		lost = isNew && !(others && k.forgotten())
 	}
 	if lost {
 		return k.remade(ctx)
