@@ -163,6 +163,6 @@ func (l *Conn) Wake(ctx context.Context) bool {
 }
 
 func (l *Conn) unblock(ctx context.Context) (bool, error) {
-	v, err := DoOnce(ctx, l.waker, "client", "unblock", l.id)
+	v, err := Do(ctx, l.waker, "client", "unblock", l.id) // what has broken this connection may have broken pooled ones
 	return v == int64(1), err
 }
