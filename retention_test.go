@@ -841,3 +841,25 @@ func TestTrim_Mistakes(t *testing.T) {
 	_, err = goxstreams.PlanTrim(t.Context(), offline(t), "x", goxstreams.Retention{KeepLast: -1, HardMaxLen: -2})
 	require.Equal(t, []string{"r.KeepLast", "r.HardMaxLen"}, mistakes(t, err, "PlanTrim"))
 }
+
+// The config is copied: what its owner changes later changes nothing.
+func TestRetention_IgnoreGroupsCopied(t *testing.T) {
+	t.Parallel()
+	asked := make(chan string, 100)
+	client := newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if isScript(cmd, "-- retention") {
+			asked <- fmt.Sprint(cmd.Args()...)
+		}
+		return next()
+	}})
+	topic := topic(t)
+	groups := []string{"abandoned"}
+	config := grouped(client)
+	config.Retention = goxstreams.Retention{KeepLast: 5, IgnoreGroups: groups}
+	sub := newSubscriber(t, config)
+	groups[0] = "needed"
+	subscribe(t, sub, topic)
+	got := <-asked
+	require.Contains(t, got, "abandoned")
+	require.NotContains(t, got, "needed")
+}

@@ -2,6 +2,7 @@ package goxstreams_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -345,6 +346,36 @@ func TestBatchWorker_PanicOnce(t *testing.T) {
 	eventuallyDone(t, client, topic)
 	assert.Zero(t, w.counts()[2], "dead")
 	assert.Equal(t, []int{64, 32, 16, 8, 4, 2, 1, 1}, w.sizes())
+}
+
+// decodesOnce panics when it decodes a payload for the second time, and not after that.
+type decodesOnce struct{ seen *sync.Map }
+
+func (decodesOnce) Encode(event any) ([]byte, error) { return json.Marshal(event) }
+
+func (d decodesOnce) Decode(payload []byte, event any) error {
+	times, _ := d.seen.LoadOrStore(string(payload), new(atomic.Int64))
+	if times.(*atomic.Int64).Add(1) == 2 {
+		panic("only once")
+	}
+	return json.Unmarshal(payload, event)
+}
+
+// What a worker may have changed is decoded again. A Codec that panics then ended the process.
+func TestBatchWorker_CodecPanicsLater(t *testing.T) {
+	t.Parallel()
+	client, topic := newClient(t), topic(t)
+	produce(t, client, topic, numbers(2)...)
+	var once sync.Once
+	w := &batchWorker{onBatch: func(context.Context, []goxstreams.Message[string]) []error {
+		once.Do(func() { panic("what a pity") })
+		return nil
+	}}
+	run(t, newBatchConsumer(t, w, goxstreams.BatchConsumerConfig{
+		Subscriber: limited(client, 5), Topic: topic, MaxWait: time.Minute, MaxSize: 2, Codec: decodesOnce{new(sync.Map)},
+	}, nil))
+	eventuallyDone(t, client, topic)
+	assert.Zero(t, w.counts()[2], "dead")
 }
 
 // What is wrong with the call fails all of its messages; an error does not.
