@@ -45,6 +45,14 @@ type crashArgs struct {
 // it survives them.
 func crashLog(topic string) string { return topic + "-log" }
 
+// unlessEnded returns err, unless the process was told to end before it had begun.
+func unlessEnded(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return nil
+	}
+	return err
+}
+
 func crashChild() {
 	var args crashArgs
 	must(json.Unmarshal([]byte(os.Getenv(childArgsEnv)), &args))
@@ -68,16 +76,18 @@ func crashChild() {
 	case args.MaxSize > 0:
 		consumer, err := goxstreams.NewBatchConsumer(worker, goxstreams.BatchConsumerConfig{Subscriber: config, Topic: args.Topic, MaxSize: args.MaxSize}, nil)
 		must(err)
-		must(consumer.Run(ctx))
+		must(unlessEnded(ctx, consumer.Run(ctx)))
 	case args.Typed:
 		consumer, err := goxstreams.NewConsumer(worker, goxstreams.ConsumerConfig{Subscriber: config, Topic: args.Topic}, nil)
 		must(err)
-		must(consumer.Run(ctx))
+		must(unlessEnded(ctx, consumer.Run(ctx)))
 	default:
 		sub, err := goxstreams.NewSubscriber(config, nil)
 		must(err)
 		messages, err := sub.Subscribe(ctx, args.Topic)
-		must(err)
+		if must(unlessEnded(ctx, err)); err != nil {
+			break
+		}
 		handler := config.Retry.Middleware(func(msg *message.Message) ([]*message.Message, error) {
 			var body string
 			must(json.Unmarshal(msg.Payload, &body))
