@@ -43,7 +43,7 @@ type position struct {
 	mu     sync.Mutex
 	last   xstream.Mark      // the last entry read; at first StartID
 	any    bool              // something was read
-	first  xstream.Mark      // the first entry read since the last look
+	first  xstream.Mark      // the first entry read that the last look did not describe
 	recent map[string]uint64 // fingerprints of the entries read since then, up to maxRecent
 	replay map[string]uint64 // entries that a stream which is being reread had already delivered
 
@@ -100,6 +100,7 @@ func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 		if p.replay[m.ID] != m.Print && p.recent[m.ID] != m.Print {
 			kept = append(kept, e)
 		}
+		delete(p.replay, m.ID) // it is recent now
 		if len(p.recent) < maxRecent {
 			p.recent[m.ID] = m.Print
 		}
@@ -137,24 +138,7 @@ func (p *position) look(ctx context.Context) {
 		return // the reader reports the outage
 	}
 	p.at = time.Now()
-	p.mu.Lock()
-	if again != "" {
-		p.replay, p.recent = p.recent, make(map[string]uint64)
-		p.last = xstream.Mark{ID: again}
-		was.last = p.last
-	} else {
-		if idle {
-			p.replay = nil
-		}
-		// Entries that were read during the call may be among those that the server
-		// has counted.
-		p.recent = p.afterLocked(info.Last)
-	}
-	if was.last != p.mark {
-		p.mark, p.before = was.last, p.mark
-	}
-	p.info, p.first = info, xstream.Mark{}
-	p.mu.Unlock()
+	was.last = p.looked(was.last, info, again)
 	if again != "" {
 		s.reader.seat.Rewind(again)
 		s.cfg.Log.Error("The stream was deleted and recreated, or a failover lost its end; rereading it from where it changed",
@@ -167,6 +151,33 @@ func (p *position) look(ctx context.Context) {
 	}
 	p.unstored = false
 	s.markHealthy(dutyPosition)
+}
+
+// looked notes what a look has found: the info, of a stream that had been read up to last
+// before, and where it is to be reread. It returns up to where it counts as read.
+func (p *position) looked(last xstream.Mark, info xstream.Info, again string) xstream.Mark {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if again != "" {
+		p.replay, p.recent = p.recent, make(map[string]uint64)
+		p.last = xstream.Mark{ID: again}
+		last = p.last
+	} else {
+		// Entries that were read during the call may be among those that the server
+		// has counted, and follow those that it has described.
+		p.recent = p.afterLocked(info.Last)
+	}
+	p.first = xstream.Mark{}
+	for id, print := range p.recent {
+		if p.first.ID == "" || xstream.CompareIDs(id, p.first.ID) < 0 {
+			p.first = xstream.Mark{ID: id, Print: print}
+		}
+	}
+	if last != p.mark {
+		p.mark, p.before = last, p.mark
+	}
+	p.info = info
+	return last
 }
 
 // seen is what a look knows about the stream.

@@ -65,18 +65,33 @@ func TestPosition_Unseen(t *testing.T) {
 	require.Equal(t, "1-0", p.first.ID)
 }
 
-// What a stream had delivered before it was reread is forgotten once nothing more of it comes.
+// What a stream had delivered before it was reread is forgotten as it comes again, however long
+// that takes: the reread may come after the fan-out was idle for a while.
 func TestPosition_ReplayEnds(t *testing.T) {
 	s := newSetup(t, func(c *Config) { c.Group = "" })
 	s.add(1)
 	require.NoError(t, s.Open(t.Context())) // not started: nobody else looks
 	p := s.mode.(fanOut).position
-	p.replay = map[string]uint64{"1-0": 1}
-	for _, idle := range []bool{false, true} {
-		if p.at = time.Now().Add(-time.Hour); !idle {
-			p.mark = xstream.Mark{}
-		}
+	p.replay = map[string]uint64{"1-0": entry("1-0").Mark().Print}
+	for range 2 {
+		p.at = time.Now().Add(-time.Hour)
 		p.look(t.Context())
-		require.Equal(t, idle, p.replay == nil)
 	}
+	require.Empty(t, p.unseen([]xstream.Entry{entry("1-0")}))
+	require.Empty(t, p.replay)
+}
+
+// Entries that were read while a look had its answer under way are not those with which an
+// empty stream has begun: it seemed to have been recreated when its first entry was seen.
+func TestPosition_ReadDuringALook(t *testing.T) {
+	empty := xstream.Info{Last: "0-0", First: "0-0"}
+	p := &position{recent: make(map[string]uint64), info: empty, last: xstream.Mark{ID: "0"}}
+	p.mark = p.last
+	last := p.last
+	p.unseen([]xstream.Entry{entry("1-0"), entry("2-0")})
+	p.looked(last, empty, "")
+	p.unseen([]xstream.Entry{entry("3-0")})
+	require.False(t, p.seenLocked().differs(xstream.Info{Last: "3-0", First: "1-0", FirstPrint: "one", Added: 3}))
+	p.looked(p.last, xstream.Info{Last: "3-0", First: "1-0", FirstPrint: "one", Added: 3}, "")
+	require.Empty(t, p.first)
 }
