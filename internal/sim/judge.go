@@ -224,7 +224,7 @@ const (
 	bound = 10 * time.Second
 	// moveBound is how late a delayed message may be moved: the time between two looks, some of the network's, and watchEvery.
 	moveBound = 2 * time.Second
-	// punctual is what an answer and the next question may take, 90 ms each where the network is slowest for once, and another
+	// punctual is what an answer and the next question may take, 90 ms each where the network is slowest, and another
 	// flight of the pipeline before that. Without a timer it would be up to a second.
 	punctual = 300 * time.Millisecond
 	// movesAgain is the longest time until who had no permission to move them tries again: consume.delayedDenied and its jitter.

@@ -124,7 +124,7 @@ func TestNoMoreThanConfirmed(t *testing.T) {
 
 // fault is a hook that loses answers, or lets nothing through.
 type fault struct {
-	lose  atomic.Int64 // answers of every so manieth pipeline; 0: none
+	lose  atomic.Int64 // answers to every lose-th pipeline are lost; 0: none
 	calls atomic.Int64
 	down  atomic.Bool
 }
