@@ -210,6 +210,7 @@ func TestConfig_MistakesInOneOrder(t *testing.T) {
 // The caller's config stays unchanged: no defaults are written into it, and later
 // changes by the caller have no effect.
 func TestConfig_Untouched(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	retry := &goxstreams.Retry{InitialInterval: time.Millisecond}
@@ -236,6 +237,7 @@ func TestConfig_Untouched(t *testing.T) {
 // A mistake that only a topic reveals is returned by Subscribe, before anything is
 // created.
 func TestSubscribe_Mistakes(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	config := grouped(client)
 	config.DeadLetterTopic = func(topic string) string { return topic }

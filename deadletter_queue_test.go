@@ -142,6 +142,7 @@ func TestDeadLetterQueue_Empty(t *testing.T) {
 }
 
 func TestDeadLetterQueue_Count(t *testing.T) {
+	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	lettersOf(t, client, topic, 3)
 	stream := goxstreams.DeadLetterTopic(topic)
@@ -1037,6 +1038,7 @@ func TestDeadLetterQueue_Cut(t *testing.T) {
 
 // TestDeadLetterQueue_Resent: pipelines that a client sends twice replay once.
 func TestDeadLetterQueue_Resent(t *testing.T) {
+	t.Parallel()
 	topic, admin := topic(t), newClient(t)
 	ids := idsOf(publishDying(t, admin, topic, "0", "1", "2"))
 	var resent []string
@@ -1060,6 +1062,7 @@ func TestDeadLetterQueue_Resent(t *testing.T) {
 // and so does a replay when the groups have acked it, including those that it is
 // not for.
 func TestDeadLetterQueue_DeleteAcked(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t)
 	client, topic := newClient(t), topic(t)
 	if !hasCommand(t, client, "xackdel") {
@@ -1223,6 +1226,7 @@ func TestQueueOfAnEndedContext(t *testing.T) {
 
 // TestReadDeadLetter: an entry that was kept elsewhere is the letter that the queue shows.
 func TestReadDeadLetter(t *testing.T) {
+	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	stream := goxstreams.DeadLetterTopic(topic)
 	letters := publishDying(t, client, topic, "payload", "\xff\x00")

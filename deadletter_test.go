@@ -516,6 +516,7 @@ func (u withMetadata) Unmarshal(values map[string]any) (*message.Message, error)
 // TestDeadLetter_ReservedMetadata: metadata that a message has under a dead
 // letter's keys neither prevents the move nor changes the letter.
 func TestDeadLetter_ReservedMetadata(t *testing.T) {
+	t.Parallel()
 	topic, client := topic(t), newClient(t)
 	config := brief(client)
 	u := withMetadata{metadata: message.Metadata{"key": "value"}}
@@ -584,6 +585,7 @@ func TestDeadLetter_Reason(t *testing.T) {
 // TestDeadLetter_OnADeadLetterStream: a message that dies on a dead-letter stream
 // stays pending there.
 func TestDeadLetter_OnADeadLetterStream(t *testing.T) {
+	t.Parallel()
 	topic, client, log := topic(t), newClient(t), newLogRecorder()
 	sub := newSubscriber(t, brief(client))
 	publish(t, client, topic, "payload")

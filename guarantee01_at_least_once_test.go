@@ -1121,6 +1121,7 @@ func TestFault05_RedeliveryIsAFreshMessage(t *testing.T) {
 //
 // Here that moment is delayed until the message exists.
 func TestFault12_FanOutLosesNothingAfterSubscribe(t *testing.T) {
+	t.Parallel()
 	for _, old := range []int{0, 3} {
 		t.Run(fmt.Sprint("OldEntries", old), func(t *testing.T) {
 			published := make(chan struct{})

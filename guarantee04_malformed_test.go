@@ -217,6 +217,7 @@ func TestFault29_MalformedEntriesFirst(t *testing.T) {
 // OnBroken panics, then returns an error, then succeeds: it is called again each
 // time, and the next message waits for none of that.
 func TestFault22_PanicInOnBroken(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	var calls atomic.Int64
@@ -248,6 +249,7 @@ func TestFault22_PanicInOnBroken(t *testing.T) {
 // returns no error: the producer believes them stored. Here such an event fails the
 // call, the error names it, and nothing is stored.
 func TestFault23_ABatchSkipsWhatItCannotConvert(t *testing.T) {
+	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	events := make([]any, 1000)
 	for i := range events {

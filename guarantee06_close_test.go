@@ -463,6 +463,7 @@ func isRead(cmd redis.Cmder) bool { return cmd.Name() == "xreadgroup" || cmd.Nam
 // another. Here everything that the API allows happens concurrently, under the race
 // detector (which must be enabled for this test to be meaningful).
 func TestFault17_DataRaces(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // claims by idle time
 	client := newClient(t)
 	topic := topic(t)
@@ -634,6 +635,7 @@ func TestFault22_EndCanBeAwaited(t *testing.T) {
 // subscription does not wait for the running handler. The handler succeeds, its ack
 // is dropped, and the message is handled again.
 func TestFault02_RouterCloseKeepsAcks(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 4} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
 			client := newClient(t)
@@ -687,6 +689,7 @@ func (c *contextCatcher) Subscribe(ctx context.Context, topic string) (<-chan *m
 // watermill-redisstream: a nacked message's delay is a sleep, and Close waits for
 // it: 4 s of 4 s.
 func TestFault08_CloseDoesNotWaitForARetry(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 2} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
 			const delay = time.Minute

@@ -187,6 +187,7 @@ func TestMove_WorkersOutage(t *testing.T) {
 // for every other group too, handled there or not, and stay pending in its own
 // group forever. Here they are acked in their group, and stay in the stream.
 func TestFault20_DeadEntriesDeletedNotAcked(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	const groups = 3

@@ -24,6 +24,7 @@ import (
 // caller's own, which publishers may share, so this is also a race. Here the map is
 // copied.
 func TestFault19_CallersMaxLensChanged(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	capped, other := topic(t), topic(t)
 	lens := map[string]int64{capped: 200, "unused": 0}
@@ -52,6 +53,7 @@ func TestFault19_CallersMaxLensChanged(t *testing.T) {
 // In goxstreams a panic in a user's function ends the process, with the work of all
 // others in it. Here it costs the current message at most a retry.
 func TestFault22_PanicInCallback(t *testing.T) {
+	t.Parallel()
 	type config = goxstreams.SubscriberConfig
 	nackAll := func(msg *message.Message) { msg.Nack() }
 	ack := func(msg *message.Message) { msg.Ack() }
@@ -120,6 +122,7 @@ func TestFault22_PanicInCallback(t *testing.T) {
 // watermill-redisstream: closing a Subscriber or a Publisher closes the client that
 // it was given. Other users of it get "redis: client is closed".
 func TestFault03_CloseLeavesTheClientOpen(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	one, other := newSubscriber(t, grouped(client)), newSubscriber(t, goxstreams.SubscriberConfig{Client: client, ConsumerGroup: "other"})

@@ -834,6 +834,7 @@ func TestFault18_GroupCreationFailsAtOnce(t *testing.T) {
 // An existing group must keep its position, too: entries that it has not read yet
 // stay unread.
 func TestFault18_ExistingGroupKeepsItsPlace(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	config := grouped(client)

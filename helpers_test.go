@@ -84,10 +84,19 @@ func newSubscriberLog(t testing.TB, config goxstreams.SubscriberConfig, logger w
 	if config.CloseTimeout == 0 {
 		config.CloseTimeout = time.Second // for messages that a test leaves unsettled
 	}
+	shortBlocks(t, &config)
 	sub, err := goxstreams.NewSubscriber(config, logger)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, sub.Close()) })
 	return sub
+}
+
+// shortBlocks makes Close fast on the embedded server: that has no CLIENT UNBLOCK, so that Close waits for a read.
+func shortBlocks(t testing.TB, config *goxstreams.SubscriberConfig) {
+	t.Helper()
+	if config.BlockTime == 0 && testserver.IsEmbedded(t) {
+		config.BlockTime = 100 * time.Millisecond
+	}
 }
 
 // grouped returns the config of a consumer of testGroup, with defaults for the

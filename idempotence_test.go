@@ -520,6 +520,7 @@ func TestIdempotence_Replay(t *testing.T) {
 
 // The caller's config is copied, and every mistake in it is listed.
 func TestIdempotence_Config(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	for name, c := range map[string]struct {
 		i    goxstreams.Idempotence

@@ -188,6 +188,7 @@ type secretive struct {
 // TestLeak_Worker: decoding errors whose texts, from package json or from the types
 // in a model, quote the payload.
 func TestLeak_Worker(t *testing.T) {
+	t.Parallel()
 	payloads := []string{
 		secret, `{"Text": "` + secret, `"` + secret + `"`, `{"Small": ` + secretNumber + `}`, `{"Quoted": "` + secret + `"}`, `{"Quoted": ` + secretNumber + `}`,
 		`{"Time": "` + secret + `"}`, `{"Addr": "` + secret + `"}`, `{"Keys": {"` + secretNumber + `": ""}}`, `{"Keys": {"` + secret + `": ""}}`, `{"Text": ["` + secret + `"]}`,

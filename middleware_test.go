@@ -346,6 +346,7 @@ func TestWatermillsMiddlewares(t *testing.T) {
 
 // CorrelationID gives a handler's produced messages the same ID after a redelivery.
 func TestWatermillsCorrelationID(t *testing.T) {
+	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	msg := message.NewMessage("1", nil)
 	middleware.SetCorrelationID("correlation", msg)

@@ -48,6 +48,7 @@ func requireOutcome(t *testing.T, outcomes <-chan goxstreams.Outcome, kind goxst
 // TestOnOutcome: each way for a message to end, or to come again, is told once, with the
 // delay that it then has.
 func TestOnOutcome(t *testing.T) {
+	t.Parallel()
 	const (
 		acked, retried  = goxstreams.OutcomeAcked, goxstreams.OutcomeRetried
 		snoozed, isDead = goxstreams.OutcomeSnoozed, goxstreams.OutcomeDead
@@ -137,6 +138,7 @@ func TestOnOutcome(t *testing.T) {
 
 // The same of entries that are no messages.
 func TestOnOutcome_Malformed(t *testing.T) {
+	t.Parallel()
 	errLater := errors.New("later")
 	retry := goxstreams.Retry{InitialInterval: 10 * time.Millisecond}
 	for _, tt := range []struct {
@@ -192,6 +194,7 @@ func (w outcomeWorker) ProcessDead(context.Context, goxstreams.Message[int]) err
 
 // And of what a Worker does with dead messages.
 func TestOnOutcome_Worker(t *testing.T) {
+	t.Parallel()
 	outcomes, config := telling(t, goxstreams.SubscriberConfig{Retry: &goxstreams.Retry{MaxRetries: 1, InitialInterval: 10 * time.Millisecond}})
 	worker := outcomeWorker{make(chan error, 9), make(chan error, 9)}
 	topic := topic(t)
@@ -230,6 +233,7 @@ func TestOnOutcome_Worker(t *testing.T) {
 // Without a group a dead message is told, and not stored; what NoAck drops and what is
 // released has no outcome.
 func TestOnOutcome_NotKept(t *testing.T) {
+	t.Parallel()
 	t.Run("fan-out", func(t *testing.T) {
 		t.Parallel()
 		outcomes, config := telling(t, goxstreams.SubscriberConfig{})
@@ -278,6 +282,7 @@ func TestOnOutcome_NotKept(t *testing.T) {
 
 // It is called before the message comes again, and before its successor if the order is kept.
 func TestOnOutcome_InOrder(t *testing.T) {
+	t.Parallel()
 	var order []string // the slot and the handler take turns
 	outcomes, config := telling(t, goxstreams.SubscriberConfig{Retry: &goxstreams.Retry{InitialInterval: time.Millisecond}})
 	tell := config.OnOutcome

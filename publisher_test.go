@@ -211,6 +211,7 @@ func TestPublish_OneRoundTripInOrder(t *testing.T) {
 }
 
 func TestPublish_EmptyCallDoesNothing(t *testing.T) {
+	t.Parallel()
 	h, counts := countCommands()
 	pub := newPublisher(t, newClient(t, h))
 	require.NoError(t, pub.Publish(topic(t)))
@@ -238,6 +239,7 @@ func (m failingMarshaler) Marshal(topic string, msg *message.Message) (map[strin
 // The last message of a call cannot be marshaled: none of it is stored, and the
 // error names that message.
 func TestPublish_MarshalErrorStoresNothing(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{Client: client, Marshaler: failingMarshaler{}}, nil)
@@ -265,6 +267,7 @@ func TestPublish_MarshalErrorStoresNothing(t *testing.T) {
 // with watermill-redisstream]. Here the caller learns that the outcome is unknown,
 // and each message is stored once.
 func TestPublish_LostAnswer(t *testing.T) {
+	t.Parallel()
 	for _, n := range []int{1, 2, 100} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			client, w := wired(t, nil)
@@ -386,6 +389,7 @@ func requireRefused(t testing.TB, err error, code string) {
 // A call that never reached the server is not an unknown outcome: it may be sent
 // again.
 func TestPublish_NeverSent(t *testing.T) {
+	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	nobody := l.Addr().String()
@@ -597,6 +601,7 @@ func (m signalMarshaler) Marshal(topic string, msg *message.Message) (map[string
 // The connection breaks under calls that share it: each of them returns an error,
 // and nothing is stored twice.
 func TestPublish_LostAnswerOfSharedPipeline(t *testing.T) {
+	t.Parallel()
 	client, w := wired(t, nil)
 	topic := topic(t)
 	const calls = 40
@@ -635,6 +640,7 @@ func TestPublish_LostAnswerOfSharedPipeline(t *testing.T) {
 // Watermill's Timeout middleware leaves ended contexts on messages that it passed
 // on. They are published nevertheless.
 func TestPublish_ContextThatHasEnded(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	topic := topic(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -653,6 +659,7 @@ func TestPublish_ContextThatHasEnded(t *testing.T) {
 // other handlers share it. Close waits for the calls in flight, and leaves client
 // and Publisher usable.
 func TestPublisher_Close(t *testing.T) {
+	t.Parallel()
 	client, w := wired(t, nil)
 	topic := topic(t)
 	pub := newPublisher(t, client)
@@ -690,6 +697,7 @@ func TestPublisher_Close(t *testing.T) {
 // The limit is approximate: Redis removes whole nodes of its tree, of 100 entries
 // by default, and never trims below the limit.
 func TestPublisher_MaxLens(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	byName, unbounded, byDefault := topic(t), topic(t), topic(t)
 	pub, err := goxstreams.NewPublisher(goxstreams.PublisherConfig{
@@ -709,6 +717,7 @@ func TestPublisher_MaxLens(t *testing.T) {
 }
 
 func TestPublisher_Names(t *testing.T) {
+	t.Parallel()
 	require.Equal(t, "goxstreams.Publisher", fmt.Sprint(newPublisher(t, newClient(t))))
 	require.Equal(t, "goxstreams.Subscriber", fmt.Sprint(newSubscriber(t, goxstreams.SubscriberConfig{})))
 }

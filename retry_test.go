@@ -409,6 +409,7 @@ func TestRetry_Permanent(t *testing.T) {
 // Watermill's Retry inside of ours stops at once, and the error that it returns is
 // still permanent.
 func TestRetry_PermanentThroughWatermillsRetry(t *testing.T) {
+	t.Parallel()
 	again := middleware.Retry{MaxRetries: 5, InitialInterval: time.Hour}
 	for _, w := range wrappings {
 		t.Run(w.name, func(t *testing.T) {
@@ -492,6 +493,7 @@ func TestRetry_Delays(t *testing.T) {
 
 // RetryAfter counts as a retry, up to the limit.
 func TestRetry_RetryAfterIsCounted(t *testing.T) {
+	t.Parallel()
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
@@ -507,6 +509,7 @@ func TestRetry_RetryAfterIsCounted(t *testing.T) {
 
 // However often a message is snoozed, it reaches no limit.
 func TestRetry_SnoozeExhaustsNothing(t *testing.T) {
+	t.Parallel()
 	eachWay(t, func(t *testing.T, consume consumer) {
 		const snoozes = 30
 		client, topic := newClient(t), topic(t)
@@ -682,6 +685,7 @@ func TestRetry_Precedence(t *testing.T) {
 // The middlewares know the config's limit: a message that reaches it is dead for
 // outer middlewares, and for DeadLetter.Topic.
 func TestRetry_ConfigsLimitIsSeen(t *testing.T) {
+	t.Parallel()
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
@@ -776,6 +780,7 @@ func TestRetry_PerHandler(t *testing.T) {
 }
 
 func TestRetry_ShouldRetry(t *testing.T) {
+	t.Parallel()
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
@@ -843,6 +848,7 @@ func TestRetry_ShouldRetry(t *testing.T) {
 
 // OnRetryHook is called only if a redelivery is scheduled.
 func TestRetry_HookIsToldOfRedeliveriesOnly(t *testing.T) {
+	t.Parallel()
 	t.Run("Swallowed", func(t *testing.T) {
 		eachWay(t, func(t *testing.T, consume consumer) {
 			client, topic := newClient(t), topic(t)
@@ -925,6 +931,7 @@ func eventuallyReleased(t testing.TB, client redis.UniversalClient, topic, id st
 
 // The user's functions may panic.
 func TestRetry_PanickingCallbacks(t *testing.T) {
+	t.Parallel()
 	eachWay(t, func(t *testing.T, consume consumer) {
 		client, topic := newClient(t), topic(t)
 		publish(t, client, topic, "x")
@@ -945,6 +952,7 @@ func TestRetry_PanickingCallbacks(t *testing.T) {
 
 // Several attempts within one delivery: the last one's verdict counts.
 func TestRetry_AttemptsWithinADelivery(t *testing.T) {
+	t.Parallel()
 	again := middleware.Retry{MaxRetries: 1, InitialInterval: time.Millisecond}.Middleware
 	type result struct {
 		calls   int
@@ -1208,6 +1216,7 @@ func TestRetry_Copies(t *testing.T) {
 // A message that a handler passes on within the process, with the context of its
 // delivery, is a different message: its death is not that of the first.
 func TestRetry_SentOnInTheSameProcess(t *testing.T) {
+	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	inProcess := gochannel.NewGoChannel(gochannel.Config{PreserveContext: true}, watermill.NopLogger{})
 	t.Cleanup(func() { _ = inProcess.Close() })
@@ -1384,6 +1393,7 @@ func TestRetry_CrashLimit(t *testing.T) {
 // If its fields are invalid, the middleware handles nothing, and no message loses a
 // retry.
 func TestRetry_InvalidFields(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		field string
 		retry goxstreams.Retry
@@ -1449,6 +1459,7 @@ func unmarked(h message.HandlerFunc) message.HandlerFunc {
 
 // A handler may settle its message itself. Its result then comes too late.
 func TestRetry_SettledEarly(t *testing.T) {
+	t.Parallel()
 	t.Run("Ack", func(t *testing.T) {
 		eachWay(t, func(t *testing.T, consume consumer) {
 			client, topic := newClient(t), topic(t)
@@ -1880,6 +1891,7 @@ func TestRetry_ShutdownNotice(t *testing.T) {
 // In a fan-out the subscription itself counts; a dead message is dropped, since
 // every subscriber would store it, and this is logged.
 func TestRetry_FanOut(t *testing.T) {
+	t.Parallel()
 	for _, concurrency := range []int{1, 4} {
 		t.Run(fmt.Sprint("MaxConcurrency", concurrency), func(t *testing.T) {
 			eachWay(t, func(t *testing.T, consume consumer) {

@@ -413,6 +413,7 @@ func TestDeadAmongMany(t *testing.T) {
 // a gigabyte) before the first message is handled. Here a read takes only as much
 // as there is room for.
 func TestFault13_FanOutReadsTheWholeStream(t *testing.T) {
+	t.Parallel()
 	const (
 		entries = 5000
 		payload = 1024

@@ -18,6 +18,7 @@ import (
 )
 
 func TestTopicStats(t *testing.T) {
+	t.Parallel()
 	testserver.RequireReal(t) // miniredis does not report the lag
 	client, topic := newClient(t), topic(t)
 	ctx := context.Background()
@@ -85,6 +86,7 @@ func TestTopicStats(t *testing.T) {
 }
 
 func TestStats_Retried(t *testing.T) {
+	t.Parallel()
 	client, topic := newClient(t), topic(t)
 	publish(t, client, topic, "x", "y")
 	config := grouped(client)

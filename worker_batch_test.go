@@ -90,6 +90,7 @@ func newBatchConsumer(t testing.TB, worker goxstreams.BatchWorker[string], confi
 	if config.Subscriber.CloseTimeout == 0 {
 		config.Subscriber.CloseTimeout = patience
 	}
+	shortBlocks(t, &config.Subscriber)
 	consumer, err := goxstreams.NewBatchConsumer(worker, config, logger)
 	require.NoError(t, err)
 	return consumer

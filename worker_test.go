@@ -119,6 +119,7 @@ func newConsumer[E any](t testing.TB, worker goxstreams.Worker[E], config goxstr
 	if config.Subscriber.CloseTimeout == 0 {
 		config.Subscriber.CloseTimeout = patience
 	}
+	shortBlocks(t, &config.Subscriber)
 	consumer, err := goxstreams.NewConsumer(worker, config, logger)
 	require.NoError(t, err)
 	return consumer
@@ -1374,6 +1375,7 @@ func kindOfE[E any](t *testing.T, want []E, raw ...string) {
 }
 
 func TestConsumer_KindsOfE(t *testing.T) {
+	t.Parallel()
 	kindOfE(t, []order{{"cup", 1}, {}, {}}, "null")
 	kindOfE(t, []*order{{"cup", 1}, nil, nil}, "null")
 	kindOfE(t, []map[string]int{{"cup": 1}, {}, nil, nil}, "null")
@@ -1386,6 +1388,7 @@ func TestConsumer_KindsOfE(t *testing.T) {
 }
 
 func TestProducer(t *testing.T) {
+	t.Parallel()
 	client := newClient(t)
 	producer := goxstreams.NewProducer[order](newPublisher(t, client), goxstreams.ProducerConfig{})
 	stored := func(t *testing.T, topic string) (payloads []string) {
@@ -1678,6 +1681,7 @@ func goxstreamsFixture(t testing.TB) (fixture struct{ Plain, Ctx [][]string }) {
 
 // A stream that goxstreams wrote is consumed here.
 func TestInterop_FromGoxstreams(t *testing.T) {
+	t.Parallel()
 	fixture := goxstreamsFixture(t)
 	trace := message.Metadata{"trace_id": "my_trace_id", "any_info": "info <&>"}
 	for name, tt := range map[string]struct {
@@ -1766,6 +1770,7 @@ func TestInterop_ToGoxstreams(t *testing.T) {
 
 // Whoever forgets BodyMarshaler is told so, in both directions.
 func TestInterop_ForgottenBodyMarshaler(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		writes goxstreams.Marshaler
 		reads  goxstreams.Unmarshaler

@@ -45,7 +45,7 @@ const (
 // parallelTests is the default of -parallel: these tests mostly wait, so it need
 // not be the number of processors. With 8, two processors are idle for two thirds
 // of the time.
-const parallelTests = "16"
+const parallelTests = "20"
 
 // Main is a package's TestMain. It runs the tests, ends the shared servers, checks
 // for leaked goroutines (opts are further exceptions) and exits. A test binary that
@@ -98,6 +98,13 @@ func RequireReal(t testing.TB) {
 	t.Helper()
 	Addr(t)
 	requireReal(t, shared.srv)
+}
+
+// IsEmbedded reports whether the shared server is the embedded one.
+func IsEmbedded(t testing.TB) bool {
+	t.Helper()
+	Addr(t)
+	return shared.srv.embedded
 }
 
 func requireReal(t testing.TB, srv *Server) {
