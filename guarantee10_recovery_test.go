@@ -1593,7 +1593,9 @@ func TestClose_GroupLostMeanwhile(t *testing.T) {
 		}
 		return next()
 	}})
-	sub := newSubscriber(t, claiming(client))
+	config := claiming(client)
+	config.CloseTimeout = 2 * patience // longer than the hook may wait
+	sub := newSubscriber(t, config)
 	messages := subscribe(t, sub, topic)
 	ids := readAhead(t, admin, topic, sub, messages, 1)
 	first := next(t, messages)

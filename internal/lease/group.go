@@ -190,14 +190,19 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	if start == "" || info.Last != "" && xstream.CompareIDs(info.Last, start) < 0 {
 		start = "0" // everything in it is, or may be, new
 	}
+	entries := k.toRestore()
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
-	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, k.cfg.MinIdle, k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
+	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle,
+		k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
 	if err != nil {
 		return err
 	}
 	if made {
 		k.cfg.Log.Error("The consumer group was lost and has been recreated; pending entries of crashed consumers are lost",
 			errors.New("group lost"), k.cfg.Fields.Add(watermill.LogFields{"start_id": start}))
+		if err := k.ackHandled(ctx, entries); err != nil {
+			return err
+		}
 	}
 	return k.restore(ctx)
 }
@@ -221,16 +226,28 @@ func (k *Keeper) forgetAll(now time.Time) {
 		k.cfg.Fields.Add(watermill.LogFields{"entries": n}))
 }
 
-// restore makes our entries pending again, with those that a pause has released or that are
+// toRestore returns our entries, with those that a pause has released or that are
 // being released, except those that are to be acked: the restore might arrive after their
-// XACK. Those that are handled meanwhile are acked once more.
-func (k *Keeper) restore(ctx context.Context) error {
+// XACK. Those that are handled meanwhile must be acked once more: see ackHandled.
+func (k *Keeper) toRestore() []*ledger.Entry {
 	if !k.cfg.Ledger.Leased() {
 		return nil
 	}
 	k.partly = true
 	k.cfg.Ledger.Reclaim()
-	for chunk := range slices.Chunk(k.cfg.Ledger.ToRestore(), xstream.MaxOwned) {
+	return k.cfg.Ledger.ToRestore()
+}
+
+func (k *Keeper) ackHandled(ctx context.Context, restored []*ledger.Entry) error {
+	if ids := k.cfg.Ledger.ToAck(restored, nil); len(ids) > 0 {
+		return k.ack(ctx, ids)
+	}
+	return nil
+}
+
+// restore makes our entries pending again.
+func (k *Keeper) restore(ctx context.Context) error {
+	for chunk := range slices.Chunk(k.toRestore(), xstream.MaxOwned) {
 		sent := time.Now()
 		standings, err := k.cfg.Stream.Restore(ctx, counted(chunk, k.cfg.Ledger.RestoreCount))
 		if err != nil {
@@ -249,10 +266,8 @@ func (k *Keeper) restore(ctx context.Context) error {
 		if len(restored) > 0 {
 			k.wasActive(sent)
 		}
-		if ids := k.cfg.Ledger.ToAck(restored, nil); len(ids) > 0 {
-			if err := k.ack(ctx, ids); err != nil {
-				return err
-			}
+		if err := k.ackHandled(ctx, restored); err != nil {
+			return err
 		}
 		k.stand(others)
 	}

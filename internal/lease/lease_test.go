@@ -265,12 +265,42 @@ func TestRegroup_Halfway(t *testing.T) {
 	h.publish(ids...)
 	h.wait(h.read()...)
 	h.cutSecondRestore()
-	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+	h.remake("$")
 	require.Error(t, h.Regroup(t.Context()))
 	require.Len(t, h.pending(), xstream.MaxOwned)
 	require.NoError(t, h.Renew(t.Context(), 0))
 	require.Len(t, h.pending(), n)
 	require.Zero(t, h.Lost.Load())
+}
+
+// Who recreates the group does not lose its entries if it ends right after that.
+func TestRegroup_AtOnce(t *testing.T) {
+	h := newHolder(t, time.Minute)
+	const n = xstream.MaxOwned + 50
+	var ids []string
+	for i := range n {
+		ids = append(ids, fmt.Sprintf("%d-1", i+1))
+	}
+	h.publish(ids...)
+	entries := h.read()
+	h.wait(entries[2:]...)
+	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
+	require.NoError(t, h.client.XDel(t.Context(), h.stream.Key, ids[1]).Err())
+	ended := errors.New("ended")
+	h.client.AddHook(failing{fail: func(cmd redis.Cmder) error {
+		if isScript(cmd, "create") {
+			h.ledger.Acked(time.Now(), entries[0]) // while the command is on its way: its XACK finds no group
+		}
+		if isScript(cmd, "restore") {
+			return ended
+		}
+		return nil
+	}})
+	require.ErrorIs(t, h.Regroup(t.Context()), ended)
+	require.Equal(t, ids[2:], h.pending(), "neither what was acked nor what is deleted")
+	rows, err := h.stream.Pending(t.Context(), 0, "-", "+", 1, "holder")
+	require.NoError(t, err)
+	require.EqualValues(t, 1, rows[0].Count)
 }
 
 // Who deletes entries holds for the groups that may have been lost with its own.

@@ -380,7 +380,7 @@ func TestTrim_OwnLost(t *testing.T) {
 			}
 			first := p.s
 			first.Group = own
-			made, err := first.CreateGroupAt(ctx, "0", Info{}, time.Hour, true)
+			made, err := first.CreateGroupAt(ctx, "0", Info{}, nil, time.Hour, true)
 			require.NoError(t, err)
 			require.True(t, made)
 			p.read(own, "consumer", 100)

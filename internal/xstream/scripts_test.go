@@ -416,7 +416,7 @@ func TestCreateGroup_RedisFull(t *testing.T) {
 	for _, start := range []string{ids[0], "0"} {
 		require.NoError(t, client.XGroupDestroy(t.Context(), s.Key, s.Group).Err())
 		for _, want := range []bool{true, false} {
-			made, err := s.CreateGroupAt(t.Context(), start, info, time.Minute, false)
+			made, err := s.CreateGroupAt(t.Context(), start, info, nil, time.Minute, false)
 			require.NoError(t, err)
 			require.Equal(t, want, made)
 		}
@@ -524,7 +524,7 @@ func TestCreateGroupAt(t *testing.T) {
 				require.NoError(t, client.XTrimMinID(t.Context(), s.Key, test.trim).Err())
 			}
 			add(test.after)
-			made, err := s.CreateGroupAt(t.Context(), info.Last, info, time.Minute, false)
+			made, err := s.CreateGroupAt(t.Context(), info.Last, info, nil, time.Minute, false)
 			require.Equal(t, test.made, made)
 			if !test.made {
 				require.ErrorContains(t, err, "CHANGED")
@@ -535,7 +535,7 @@ func TestCreateGroupAt(t *testing.T) {
 			group, err := s.GroupInfo(t.Context())
 			require.NoError(t, err)
 			require.Equal(t, info.Last, group.LastDelivered)
-			made, err = s.CreateGroupAt(t.Context(), info.Last, info, time.Minute, false)
+			made, err = s.CreateGroupAt(t.Context(), info.Last, info, nil, time.Minute, false)
 			require.NoError(t, err)
 			require.False(t, made, "it is there")
 		})
