@@ -1534,6 +1534,66 @@ func TestGroupRemade_ReadsOn(t *testing.T) {
 	assert.Equal(t, []string{"old"}, payloads(collect(messages, 1, patience)), "lost")
 }
 
+// remade recreates the group as somebody who does not know of its messages, and publishes another one.
+func remade(t *testing.T, client *redis.Client, topic string) {
+	t.Helper()
+	_, err := client.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
+		p.XGroupDestroy(t.Context(), topic, testGroup)
+		p.XGroupCreate(t.Context(), topic, testGroup, "$")
+		p.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{goxstreams.UUIDHeaderKey, "new", "payload", "new"}})
+		return nil
+	})
+	require.NoError(t, err)
+}
+
+// The same, and Close comes before a renewal: the group knows the consumer again, and so looked as if others had acked what is
+// released.
+func TestGroupRemade_ReadsOnThenCloses(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	config := grouped(newClient(t))
+	config.MaxConcurrency, config.CloseTimeout = 4, patience
+	config.Retry = &goxstreams.Retry{InitialInterval: time.Hour, MaxInterval: time.Hour}
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "1", "2")
+	for range 2 {
+		next(t, messages).Nack()
+	}
+	eventually(t, func() bool { return stats(t, sub).Waiting == 2 })
+	remade(t, admin, topic)
+	fresh := next(t, messages)
+	require.Equal(t, "new", string(fresh.Payload))
+	fresh.Ack()
+	require.NoError(t, sub.Close())
+	left := payloads(collect(subscribe(t, newSubscriber(t, claiming(admin)), topic), 2, patience))
+	require.ElementsMatch(t, []string{"1", "2"}, left, "lost")
+}
+
+// The same with a pause instead of Close.
+func TestGroupRemade_ReadsOnThenPauses(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	sub := newSubscriber(t, grouped(newClient(t)))
+	messages := subscribe(t, sub, topic)
+	ids := readAhead(t, admin, topic, sub, messages, 1)
+	const left = 3
+	for range len(ids) - left {
+		next(t, messages).Ack()
+	}
+	first := next(t, messages)
+	eventually(t, func() bool { s := stats(t, sub); return s.InFlight == left && int(s.Acked) >= len(ids)-left })
+	remade(t, admin, topic)
+	eventually(t, func() bool { return stats(t, sub).InFlight == left+1 }, "nothing more is read ahead")
+	pauseFor(t, admin, topic, sub)
+	eventually(t, func() bool { return stats(t, sub).InFlight == 1 }, "what was read ahead is still in flight")
+	first.Ack()
+	require.NoError(t, goxstreams.Resume(t.Context(), admin, topic, testGroup))
+	require.ElementsMatch(t, append(ids[len(ids)-left+1:], "new"), uuids(collect(messages, left, patience)), "lost")
+}
+
 // A message that is acked while a lost group is repaired is not delivered again: the restore
 // may arrive after the ack.
 func TestGroupLost_AckDuringTheRepair(t *testing.T) {

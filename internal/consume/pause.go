@@ -125,6 +125,7 @@ func (s *Subscription) pauseOrResume(c xstream.Control) {
 		if !was.isPaused() {
 			s.pause.begun, s.pause.known = time.Now(), false
 			s.reader.seat.Wake() // it finds no room
+			s.renewAll()
 			s.cfg.Log.Info("The group is paused: no handler begins until it is resumed", s.cfg.Fields.Add(watermill.LogFields{"paused_since": c.Since}))
 		}
 	case was.isPaused():

@@ -269,6 +269,7 @@ func (s *Subscription) GiveBack(t *Task, count int64) {
 // releaseAll releases all entries that no slot is handling: prefetched entries as
 // if they had never been read, waiting ones with their count.
 func (s *Subscription) releaseAll() {
+	s.renewAll()
 	queued, retries := s.ledger.Close(time.Now())
 	give := unread(queued)
 	var moving []*ledger.Entry
@@ -292,6 +293,14 @@ func (s *Subscription) releaseAll() {
 		give = append(give, e)
 	}
 	s.release(give)
+}
+
+// renewAll is called before entries are released. If the group was recreated by others, and we
+// have read from it since, only what is not being released yet shows that.
+func (s *Subscription) renewAll() {
+	if s.ledger.Leased() {
+		_ = s.keeper.Renew(s.life.ctx, 0) // the release has the same error
+	}
 }
 
 // unread has entries released with their counts from before they were read.

@@ -190,7 +190,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	if start == "" || info.Last != "" && xstream.CompareIDs(info.Last, start) < 0 {
 		start = "0" // everything in it is, or may be, new
 	}
-	entries := k.toRestore()
+	entries := k.toRestore(true)
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
 	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle,
 		k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
@@ -217,7 +217,7 @@ func (k *Keeper) forgetAll(now time.Time) {
 		return
 	}
 	k.cfg.Ledger.Reclaim()
-	n := k.cfg.Ledger.Gone(now, slices.Concat(k.cfg.Ledger.Renewals(now, 0), k.cfg.Ledger.ToRestore())...)
+	n := k.cfg.Ledger.Gone(now, slices.Concat(k.cfg.Ledger.Renewals(now, 0), k.cfg.Ledger.ToRestore(false))...)
 	if n == 0 {
 		return
 	}
@@ -229,25 +229,27 @@ func (k *Keeper) forgetAll(now time.Time) {
 // toRestore returns our entries, with those that a pause has released or that are
 // being released, except those that are to be acked: the restore might arrive after their
 // XACK. Those that are handled meanwhile must be acked once more: see ackHandled.
-func (k *Keeper) toRestore() []*ledger.Entry {
+func (k *Keeper) toRestore(anew bool) []*ledger.Entry {
 	if !k.cfg.Ledger.Leased() {
 		return nil
 	}
 	k.partly = true
 	k.cfg.Ledger.Reclaim()
-	return k.cfg.Ledger.ToRestore()
+	return k.cfg.Ledger.ToRestore(anew)
 }
 
 func (k *Keeper) ackHandled(ctx context.Context, restored []*ledger.Entry) error {
-	if ids := k.cfg.Ledger.ToAck(restored, nil); len(ids) > 0 {
-		return k.ack(ctx, ids)
+	for ids := range slices.Chunk(k.cfg.Ledger.ToAck(restored, nil), MaxAck) {
+		if err := k.ack(ctx, ids); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
 // restore makes our entries pending again.
 func (k *Keeper) restore(ctx context.Context) error {
-	for chunk := range slices.Chunk(k.toRestore(), xstream.MaxOwned) {
+	for chunk := range slices.Chunk(k.toRestore(false), xstream.MaxOwned) {
 		sent := time.Now()
 		standings, err := k.cfg.Stream.Restore(ctx, counted(chunk, k.cfg.Ledger.RestoreCount))
 		if err != nil {

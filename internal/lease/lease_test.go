@@ -284,6 +284,9 @@ func TestRegroup_AtOnce(t *testing.T) {
 	h.publish(ids...)
 	entries := h.read()
 	h.wait(entries[2:]...)
+	h.ledger.Moving(entries[2], ledger.MaybeMoved) // without an answer: it is judged later
+	h.ledger.Remove(time.Now(), entries[3])
+	h.ledger.Offer(time.Now(), []*ledger.Entry{(&ledger.Entry{ID: ids[3]}).SetCount(1, 1)}, false) // an orphan, just found
 	require.NoError(t, h.client.XGroupDestroy(t.Context(), h.stream.Key, "group").Err())
 	require.NoError(t, h.client.XDel(t.Context(), h.stream.Key, ids[1]).Err())
 	ended := errors.New("ended")

@@ -77,9 +77,12 @@ func (e *Entry) owned() bool { return e.unsettled() && e.state != Releasing }
 
 // ToRestore returns what must be pending again after the group was lost: what is ours, and
 // what is on its way, since a release, or the claim of what a pause has released, that comes
-// later finds only what is pending.
-func (l *Ledger) ToRestore() []*Entry {
-	return l.those(func(e *Entry) bool { return e.unsettled() || e.returning() })
+// later finds only what is pending. In a group that we create anew that includes what may have been
+// moved, or acked as an orphan: nobody else has it, so that it would be lost if we ended now.
+func (l *Ledger) ToRestore(anew bool) []*Entry {
+	return l.those(func(e *Entry) bool {
+		return e.unsettled() || e.returning() || anew && e.here() && e.state != Acked
+	})
 }
 
 // returning reports whether an entry that a pause has released is being claimed.

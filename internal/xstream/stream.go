@@ -160,8 +160,10 @@ func (s *Stream) CreateGroup(ctx context.Context, start string, lease time.Durat
 // createScript creates a group, unless the stream was recreated since it was looked
 // at, and makes entries pending in it. Its first command has a server that is out of memory accept
 // that: see evenIfFull. Without their group, consumers could make no room.
-const createScript = `-- create` + lessFunction + beganAnewFunction + `
+const createScript = `-- create` + deniedFunction + lessFunction + beganAnewFunction + `
 redis.call('XACK', KEYS[1], ARGV[1], '0-1')
+local missing = denied('XCLAIM', KEYS[1], ARGV[1], ARGV[4], 0, '0-1', 'JUSTID') or denied('XRANGE', KEYS[1], '-', '+')
+if missing and ARGV[5] then return missing end
 if ARGV[3] ~= '' then
   if beganAnew(ARGV[3]) then return redis.error_reply('CHANGED the stream began anew') end
   if not stream['last-generated-id'] then return redis.error_reply('CHANGED the stream was deleted') end
