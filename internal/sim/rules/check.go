@@ -348,8 +348,8 @@ func (c *checker) succeeded(key entryKey) bool {
 	return slices.ContainsFunc(c.entries[key], func(r *Run) bool { return r.Ending == Acked })
 }
 
-// forgotten returns the loss of the group by which Redis forgot that the entry was delivered to a holder who was dead or away,
-// and so could not put it back.
+// forgotten returns the loss of the group by which Redis forgot that the entry was delivered to a holder who was dead or away, or
+// died before it could notice, and so could not put it back.
 func (c *checker) forgotten(key entryKey) *Window {
 	for _, w := range c.Faults {
 		if !w.Group || !w.loses(key.topic) {
@@ -377,9 +377,17 @@ func (c *checker) lastHolder(key entryKey, before time.Duration) (holder LifeID,
 	return holder, seen
 }
 
+// noticing is how long a holder may take to notice that the group has forgotten its entries: until it has renewed all its leases.
+func (c *checker) noticing() time.Duration { return c.Rules.ClaimMinIdle / 3 }
+
+// over tells whether a process had ended, or died before it could notice. (One that closes notices.)
+func (c *checker) over(l *Life, at time.Duration) bool {
+	return l.To <= at || l.Closing == 0 && l.To <= at+c.noticing()
+}
+
 func (c *checker) absent(holder LifeID, at time.Duration) bool {
 	l := c.Lives[holder]
-	return l.To <= at || l.Closing != 0 && l.Closing <= at || c.awayAt(holder.Process, at)
+	return c.over(l, at) || l.Closing != 0 && l.Closing <= at || c.awayAt(holder.Process, at)
 }
 
 func (c *checker) awayAt(process string, at time.Duration) bool {
@@ -388,10 +396,11 @@ func (c *checker) awayAt(process string, at time.Duration) bool {
 	})
 }
 
-// someAbsent tells whether a process had died, or was away, so recently that what it held may not have been taken over yet.
+// someAbsent tells whether a process had died, or was away, so recently that what it held may not have been taken over yet, or
+// died soon after.
 func (c *checker) someAbsent(at time.Duration) bool {
 	for key, l := range c.Lives {
-		recent := l.To <= at && at-l.To < 10*c.Rules.ClaimMinIdle
+		recent := c.over(l, at) && at-l.To < 10*c.Rules.ClaimMinIdle
 		if recent || c.awayAt(key.Process, at) {
 			return true
 		}

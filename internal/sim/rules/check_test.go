@@ -588,6 +588,38 @@ func TestRedisForgets(t *testing.T) {
 	assert.Len(t, v.LostByRedis, 1)
 }
 
+// TestRedisForgets_Noticing: a holder who dies before it can notice cannot put back what it had; one that closes, or dies later, can.
+func TestRedisForgets_Noticing(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		started bool
+		closes  bool
+		after   time.Duration
+		broken  []string
+	}{
+		{name: "dies soon", started: true, after: testMinIdle / 6},
+		{name: "dies soon, with what it had read ahead", after: testMinIdle / 6},
+		{name: "dies later", started: true, after: testMinIdle / 2, broken: []string{RuleLost}},
+		{name: "dies later, with what it had read ahead", after: testMinIdle / 2, broken: []string{RuleLost}},
+		{name: "closes", started: true, closes: true, after: testMinIdle / 6, broken: []string{RuleLost}},
+		{name: "closes, with what it had read ahead", closes: true, after: testMinIdle / 6, broken: []string{RuleLost}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newRecord()
+			r.publish(Published, true, 1)
+			if test.started {
+				r.start("consumer-1", 1, 1)
+			}
+			r.fault(Effect{Fault: "group-destroy", Loses: Everything, Group: true, Held: map[string]string{testID(1): "consumer-1"}}, 0)
+			if r.wait(test.after); test.closes {
+				r.process(Closing, "consumer-1")
+			}
+			r.add(Event{Kind: Ended, Process: "consumer-1", Life: 1, Error: map[bool]string{false: "killed"}[test.closes]})
+			assert.Equal(t, test.broken, r.check().Broken())
+		})
+	}
+}
+
 // TestReach: neither an absence nor an outage counts, nor both at a time twice.
 func TestReach(t *testing.T) {
 	r := newRecord().wait(time.Second)
