@@ -127,19 +127,20 @@ func TestGroupResetWhileConsumersRun(t *testing.T) {
 		}
 	}
 	held := next()
-	require.Equal(t, "0", string(held.Payload))
+	var others, again []string // in any order: there are three slots
 	for range 2 {
-		next().Ack()
+		msg := next()
+		others = append(others, string(msg.Payload))
+		msg.Ack()
 	}
 	await(t, func() bool { return strings.HasSuffix(groupOf(t, client, topic, "g"), " 1") })
 	ran(t, 0, "group", "reset", topic, "g", "--to", "start", "--yes")
-	var again []string // in any order: there are three slots
 	for range 2 {
 		msg := next()
 		again = append(again, string(msg.Payload))
 		msg.Ack()
 	}
-	assert.ElementsMatch(t, []string{"1", "2"}, again)
+	assert.ElementsMatch(t, others, again)
 	held.Ack()
 	await(t, func() bool { return strings.HasSuffix(groupOf(t, client, topic, "g"), " 0") })
 	require.NoError(t, sub.Close())
