@@ -1516,13 +1516,7 @@ func TestGroupRemade_ReadsOn(t *testing.T) {
 	messages := subscribe(t, sub, topic)
 	publish(t, admin, topic, "old")
 	old := next(t, messages)
-	_, err := admin.TxPipelined(t.Context(), func(p redis.Pipeliner) error {
-		p.XGroupDestroy(t.Context(), topic, testGroup)
-		p.XGroupCreate(t.Context(), topic, testGroup, "$")
-		p.XAdd(t.Context(), &redis.XAddArgs{Stream: topic, Values: []string{goxstreams.UUIDHeaderKey, "x", "payload", "new"}})
-		return nil
-	})
-	require.NoError(t, err)
+	remade(t, admin, topic)
 	fresh := next(t, messages)
 	require.Equal(t, "new", string(fresh.Payload))
 	select { // until a renewal found it missing, or restored it

@@ -190,7 +190,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	if start == "" || info.Last != "" && xstream.CompareIDs(info.Last, start) < 0 {
 		start = "0" // everything in it is, or may be, new
 	}
-	entries := k.toRestore(true)
+	entries := k.toRestore(!anew) // in a stream that began anew the ID of what may have been moved may be another entry's
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
 	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle,
 		k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
