@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -290,6 +291,43 @@ func TestOrderingKey_TakeOver(t *testing.T) {
 				}
 			}()
 			eventuallyAll(t, func() int { return int(n.Load()) }, len(payloads))
+			eventuallySettled(t, client, topic, testGroup)
+		})
+	}
+}
+
+// The delivery of a claimed message that waits for its key has not begun, so that a crash
+// of its consumer uses up none, however often that happens.
+func TestOrderingKey_WaitingCountsNothing(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	for _, count := range []int64{1, 3} { // an innocent, a suspect
+		t.Run(fmt.Sprint("count ", count), func(t *testing.T) {
+			t.Parallel()
+			client, topic := newClient(t), topic(t)
+			createGroup(t, client, topic, testGroup)
+			publish(t, client, topic, "key 1", "key 2")
+			ids := readAs(t, client, topic, testGroup, "dead", 2)
+			require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, "dead", 0, ids[1], "retrycount", count, "justid").Err())
+			config := keyed(client)
+			config.ClaimMinIdle, config.ClaimInterval = minIdle, 20*time.Millisecond
+			config.Retry.MaxRetries = 10
+			messages := subscribe(t, newSubscriber(t, config), topic)
+			first := next(t, messages)
+			waits, before := ids[1], count
+			if delivery(t, first).ID == waits {
+				waits, before = ids[0], 1
+			}
+			eventually(t, func() bool {
+				return slices.ContainsFunc(pendingOf(t, client, topic, testGroup), func(p redis.XPendingExt) bool {
+					return p.ID == waits && p.Consumer != "dead" && p.RetryCount == before
+				})
+			}, "its delivery counts")
+			first.Ack()
+			second := next(t, messages)
+			require.Equal(t, waits, delivery(t, second).ID)
+			require.Equal(t, before+1, delivery(t, second).Count)
+			second.Ack()
 			eventuallySettled(t, client, topic, testGroup)
 		})
 	}

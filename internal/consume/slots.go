@@ -152,12 +152,26 @@ func (s *Subscription) first(t *Task) bool {
 	if !s.cfg.Keyed || t.HasKey() {
 		return true
 	}
-	ok, late, fx := s.ledger.Line(time.Now(), t.Entry, s.work.Key(t))
+	key := s.work.Key(t)
+	if s.ledger.IsHeld(key) {
+		s.uncount(t)
+	}
+	ok, late, fx := s.ledger.Line(time.Now(), t.Entry, key)
 	s.apply(fx)
 	if late {
 		s.GiveBack(t, t.Count()-1)
 	}
-	return ok
+	return ok && s.acquire(t) // the key may have become free meanwhile
+}
+
+// uncount lowers the count in Redis of an entry that waits for its key, until it is acquired
+// again: it may wait through any number of crashes that others of its key cause. (If Redis does
+// not answer, such a crash counts as a delivery.)
+func (s *Subscription) uncount(t *Task) {
+	count := t.Count()
+	_, _ = s.keeper.Recount(s.life.ctx, t.Entry, count-1)
+	t.SetCount(count, count)
+	t.Fields = nil
 }
 
 // keyBatch is how many entries the keyer takes at a time: enough to take the ledger's mutex

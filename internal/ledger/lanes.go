@@ -105,6 +105,13 @@ func (l *Ledger) Keyed(now time.Time, entries []*Entry, keys []string) (late []*
 	return late, l.effects(now)
 }
 
+// IsHeld reports whether an entry has the key.
+func (l *Ledger) IsHeld(key string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.keys.lanes[key] != nil
+}
+
 // Line gives a running entry its key. It returns false if another entry has the key: then
 // the entry waits behind it, and its slot is free; or, after Close, it is late, and to be
 // released.
