@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -33,13 +34,20 @@ const crashRole = "crash"
 // crashArgs are the instructions for a crashChild.
 type crashArgs struct {
 	Addr, Topic    string
-	Typed          bool   // a Consumer with a Worker; else a handler of plain messages
-	MaxRetries     int    // of the Retry
-	MaxConcurrency int    // of the Subscriber
-	MaxSize        int    // of a BatchConsumer, instead of a Consumer
-	Poison         string // what Process does with the message "poison": "kill", "exit", "fail", "permanent"
-	DeadCrashes    bool   // ProcessDead kills the process too
+	Others         []string // more topics, whose messages take a while
+	Subscribers    bool     // one for each topic
+	Typed          bool     // a Consumer with a Worker; else a handler of plain messages
+	MaxRetries     int      // of the Retry
+	MaxConcurrency int      // of the Subscriber
+	MaxSize        int      // of a BatchConsumer, instead of a Consumer
+	Poison         string   // what Process does with the message "poison": "kill", "exit", "fail", "permanent"
+	DeadCrashes    bool     // ProcessDead kills the process too
 }
+
+// crashOtherTakes is how long the handlers of the other topics take: longer than poison then does.
+const crashOtherTakes = 300 * time.Millisecond
+
+func (args crashArgs) topics() []string { return append([]string{args.Topic}, args.Others...) }
 
 // crashLog is the list in Redis to which children write before each step, so that
 // it survives them.
@@ -84,24 +92,37 @@ func crashChild() {
 	default:
 		sub, err := goxstreams.NewSubscriber(config, nil)
 		must(err)
-		messages, err := sub.Subscribe(ctx, args.Topic)
-		if must(unlessEnded(ctx, err)); err != nil {
-			break
-		}
 		handler := config.Retry.Middleware(func(msg *message.Message) ([]*message.Message, error) {
 			var body string
 			must(json.Unmarshal(msg.Payload, &body))
 			return nil, worker.Process(msg.Context(), goxstreams.Message[string]{Body: body})
 		})
-		for msg := range messages {
-			go func() {
-				if _, err := handler(msg); err != nil {
-					msg.Nack()
-				} else {
-					msg.Ack()
+		var subscriptions sync.WaitGroup
+		for _, topic := range args.topics() {
+			if args.Subscribers {
+				sub, err = goxstreams.NewSubscriber(config, nil)
+				must(err)
+			}
+			messages, err := sub.Subscribe(ctx, topic)
+			if must(unlessEnded(ctx, err)); err != nil {
+				break
+			}
+			subscriptions.Go(func() {
+				for msg := range messages {
+					go func() {
+						if topic != args.Topic {
+							time.Sleep(crashOtherTakes) // its work
+						}
+						if _, err := handler(msg); err != nil {
+							msg.Nack()
+						} else {
+							msg.Ack()
+						}
+					}()
 				}
-			}()
+			})
 		}
+		subscriptions.Wait()
 	}
 	must(client.Close())
 }
@@ -124,6 +145,9 @@ func (w crashWorker) Process(_ context.Context, msg goxstreams.Message[string]) 
 	}
 	switch w.args.Poison {
 	case "kill":
+		if len(w.args.Others) > 0 {
+			time.Sleep(crashOtherTakes / 3)
+		}
 		w.die()
 	case "exit":
 		os.Exit(3)
@@ -201,10 +225,15 @@ func crashLoop(t testing.TB, client *redis.Client, processes int, args crashArgs
 		running[i] = startCrashChild(t, args)
 	}
 	settled := func() bool {
-		groups, err := client.XInfoGroups(t.Context(), args.Topic).Result()
-		require.NoError(t, err)
-		last := entryIDs(t, client, args.Topic)
-		return groups[0].Pending == 0 && groups[0].LastDeliveredID == last[len(last)-1]
+		for _, topic := range args.topics() {
+			groups, err := client.XInfoGroups(t.Context(), topic).Result()
+			require.NoError(t, err)
+			last := entryIDs(t, client, topic)
+			if groups[0].Pending > 0 || groups[0].LastDeliveredID != last[len(last)-1] {
+				return false
+			}
+		}
+		return true
 	}
 	for deadline := time.Now().Add(2 * patience); !settled(); time.Sleep(10 * time.Millisecond) {
 		require.True(t, time.Now().Before(deadline), "not settled, and no death since the last of %d", deaths)
@@ -288,6 +317,40 @@ func TestCrashLoop(t *testing.T) {
 			assert.Equal(t, `"poison"`, string(dead[0].Message.Payload))
 			assert.Equal(t, goxstreams.Exhausted, dead[0].Kind)
 			assert.EqualValues(t, runs+1, dead[0].Deliveries)
+		})
+	}
+}
+
+// A message kills every process that handles it, while messages of other topics are with
+// handlers in the same process: none of these is dead at the end.
+func TestCrashLoop_OtherTopics(t *testing.T) {
+	t.Parallel()
+	for _, maxRetries := range []int{-1, 1, 2, 3} {
+		subscribers := maxRetries%2 != 0
+		t.Run(fmt.Sprintf("MaxRetries=%d, several Subscribers=%t", maxRetries, subscribers), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t) // claims by idle time
+			client := newClient(t)
+			args := crashArgs{Addr: client.Options().Addr, Topic: topic(t), Others: []string{topic(t), topic(t)}, Subscribers: subscribers, Poison: "kill", MaxRetries: maxRetries, MaxConcurrency: 8}
+			for _, topic := range args.topics() {
+				createGroup(t, client, topic, testGroup)
+			}
+			for i := range 10 {
+				for _, topic := range args.Others {
+					produce(t, client, topic, fmt.Sprint(topic, " ", i))
+				}
+			}
+			produce(t, client, args.Topic, "poison")
+			begun, deaths := crashLoop(t, client, 1, args)
+			assert.Equal(t, max(maxRetries, 0)+2, deaths)
+			assert.Equal(t, deaths, begun["process poison"])
+			require.Len(t, deadOf(t, client, args.Topic), 1)
+			for _, topic := range args.Others {
+				assert.Empty(t, deadOf(t, client, topic))
+				for i := range 10 {
+					assert.Positive(t, begun[fmt.Sprint("done ", topic, " ", i)])
+				}
+			}
 		})
 	}
 }

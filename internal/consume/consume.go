@@ -109,6 +109,7 @@ type Subscription struct {
 	life     life
 	loops    loops
 	slots    slots
+	apart    *isolation
 	overflow sync.Once // logs once that an entry is pending for us without room in the ledger
 
 	claimed, lost, trimmed atomic.Int64
@@ -138,7 +139,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	s := &Subscription{
 		cfg: cfg, work: work, shared: shared,
 		stream: xstream.Stream{Client: shared.client, Via: shared.pipe, Key: cfg.Topic, Group: cfg.Group},
-		loops:  newLoops(), pause: newPause(),
+		loops:  newLoops(), pause: newPause(), apart: joinIsolation(shared.client),
 		life: life{
 			parent: ctx, base: context.WithoutCancel(ctx),
 			closing: make(chan struct{}), abandon: make(chan struct{}), done: make(chan struct{}),
@@ -162,7 +163,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	s.cfg.Fields = cfg.Fields.Add(watermill.LogFields{"consumer_uuid": s.stream.Consumer})
 	s.ledger = ledger.New(ledger.Config{
 		Slots: cfg.MaxConcurrency, Batch: cfg.MaxBatch, Wait: cfg.MaxWait, Keyed: cfg.Keyed, Compare: xstream.CompareIDs, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
-		Patience: max(minPatience, cfg.ClaimMinIdle/6), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
+		Patience: cfg.patience(), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
 	})
 	s.keeper = lease.New(lease.Config{
 		Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever,
@@ -178,6 +179,10 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	s.mode = modeOf(s)
 	return s
 }
+
+// patience is the first Patience of the ledger, and how long a suspect excludes those of other
+// subscriptions.
+func (cfg Config) patience() time.Duration { return max(minPatience, cfg.ClaimMinIdle/6) }
 
 // Open does what must happen before Subscribe returns, and waits for Redis if the
 // config says so. After an error the subscription has ended.
@@ -203,6 +208,7 @@ func (s *Subscription) Open(ctx context.Context) error {
 			fallthrough
 		case !redisx.NotReady(err) && !redisx.OutOfMemory(err) || !time.Now().Before(deadline):
 			s.ledger.Stop()
+			s.apart.leave()
 			s.shared.returnName(s.cfg.Topic, s.stream.Consumer)
 			return err
 		}
@@ -322,6 +328,7 @@ func (s *Subscription) drain() {
 	s.leave()
 	cancel.Stop()
 	abandon.Stop()
+	s.apart.leave()
 	s.cfg.Log.Debug("Subscription closed", s.cfg.Fields)
 	close(s.life.done)
 }

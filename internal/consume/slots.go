@@ -75,6 +75,7 @@ func (sl *slot) run() {
 			return
 		}
 		s.apply(fx)
+		s.awaitTurn(sl.taken[0])
 		if sl.acquire(); len(sl.tasks) > 0 {
 			s.work.Handle(sl.tasks)
 		}

@@ -541,8 +541,19 @@ func (l *Ledger) leave(e *Entry) {
 	e.state = None
 }
 
+// OnSettled has settled called once when the entry does not run alone, or as a suspect, any more.
+func (l *Ledger) OnSettled(e *Entry, settled context.CancelFunc) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.settled = settled
+}
+
 // settle lets other entries run after one that ran alone or as a suspect.
 func (l *Ledger) settle(now time.Time, e *Entry) {
+	if e.settled != nil {
+		e.settled()
+		e.settled = nil
+	}
 	if e == l.apart.alone {
 		l.apart.alone = nil
 		l.apart.until = now.Add(now.Sub(l.apart.from))

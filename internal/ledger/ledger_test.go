@@ -324,6 +324,41 @@ func TestTake_Lonely(t *testing.T) {
 // Nothing is read while an entry runs alone: that no other work is here does not
 // mean that there is none. A topic's fresh messages waited until the last such
 // entry had run.
+// Whoever has a suspect's, or a lonely entry's, turn among other ledgers learns when it is over.
+func TestOnSettled(t *testing.T) {
+	for _, count := range []int64{2, 4} { // a suspect, a lonely one
+		for name, end := range map[string]func(l *Ledger, e *Entry){
+			"retry":    func(l *Ledger, e *Entry) { l.Retry(start, e, at(1)) },
+			"released": func(l *Ledger, e *Entry) { l.Releasing(start, e) },
+			"removed":  func(l *Ledger, e *Entry) { l.Remove(start, e) },
+			"held":     func(l *Ledger, e *Entry) { l.HoldBack(start, e) },
+			"acked": func(l *Ledger, e *Entry) {
+				l.Acked(start, e)
+				require.Len(t, l.Acks(10), 1)
+				l.Confirmed(start, 1)
+			},
+		} {
+			t.Run(fmt.Sprint(name, " ", count), func(t *testing.T) {
+				l := newLedger(2)
+				l.Offer(start, []*Entry{claim("1", count+1)}, false)
+				_, e := take(l, start)
+				require.True(t, e.IsSuspect())
+				settled := 0
+				l.OnSettled(e, func() { settled++ })
+				l.Claimed(start, e)
+				require.Zero(t, settled)
+				end(l, e)
+				require.Equal(t, 1, settled)
+				l.Remove(start, e)
+				require.Equal(t, 1, settled)
+				l.Offer(start, []*Entry{claim("2", 2)}, false)
+				_, e = take(l, at(2))
+				require.False(t, e.IsSuspect())
+			})
+		}
+	}
+}
+
 func TestTake_LonelyOneAfterTheOther(t *testing.T) {
 	l := newLedger(2)
 	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)

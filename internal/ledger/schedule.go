@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"cmp"
+	"context"
 	"time"
 )
 
@@ -13,7 +14,13 @@ type taking struct {
 	past  bool   // as a retry or a candidate, not as a fresh entry
 	spare int    // places in its slot that past work leaves unused, counted as used
 	again *queue // from this queue of candidates, until it has its fields again
+
+	suspect bool               // it may crash the process: it runs as a suspect, or alone
+	settled context.CancelFunc // see OnSettled
 }
+
+// IsSuspect reports whether a running entry was taken as one that may crash the process.
+func (e *Entry) IsSuspect() bool { return e.suspect }
 
 // quiet is how long there must be no other work here until an entry may run alone
 // out of its turn. What waits on a server is here sooner.
@@ -60,6 +67,7 @@ func (l *Ledger) take(e *Entry) {
 	if e.again = nil; e.state != Waiting && e.Owner == "" && e.Fields == nil && e.in != &l.fresh { // an orphan, or it had waited for its key
 		e.again = e.in
 	}
+	e.suspect = e == l.apart.alone || e == l.apart.suspect
 	l.leave(e)
 	e.state, e.past, e.putBack = Running, past, time.Time{}
 	l.use.running++

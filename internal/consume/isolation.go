@@ -1,0 +1,67 @@
+package consume
+
+import (
+	"context"
+	"reflect"
+	"sync"
+
+	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
+	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
+)
+
+// A message that may crash its process runs beside no other such message of its
+// subscription: see ledger. A crash does not stop there, so these also take turns with
+// those of the process's other subscriptions, as far as these have the same client.
+
+// isolation is what the subscriptions of a client share.
+type isolation struct {
+	client redisx.Client
+	turn   chan struct{} // capacity 1: a suspect is running
+	users  int           // guarded by isolations
+}
+
+var isolations = struct {
+	sync.Mutex
+	of map[redisx.Client]*isolation
+}{of: make(map[redisx.Client]*isolation)}
+
+func joinIsolation(client redisx.Client) *isolation {
+	if !reflect.ValueOf(client).Comparable() { // wrapped by a type with a slice, for example
+		client = redisx.Client{}
+	}
+	isolations.Lock()
+	defer isolations.Unlock()
+	i := isolations.of[client]
+	if i == nil {
+		i = &isolation{client: client, turn: make(chan struct{}, 1)}
+		isolations.of[client] = i
+	}
+	i.users++
+	return i
+}
+
+func (i *isolation) leave() {
+	isolations.Lock()
+	defer isolations.Unlock()
+	if i.users--; i.users == 0 {
+		delete(isolations.of, i.client)
+	}
+}
+
+// awaitTurn waits until no other suspect is running, before this one is claimed. It does not
+// wait for what has been running for as long as the ledger's patience, since a handler may take
+// very long.
+func (s *Subscription) awaitTurn(e *ledger.Entry) {
+	if !e.IsSuspect() {
+		return
+	}
+	turn := s.apart.turn
+	select {
+	case turn <- struct{}{}:
+	case <-s.life.closing:
+		return
+	}
+	ctx, settled := context.WithTimeout(context.Background(), s.cfg.patience())
+	context.AfterFunc(ctx, func() { <-turn })
+	s.ledger.OnSettled(e, settled)
+}
