@@ -12,8 +12,9 @@ import (
 // Subscriptions of a client share an isolation as long as there are any; a client need not be
 // comparable.
 func TestIsolation(t *testing.T) {
-	before := len(isolations.of)
 	client, other := redis.NewClient(&redis.Options{}), redis.NewClient(&redis.Options{})
+	defer client.Close()
+	defer other.Close()
 	odd := struct {
 		redis.UniversalClient
 		_ []string
@@ -28,5 +29,8 @@ func TestIsolation(t *testing.T) {
 	for _, i := range []*isolation{b, b, c, d} {
 		i.leave()
 	}
-	require.Len(t, isolations.of, before)
+	isolations.Lock()
+	defer isolations.Unlock()
+	require.NotContains(t, isolations.of, a.client)
+	require.NotContains(t, isolations.of, c.client)
 }
