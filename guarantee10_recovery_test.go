@@ -1588,6 +1588,38 @@ func TestGroupRemade_ReadsOnThenPauses(t *testing.T) {
 	require.ElementsMatch(t, append(ids[len(ids)-left+1:], "new"), uuids(collect(messages, left, patience)), "lost")
 }
 
+// The same with a dead message whose move to the dead-letter stream has had no answer: it was not moved.
+func TestGroupRemade_ReadsOnThenClosesWithAMove(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	topic, admin := topic(t), newClient(t)
+	var closing atomic.Bool
+	tried := make(chan struct{}, 100)
+	config := grouped(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		if !isScript(cmd, "-- dead-letter") || closing.Load() {
+			return next()
+		}
+		tried <- struct{}{}
+		return io.ErrUnexpectedEOF
+	}}))
+	config.MaxConcurrency, config.CloseTimeout, config.Retry = 4, patience, &goxstreams.Retry{MaxRetries: -1}
+	sub := newSubscriber(t, config)
+	messages := subscribe(t, sub, topic)
+	publish(t, admin, topic, "deadly")
+	next(t, messages).Nack()
+	<-tried
+	remade(t, admin, topic)
+	fresh := next(t, messages)
+	require.Equal(t, "new", string(fresh.Payload))
+	fresh.Ack()
+	closing.Store(true)
+	require.NoError(t, sub.Close())
+	again := claiming(admin)
+	again.Retry = config.Retry
+	subscribe(t, newSubscriber(t, again), topic)
+	eventually(t, func() bool { return len(deadOf(t, admin, topic)) == 1 }, "lost")
+}
+
 // A message that is acked while a lost group is repaired is not delivered again: the restore
 // may arrive after the ack.
 func TestGroupLost_AckDuringTheRepair(t *testing.T) {

@@ -274,7 +274,7 @@ func (s *Subscription) releaseAll() {
 	give := unread(queued)
 	var moving []*ledger.Entry
 	for _, e := range retries {
-		if e.Move() == ledger.MaybeMoved {
+		if e.Move() == ledger.MaybeMoved { // it waits on, until that is known
 			moving = append(moving, e)
 			continue
 		}

@@ -429,8 +429,10 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 		}
 	}
 	for _, e := range slices.Concat(queued, retries) {
-		l.leave(e)
-		e.state = Releasing
+		if e.move != MaybeMoved { // the last attempt to move it may find the group remade
+			l.leave(e)
+			e.state = Releasing
+		}
 	}
 	return queued, retries
 }
