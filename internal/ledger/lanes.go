@@ -132,7 +132,7 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Ef
 	case l.apart.suspect:
 		from = &l.suspects
 	}
-	l.settle(now, e)
+	l.settle(now, e, false)
 	l.leave(e)
 	l.line(e, key, from)
 	return false, false, l.effects(now)
@@ -222,6 +222,9 @@ func (l *Ledger) free(e *Entry) {
 		to.insert(next) // it must not wait again for its batch to fill
 	} else {
 		to.push(next)
+	}
+	if to == &l.lonely {
+		l.sort(to.entries) // it has waited for longer than those whose keys are not known
 	}
 }
 

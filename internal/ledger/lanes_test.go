@@ -286,3 +286,31 @@ func TestReadmit_Keys(t *testing.T) {
 	require.Nil(t, l.apart.alone, "a retry of ours")
 	check(t, l)
 }
+
+// What must run alone, and waits for its key instead, leaves its turn to the next one, and comes before
+// those whose keys are not known once it has its own.
+func TestTake_LonelyBehindItsKey(t *testing.T) {
+	l := newKeyed(2)
+	readKeyed(l, start, "a", 1, 1)
+	l.Offer(start, []*Entry{claim("3", 5), claim("4", 5), claim("5", 5)}, false)
+	id, e := take(l, start)
+	require.Equal(t, "3", id)
+	l.Claimed(start, e)
+	ok, _, _ := l.Line(start, e, "a")
+	require.False(t, ok, "1 has the key")
+	id, e = take(l, start)
+	require.Equal(t, "4", id, "at once")
+	l.Claimed(start, e)
+	ok, _, _ = l.Line(start, e, "b")
+	require.True(t, ok)
+	l.Acked(at(1), e)
+	l.Confirmed(at(1), 1)
+	id, e = take(l, at(1))
+	require.Equal(t, "1", id, "others have their turn")
+	l.Acked(at(1), e)
+	l.Confirmed(at(1), 1)
+	check(t, l)
+	id, _ = take(l, at(3))
+	require.Equal(t, "3", id, "before 5")
+	check(t, l)
+}

@@ -349,7 +349,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 		from = &l.singles
 	}
 	e.most = 0
-	l.settle(now, e)
+	l.settle(now, e, true)
 	l.leave(e)
 	e.state, e.due = Waiting, due
 	l.use.waiting++
@@ -391,7 +391,7 @@ func (l *Ledger) Releasing(now time.Time, entries ...*Entry) {
 	defer l.mu.Unlock()
 	for _, e := range entries {
 		e.Detach()
-		l.settle(now, e)
+		l.settle(now, e, true)
 		l.leave(e)
 		l.free(e)
 		e.state = Releasing
@@ -550,14 +550,17 @@ func (l *Ledger) OnSettled(e *Entry, settled context.CancelFunc) {
 	e.settled = settled
 }
 
-// settle lets other entries run after one that ran alone or as a suspect.
-func (l *Ledger) settle(now time.Time, e *Entry) {
+// settle lets other entries run after one that ran alone or as a suspect. If it could not run, the
+// next one that must run alone can, since nothing else does.
+func (l *Ledger) settle(now time.Time, e *Entry, ran bool) {
 	if e.settled != nil {
 		e.settled()
 		e.settled = nil
 	}
 	if e == l.apart.alone {
-		l.apart.alone = nil
+		if l.apart.alone = nil; !ran && now.Before(l.apart.from.Add(l.apart.patience)) {
+			return
+		}
 		l.apart.until = now.Add(now.Sub(l.apart.from))
 		l.apart.from, l.apart.patience = time.Time{}, l.cfg.Patience
 	}
@@ -567,7 +570,7 @@ func (l *Ledger) settle(now time.Time, e *Entry) {
 }
 
 func (l *Ledger) remove(now time.Time, e *Entry) {
-	l.settle(now, e)
+	l.settle(now, e, e.Owner == "" || e.handled)
 	l.leave(e)
 	l.free(e)
 	if !l.over { // otherwise the keyer may be reading them

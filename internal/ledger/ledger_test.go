@@ -321,9 +321,6 @@ func TestTake_Lonely(t *testing.T) {
 	require.Empty(t, id, "a took from 11 to 14")
 }
 
-// Nothing is read while an entry runs alone: that no other work is here does not
-// mean that there is none. A topic's fresh messages waited until the last such
-// entry had run.
 // Whoever has a suspect's, or a lonely entry's, turn among other ledgers learns when it is over.
 func TestOnSettled(t *testing.T) {
 	for _, count := range []int64{2, 4} { // a suspect, a lonely one
@@ -359,6 +356,41 @@ func TestOnSettled(t *testing.T) {
 	}
 }
 
+// A turn is not over with an entry that others have taken: the running handlers have ended for the
+// next one, too.
+func TestTake_LonelyTakenByOthers(t *testing.T) {
+	l := newLedger(2)
+	l.Add(start, start, read("1", "2", "3", "4"))
+	_, slow := take(l, start)
+	l.Offer(at(1), []*Entry{claim("a", 5), claim("b", 5), claim("c", 5)}, false)
+	id, _ := take(l, at(1))
+	require.Empty(t, id, "it waits for the slow one")
+	l.Acked(at(3), slow)
+	l.Confirmed(at(3), len(l.acks))
+	id, a := take(l, at(3))
+	require.Equal(t, "a", id)
+	l.Remove(at(3), a)
+	id, b := take(l, at(3))
+	require.Equal(t, "b", id)
+	l.Claimed(at(3), b)
+	l.Acked(at(4), b)
+	l.Confirmed(at(4), len(l.acks))
+	for _, want := range []string{"2", "3"} {
+		id, fresh := take(l, at(4))
+		require.Equal(t, want, id, "others have their turn: c waits")
+		l.Acked(at(4), fresh)
+	}
+	l.Confirmed(at(4), len(l.acks))
+	id, c := take(l, at(7))
+	require.Equal(t, "c", id)
+	l.Remove(at(13), c)
+	id, _ = take(l, at(13))
+	require.Equal(t, "4", id, "it took too long to find out")
+}
+
+// Nothing is read while an entry runs alone: that no other work is here does not
+// mean that there is none. A topic's fresh messages waited until the last such
+// entry had run.
 func TestTake_LonelyOneAfterTheOther(t *testing.T) {
 	l := newLedger(2)
 	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)

@@ -47,7 +47,7 @@ func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
 		l.remove(now, e)
 		return true
 	}
-	l.settle(now, e)
+	l.settle(now, e, true)
 	l.leave(e)
 	e.state = Queued
 	l.cfg.Bounds.ahead.Add(1)
