@@ -368,7 +368,7 @@ func (s *Subscriber) start(ctx context.Context, topic string, handler func(*mess
 	s.subs[sub] = struct{}{}
 	s.mu.Unlock()
 
-	if err := sub.Open(ctx); err != nil {
+	if err := sub.Open(); err != nil {
 		s.ended(sub)
 		return nil, err
 	}

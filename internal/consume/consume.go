@@ -118,19 +118,18 @@ type Subscription struct {
 // life holds the contexts of a subscription, and the stages of its end.
 type life struct {
 	parent  context.Context // Subscribe's context
+	closing context.Context // derived from parent; ended: take nothing new
 	base    context.Context // parent's values, never canceled
 	calling context.Context // derived from base, for the user's functions outside of the slots; canceled when they should finish
 	ctx     context.Context // for commands; ends lastWords after CloseTimeout
 
+	close     context.CancelCauseFunc // of closing
 	endCalls  context.CancelCauseFunc
 	cancelCtx context.CancelFunc
 
-	closing chan struct{} // closed: take nothing new
 	abandon chan struct{} // closed: CloseTimeout has passed
+	giveUp  func()        // closes abandon
 	done    chan struct{} // closed: everything has ended
-
-	close  func() // closes closing
-	giveUp func() // closes abandon
 }
 
 // New returns a subscription, to be opened and started. The contexts of its
@@ -139,19 +138,15 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	s := &Subscription{
 		cfg: cfg, work: work, shared: shared,
 		stream: xstream.Stream{Client: shared.client, Via: shared.pipe, Key: cfg.Topic, Group: cfg.Group},
-		loops:  newLoops(), pause: newPause(), apart: joinIsolation(shared.client),
+		loops:  newLoops(), pause: newPause(),
 		life: life{
-			parent: ctx, base: context.WithoutCancel(ctx),
-			closing: make(chan struct{}), abandon: make(chan struct{}), done: make(chan struct{}),
+			parent: ctx, base: context.WithoutCancel(ctx), abandon: make(chan struct{}), done: make(chan struct{}),
 		},
 	}
 	l := &s.life
+	l.closing, l.close = context.WithCancelCause(ctx)
 	l.calling, l.endCalls = context.WithCancelCause(l.base)
 	l.ctx, l.cancelCtx = context.WithCancel(context.Background())
-	l.close = sync.OnceFunc(func() {
-		s.ledger.Stop()
-		close(l.closing)
-	})
 	l.giveUp = sync.OnceFunc(func() {
 		s.cancelHandlers()
 		close(l.abandon)
@@ -186,16 +181,9 @@ func (cfg Config) patience() time.Duration { return max(minPatience, cfg.ClaimMi
 
 // Open does what must happen before Subscribe returns, and waits for Redis if the
 // config says so. After an error the subscription has ended.
-func (s *Subscription) Open(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	go func() {
-		select {
-		case <-s.life.closing:
-			cancel(s.cfg.Closed)
-		case <-ctx.Done():
-		}
-	}()
+func (s *Subscription) Open() error {
+	s.apart = joinIsolation(s.shared.client)
+	ctx := s.life.closing
 	deadline := time.Now().Add(s.cfg.WaitForRedis)
 	for pause := (backoff{}); ; {
 		err := s.mode.open(ctx)
@@ -207,6 +195,7 @@ func (s *Subscription) Open(ctx context.Context) error {
 			err = context.Cause(ctx)
 			fallthrough
 		case !redisx.NotReady(err) && !redisx.OutOfMemory(err) || !time.Now().Before(deadline):
+			s.Close()
 			s.ledger.Stop()
 			s.apart.leave()
 			s.shared.returnName(s.cfg.Topic, s.stream.Consumer)
@@ -262,29 +251,16 @@ func (s *Subscription) Start() {
 	s.mode.start()
 	s.loops.start(s.tickLoop)
 	s.startRetention()
-	go func() {
-		select {
-		case <-s.life.parent.Done():
-			s.Close()
-		case <-s.life.closing:
-		}
-		s.drain()
-	}()
+	context.AfterFunc(s.life.closing, s.drain)
 }
 
 // Close starts the drain. Done is closed when it has finished.
-func (s *Subscription) Close() { s.life.close() }
+func (s *Subscription) Close() { s.life.close(s.cfg.Closed) }
 
-// IsClosing reports whether the subscription is closing. Failures are judged by it,
-// so it also looks at Subscribe's context: a handler may notice the end of that
-// context before Close has run.
+// IsClosing reports whether the subscription is closing. Failures are judged by it: a handler may
+// notice the end of Subscribe's context before closing has ended with it.
 func (s *Subscription) IsClosing() bool {
-	select {
-	case <-s.life.closing:
-		return true
-	default:
-		return s.life.parent.Err() != nil
-	}
+	return s.life.closing.Err() != nil || s.life.parent.Err() != nil
 }
 
 func (s *Subscription) isAbandoned() bool {
@@ -305,6 +281,7 @@ func (s *Subscription) cancelHandlers() {
 // drain leads from Close to Done: stop reading, release the entries that no handler
 // has, let the handlers finish, and send their acks.
 func (s *Subscription) drain() {
+	s.ledger.Stop()
 	s.cfg.Log.Debug("Closing subscription", s.cfg.Fields)
 	grace := min(maxGrace, s.cfg.CloseTimeout/2)
 	cancel := time.AfterFunc(s.cfg.CloseTimeout-grace, s.cancelHandlers)
@@ -364,7 +341,7 @@ func (s *Subscription) Done() <-chan struct{} { return s.life.done }
 
 // Closing is closed when the subscription takes no new entries. Abandon is closed
 // when CloseTimeout has passed, or the client is closed.
-func (s *Subscription) Closing() <-chan struct{} { return s.life.closing }
+func (s *Subscription) Closing() <-chan struct{} { return s.life.closing.Done() }
 func (s *Subscription) Abandon() <-chan struct{} { return s.life.abandon }
 
 // Base carries the values of Subscribe's context and is never canceled. Calling is

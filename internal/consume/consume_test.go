@@ -87,7 +87,7 @@ func (s *setup) start(steps ...func(*Task)) {
 		}
 		step(t)
 	}
-	require.NoError(s.t, s.Open(s.t.Context()))
+	require.NoError(s.t, s.Open())
 	s.Start()
 	s.t.Cleanup(s.end)
 }
@@ -214,7 +214,7 @@ func TestApply_EarlierTimer(t *testing.T) {
 			s.Settle(t)
 		}
 	}
-	require.NoError(t, s.Open(t.Context()))
+	require.NoError(t, s.Open())
 	s.Start()
 	t.Cleanup(s.end)
 	seen := []delivery{s.next(), s.next(), s.next()}
@@ -429,7 +429,7 @@ func TestFanOut_Denied(t *testing.T) {
 			s.shared.client.UniversalClient.(*redis.Client).AddHook(denying{func(cmd redis.Cmder) bool {
 				return cmd.Name() == "xinfo" || cmd.Name() == "eval"
 			}})
-			err := s.Open(t.Context())
+			err := s.Open()
 			require.Equal(t, opens, err == nil, "%v", err)
 			if !opens {
 				require.ErrorContains(t, err, "NOPERM")
@@ -592,7 +592,7 @@ func TestOpen_Closed(t *testing.T) {
 	s := newSetup(t, func(c *Config) { c.WaitForRedis = time.Hour })
 	s.shared.client.UniversalClient.(*redis.Client).AddHook(refused{})
 	opened := make(chan error, 1)
-	go func() { opened <- s.Open(t.Context()) }()
+	go func() { opened <- s.Open() }()
 	require.Eventually(t, func() bool { return s.Stats().Err != nil }, patience, time.Millisecond, "it does not wait for Redis")
 	s.Close()
 	require.ErrorIs(t, <-opened, errClosed)
@@ -651,7 +651,7 @@ func TestKey_FetchedLate(t *testing.T) {
 	s.work.handle = func(t *Task) { s.seen <- delivery{t.ID, t.Count()}; s.Settle(t) }
 	s.work.key = func(*Task) string { return "a" }
 	ids := s.addFirst(2)
-	require.NoError(t, s.Open(t.Context()))
+	require.NoError(t, s.Open())
 	require.NoError(t, s.client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
 		Group: "group", Consumer: s.stream.Consumer, Streams: []string{s.cfg.Topic, ">"}, Count: 1,
 	}).Err())

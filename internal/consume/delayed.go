@@ -32,7 +32,7 @@ const (
 func (s *Subscription) tickLoop() {
 	var ask time.Time // when to ask for a pause again
 	d := delayed{s: s}
-	repeat(s.life.closing, nil, 0, func() time.Duration {
+	repeat(s.life.closing.Done(), nil, 0, func() time.Duration {
 		wait := d.move() // first: a message may be due now
 		next := time.Now().Add(wait)
 		if s.mode.pausable() && !time.Now().Before(ask) {

@@ -58,7 +58,7 @@ func (s *Subscription) awaitTurn(e *ledger.Entry) {
 	turn := s.apart.turn
 	select {
 	case turn <- struct{}{}:
-	case <-s.life.closing:
+	case <-s.life.closing.Done():
 		return
 	}
 	ctx, settled := context.WithTimeout(context.Background(), s.cfg.patience())

@@ -177,7 +177,7 @@ func (s *Subscription) renewLoop() {
 // until the subscription closes.
 func (s *Subscription) lookLoop() {
 	defer s.finder.Forget()
-	repeat(s.life.closing, s.loops.look, 0, func() time.Duration {
+	repeat(s.life.closing.Done(), s.loops.look, 0, func() time.Duration {
 		fx, err := s.finder.Look(s.life.ctx)
 		s.apply(fx)
 		if err != nil {

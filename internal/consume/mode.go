@@ -149,7 +149,7 @@ func (m leased) reconnect(ctx context.Context) {
 func (leased) ended(int) {}
 
 func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
-	return m.life.closing, ctx.Done()
+	return m.life.closing.Done(), ctx.Done()
 }
 
 func (m leased) withdrawn(h *Task) { m.GiveBack(h, h.Count()-1) }
@@ -212,7 +212,7 @@ func (m unleased) held(h *Task, resumed <-chan struct{}) bool {
 	select {
 	case <-resumed:
 		return true
-	case <-m.life.closing:
+	case <-m.life.closing.Done():
 		m.drop(h, "the group was paused when the subscription closed")
 		return false
 	}
@@ -272,7 +272,7 @@ func (m fanOut) ended(n int)                    { m.lost.Add(int64(n)) }
 func (fanOut) reconnect(context.Context)        {}
 
 func (m fanOut) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
-	return m.life.closing, ctx.Done()
+	return m.life.closing.Done(), ctx.Done()
 }
 
 func (m fanOut) withdrawn(h *Task) { m.ledger.Remove(time.Now(), h.Entry) }

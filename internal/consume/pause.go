@@ -50,7 +50,7 @@ func (p *pauseState) isPaused() bool { return !p.since.IsZero() }
 func (s *Subscription) askPaused(ctx context.Context) {
 	select {
 	case s.pause.turn <- struct{}{}:
-	case <-s.life.closing:
+	case <-s.life.closing.Done():
 		return
 	}
 	s.obey(s.stream.Control(ctx))

@@ -110,7 +110,7 @@ func (p *position) unseen(entries []xstream.Entry) []xstream.Entry {
 
 // run looks at the stream until the subscription closes.
 func (p *position) run() {
-	repeat(p.s.life.closing, nil, positionTick, func() time.Duration {
+	repeat(p.s.life.closing.Done(), nil, positionTick, func() time.Duration {
 		p.look(p.s.life.ctx)
 		return positionTick
 	})

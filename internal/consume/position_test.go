@@ -70,7 +70,7 @@ func TestPosition_Unseen(t *testing.T) {
 func TestPosition_ReplayEnds(t *testing.T) {
 	s := newSetup(t, func(c *Config) { c.Group = "" })
 	s.add(1)
-	require.NoError(t, s.Open(t.Context())) // not started: nobody else looks
+	require.NoError(t, s.Open()) // not started: nobody else looks
 	p := s.mode.(fanOut).position
 	p.replay = map[string]uint64{"1-0": entry("1-0").Mark().Print}
 	for range 2 {

@@ -60,7 +60,7 @@ func (r *reader) run() {
 			pause.reset() // reading has worked in between
 		}
 		s.markFailed(dutyRead, err)
-		if !pause.wait(s.life.closing) {
+		if !pause.wait(s.life.closing.Done()) {
 			return
 		}
 		s.mode.reconnect(s.life.ctx)

@@ -70,7 +70,7 @@ func (s *Subscription) startRetention() {
 // run trims the stream until the subscription closes. All subscriptions do this, without
 // a leader: the script lets one of them trim in each interval.
 func (t *trimmer) run() {
-	repeat(t.life.closing, nil, 0, func() time.Duration {
+	repeat(t.life.closing.Done(), nil, 0, func() time.Duration {
 		wait, err := t.trim()
 		switch {
 		case redisx.IsDenied(err):
@@ -124,7 +124,7 @@ func (t *trimmer) trim() (wait time.Duration, err error) {
 		if got.Cost > 2*time.Millisecond { // very many groups: leave the server half of its time
 			select {
 			case <-time.After(got.Cost):
-			case <-t.life.closing:
+			case <-t.life.closing.Done():
 			}
 		}
 	}

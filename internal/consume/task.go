@@ -65,7 +65,7 @@ func (s *Subscription) acquire(t *Task) bool {
 	taken, err := s.keeper.Take(s.life.ctx, t.Entry)
 	withdrawn := claim && t.Withdrawn
 	if withdrawn || t.slot != nil && t.slot.keys { // later it would come after its successors
-		for pause := (backoff{}); (unavailable(err) || withdrawn && xstream.GroupLost(err)) && pause.wait(s.life.closing); taken, err = s.keeper.Take(s.life.ctx, t.Entry) {
+		for pause := (backoff{}); (unavailable(err) || withdrawn && xstream.GroupLost(err)) && pause.wait(s.life.closing.Done()); taken, err = s.keeper.Take(s.life.ctx, t.Entry) {
 			if xstream.GroupLost(err) { // it is to be restored
 				s.ledger.Own(t.Entry)
 				withdrawn, claim = false, false
