@@ -31,7 +31,6 @@ type slot struct {
 type slots struct {
 	mu      sync.Mutex
 	running map[*slot]struct{}
-	free    []*slot       // ended slots, for reuse
 	none    chan struct{} // closed when none runs; nil while nobody waits
 	calls   sync.WaitGroup
 }
@@ -48,12 +47,7 @@ const (
 func (ss *slots) one(s *Subscription) *slot {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	var sl *slot
-	if n := len(ss.free) - 1; n >= 0 {
-		sl, ss.free = ss.free[n], ss.free[:n]
-	} else {
-		sl = &slot{s: s}
-	}
+	sl := &slot{s: s}
 	ss.running[sl] = struct{}{}
 	return sl
 }
@@ -65,7 +59,7 @@ func (sl *slot) run() {
 		if sl.exited(); !ended {
 			go s.slots.one(s).run() // in its place
 		}
-		s.slots.end(sl, ended)
+		s.slots.end(sl)
 	}()
 	for {
 		var fx ledger.Effects
@@ -191,8 +185,7 @@ func (sl *slot) key(batch []*ledger.Entry) {
 			s.GiveBack(&Task{Entry: sl.entry}, sl.entry.Count())
 			go s.slots.one(s).key(batch[len(keys)+1:])
 		}
-		sl.keys = false
-		s.slots.end(sl, ended)
+		s.slots.end(sl)
 	}()
 	for {
 		if len(batch) == 0 {
@@ -223,14 +216,10 @@ func (s *Subscription) keyed(entries []*ledger.Entry, keys []string) {
 	}
 }
 
-// end ends a slot, which can be used again unless its goroutine was ended by a user's function.
-func (ss *slots) end(sl *slot, reuse bool) {
+func (ss *slots) end(sl *slot) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	if ss.forget(sl); reuse {
-		clear(sl.taken[:cap(sl.taken)])
-		ss.free = append(ss.free, sl)
-	}
+	ss.forget(sl)
 }
 
 // forget must be called with the mutex locked.
