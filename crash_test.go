@@ -140,6 +140,9 @@ func (w crashWorker) Process(_ context.Context, msg goxstreams.Message[string]) 
 	w.begin("process", msg.Body)
 	if msg.Body != "poison" {
 		time.Sleep(5 * time.Millisecond)
+		if w.args.Poison == "broken" {
+			time.Sleep(crashOtherTakes)
+		}
 		w.begin("done", msg.Body)
 		return nil
 	}
@@ -176,6 +179,10 @@ func (w crashWorker) die() {
 
 func (w crashWorker) ProcessBroken(context.Context, goxstreams.BrokenMessage) error {
 	w.begin("broken", "")
+	if w.args.Poison == "broken" {
+		time.Sleep(crashOtherTakes / 3)
+		w.die()
+	}
 	return nil
 }
 
@@ -350,6 +357,35 @@ func TestCrashLoop_OtherTopics(t *testing.T) {
 				for i := range 10 {
 					assert.Positive(t, begun[fmt.Sprint("done ", topic, " ", i)])
 				}
+			}
+		})
+	}
+}
+
+// ProcessBroken kills its process, while other messages are with handlers: none of these is dead at the end.
+func TestCrashLoop_ProcessBroken(t *testing.T) {
+	t.Parallel()
+	for _, maxRetries := range []int{-1, 1, 2, 3} {
+		t.Run(fmt.Sprint("MaxRetries=", maxRetries), func(t *testing.T) {
+			t.Parallel()
+			testserver.RequireReal(t) // claims by idle time
+			client, topic := newClient(t), topic(t)
+			createGroup(t, client, topic, testGroup)
+			const innocents = 20
+			for i := range innocents {
+				produce(t, client, topic, fmt.Sprint("innocent ", i))
+				if i == 4 {
+					addRaw(t, client, topic, "payload", "malformed")
+				}
+			}
+			begun, deaths := crashLoop(t, client, 1, crashArgs{
+				Addr: client.Options().Addr, Topic: topic, Typed: true, MaxRetries: maxRetries, MaxConcurrency: 8, Poison: "broken",
+			})
+			assert.Equal(t, max(maxRetries, 0)+2, deaths)
+			assert.Equal(t, deaths, begun["broken "])
+			require.Len(t, deadOf(t, client, topic), 1)
+			for i := range innocents {
+				assert.Positive(t, begun[fmt.Sprint("done innocent ", i)])
 			}
 		})
 	}

@@ -349,7 +349,9 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 		from = &l.singles
 	}
 	e.most = 0
-	l.settle(now, e, true)
+	if from != &l.recalls || e.state != Running { // the call of OnBroken, too, may crash the process
+		l.settle(now, e, true)
+	}
 	l.leave(e)
 	e.state, e.due = Waiting, due
 	l.use.waiting++

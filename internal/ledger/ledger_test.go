@@ -321,6 +321,66 @@ func TestTake_Lonely(t *testing.T) {
 	require.Empty(t, id, "a took from 11 to 14")
 }
 
+// The call of OnBroken with a suspect, or with what must run alone, may crash the process like a handler:
+// it is as lonely. If it hangs, that ends.
+func TestTakeBroken_Suspects(t *testing.T) {
+	for _, next := range []int64{3, 5} { // a suspect, a lonely one
+		for _, hangs := range []bool{false, true} {
+			t.Run(fmt.Sprint(next, " hangs=", hangs), func(t *testing.T) {
+				l := newLedger(3)
+				l.Add(start, start, read("1", "2", "3"))
+				_, other := take(l, start)
+				broken(l, start, other)
+				l.Offer(start, []*Entry{claim("a", next), claim("b", next)}, false)
+				for id, e := take(l, start); id != "a"; id, e = take(l, start) {
+					require.NotNil(t, e)
+					l.Acked(start, e)
+					l.Confirmed(start, len(l.acks))
+				}
+				a := l.entries["a"]
+				l.Claimed(start, a)
+				broken(l, start, a)
+				check(t, l)
+				e, _ := l.TakeBroken(start)
+				require.Equal(t, a, e, "before those that came earlier")
+				e, fx := l.TakeBroken(start)
+				if next == 5 {
+					require.Nil(t, e, "nothing runs beside it")
+					require.Equal(t, at(5), fx.Timer)
+				} else {
+					require.Equal(t, other, e)
+				}
+				for id, e := take(l, start); e != nil; id, e = take(l, start) {
+					require.NotEqual(t, 5, next)
+					require.NotEqual(t, "b", id)
+					l.Acked(start, e)
+					l.Confirmed(start, len(l.acks))
+				}
+				if hangs {
+					_, e := take(l, at(4.9))
+					require.Nil(t, e)
+				} else {
+					l.Acked(at(4.9), a)
+					_, e := take(l, at(4.9))
+					require.Nil(t, e, "its ack has not arrived")
+					l.Confirmed(at(4.9), 1)
+				}
+				check(t, l)
+				id, e := take(l, at(5))
+				require.NotNil(t, e)
+				if next == 5 {
+					require.NotEqual(t, "b", id, "others have their turn")
+					e, _ := l.TakeBroken(at(5))
+					require.Equal(t, other, e)
+				} else {
+					require.Equal(t, "b", id)
+				}
+				check(t, l)
+			})
+		}
+	}
+}
+
 // Whoever has a suspect's, or a lonely entry's, turn among other ledgers learns when it is over.
 func TestOnSettled(t *testing.T) {
 	for _, count := range []int64{2, 4} { // a suspect, a lonely one
@@ -1013,7 +1073,8 @@ func TestRandom(t *testing.T) {
 							if key := keyOf(e); keyed && key != "" && !aside[e] {
 								if !e.HasKey() {
 									ok, _, more := l.Line(now, e, key)
-									if next.Slots += more.Slots; !ok {
+									next.Slots += more.Slots
+									if next.Callers += more.Callers; !ok {
 										continue
 									}
 								}

@@ -81,14 +81,38 @@ func (l *Ledger) take(e *Entry) {
 func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e := l.recalls.first(now)
-	if l.closed || l.paused || e == nil {
+	e := l.recall(now)
+	if e == nil {
 		l.use.callers--
 		return nil, l.effects(now)
 	}
 	l.leave(e)
 	e.state = Calling
 	return e, l.effects(now)
+}
+
+// recall returns what OnBroken is called with next: a suspect first, and nothing beside an entry
+// that runs alone.
+func (l *Ledger) recall(now time.Time) *Entry {
+	first := l.recalls.first(now)
+	for _, e := range []*Entry{l.apart.alone, l.apart.suspect} {
+		if e != nil && e.in == &l.recalls {
+			first = e
+		}
+	}
+	if l.closed || l.paused || l.apart.alone != nil && first != l.apart.alone {
+		return nil
+	}
+	return first
+}
+
+// callEnds returns until when at the latest others wait for a call of OnBroken that runs alone, or
+// as a suspect's: it may hang. It is zero for anything else.
+func (l *Ledger) callEnds(e *Entry) (at time.Time) {
+	if e != nil && (e.in == &l.recalls || e.state == Calling) {
+		at = e.due.Add(l.cfg.Patience)
+	}
+	return at
 }
 
 // next decides what a slot takes; it changes nothing:
@@ -177,6 +201,11 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 // was not read for its sake may not have arrived yet: so there is no other work
 // only after a quiet time.
 func (l *Ledger) drain(now time.Time) {
+	for _, e := range []*Entry{l.apart.alone, l.apart.suspect} {
+		if ends := l.callEnds(e); !ends.IsZero() && !now.Before(ends) {
+			l.settle(now, e, true)
+		}
+	}
 	switch {
 	case l.busy() || l.ordinary(now):
 		l.apart.idle = time.Time{}
@@ -215,7 +244,7 @@ func (l *Ledger) effects(now time.Time) (fx Effects) {
 		l.use.slots++
 		fx.Slots = 1
 	}
-	if l.use.callers < l.cfg.Callers && !l.closed && !l.paused && l.recalls.first(now) != nil {
+	if l.use.callers < l.cfg.Callers && l.recall(now) != nil {
 		l.use.callers++
 		fx.Callers = 1
 	}
@@ -260,6 +289,8 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 	if e := l.fresh.peek(); e != nil && l.cfg.Wait > 0 {
 		first(e.due.Add(l.cfg.Wait))
 	}
+	first(l.callEnds(l.apart.alone))
+	first(l.callEnds(l.apart.suspect))
 	if l.lonely.len() > 0 {
 		first(l.apart.until)
 		if !l.apart.idle.IsZero() {
