@@ -362,6 +362,59 @@ func TestCrashLoop_OtherTopics(t *testing.T) {
 	}
 }
 
+// A message that may have crashed its process waits while one of another topic is with a handler. Other
+// messages of its topic do not wait, and Close leaves it to others as it was.
+func TestSuspectsTakeTurns(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t) // claims by idle time
+	for _, slots := range []int{1, 8} {
+		for _, count := range []int64{2, 4} { // a suspect, one with a single delivery left
+			t.Run(fmt.Sprintf("MaxConcurrency=%d, count=%d", slots, count), func(t *testing.T) {
+				t.Parallel()
+				client := newClient(t)
+				config := claiming(client)
+				config.MaxConcurrency, config.Retry = slots, &goxstreams.Retry{MaxRetries: 3}
+				leave := func(topic, payload string) {
+					createGroup(t, client, topic, testGroup)
+					publish(t, client, topic, payload)
+					id := readAs(t, client, topic, testGroup, "dead", 1)[0]
+					require.NoError(t, client.Do(t.Context(), "xclaim", topic, testGroup, "dead", 0, id, "retrycount", count, "justid").Err())
+				}
+				sub, a, b := newSubscriber(t, config), topic(t), topic(t)
+				leave(a, "first")
+				first := next(t, subscribe(t, sub, a))
+				began := time.Now()
+				leave(b, "second")
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				messages, err := sub.Subscribe(ctx, b)
+				require.NoError(t, err)
+				var second *message.Message
+				for i := 0; time.Since(began) < 2*minIdle; i++ { // then b's subscription knows of second
+					publish(t, client, b, fmt.Sprint(i))
+					msg := next(t, messages)
+					if string(msg.Payload) == "second" {
+						second, msg = msg, next(t, messages)
+					}
+					require.Equal(t, fmt.Sprint(i), string(msg.Payload))
+					msg.Ack()
+				}
+				waits := time.Since(began) < 10*time.Second // a turn's longest time
+				cancel()
+				if _, open := <-messages; waits {
+					require.False(t, open)
+					require.Nil(t, second, "it ran beside first")
+					p := pendingOf(t, client, b, testGroup)[0]
+					require.Equal(t, "dead", p.Consumer)
+					require.Equal(t, count, p.RetryCount)
+				}
+				first.Ack()
+				require.Equal(t, "second", string(next(t, subscribe(t, sub, b)).Payload))
+			})
+		}
+	}
+}
+
 // ProcessBroken kills its process, while other messages are with handlers: none of these is dead at the end.
 func TestCrashLoop_ProcessBroken(t *testing.T) {
 	t.Parallel()

@@ -323,6 +323,14 @@ func TestOrderingKey_WaitingCountsNothing(t *testing.T) {
 					return p.ID == waits && p.Consumer != "dead" && p.RetryCount == before
 				})
 			}, "its delivery counts")
+			require.NoError(t, client.XGroupDestroy(t.Context(), topic, testGroup).Err())
+			eventually(t, func() bool {
+				pending, err := client.XPending(t.Context(), topic, testGroup).Result()
+				return err == nil && pending.Count == 2
+			})
+			for _, p := range pendingOf(t, client, topic, testGroup) {
+				require.True(t, p.ID != waits || p.RetryCount == before, "its delivery counts once the group was lost")
+			}
 			first.Ack()
 			second := next(t, messages)
 			require.Equal(t, waits, delivery(t, second).ID)

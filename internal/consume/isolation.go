@@ -4,8 +4,8 @@ import (
 	"context"
 	"reflect"
 	"sync"
+	"time"
 
-	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
@@ -16,7 +16,7 @@ import (
 // isolation is what the subscriptions of a client share.
 type isolation struct {
 	client redisx.Client
-	turn   chan struct{} // capacity 1: a suspect is running
+	turn   chan struct{} // capacity 1: it is somebody's turn
 	users  int           // guarded by isolations
 }
 
@@ -48,20 +48,19 @@ func (i *isolation) leave() {
 	}
 }
 
-// awaitTurn waits until no other suspect is running, before this one is claimed. It does not
-// wait for what has been running for as long as the ledger's patience, since a handler may take
-// very long.
-func (s *Subscription) awaitTurn(e *ledger.Entry) {
-	if !e.IsSuspect() {
-		return
-	}
+// awaitTurn waits until it is this subscription's turn, and tells the ledger. The turn ends at the latest
+// after twice the ledger's patience, once to drain and once to handle: handlers may take very long.
+func (s *Subscription) awaitTurn() {
 	turn := s.apart.turn
 	select {
 	case turn <- struct{}{}:
 	case <-s.life.closing.Done():
 		return
 	}
-	ctx, settled := context.WithTimeout(context.Background(), s.cfg.patience())
-	context.AfterFunc(ctx, func() { <-turn })
-	s.ledger.OnSettled(e, settled)
+	ctx, end := context.WithTimeout(context.Background(), 2*s.cfg.patience())
+	context.AfterFunc(ctx, func() {
+		s.apply(s.ledger.TurnOver(time.Now())) // first: it asks for another turn, which must not be ended
+		<-turn
+	})
+	s.apply(s.ledger.HaveTurn(time.Now(), end))
 }

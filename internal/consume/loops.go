@@ -56,6 +56,9 @@ func (s *Subscription) apply(fx ledger.Effects) {
 	if fx.Key {
 		go s.slots.one(s).key(nil)
 	}
+	if fx.Turn {
+		go s.awaitTurn()
+	}
 	if fx.Crowded {
 		s.cfg.Log.Error("Too many messages wait for others with the same ordering key; until these are handled, nothing more is read",
 			errors.New("MaxConcurrency or the retries of few keys limit the topic"), s.cfg.Fields)

@@ -20,10 +20,12 @@ type slot struct {
 	state atomic.Int32
 	entry *ledger.Entry   // that the user's function is about, in slotCalls
 	taken []*ledger.Entry // what Take returned
+	round int             // the number of that call
 	tasks []Task          // those of taken that are handled
 
-	keys bool   // it runs key
-	left func() // gives up on the message's handler, in slotCalls; nil: it is another function
+	keys   bool   // it runs key
+	silent bool   // Redis did not answer while what was taken was acquired
+	left   func() // gives up on the message's handler, in slotCalls; nil: it is another function
 }
 
 // slots are the slots of a subscription, and the calls of the user's functions
@@ -69,7 +71,7 @@ func (sl *slot) run() {
 			return
 		}
 		s.apply(fx)
-		s.awaitTurn(sl.taken[0])
+		sl.round = sl.taken[0].Round()
 		if sl.acquire(); len(sl.tasks) > 0 {
 			s.work.Handle(sl.tasks)
 		}
@@ -100,7 +102,7 @@ func (sl *slot) exited() {
 	if sl.state.Load() != slotCalls {
 		return // or detached
 	}
-	for _, e := range sl.s.ledger.Running(sl.taken) {
+	for _, e := range sl.s.ledger.Running(sl.taken, sl.round) {
 		count := e.Count()
 		if e != sl.entry {
 			count-- // the rest of a batch
@@ -114,7 +116,7 @@ func (sl *slot) exited() {
 func (sl *slot) acquire() {
 	s := sl.s
 	clear(sl.tasks)
-	sl.tasks = sl.tasks[:0]
+	sl.tasks, sl.silent = sl.tasks[:0], false
 	for _, e := range sl.taken {
 		sl.tasks = append(sl.tasks, Task{e, sl})
 	}
@@ -148,25 +150,20 @@ func (s *Subscription) first(t *Task) bool {
 		return true
 	}
 	key := s.work.Key(t)
-	if s.ledger.IsHeld(key) {
-		s.uncount(t)
+	how, fx := s.ledger.Line(time.Now(), t.Entry, key)
+	if count := t.Count(); how == ledger.Counted {
+		if !t.slot.silent { // otherwise each of a batch would wait; such a crash counts as a delivery then
+			_, err := s.keeper.Recount(s.life.ctx, t.Entry, count-1)
+			t.slot.silent = unavailable(err)
+		}
+		s.ledger.Uncounted(t.Entry, count)
+		how, fx = s.ledger.Line(time.Now(), t.Entry, key)
 	}
-	ok, late, fx := s.ledger.Line(time.Now(), t.Entry, key)
 	s.apply(fx)
-	if late {
+	if how == ledger.Late {
 		s.GiveBack(t, t.Count()-1)
 	}
-	return ok && s.acquire(t) // the key may have become free meanwhile
-}
-
-// uncount lowers the count in Redis of an entry that waits for its key, until it is acquired
-// again: it may wait through any number of crashes that others of its key cause. (If Redis does
-// not answer, such a crash counts as a delivery.)
-func (s *Subscription) uncount(t *Task) {
-	count := t.Count()
-	_, _ = s.keeper.Recount(s.life.ctx, t.Entry, count-1)
-	t.SetCount(count, count)
-	t.Fields = nil
+	return how == ledger.First && s.acquire(t) // the key may have become free meanwhile
 }
 
 // keyBatch is how many entries the keyer takes at a time: enough to take the ledger's mutex

@@ -77,9 +77,12 @@ func (l *Ledger) share(e *Entry) int {
 	return max(1, l.cfg.Batch>>min(max(e.Next-1, 0), 62))
 }
 
-// Running returns the entries that have not come to their outcome.
-func (l *Ledger) Running(entries []*Entry) []*Entry {
+// Round returns the number of the call of Take that returned the entry, to the goroutine that has it.
+func (e *Entry) Round() int { return e.round }
+
+// Running returns the entries that have not come to their outcome since that call of Take.
+func (l *Ledger) Running(entries []*Entry, round int) []*Entry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(entries), func(e *Entry) bool { return e.state != Running })
+	return slices.DeleteFunc(slices.Clone(entries), func(e *Entry) bool { return e.state != Running || e.round != round })
 }

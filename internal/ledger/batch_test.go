@@ -167,7 +167,7 @@ func TestBatch_ShareOfKeyed(t *testing.T) {
 		for _, e := range claims {
 			e.SetCount(e.Next, e.Next+1)
 			l.Claimed(start, e)
-			ok, _, _ := l.Line(start, e, fmt.Sprint("key", n))
+			ok := line(l, start, e, fmt.Sprint("key", n))
 			require.False(t, ok)
 			n++
 		}
@@ -180,4 +180,20 @@ func TestBatch_ShareOfKeyed(t *testing.T) {
 		require.LessOrEqual(t, len(freed), 2)
 		n += len(freed)
 	}
+}
+
+// A slot that ends before its batch has come to its outcomes gives back what it still has, but nothing
+// that another slot has taken since.
+func TestRunning(t *testing.T) {
+	l := newLedger(2, func(c *Config) { c.Batch = 2 })
+	l.Add(start, start, read("1", "2"))
+	l.use.slots = 2
+	batch, _ := l.Take(start, nil)
+	require.Len(t, batch, 2)
+	round := batch[0].Round()
+	l.Retry(start, batch[0], start)
+	again, _ := l.Take(start, nil)
+	require.Equal(t, batch[:1], again)
+	require.Equal(t, batch[1:], l.Running(batch, round))
+	require.Equal(t, again, l.Running(again, again[0].Round()))
 }

@@ -105,25 +105,29 @@ func (l *Ledger) Keyed(now time.Time, entries []*Entry, keys []string) (late []*
 	return late, l.effects(now)
 }
 
-// IsHeld reports whether an entry has the key.
-func (l *Ledger) IsHeld(key string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.keys.lanes[key] != nil
-}
+// Lined is what Line has found.
+type Lined uint8
 
-// Line gives a running entry its key. It returns false if another entry has the key: then
-// the entry waits behind it, and its slot is free; or, after Close, it is late, and to be
-// released.
-func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Effects) {
+// What Line has found.
+const (
+	First   Lined = iota // the entry has its key
+	Behind               // it waits behind another entry, and its slot is free
+	Counted              // another entry has the key: its count must be lowered in Redis first, see Uncounted
+	Late                 // the same after Close: it is to be released
+)
+
+// Line gives a running entry that was claimed its key, or has it wait.
+func (l *Ledger) Line(now time.Time, e *Entry, key string) (how Lined, fx Effects) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if ln := l.keys.lanes[key]; key == "" || ln == nil {
+	switch ln := l.keys.lanes[key]; {
+	case key == "" || ln == nil:
 		l.hold(e, key)
-		return true, false, fx
-	}
-	if l.isLate() {
-		return false, true, fx
+		return First, fx
+	case l.isLate():
+		return Late, fx
+	case !e.uncounted:
+		return Counted, fx
 	}
 	from := &l.fresh
 	switch e {
@@ -135,7 +139,22 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (ok, late bool, fx Ef
 	l.settle(now, e, false)
 	l.leave(e)
 	l.line(e, key, from)
-	return false, false, l.effects(now)
+	return Behind, l.effects(now)
+}
+
+// Uncounted notes that a running entry waits for its key with the count from before its delivery in
+// Redis, until it is claimed again: it may wait through any number of crashes that others of its key
+// cause. count is that of its delivery.
+func (l *Ledger) Uncounted(e *Entry, count int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.SetCount(count, count).Fields = nil
+	switch e.uncounted = true; e {
+	case l.apart.alone:
+		e.again = &l.lonely
+	case l.apart.suspect:
+		e.again = &l.suspects
+	}
 }
 
 // hold gives a key that nobody has.

@@ -123,6 +123,7 @@ type Effects struct {
 	Slots   int       // slots to start; each calls Take until Take returns nil
 	Callers int       // OnBroken callers to start; each calls TakeBroken until that returns nil
 	Key     bool      // start the keyer: see TakeUnkeyed
+	Turn    bool      // ask for the turn, and pass it to HaveTurn
 	Crowded bool      // too many entries wait for their keys: nothing is read (said once)
 	Room    bool      // the reader, which found no room, should check again
 	Ack     bool      // there are acks to send
@@ -190,12 +191,14 @@ type Ledger struct {
 
 // apart keeps messages that may crash their process away from others.
 type apart struct {
-	alone    *Entry        // the lonely entry that is running, or whose ack is not confirmed
-	suspect  *Entry        // the same for suspects
-	from     time.Time     // since when no new entries are taken, for a lonely one; zero: they are taken
-	until    time.Time     // while there is other work, no lonely entry is taken before that time
-	idle     time.Time     // since when there is no other work here; zero: there is some
-	patience time.Duration // how long no new entries are taken
+	asked    bool               // an effect asked for the turn
+	turn     context.CancelFunc // ends the turn that we have: suspects and lonely entries need it; nil: we have none
+	alone    *Entry             // the lonely entry that is running, or whose ack is not confirmed
+	suspect  *Entry             // the same for suspects
+	from     time.Time          // since when no new entries are taken, for a lonely one; zero: they are taken
+	until    time.Time          // while there is other work, no lonely entry is taken before that time
+	idle     time.Time          // since when there is no other work here; zero: there is some
+	patience time.Duration      // how long no new entries are taken
 }
 
 // usage counts what is limited.
@@ -298,7 +301,7 @@ func (l *Ledger) Claimed(sent time.Time, e *Entry) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.clock++
-	e.again = nil
+	e.again, e.uncounted = nil, false
 	if e.orphan = false; e.Owner != "" {
 		e.Owner, e.since, l.joined = "", l.clock, l.clock
 	}
@@ -478,6 +481,7 @@ func (l *Ledger) Stop() {
 func (l *Ledger) stop() {
 	if !l.closed {
 		l.closed = true
+		l.endUnusedTurn()
 		l.cfg.Bounds.Open.Add(-1)
 	}
 }
@@ -545,29 +549,22 @@ func (l *Ledger) leave(e *Entry) {
 	e.state = None
 }
 
-// OnSettled has settled called once when the entry does not run alone, or as a suspect, any more.
-func (l *Ledger) OnSettled(e *Entry, settled context.CancelFunc) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e.settled = settled
-}
-
 // settle lets other entries run after one that ran alone or as a suspect. If it could not run, the
-// next one that must run alone can, since nothing else does.
+// next one can: the turn is not over, and nothing else runs beside an entry that must run alone.
 func (l *Ledger) settle(now time.Time, e *Entry, ran bool) {
-	if e.settled != nil {
-		e.settled()
-		e.settled = nil
-	}
-	if e == l.apart.alone {
-		if l.apart.alone = nil; !ran && now.Before(l.apart.from.Add(l.apart.patience)) {
-			return
+	if e == l.apart.suspect {
+		if l.apart.suspect = nil; ran {
+			l.endTurn()
 		}
+	}
+	if e != l.apart.alone {
+		return
+	}
+	l.apart.alone = nil
+	if ran || l.paused || l.apart.turn == nil || !now.Before(l.apart.from.Add(l.apart.patience)) {
 		l.apart.until = now.Add(now.Sub(l.apart.from))
 		l.apart.from, l.apart.patience = time.Time{}, l.cfg.Patience
-	}
-	if e == l.apart.suspect {
-		l.apart.suspect = nil
+		l.endTurn()
 	}
 }
 

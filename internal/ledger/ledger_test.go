@@ -52,6 +52,9 @@ func claim(id string, next int64) *Entry {
 
 // take takes an entry as a slot, and returns its ID; "" if there is none.
 func take(l *Ledger, now time.Time) (id string, e *Entry) {
+	if l.Effects(now); l.apart.asked {
+		l.HaveTurn(now, func() {})
+	}
 	l.use.slots = l.use.running + 1 // this slot, whatever the effects have requested
 	taken, _ := l.Take(now, nil)
 	if len(taken) == 0 {
@@ -381,9 +384,10 @@ func TestTakeBroken_Suspects(t *testing.T) {
 	}
 }
 
-// Whoever has a suspect's, or a lonely entry's, turn among other ledgers learns when it is over.
-func TestOnSettled(t *testing.T) {
-	for _, count := range []int64{2, 4} { // a suspect, a lonely one
+// Suspects, and what must run alone, wait for the ledger's turn, and everything else does not wait for
+// them. The turn ends with such an entry's outcome, and when there is none any more.
+func TestTurn(t *testing.T) {
+	for _, next := range []int64{3, 5} { // a suspect, a lonely one
 		for name, end := range map[string]func(l *Ledger, e *Entry){
 			"retry":    func(l *Ledger, e *Entry) { l.Retry(start, e, at(1)) },
 			"released": func(l *Ledger, e *Entry) { l.Releasing(start, e) },
@@ -395,24 +399,87 @@ func TestOnSettled(t *testing.T) {
 				l.Confirmed(start, 1)
 			},
 		} {
-			t.Run(fmt.Sprint(name, " ", count), func(t *testing.T) {
+			t.Run(fmt.Sprint(name, " ", next), func(t *testing.T) {
 				l := newLedger(2)
-				l.Offer(start, []*Entry{claim("1", count+1)}, false)
-				_, e := take(l, start)
-				require.True(t, e.IsSuspect())
-				settled := 0
-				l.OnSettled(e, func() { settled++ })
-				l.Claimed(start, e)
-				require.Zero(t, settled)
-				end(l, e)
-				require.Equal(t, 1, settled)
-				l.Remove(start, e)
-				require.Equal(t, 1, settled)
-				l.Offer(start, []*Entry{claim("2", 2)}, false)
-				_, e = take(l, at(2))
-				require.False(t, e.IsSuspect())
+				fx := l.Offer(start, []*Entry{claim("a", next), claim("b", next)}, false)
+				require.True(t, fx.Turn)
+				require.Zero(t, fx.Slots)
+				require.False(t, l.Effects(start).Turn, "it was asked for")
+				l.Add(start, start, read("1"))
+				l.use.slots = 1
+				taken, fx := l.Take(start, nil)
+				require.Equal(t, "1", taken[0].ID, "in the meantime")
+				require.False(t, fx.Turn)
+				l.Remove(start, taken[0])
+				ended := 0
+				fx = l.HaveTurn(start, func() { ended++ })
+				require.Equal(t, 1, fx.Slots)
+				taken, _ = l.Take(start, nil)
+				require.Equal(t, "a", taken[0].ID)
+				l.Claimed(start, taken[0])
+				require.Zero(t, ended)
+				end(l, taken[0])
+				require.Equal(t, 1, ended)
+				l.Effects(start)
+				require.True(t, l.apart.asked, "for b")
+				l.Remove(start, l.entries["b"])
+				l.HaveTurn(start, func() { ended++ })
+				require.Equal(t, 2, ended, "nothing needs it any more")
+				check(t, l)
 			})
 		}
+	}
+}
+
+// A turn that has lasted too long is over, whether an entry has used it or not.
+func TestTurnOver(t *testing.T) {
+	l := newLedger(1)
+	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
+	l.HaveTurn(start, func() { t.Error("it is over already") })
+	require.True(t, l.TurnOver(at(10)).Turn)
+	ended := false
+	l.HaveTurn(at(20), func() { ended = true })
+	l.Close(at(20))
+	require.True(t, ended)
+}
+
+// No turn is asked for while it could not be used: a handler may take an hour.
+func TestTurn_NoFreeSlot(t *testing.T) {
+	l := newLedger(1)
+	l.Add(start, start, read("1"))
+	_, slow := take(l, start)
+	require.False(t, l.Offer(start, []*Entry{claim("a", 3)}, false).Turn)
+	require.True(t, l.Acked(at(3600), slow).Turn)
+	l.HaveTurn(at(3600), func() {})
+	id, _ := take(l, at(3600))
+	require.Equal(t, "a", id)
+}
+
+// A pause does not count as time for which others must be given as much.
+func TestTurn_Pause(t *testing.T) {
+	for _, isBroken := range []bool{false, true} {
+		l := newLedger(2)
+		l.Offer(start, []*Entry{claim("a", 5), claim("b", 5), claim("c", 5)}, false)
+		_, a := take(l, start)
+		if isBroken {
+			l.Claimed(start, a)
+			broken(l, start, a)
+		}
+		l.Pause()
+		if !isBroken {
+			l.Remove(at(1), a) // others have it
+		}
+		l.Resume(at(3600))
+		if isBroken {
+			e, _ := l.TakeBroken(at(3600))
+			require.Equal(t, a, e)
+			_, e = take(l, at(3604))
+			require.Nil(t, e, "the call of OnBroken runs alone")
+			l.Remove(at(3604), a)
+		}
+		id, _ := take(l, at(3609))
+		require.Equal(t, "b", id)
+		check(t, l)
 	}
 }
 
@@ -791,6 +858,7 @@ func TestTake_LonelyBesideOneThatNeverEnds(t *testing.T) {
 	l.Add(start, start, read("endless"))
 	take(l, start)
 	l.Offer(start, []*Entry{claim("a", 5)}, false)
+	l.HaveTurn(start, func() {})
 	require.Zero(t, l.Room(10), "nothing is read for its sake")
 	require.Equal(t, at(5), l.nextTime(start))
 	l.Effects(at(5))
@@ -1048,13 +1116,13 @@ func TestRandom(t *testing.T) {
 			now, ids := start, 0
 			came, done := make(map[string]bool), make(map[string]bool)
 			var running, calling []*Entry
-			timer := time.Time{}
+			timer, asked, turns := time.Time{}, false, 0
 			apply := func(fx Effects) {
 				for {
 					if !fx.Timer.IsZero() {
 						timer = fx.Timer
 					}
-					keying = keying || fx.Key
+					keying, asked = keying || fx.Key, asked || fx.Turn
 					var e *Entry
 					var next Effects
 					switch {
@@ -1072,8 +1140,8 @@ func TestRandom(t *testing.T) {
 							}
 							if key := keyOf(e); keyed && key != "" && !aside[e] {
 								if !e.HasKey() {
-									ok, _, more := l.Line(now, e, key)
-									next.Slots += more.Slots
+									ok, more := lineUp(l, now, e, key)
+									next.Slots, next.Turn = next.Slots+more.Slots, next.Turn || more.Turn
 									if next.Callers += more.Callers; !ok {
 										continue
 									}
@@ -1110,7 +1178,7 @@ func TestRandom(t *testing.T) {
 					}
 					fx.Slots += next.Slots
 					fx.Callers += next.Callers
-					fx.Timer, fx.Key = next.Timer, next.Key
+					fx.Timer, fx.Key, fx.Turn = next.Timer, next.Key, next.Turn
 				}
 			}
 			slotGoesOn := func(e *Entry) { // once its whole batch has come to its outcome
@@ -1141,6 +1209,20 @@ func TestRandom(t *testing.T) {
 				now = now.Add(time.Duration(r.IntN(3000)) * time.Millisecond)
 				if !timer.IsZero() && !timer.After(now) {
 					apply(l.Effects(now))
+				}
+				switch r.IntN(20) {
+				case 0:
+					if turns > 0 {
+						turns--
+						apply(l.TurnOver(now))
+					}
+				default:
+					if asked {
+						asked = false
+						turns++
+						require.Equal(t, 1, turns)
+						apply(l.HaveTurn(now, func() { turns-- }))
+					}
 				}
 				if keying && r.IntN(2) == 0 {
 					batch := l.TakeUnkeyed(1 + r.IntN(3))

@@ -9,14 +9,15 @@ import (
 
 // ownership is what is known of an entry's place in Redis, and since when.
 type ownership struct {
-	orphan  bool // was found pending for us, and may be acked by now, unless it was renewed since
-	move    Move
-	handled bool      // it was acked here, whatever has become of the ack
-	unsure  bool      // its release at a pause had no answer: see Withdrawn
-	renewed time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
-	putBack time.Time // when it was restored, if it was not pending since it was last taken; zero: never
-	since   uint64    // when it became ours, by the ledger's clock
-	sure    uint64    // when it was last known to be ours, by the ledger's clock
+	orphan    bool // was found pending for us, and may be acked by now, unless it was renewed since
+	move      Move
+	handled   bool      // it was acked here, whatever has become of the ack
+	uncounted bool      // its count in Redis is one less: see Uncounted
+	unsure    bool      // its release at a pause had no answer: see Withdrawn
+	renewed   time.Time // when the last successful renewal was sent: nobody can claim it for MinIdle after that
+	putBack   time.Time // when it was restored, if it was not pending since it was last taken; zero: never
+	since     uint64    // when it became ours, by the ledger's clock
+	sure      uint64    // when it was last known to be ours, by the ledger's clock
 }
 
 // those returns the entries with a property, in stream order.
@@ -91,12 +92,15 @@ func (e *Entry) returning() bool {
 }
 
 // RestoreCount returns the count to restore an entry with: that of a claim under way is what
-// the claim makes it.
+// the claim makes it, and an entry that waits for its key is not counted.
 func (l *Ledger) RestoreCount(e *Entry) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if e.returning() {
+	switch {
+	case e.returning():
 		return e.Count() + 1
+	case e.uncounted:
+		return e.Count() - 1
 	}
 	return e.Count()
 }

@@ -17,6 +17,7 @@ func (l *Ledger) Pause() {
 	if l.apart.alone == nil {
 		l.apart.from = time.Time{}
 	}
+	l.endUnusedTurn()
 }
 
 // Resume ends a pause.
@@ -25,6 +26,16 @@ func (l *Ledger) Resume(now time.Time) Effects {
 	defer l.mu.Unlock()
 	l.paused = false
 	l.keys.taken = now
+	if !l.apart.from.IsZero() {
+		l.apart.from = now
+	}
+	for _, e := range []*Entry{l.apart.alone, l.apart.suspect} {
+		if e != nil && e.in == &l.recalls { // it could not be called: see callEnds
+			l.recalls.drop(e)
+			e.due = now
+			l.recalls.insert(e)
+		}
+	}
 	return l.effects(now)
 }
 
@@ -107,7 +118,7 @@ func (l *Ledger) Withdrawn(now time.Time, entries []*Entry, owner string, releas
 		case released:
 			e.Fields, e.Prepared, e.Owner, e.Idle = nil, nil, owner, 0
 			e.Released = e.Released || e.Count() <= 1 || l.cfg.Keyed || l.inOrder() // the order comes before its crashes
-			e.orphan, e.again = false, nil
+			e.orphan, e.again, e.uncounted = false, nil, false
 			count := max(e.Count()-1, 0)
 			l.candidate(e.SetCount(count, count+1))
 			e.Withdrawn = true

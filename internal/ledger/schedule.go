@@ -11,16 +11,11 @@ import (
 
 // taking is how a slot took an entry.
 type taking struct {
+	round int    // the number of the call of Take
 	past  bool   // as a retry or a candidate, not as a fresh entry
 	spare int    // places in its slot that past work leaves unused, counted as used
 	again *queue // from this queue of candidates, until it has its fields again
-
-	suspect bool               // it may crash the process: it runs as a suspect, or alone
-	settled context.CancelFunc // see OnSettled
 }
-
-// IsSuspect reports whether a running entry was taken as one that may crash the process.
-func (e *Entry) IsSuspect() bool { return e.suspect }
 
 // quiet is how long there must be no other work here until an entry may run alone
 // out of its turn. What waits on a server is here sooner.
@@ -67,9 +62,8 @@ func (l *Ledger) take(e *Entry) {
 	if e.again = nil; e.state != Waiting && e.Owner == "" && e.Fields == nil && e.in != &l.fresh { // an orphan, or it had waited for its key
 		e.again = e.in
 	}
-	e.suspect = e == l.apart.alone || e == l.apart.suspect
 	l.leave(e)
-	e.state, e.past, e.putBack = Running, past, time.Time{}
+	e.state, e.past, e.round, e.putBack = Running, past, l.turn, time.Time{}
 	l.use.running++
 	if past {
 		l.use.past++
@@ -183,7 +177,7 @@ func (l *Ledger) pastWork(now time.Time) *Entry {
 		case 1:
 			e = l.claim()
 		case 2:
-			if l.apart.suspect == nil {
+			if l.apart.suspect == nil && l.apart.turn != nil {
 				e = l.suspects.peek()
 			}
 		}
@@ -217,13 +211,19 @@ func (l *Ledger) drain(now time.Time) {
 	case l.lonely.len() == 0, l.head != nil: // a head blocks new entries anyway
 		l.apart.from = time.Time{}
 	case l.apart.from.IsZero():
-		if !now.Before(l.apart.until) || !l.apart.idle.IsZero() && !now.Before(l.apart.idle.Add(quiet)) {
+		if l.apart.turn != nil && l.apart.suspect == nil && l.mayDrain(now) {
 			l.apart.from = now
 		}
-	case l.busy() && !now.Before(l.apart.from.Add(l.apart.patience)):
+	case l.apart.turn == nil, l.busy() && !now.Before(l.apart.from.Add(l.apart.patience)):
 		l.apart.until = now.Add(now.Sub(l.apart.from))
 		l.apart.from, l.apart.patience = time.Time{}, 2*l.apart.patience
+		l.endTurn()
 	}
+}
+
+// mayDrain reports whether others have had their time.
+func (l *Ledger) mayDrain(now time.Time) bool {
+	return !now.Before(l.apart.until) || !l.apart.idle.IsZero() && !now.Before(l.apart.idle.Add(quiet))
 }
 
 // busy reports whether something is running beside which no entry may run alone.
@@ -234,11 +234,60 @@ func (l *Ledger) ordinary(now time.Time) bool {
 	return l.ripe(now) != nil || l.claim() != nil || l.suspects.len() > 0 && l.apart.suspect == nil || l.dueRetry(now) != nil
 }
 
+// A crash takes the whole process. So the entries that may cause one take turns over all its ledgers,
+// as far as these know of each other: Effects asks for the turn, and ends it after such an entry, or
+// if there is none any more.
+
+// HaveTurn notes that it is our turn, until end is called.
+func (l *Ledger) HaveTurn(now time.Time, end context.CancelFunc) Effects {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.apart.asked, l.apart.turn = false, end
+	return l.effects(now)
+}
+
+// TurnOver notes that others no longer wait for our turn to end.
+func (l *Ledger) TurnOver(now time.Time) Effects {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.apart.turn = nil
+	return l.effects(now)
+}
+
+func (l *Ledger) endTurn() {
+	if l.apart.turn != nil {
+		l.apart.turn()
+		l.apart.turn = nil
+	}
+}
+
+// endUnusedTurn ends the turn if nothing needs it.
+func (l *Ledger) endUnusedTurn() {
+	waits := !l.closed && !l.paused && l.suspects.len()+l.lonely.len() > 0
+	if !waits && l.apart.alone == nil && l.apart.suspect == nil {
+		l.endTurn()
+	}
+}
+
+// wantsTurn reports whether an entry waits only for our turn. While no slot is free, it does not: it
+// might keep the turn from others for long.
+func (l *Ledger) wantsTurn(now time.Time) bool {
+	a := &l.apart
+	if l.closed || l.paused || a.asked || a.turn != nil || a.alone != nil || a.suspect != nil || l.head != nil || l.use.running >= l.capacity() {
+		return false
+	}
+	return l.suspects.len() > 0 || l.lonely.len() > 0 && l.mayDrain(now)
+}
+
 // effects returns what has to be done after a change. It starts one slot at a time:
 // that slot starts the next one when it takes its entry.
 func (l *Ledger) effects(now time.Time) (fx Effects) {
 	if !l.closed && !l.paused {
 		l.drain(now)
+	}
+	l.endUnusedTurn()
+	if l.wantsTurn(now) {
+		l.apart.asked, fx.Turn = true, true
 	}
 	if l.use.slots < l.cfg.Slots && l.next(now) != nil {
 		l.use.slots++
