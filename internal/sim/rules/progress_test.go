@@ -411,6 +411,16 @@ func TestProgress(t *testing.T) {
 			r.deliver(one, 1, suspectFrom-1)
 			r.wait(testLong).ack(one, 1, suspectFrom)
 		}, starves: true},
+		{name: "its handler returned just after it was left at CloseTimeout", story: func(r *record) {
+			r.put(1)
+			run := r.begin(one, 1, 1)
+			r.process(Closing, one).wait(4*time.Second+1).end(run, Closed).process(Ended, one).wait(testMinIdle*4/3+testBound*9/10).ack(two, 1, 1)
+		}},
+		{name: "its handler returned in time", story: func(r *record) {
+			r.put(1)
+			run := r.begin(one, 1, 1)
+			r.process(Closing, one).wait(3*time.Second).end(run, Closed).process(Ended, one).wait(testMinIdle*4/3+testBound*11/10).ack(two, 1, 1)
+		}, starves: true},
 		{name: "released, and taken in time", story: func(r *record) {
 			r.put(1)
 			r.end(r.begin(one, 1, 1), Closed)

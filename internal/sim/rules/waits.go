@@ -289,7 +289,8 @@ func (t *story) closed(rest *wait, w wait, l *Life) {
 	promised, why := t.Rules.handover(), whyClosed
 	whole := []Span{{l.Closing, l.To}}
 	disturbed := len(intersect(whole, merge(slices.Concat(t.unwell[w.key.topic], t.timeless[w.key.topic]), 0)))+len(intersect(whole, t.Away[w.holder.Process])) > 0
-	if disturbed || l.Died != "" || l.Error != "" || l.Closing <= w.From && w.why != whyClosed || t.unheard(w, l) {
+	if disturbed || l.Died != "" || l.Error != "" || l.Closing <= w.From && w.why != whyClosed || t.unheard(w, l) ||
+		t.Rules.CloseBound > 0 && w.From > l.Closing+t.Rules.CloseTimeout { // its handler was left
 		promised, why = t.Rules.takeover(), whyEnded
 	}
 	rest.leave(max(l.Closing, w.From), promised, why)
