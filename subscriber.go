@@ -362,6 +362,7 @@ func (s *Subscriber) start(ctx context.Context, topic string, handler func(*mess
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
+		sub.Close()
 		return nil, ErrSubscriberClosed
 	}
 	s.open.Add(1)

@@ -196,7 +196,6 @@ func (s *Subscription) Open() error {
 			fallthrough
 		case !redisx.NotReady(err) && !redisx.OutOfMemory(err) || !time.Now().Before(deadline):
 			s.Close()
-			s.ledger.Stop()
 			s.apart.leave()
 			s.shared.returnName(s.cfg.Topic, s.stream.Consumer)
 			return err
@@ -255,7 +254,10 @@ func (s *Subscription) Start() {
 }
 
 // Close starts the drain. Done is closed when it has finished.
-func (s *Subscription) Close() { s.life.close(s.cfg.Closed) }
+func (s *Subscription) Close() {
+	s.ledger.Stop()
+	s.life.close(s.cfg.Closed)
+}
 
 // IsClosing reports whether the subscription is closing. Failures are judged by it: a handler may
 // notice the end of Subscribe's context before closing has ended with it.

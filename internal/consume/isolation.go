@@ -48,8 +48,8 @@ func (i *isolation) leave() {
 	}
 }
 
-// awaitTurn waits until it is this subscription's turn, and tells the ledger. The turn ends at the latest
-// after twice the ledger's patience, once to drain and once to handle: handlers may take very long.
+// awaitTurn waits until it is this subscription's turn, and tells the ledger. Others wait no longer than
+// twice the ledger's patience for its end, since handlers may take very long.
 func (s *Subscription) awaitTurn() {
 	turn := s.apart.turn
 	select {
@@ -58,9 +58,6 @@ func (s *Subscription) awaitTurn() {
 		return
 	}
 	ctx, end := context.WithTimeout(context.Background(), 2*s.cfg.patience())
-	context.AfterFunc(ctx, func() {
-		s.apply(s.ledger.TurnOver(time.Now())) // first: it asks for another turn, which must not be ended
-		<-turn
-	})
+	context.AfterFunc(ctx, func() { <-turn })
 	s.apply(s.ledger.HaveTurn(time.Now(), end))
 }

@@ -199,12 +199,14 @@ type apart struct {
 	until    time.Time          // while there is other work, no lonely entry is taken before that time
 	idle     time.Time          // since when there is no other work here; zero: there is some
 	patience time.Duration      // how long no new entries are taken
+	called   time.Time          // when OnBroken was last called
 }
 
 // usage counts what is limited.
 type usage struct {
 	slots   int // started and not ended
 	callers int
+	calls   int // of OnBroken, under way
 	running int
 	past    int // retries and candidates, and what they leave unused of their slots
 	waiting int
@@ -367,7 +369,7 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 		l.free(e)
 	}
 	l.slimAll(e)
-	if l.inOrder() && !aside {
+	if l.inOrder() && !aside && e.again != &l.suspects && e.again != &l.lonely {
 		l.head = e
 	} else {
 		from.insert(e)
@@ -481,7 +483,7 @@ func (l *Ledger) Stop() {
 func (l *Ledger) stop() {
 	if !l.closed {
 		l.closed = true
-		l.endUnusedTurn()
+		l.seeTurn(time.Time{})
 		l.cfg.Bounds.Open.Add(-1)
 	}
 }
@@ -528,6 +530,8 @@ func (l *Ledger) leave(e *Entry) {
 		}
 	case Keying:
 		l.keys.with--
+	case Calling:
+		l.use.calls--
 	case Running:
 		l.use.running--
 		if e.past {
@@ -561,9 +565,9 @@ func (l *Ledger) settle(now time.Time, e *Entry, ran bool) {
 		return
 	}
 	l.apart.alone = nil
-	if ran || l.paused || l.apart.turn == nil || !now.Before(l.apart.from.Add(l.apart.patience)) {
-		l.apart.until = now.Add(now.Sub(l.apart.from))
-		l.apart.from, l.apart.patience = time.Time{}, l.cfg.Patience
+	if ran || l.paused || !now.Before(l.apart.from.Add(l.apart.patience)) {
+		l.endDrain(now)
+		l.apart.patience = l.cfg.Patience
 		l.endTurn()
 	}
 }

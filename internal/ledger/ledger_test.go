@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -431,16 +432,39 @@ func TestTurn(t *testing.T) {
 	}
 }
 
-// A turn that has lasted too long is over, whether an entry has used it or not.
-func TestTurnOver(t *testing.T) {
-	l := newLedger(1)
-	l.Offer(start, []*Entry{claim("a", 5), claim("b", 5)}, false)
-	l.HaveTurn(start, func() { t.Error("it is over already") })
-	require.True(t, l.TurnOver(at(10)).Turn)
-	ended := false
-	l.HaveTurn(at(20), func() { ended = true })
-	l.Close(at(20))
-	require.True(t, ended)
+// A turn is not kept while nothing can use it.
+func TestTurn_OfNoUse(t *testing.T) {
+	for name, change := range map[string]func(l *Ledger){
+		"closed": func(l *Ledger) { l.Close(start) },
+		"paused": (*Ledger).Pause,
+		"taken by others": func(l *Ledger) {
+			for _, e := range slices.Collect(maps.Values(l.entries)) {
+				if e.Owner != "" {
+					l.Remove(start, e)
+				}
+			}
+			l.Effects(start)
+		},
+		"a retry comes first": func(l *Ledger) {
+			l.Retry(start, l.entries["1"], at(1))
+			l.Effects(start)
+		},
+	} {
+		for _, next := range []int64{3, 5} { // a suspect, a lonely one
+			l := newLedger(1)
+			l.Offer(start, []*Entry{claim("a", next)}, false)
+			require.True(t, l.apart.asked)
+			l.Add(start, start, read("1"))
+			l.use.slots = 1
+			l.Take(start, nil)
+			ended := false
+			l.HaveTurn(start, func() { ended = true })
+			require.False(t, ended, "1 may take long, and a must not wait for another turn then")
+			change(l)
+			require.True(t, ended, name)
+			check(t, l)
+		}
+	}
 }
 
 // No turn is asked for while it could not be used: a handler may take an hour.
@@ -1116,7 +1140,7 @@ func TestRandom(t *testing.T) {
 			now, ids := start, 0
 			came, done := make(map[string]bool), make(map[string]bool)
 			var running, calling []*Entry
-			timer, asked, turns := time.Time{}, false, 0
+			timer, asked := time.Time{}, false
 			apply := func(fx Effects) {
 				for {
 					if !fx.Timer.IsZero() {
@@ -1210,19 +1234,13 @@ func TestRandom(t *testing.T) {
 				if !timer.IsZero() && !timer.After(now) {
 					apply(l.Effects(now))
 				}
-				switch r.IntN(20) {
-				case 0:
-					if turns > 0 {
+				if asked && r.IntN(20) > 0 {
+					asked = false
+					turns := 1
+					apply(l.HaveTurn(now, func() {
+						require.Equal(t, 1, turns, "ended twice")
 						turns--
-						apply(l.TurnOver(now))
-					}
-				default:
-					if asked {
-						asked = false
-						turns++
-						require.Equal(t, 1, turns)
-						apply(l.HaveTurn(now, func() { turns-- }))
-					}
+					}))
 				}
 				if keying && r.IntN(2) == 0 {
 					batch := l.TakeUnkeyed(1 + r.IntN(3))

@@ -17,7 +17,7 @@ func (l *Ledger) Pause() {
 	if l.apart.alone == nil {
 		l.apart.from = time.Time{}
 	}
-	l.endUnusedTurn()
+	l.seeTurn(time.Time{})
 }
 
 // Resume ends a pause.

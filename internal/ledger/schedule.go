@@ -81,12 +81,13 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 		return nil, l.effects(now)
 	}
 	l.leave(e)
-	e.state = Calling
+	e.state, l.apart.called = Calling, now
+	l.use.calls++
 	return e, l.effects(now)
 }
 
 // recall returns what OnBroken is called with next: a suspect first, and nothing beside an entry
-// that runs alone.
+// that runs alone, or is about to.
 func (l *Ledger) recall(now time.Time) *Entry {
 	first := l.recalls.first(now)
 	for _, e := range []*Entry{l.apart.alone, l.apart.suspect} {
@@ -94,7 +95,7 @@ func (l *Ledger) recall(now time.Time) *Entry {
 			first = e
 		}
 	}
-	if l.closed || l.paused || l.apart.alone != nil && first != l.apart.alone {
+	if l.closed || l.paused || first != l.apart.alone && !l.apart.from.IsZero() {
 		return nil
 	}
 	return first
@@ -133,7 +134,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 		return nil
 	case l.head != nil:
 		return l.head
-	case !l.apart.from.IsZero() && l.busy():
+	case !l.apart.from.IsZero() && l.busy(now):
 		return nil
 	case !l.apart.from.IsZero():
 		return l.lonely.peek()
@@ -201,7 +202,7 @@ func (l *Ledger) drain(now time.Time) {
 		}
 	}
 	switch {
-	case l.busy() || l.ordinary(now):
+	case l.busy(now) || l.ordinary(now):
 		l.apart.idle = time.Time{}
 	case l.apart.idle.IsZero():
 		l.apart.idle = now
@@ -209,15 +210,22 @@ func (l *Ledger) drain(now time.Time) {
 	switch {
 	case l.apart.alone != nil:
 	case l.lonely.len() == 0, l.head != nil: // a head blocks new entries anyway
-		l.apart.from = time.Time{}
+		l.endDrain(now)
 	case l.apart.from.IsZero():
 		if l.apart.turn != nil && l.apart.suspect == nil && l.mayDrain(now) {
 			l.apart.from = now
 		}
-	case l.apart.turn == nil, l.busy() && !now.Before(l.apart.from.Add(l.apart.patience)):
-		l.apart.until = now.Add(now.Sub(l.apart.from))
-		l.apart.from, l.apart.patience = time.Time{}, 2*l.apart.patience
+	case l.busy(now) && !now.Before(l.apart.from.Add(l.apart.patience)):
+		l.endDrain(now)
+		l.apart.patience *= 2
 		l.endTurn()
+	}
+}
+
+// endDrain gives others as much time as the drain took.
+func (l *Ledger) endDrain(now time.Time) {
+	if !l.apart.from.IsZero() {
+		l.apart.until, l.apart.from = now.Add(now.Sub(l.apart.from)), time.Time{}
 	}
 }
 
@@ -226,8 +234,10 @@ func (l *Ledger) mayDrain(now time.Time) bool {
 	return !now.Before(l.apart.until) || !l.apart.idle.IsZero() && !now.Before(l.apart.idle.Add(quiet))
 }
 
-// busy reports whether something is running beside which no entry may run alone.
-func (l *Ledger) busy() bool { return l.use.running > 0 || l.apart.suspect != nil }
+// busy reports whether something is running beside which no entry may run alone. Calls of OnBroken may hang.
+func (l *Ledger) busy(now time.Time) bool {
+	return l.use.running > 0 || l.apart.suspect != nil || l.use.calls > 0 && now.Before(l.apart.called.Add(l.cfg.Patience))
+}
 
 // ordinary reports whether there is an entry to take that need not run alone.
 func (l *Ledger) ordinary(now time.Time) bool {
@@ -235,22 +245,15 @@ func (l *Ledger) ordinary(now time.Time) bool {
 }
 
 // A crash takes the whole process. So the entries that may cause one take turns over all its ledgers,
-// as far as these know of each other: Effects asks for the turn, and ends it after such an entry, or
-// if there is none any more.
+// as far as these know of each other: Effects asks for the turn when there is a free slot, since handlers
+// may take long, and ends it after such an entry, or when it is of no use.
 
-// HaveTurn notes that it is our turn, until end is called.
+// HaveTurn notes that it is our turn, until end is called. Others may stop waiting for that; then the
+// turn remains good for one entry, which must not wait for ever.
 func (l *Ledger) HaveTurn(now time.Time, end context.CancelFunc) Effects {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.apart.asked, l.apart.turn = false, end
-	return l.effects(now)
-}
-
-// TurnOver notes that others no longer wait for our turn to end.
-func (l *Ledger) TurnOver(now time.Time) Effects {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.apart.turn = nil
 	return l.effects(now)
 }
 
@@ -261,22 +264,19 @@ func (l *Ledger) endTurn() {
 	}
 }
 
-// endUnusedTurn ends the turn if nothing needs it.
-func (l *Ledger) endUnusedTurn() {
-	waits := !l.closed && !l.paused && l.suspects.len()+l.lonely.len() > 0
-	if !waits && l.apart.alone == nil && l.apart.suspect == nil {
-		l.endTurn()
-	}
-}
-
-// wantsTurn reports whether an entry waits only for our turn. While no slot is free, it does not: it
-// might keep the turn from others for long.
-func (l *Ledger) wantsTurn(now time.Time) bool {
+// seeTurn ends a turn that is of no use now, or reports whether to ask for one.
+func (l *Ledger) seeTurn(now time.Time) (ask bool) {
 	a := &l.apart
-	if l.closed || l.paused || a.asked || a.turn != nil || a.alone != nil || a.suspect != nil || l.head != nil || l.use.running >= l.capacity() {
-		return false
+	useful := !l.closed && !l.paused && l.head == nil && (l.suspects.len() > 0 || l.lonely.len() > 0 && (!a.from.IsZero() || l.mayDrain(now)))
+	switch {
+	case a.alone != nil, a.suspect != nil:
+	case !useful:
+		l.endTurn()
+	default:
+		ask = a.turn == nil && !a.asked && l.use.running < l.capacity()
+		a.asked = a.asked || ask
 	}
-	return l.suspects.len() > 0 || l.lonely.len() > 0 && l.mayDrain(now)
+	return ask
 }
 
 // effects returns what has to be done after a change. It starts one slot at a time:
@@ -285,10 +285,7 @@ func (l *Ledger) effects(now time.Time) (fx Effects) {
 	if !l.closed && !l.paused {
 		l.drain(now)
 	}
-	l.endUnusedTurn()
-	if l.wantsTurn(now) {
-		l.apart.asked, fx.Turn = true, true
-	}
+	fx.Turn = l.seeTurn(now)
 	if l.use.slots < l.cfg.Slots && l.next(now) != nil {
 		l.use.slots++
 		fx.Slots = 1
@@ -347,6 +344,7 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 		}
 		if !l.apart.from.IsZero() {
 			first(l.apart.from.Add(l.apart.patience))
+			first(l.apart.called.Add(l.cfg.Patience))
 		}
 	}
 	return at
