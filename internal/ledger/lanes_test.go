@@ -297,7 +297,7 @@ func TestReadmit_Keys(t *testing.T) {
 	id, _ = take(l, at(13))
 	require.Equal(t, "6", id)
 	require.Equal(t, lonely, l.apart.alone)
-	l.Claimed(at(13), lonely)
+	l.Claimed(at(13), lonely.SetCount(5, 6))
 	l.Retry(at(13), lonely, at(14)) // its handler failed
 	id, _ = take(l, at(14))
 	require.Equal(t, "6", id)

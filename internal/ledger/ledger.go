@@ -346,6 +346,14 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 		l.remove(now, e)
 		return nil, true
 	}
+	if e.Next <= e.Count() && !l.inOrder() { // snoozed: it is as suspect as before
+		switch e {
+		case l.apart.alone:
+			e.again = &l.lonely
+		case l.apart.suspect:
+			e.again = &l.suspects
+		}
+	}
 	from := &l.retries
 	switch {
 	case e.Broken != nil && e.Death == nil:

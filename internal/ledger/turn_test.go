@@ -138,3 +138,35 @@ func TestTurn_BesideCalls(t *testing.T) {
 	other, _ = l.TakeBroken(at(6))
 	require.NotNil(t, other)
 }
+
+// A snoozed message is as suspect as it was before: its count is the same.
+func TestTurn_Snoozed(t *testing.T) {
+	for _, next := range []int64{3, 5} {
+		for _, keyed := range []bool{false, true} {
+			l := newLedger(2, func(c *Config) { c.Keyed = keyed })
+			l.Offer(start, []*Entry{claim("9", next)}, false)
+			_, e := take(l, start)
+			l.Claimed(start, e.SetCount(next, next+1))
+			if keyed {
+				require.True(t, line(l, start, e, "a"))
+			}
+			e.Next, e.Fields = next, nil
+			l.Retry(start, e, at(1))
+			check(t, l)
+			taken, fx := l.Take(at(1), nil)
+			require.Empty(t, taken)
+			require.True(t, fx.Turn)
+			check(t, l)
+			_, again := take(l, at(1))
+			require.Equal(t, e, again)
+			require.Contains(t, []*Entry{l.apart.alone, l.apart.suspect}, e)
+			l.Claimed(at(1), e)
+			e.Next = next + 1
+			l.Retry(at(1), e, at(2)) // its handler failed
+			_, again = take(l, at(2))
+			require.Equal(t, e, again)
+			require.NotContains(t, []*Entry{l.apart.alone, l.apart.suspect}, e, "a retry of ours")
+			check(t, l)
+		}
+	}
+}
