@@ -175,8 +175,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	return s
 }
 
-// patience is the first Patience of the ledger, and how long a suspect excludes those of other
-// subscriptions.
+// patience is the ledger's Patience. A suspect excludes those of other subscriptions for twice as long.
 func (cfg Config) patience() time.Duration { return max(minPatience, cfg.ClaimMinIdle/6) }
 
 // Open does what must happen before Subscribe returns, and waits for Redis if the

@@ -193,6 +193,7 @@ func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 	count := t.Count()
 	if s.mode.deadLetters() && !s.IsClosing() {
 		_, _ = s.keeper.Recount(s.life.ctx, t.Entry, count-1)
+		s.ledger.Uncounted(t.Entry, count)
 	}
 	t.Next = count
 	s.Again(t, delay)

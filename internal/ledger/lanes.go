@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -129,32 +130,21 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (how Lined, fx Effect
 	case !e.uncounted:
 		return Counted, fx
 	}
-	from := &l.fresh
-	switch e {
-	case l.apart.alone:
-		from = &l.lonely
-	case l.apart.suspect:
-		from = &l.suspects
-	}
+	from := cmp.Or(l.origin(e), &l.fresh)
 	l.settle(now, e, false)
 	l.leave(e)
 	l.line(e, key, from)
 	return Behind, l.effects(now)
 }
 
-// Uncounted notes that a running entry waits for its key with the count from before its delivery in
-// Redis, until it is claimed again: it may wait through any number of crashes that others of its key
-// cause. count is that of its delivery.
+// Uncounted notes that a running entry waits for its key, or snoozes, with the count from before its
+// delivery in Redis, until it is claimed again: it may wait through any number of crashes that others
+// cause. It is as suspect as before. count is that of its delivery.
 func (l *Ledger) Uncounted(e *Entry, count int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	e.SetCount(count, count).Fields = nil
-	switch e.uncounted = true; e {
-	case l.apart.alone:
-		e.again = &l.lonely
-	case l.apart.suspect:
-		e.again = &l.suspects
-	}
+	e.uncounted, e.again = true, l.origin(e)
 }
 
 // hold gives a key that nobody has.

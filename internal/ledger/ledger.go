@@ -153,7 +153,7 @@ type Config struct {
 	Suspect, Last int64
 
 	// Patience is how long, at first, no new entries are taken while an entry waits
-	// to run alone.
+	// to run alone, and how long such an entry waits for a call of OnBroken.
 	Patience time.Duration
 
 	Callers int                   // maximum of concurrent OnBroken calls
@@ -346,13 +346,8 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 		l.remove(now, e)
 		return nil, true
 	}
-	if e.Next <= e.Count() && !l.inOrder() { // snoozed: it is as suspect as before
-		switch e {
-		case l.apart.alone:
-			e.again = &l.lonely
-		case l.apart.suspect:
-			e.again = &l.suspects
-		}
+	if l.inOrder() && e.uncounted {
+		e.again = nil // snoozed: the order comes first
 	}
 	from := &l.retries
 	switch {

@@ -424,6 +424,9 @@ func TestTurn(t *testing.T) {
 				l.Effects(start)
 				require.True(t, l.apart.asked, "for b")
 				l.Remove(start, l.entries["b"])
+				if a := l.entries["a"]; a != nil {
+					l.Remove(start, a)
+				}
 				l.HaveTurn(start, func() { ended++ })
 				require.Equal(t, 2, ended, "nothing needs it any more")
 				check(t, l)

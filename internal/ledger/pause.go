@@ -1,6 +1,7 @@
 package ledger
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -58,12 +59,16 @@ func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
 		l.remove(now, e)
 		return true
 	}
+	to := &l.fresh
+	if !l.inOrder() {
+		to = cmp.Or(l.origin(e), to)
+	}
 	l.settle(now, e, true)
 	l.leave(e)
 	e.state = Queued
 	l.cfg.Bounds.ahead.Add(1)
-	l.fresh.push(e)
-	l.sort(l.fresh.entries)
+	to.push(e)
+	l.sort(to.entries)
 	return true
 }
 

@@ -14,7 +14,7 @@ type taking struct {
 	round int    // the number of the call of Take
 	past  bool   // as a retry or a candidate, not as a fresh entry
 	spare int    // places in its slot that past work leaves unused, counted as used
-	again *queue // from this queue of candidates, until it has its fields again
+	again *queue // of candidates, to which it returns when it is due; nil: it does not
 }
 
 // quiet is how long there must be no other work here until an entry may run alone
@@ -155,7 +155,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 	return cmp.Or(l.pastWork(now), fresh)
 }
 
-// readmit lets candidates of ours wait for their turn again that could not be fetched because
+// readmit lets candidates of ours wait for their turn again that snoozed, or could not be fetched because
 // Redis did not answer: as retries they would share it with others.
 func (l *Ledger) readmit(now time.Time) {
 	for _, q := range []*queue{&l.retries, &l.singles} {
@@ -202,7 +202,7 @@ func (l *Ledger) drain(now time.Time) {
 		}
 	}
 	switch {
-	case l.busy(now) || l.ordinary(now):
+	case l.busy(now) || l.ordinary(now) || l.apart.alone != nil: // beside which nothing is read
 		l.apart.idle = time.Time{}
 	case l.apart.idle.IsZero():
 		l.apart.idle = now
@@ -234,6 +234,17 @@ func (l *Ledger) mayDrain(now time.Time) bool {
 	return !now.Before(l.apart.until) || !l.apart.idle.IsZero() && !now.Before(l.apart.idle.Add(quiet))
 }
 
+// origin returns the queue of a suspect, or of what must run alone, that is running; nil for any other entry.
+func (l *Ledger) origin(e *Entry) *queue {
+	switch e {
+	case l.apart.alone:
+		return &l.lonely
+	case l.apart.suspect:
+		return &l.suspects
+	}
+	return nil
+}
+
 // busy reports whether something is running beside which no entry may run alone. Calls of OnBroken may hang.
 func (l *Ledger) busy(now time.Time) bool {
 	return l.use.running > 0 || l.apart.suspect != nil || l.use.calls > 0 && now.Before(l.apart.called.Add(l.cfg.Patience))
@@ -248,7 +259,7 @@ func (l *Ledger) ordinary(now time.Time) bool {
 // as far as these know of each other: Effects asks for the turn when there is a free slot, since handlers
 // may take long, and ends it after such an entry, or when it is of no use.
 
-// HaveTurn notes that it is our turn, until end is called. Others may stop waiting for that; then the
+// HaveTurn notes that it is our turn, until end is called. Others may stop waiting for its end; then the
 // turn remains good for one entry, which must not wait for ever.
 func (l *Ledger) HaveTurn(now time.Time, end context.CancelFunc) Effects {
 	l.mu.Lock()
@@ -344,6 +355,8 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 		}
 		if !l.apart.from.IsZero() {
 			first(l.apart.from.Add(l.apart.patience))
+		}
+		if l.use.calls > 0 {
 			first(l.apart.called.Add(l.cfg.Patience))
 		}
 	}

@@ -150,7 +150,9 @@ func TestTurn_Snoozed(t *testing.T) {
 			if keyed {
 				require.True(t, line(l, start, e, "a"))
 			}
-			e.Next, e.Fields = next, nil
+			l.Claimed(start, e.SetCount(next-1, next)) // its count is lowered
+			l.Uncounted(e, next)
+			require.Equal(t, next-1, l.RestoreCount(e))
 			l.Retry(start, e, at(1))
 			check(t, l)
 			taken, fx := l.Take(at(1), nil)
@@ -160,8 +162,7 @@ func TestTurn_Snoozed(t *testing.T) {
 			_, again := take(l, at(1))
 			require.Equal(t, e, again)
 			require.Contains(t, []*Entry{l.apart.alone, l.apart.suspect}, e)
-			l.Claimed(at(1), e)
-			e.Next = next + 1
+			l.Claimed(at(1), e.SetCount(next, next+1))
 			l.Retry(at(1), e, at(2)) // its handler failed
 			_, again = take(l, at(2))
 			require.Equal(t, e, again)
@@ -169,4 +170,48 @@ func TestTurn_Snoozed(t *testing.T) {
 			check(t, l)
 		}
 	}
+}
+
+// With one slot a snoozed message comes before its successors, whatever it is.
+func TestTurn_SnoozedInOrder(t *testing.T) {
+	for _, next := range []int64{3, 5} {
+		l := newLedger(1)
+		l.Offer(start, []*Entry{claim("9", next)}, false)
+		_, e := take(l, start)
+		l.Claimed(start, e.SetCount(next, next+1))
+		l.Uncounted(e, next)
+		l.Retry(start, e, at(1))
+		require.Equal(t, e, l.head)
+		check(t, l)
+	}
+}
+
+// A pause makes nothing less suspect.
+func TestTurn_HeldBack(t *testing.T) {
+	for _, next := range []int64{3, 5} {
+		l := newLedger(2)
+		l.Offer(start, []*Entry{claim("9", next)}, false)
+		_, e := take(l, start)
+		l.Claimed(start, e.SetCount(next, next+1))
+		l.Pause()
+		require.True(t, l.HoldBack(start, e))
+		check(t, l)
+		l.Resume(start)
+		_, again := take(l, start)
+		require.Equal(t, e, again)
+		require.Contains(t, []*Entry{l.apart.alone, l.apart.suspect}, e)
+		check(t, l)
+	}
+}
+
+// That nothing is read beside an entry that runs alone, until its ack has arrived, does not mean that there is no other work.
+func TestTurn_SlowAck(t *testing.T) {
+	l := newLedger(2)
+	l.Offer(start, []*Entry{claim("8", 5), claim("9", 5)}, false)
+	_, e := take(l, start)
+	l.Claimed(start, e)
+	l.Acked(at(0.1), e)
+	l.Effects(at(0.2))
+	require.False(t, l.Confirmed(at(2), 1).Turn, "others have as much time")
+	require.Equal(t, at(3), l.nextTime(at(2)), "or a second")
 }
