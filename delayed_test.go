@@ -424,6 +424,7 @@ func raceWithMoves(t *testing.T, topic string, batches int, newClient func() red
 	}
 	done := make(chan struct{})
 	go func() { all.Wait(); close(done) }()
+	defer func() { <-done }() // also if moveSlot ends the test
 	for moving := moveSlot != nil; moving; {
 		moveSlot()
 		select {

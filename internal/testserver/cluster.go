@@ -259,12 +259,15 @@ func (c *cluster) moveSlot(key string, halfway func()) error {
 	if err != nil {
 		return err
 	}
-	from, err := c.masterOf(ctx, c.nodes[0], slot)
-	if err != nil {
-		return err
-	}
-	to := (from + 1) % len(c.nodes)
-	if err := c.moveKeys(ctx, slot, c.nodes[from], c.nodes[to]); err != nil {
+	var from, to int
+	if err := until(ctx, func() error { // a node may still have an older view of the slot
+		from, err = c.masterOf(ctx, c.nodes[0], slot)
+		if err != nil {
+			return err
+		}
+		to = (from + 1) % len(c.nodes)
+		return c.moveKeys(ctx, slot, c.nodes[from], c.nodes[to])
+	}); err != nil {
 		return err
 	}
 	if halfway != nil {
