@@ -158,7 +158,7 @@ func (n *Node) did(what string, err error) error {
 
 func (n *Node) close() error { return errors.Join(n.client.Close(), n.server.close()) }
 
-// ping does without go-redis, which waits for a second after failed dials.
+// ping uses no go-redis client, which waits for a second after failed dials.
 func ping(addr string) error {
 	conn, err := net.DialTimeout("tcp", addr, time.Second)
 	if err != nil {
