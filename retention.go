@@ -128,7 +128,7 @@ func (r *TrimResult) add(t xstream.Trimming) {
 // TrimResult.HeldBy is its name.
 func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
 	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, _ int64) (t xstream.Trimming, done bool, rest time.Duration, err error) {
-		t, err = s.Trim(ctx, r.internal(), "", 0)
+		t, err = s.Trim(ctx, r.internal(), "", "", 0)
 		rest = 100 * t.Cost
 		if t.Over {
 			rest = t.Cost // at most half of the server's time

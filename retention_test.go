@@ -2,6 +2,7 @@ package goxstreams_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -310,7 +311,7 @@ func TestRetention_HardMaxLenInTime(t *testing.T) {
 	stream := xstream.New(redisx.Client{UniversalClient: client}, topic, "")
 	const interval = time.Hour // as if no time passed
 	run := func(r xstream.Retention) xstream.Trimming {
-		got, err := stream.Trim(t.Context(), r, "", interval)
+		got, err := stream.Trim(t.Context(), r, "", "", interval)
 		require.NoError(t, err)
 		return got
 	}
@@ -362,7 +363,7 @@ func TestRetention_HardMaxLenManyGroups(t *testing.T) {
 	stream := xstream.New(redisx.Client{UniversalClient: client}, topic, "")
 	total := map[string]int64{}
 	for runs := 1; ; runs++ {
-		got, err := stream.Trim(t.Context(), xstream.Retention{KeepLast: xstream.KeepAll, HardMaxLen: 510}, "", 0)
+		got, err := stream.Trim(t.Context(), xstream.Retention{KeepLast: xstream.KeepAll, HardMaxLen: 510}, "", "", 0)
 		require.NoError(t, err)
 		for group, n := range got.Cut {
 			total[group] += n
@@ -435,6 +436,50 @@ func TestRetention_GroupRecreated(t *testing.T) {
 			eventuallySettled(t, client, topic, testGroup)
 		})
 	}
+}
+
+// Others destroy and recreate the group, without what is pending, while its only consumer is
+// stopped. If it looks whether it may trim before it renews its leases, it keeps what it has.
+func TestRetention_GroupRecreatedWhileStopped(t *testing.T) {
+	t.Parallel()
+	testserver.RequireReal(t)
+	admin, topic := newClient(t), topic(t)
+	var stopped, looks atomic.Bool
+	trims := make(chan error, 100)
+	config := deleting(newClient(t, &hook{process: func(_ context.Context, cmd redis.Cmder, next func() error) error {
+		trim := len(cmd.Args()) > 1 && strings.HasPrefix(fmt.Sprint(cmd.Args()[1]), "-- retention")
+		switch {
+		case stopped.Load() && !(trim && looks.Load()):
+			return errors.New("the process is stopped")
+		case !trim || !looks.Load():
+			return next()
+		}
+		err := next()
+		trims <- err
+		return err
+	}}), testGroup)
+	config.Retry, config.MaxConcurrency = quickRetry(), 5
+	messages := subscribe(t, newSubscriber(t, config), topic)
+	ids := publishN(t, admin, topic, 5)
+	var inHand []*message.Message
+	for range ids {
+		inHand = append(inHand, next(t, messages))
+	}
+	stopped.Store(true)
+	require.NoError(t, admin.XGroupDestroy(t.Context(), topic, testGroup).Err())
+	require.NoError(t, admin.XGroupCreate(t.Context(), topic, testGroup, "$").Err())
+	looks.Store(true)
+	require.NoError(t, <-trims)
+	require.EqualValues(t, len(ids), admin.XLen(t.Context(), topic).Val())
+	looks.Store(false)
+	stopped.Store(false)
+	for _, msg := range inHand {
+		msg.Nack()
+	}
+	handled := newTally()
+	handled.handle(messages, nil)
+	eventually(t, func() bool { return handled.has(ids) }, "lost")
+	eventuallySettled(t, admin, topic, testGroup)
 }
 
 // An entry that is pending but was deleted keeps nothing, at the start of the stream or in

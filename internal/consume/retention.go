@@ -97,7 +97,11 @@ func (t *trimmer) trim() (wait time.Duration, err error) {
 	defer func() { t.logCut(cut) }()
 	interval, took := RetentionInterval, time.Duration(0)
 	for {
-		got, err := t.stream.Trim(t.life.ctx, t.keep, t.own, interval)
+		oldest := ""
+		if t.own != "" {
+			oldest = t.ledger.Oldest()
+		}
+		got, err := t.stream.Trim(t.life.ctx, t.keep, t.own, oldest, interval)
 		if err != nil {
 			return 0, err
 		}

@@ -50,6 +50,18 @@ func (l *Ledger) Pending() (n int64) {
 	return n
 }
 
+// Oldest returns the first entry in the stream that must be pending for us; "": none.
+func (l *Ledger) Oldest() (id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.entries {
+		if l.cfg.Leased && e.owned() && (id == "" || l.cfg.Compare(e.ID, id) < 0) {
+			id = e.ID
+		}
+	}
+	return id
+}
+
 // Leased reports whether entries stay pending until they are acked.
 func (l *Ledger) Leased() bool { return l.cfg.Leased }
 

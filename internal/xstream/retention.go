@@ -242,6 +242,8 @@ if rest <= 0 then
     end
   end
   hold(holds)
+  local oldest = ARGV[options + 10]
+  if oldest ~= '' and not ignored[own] then hold({{id = oldest, group = own, consumer = ''}}) end
   floor = lowest('0-1')
   bound, excess = boundOf(floor, groups)
 end
@@ -366,9 +368,10 @@ func (s *Stream) retentionArgs(script string, r Retention) []any {
 
 // Trim trims a bounded number of entries, unless somebody else has done so within the
 // interval. 0 continues a run at once. own is the caller's group, or the name of its position,
-// which must be there; it may be empty.
-func (s *Stream) Trim(ctx context.Context, r Retention, own string, interval time.Duration) (t Trimming, err error) {
-	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own)
+// which must be there; it may be empty. Nothing is trimmed from its oldest entry on, if it is not
+// empty: the group may have been recreated by others a moment ago, without what is pending for us.
+func (s *Stream) Trim(ctx context.Context, r Retention, own, oldest string, interval time.Duration) (t Trimming, err error) {
+	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own, oldest)
 	reply := read(s.once(ctx, args...))
 	if t.Wait = reply.millis(); !reply.more() {
 		return t, reply.failed()

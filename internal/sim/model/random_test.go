@@ -488,7 +488,7 @@ func (r random) trimOf(ctx context.Context, s xstream.Stream, id string) {
 	case 1:
 		_, _, _ = s.Floor(ctx)
 	default:
-		_, _ = s.Trim(ctx, keep, "", pick(r, 0, 0, 0, time.Hour))
+		_, _ = s.Trim(ctx, keep, "", "", pick(r, 0, 0, 0, time.Hour))
 	}
 }
 
