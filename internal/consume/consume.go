@@ -354,9 +354,6 @@ func (s *Subscription) Calling() context.Context { return s.life.calling }
 // Consumer returns the consumer's name; empty for fan-out.
 func (s *Subscription) Consumer() string { return s.stream.Consumer }
 
-// Retries reports whether a failed entry is redelivered.
-func (s *Subscription) Retries() bool { return s.mode.retries() }
-
 // IsLost reports whether another consumer has the entry, or the entry is gone.
 func (s *Subscription) IsLost(t *Task) bool { return t.Lost() || t.Gone() }
 

@@ -35,7 +35,7 @@ func (s *Subscription) tickLoop() {
 	repeat(s.life.closing.Done(), nil, 0, func() time.Duration {
 		wait := d.move() // first: a message may be due now
 		next := time.Now().Add(wait)
-		if s.mode.pausable() && !time.Now().Before(ask) {
+		if s.isPausable() && !time.Now().Before(ask) {
 			s.askPaused(s.life.ctx)
 			ask = s.shared.next(DelayedInterval)
 		}

@@ -191,8 +191,8 @@ func (s *Subscription) Again(t *Task, delay time.Duration) {
 // does not answer, such a crash does.)
 func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 	count := t.Count()
-	if s.mode.deadLetters() && !s.IsClosing() {
-		_, _ = s.keeper.Recount(s.life.ctx, t.Entry, count-1)
+	if s.KeepsDead() && !s.IsClosing() {
+		_, _ = s.Recount(t, count-1)
 		s.ledger.Uncounted(t.Entry, count)
 	}
 	t.Next = count
