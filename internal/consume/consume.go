@@ -127,9 +127,9 @@ type life struct {
 	endCalls  context.CancelCauseFunc
 	cancelCtx context.CancelFunc
 
-	abandon chan struct{} // closed: CloseTimeout has passed
-	giveUp  func()        // closes abandon
-	done    chan struct{} // closed: everything has ended
+	abandon context.Context // ended: CloseTimeout has passed, or the client is closed
+	giveUp  func()          // ends abandon
+	done    chan struct{}   // closed: everything has ended
 }
 
 // New returns a subscription, to be opened and started. The contexts of its
@@ -139,17 +139,16 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 		cfg: cfg, work: work, shared: shared,
 		stream: xstream.Stream{Client: shared.client, Via: shared.pipe, Key: cfg.Topic, Group: cfg.Group},
 		loops:  newLoops(), pause: newPause(),
-		life: life{
-			parent: ctx, base: context.WithoutCancel(ctx), abandon: make(chan struct{}), done: make(chan struct{}),
-		},
+		life: life{parent: ctx, base: context.WithoutCancel(ctx), done: make(chan struct{})},
 	}
 	l := &s.life
 	l.closing, l.close = context.WithCancelCause(ctx)
 	l.calling, l.endCalls = context.WithCancelCause(l.base)
 	l.ctx, l.cancelCtx = context.WithCancel(context.Background())
-	l.giveUp = sync.OnceFunc(func() {
+	abandon, end := context.WithCancel(context.Background())
+	l.abandon, l.giveUp = abandon, sync.OnceFunc(func() {
 		s.cancelHandlers()
-		close(l.abandon)
+		end()
 		time.AfterFunc(lastWords, l.cancelCtx)
 	})
 	if cfg.Group != "" {
@@ -169,7 +168,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
 		Timeout: cfg.ConsumerTimeout, Log: cfg.Log, Fields: s.cfg.Fields,
 	})
-	s.slots.running = make(map[*slot]struct{})
+	s.slots.running, s.slots.none = make(map[*slot]struct{}), make(chan struct{}, 1)
 	s.reader = newReader(s)
 	s.mode = modeOf(s)
 	return s
@@ -264,14 +263,7 @@ func (s *Subscription) IsClosing() bool {
 	return s.life.closing.Err() != nil || s.life.parent.Err() != nil
 }
 
-func (s *Subscription) isAbandoned() bool {
-	select {
-	case <-s.life.abandon:
-		return true
-	default:
-		return false
-	}
-}
+func (s *Subscription) isAbandoned() bool { return s.life.abandon.Err() != nil }
 
 // cancelHandlers cancels the contexts of the user's running functions.
 func (s *Subscription) cancelHandlers() {
@@ -297,7 +289,7 @@ func (s *Subscription) drain() {
 	// A slot may be requested but not yet running: it will find nothing.
 	s.mode.ended(s.ledger.End(time.Now()))
 	s.awaitSlots()
-	s.waitCalls()
+	s.await(func(wait func()) { go wait() }, s.slots.calls.Wait) // for OnBroken and OnDead
 	s.loops.end()
 	if n := s.ledger.EndAcks(); n > 0 {
 		s.cfg.Log.Error("Closed before all acks reached Redis; their messages will be handled again",
@@ -327,23 +319,13 @@ func (s *Subscription) leave() {
 	}
 }
 
-// waitCalls waits for OnBroken and OnDead, until CloseTimeout.
-func (s *Subscription) waitCalls() {
-	done := make(chan struct{})
-	go func() { s.slots.calls.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-s.life.abandon:
-	}
-}
-
 // Done is closed when the subscription has ended.
 func (s *Subscription) Done() <-chan struct{} { return s.life.done }
 
 // Closing is closed when the subscription takes no new entries. Abandon is closed
 // when CloseTimeout has passed, or the client is closed.
 func (s *Subscription) Closing() <-chan struct{} { return s.life.closing.Done() }
-func (s *Subscription) Abandon() <-chan struct{} { return s.life.abandon }
+func (s *Subscription) Abandon() <-chan struct{} { return s.life.abandon.Done() }
 
 // Base carries the values of Subscribe's context and is never canceled. Calling is
 // derived from it, for the user's functions outside of the slots; it is canceled a

@@ -141,7 +141,7 @@ func (s *Subscription) ackLoop() {
 		s.apply(fx)
 		if err != nil {
 			s.markFailed(dutyAck, err)
-			if !pause.wait(s.life.abandon) {
+			if !pause.wait(s.life.abandon.Done()) {
 				return
 			}
 			continue

@@ -203,7 +203,7 @@ func (m unleased) ended(n int) {
 
 // offer withdraws at CloseTimeout only: there is no lease to lose.
 func (m unleased) offer(context.Context) (withdraw, ended <-chan struct{}) {
-	return m.life.abandon, nil
+	return m.life.abandon.Done(), nil
 }
 
 func (m unleased) withdrawn(h *Task) { m.drop(h, "not received before CloseTimeout") }

@@ -168,7 +168,7 @@ func (r *reader) leave() {
 	r.seat.Leave()
 	select {
 	case <-r.done:
-	case <-r.s.life.abandon:
+	case <-r.s.life.abandon.Done():
 		r.seat.Abandon()
 		<-r.done
 	}
