@@ -138,7 +138,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	s := &Subscription{
 		cfg: cfg, work: work, shared: shared,
 		stream: xstream.Stream{Client: shared.client, Via: shared.pipe, Key: cfg.Topic, Group: cfg.Group},
-		loops:  newLoops(), pause: newPause(),
+		loops:  newLoops(), pause: newPause(), health: health{denied: make(map[string]bool)},
 		life: life{parent: ctx, base: context.WithoutCancel(ctx), done: make(chan struct{})},
 	}
 	l := &s.life

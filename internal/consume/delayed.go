@@ -46,7 +46,7 @@ func (s *Subscription) tickLoop() {
 // delayed is what a subscription knows of the topic's delayed messages.
 type delayed struct {
 	s      *Subscription
-	denied time.Time // until when not to ask for them; zero: they may be moved
+	denied time.Time // until when not to ask for them
 	known  bool      // that some wait: then they are moved without asking whether there are any
 }
 
@@ -69,19 +69,15 @@ func (d *delayed) move() time.Duration {
 		}
 	}
 	d.known = moved.Next >= 0
+	if s.mark(dutyDelayed, err) {
+		s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
+	}
 	switch {
 	case redisx.IsDenied(err):
-		if d.denied.IsZero() {
-			s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
-		}
 		d.denied = time.Now().Add(takeover.Jitter(delayedDenied))
-		s.markHealthy(dutyDelayed)
-	case err != nil:
-		s.markFailed(dutyDelayed, err)
-	default:
-		s.markHealthy(dutyDelayed)
+	case err == nil:
 		LogLostDelayed(s.cfg.Log, s.cfg.Fields, moved)
-		d.denied, wait = time.Time{}, untilDue(moved, wait)
+		wait = untilDue(moved, wait)
 	}
 	return wait
 }
