@@ -61,11 +61,13 @@ type Work interface {
 // SubscriberConfig's, validated and with defaults.
 type Config struct {
 	Topic, Group    string
+	Consumer        string // prefix of the consumers' names
 	StartID         string
 	MaxConcurrency  int           // batches, if MaxBatch is set
 	MaxBatch        int           // entries that are handled together; 0: they are handled one by one
 	MaxWait         time.Duration // how long a batch waits until it is full
 	BatchSize       int
+	BlockTime       time.Duration
 	WaitForRedis    time.Duration
 	NoAck           bool
 	DeleteAcked     bool
