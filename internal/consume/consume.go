@@ -248,7 +248,7 @@ func (s *Subscription) checkRetention(ctx context.Context) error {
 func (s *Subscription) Start() {
 	go s.reader.run()
 	s.mode.start()
-	s.loops.start(s.tickLoop)
+	s.loops.running.Go(s.tickLoop)
 	s.startRetention()
 	context.AfterFunc(s.life.closing, s.drain)
 }

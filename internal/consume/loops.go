@@ -28,8 +28,6 @@ func newLoops() loops {
 	return loops{ack: make(chan struct{}, 1), look: make(chan struct{}, 1), stop: make(chan struct{})}
 }
 
-func (l *loops) start(run func()) { l.running.Go(run) }
-
 // end waits for all loops.
 func (l *loops) end() {
 	close(l.stop)

@@ -119,7 +119,7 @@ func (m grouped) open(ctx context.Context) error {
 
 func (m grouped) start() {
 	m.cfg.Log.Info("Subscribing to Redis stream", m.cfg.Fields)
-	m.loops.start(m.lookLoop)
+	m.loops.running.Go(m.lookLoop)
 }
 
 func (m grouped) read(entries []xstream.Entry) []xstream.Entry {
@@ -146,8 +146,8 @@ type leased struct{ grouped }
 
 func (m leased) start() {
 	m.grouped.start()
-	m.loops.start(m.renewLoop)
-	m.loops.start(m.ackLoop)
+	m.loops.running.Go(m.renewLoop)
+	m.loops.running.Go(m.ackLoop)
 }
 
 func (m leased) late(entries []*ledger.Entry) { m.Subscription.release(unread(entries)) }
@@ -252,7 +252,7 @@ func (m fanOut) open(ctx context.Context) error {
 
 func (m fanOut) start() {
 	m.cfg.Log.Info("Subscribing without a consumer group: fan-out, every subscription gets every message", m.cfg.Fields)
-	m.loops.start(m.position.run)
+	m.loops.running.Go(m.position.run)
 }
 
 // read copies the entries' fields: entries are kept until they are acked, and the

@@ -70,16 +70,12 @@ func (r *reader) run() {
 // Room returns how many entries may be read now.
 func (r *reader) Room() int {
 	r.mu.Lock()
-	prefetch := r.prefetch
-	r.mu.Unlock()
-	if r.s.ledger.Room(prefetch) == 0 {
+	defer r.mu.Unlock()
+	if r.s.ledger.Room(r.prefetch) == 0 {
 		return 0
 	}
-	r.mu.Lock()
 	r.prefetch = min(r.adapted(), r.fits())
-	prefetch, fits := r.prefetch, r.fits()
-	r.mu.Unlock()
-	return min(r.s.ledger.Room(prefetch), r.s.cfg.BatchSize, fits)
+	return min(r.s.ledger.Room(r.prefetch), r.s.cfg.BatchSize, r.fits())
 }
 
 // Take adds a batch to the ledger.

@@ -56,13 +56,13 @@ func (s *Subscription) startRetention() {
 		if m, ok := s.mode.(fanOut); ok {
 			t.own = m.position.name
 		}
-		s.loops.start(t.run)
+		s.loops.running.Go(t.run)
 	}
 	if s.cfg.KeepDeadLetters > 0 {
 		t := &trimmer{Subscription: s, stream: s.stream, keep: xstream.Retention{KeepFor: s.cfg.KeepDeadLetters}, duty: dutyTrimDead}
 		t.stream.Key = s.cfg.DeadLetters
 		t.fields = s.cfg.Fields.Add(watermill.LogFields{"dead_letter_topic": t.stream.Key})
-		s.loops.start(t.run)
+		s.loops.running.Go(t.run)
 	}
 }
 
