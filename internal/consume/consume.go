@@ -90,11 +90,8 @@ type Config struct {
 	Fields watermill.LogFields // of every log line
 }
 
-// Subscription is one call of Subscribe: its goroutines and what they share. The
-// ledger knows the entries and what to do next. The poller adds entries to it, and
-// the finder offers it what dead consumers left; the slots take entries from it,
-// and the keeper maintains their leases. All goroutines have ended when Done is
-// closed.
+// Subscription is one call of Subscribe: its goroutines and what they share. All
+// goroutines have ended when Done is closed.
 type Subscription struct {
 	cfg    Config
 	work   Work

@@ -26,9 +26,8 @@ const (
 )
 
 // tickLoop asks every second whether the group is paused and whether delayed messages wait,
-// until the subscription closes. It moves those that are due into the stream, and looks again
-// when the next one is. All subscriptions of the topic do this, without a leader: the script
-// moves each message once.
+// until the subscription closes, and moves those that are due into the stream. All subscriptions
+// of the topic do this, without a leader: the script moves each message once.
 func (s *Subscription) tickLoop() {
 	var ask time.Time // when to ask for a pause again
 	d := delayed{s: s}

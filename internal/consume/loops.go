@@ -109,9 +109,7 @@ func (s *Subscription) arm(at time.Time) {
 const ackLinger = 200 * time.Microsecond
 
 // ackLoop acks until stop is closed and all acks have arrived, or until
-// CloseTimeout. A batch consists of the acks that arrived while the previous batch
-// was in flight, and shortly after: a single ack is sent at once, and under load
-// one command carries many.
+// CloseTimeout. A single ack is sent at once; under load one command carries many.
 func (s *Subscription) ackLoop() {
 	pause := backoff{}
 	stop, linger := s.loops.stop, false

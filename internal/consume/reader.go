@@ -11,11 +11,9 @@ import (
 )
 
 const (
-	// The prefetch doubles while that many entries are consumed within
-	// prefetchFast, and halves when they take longer than prefetchSlow. The entries
-	// read ahead, at most twice the prefetch, are then 50 to 200 ms of work. More
-	// would keep entries from idle consumers; less would make a fast handler wait
-	// for the server.
+	// The prefetch doubles while that many entries are consumed within prefetchFast,
+	// and halves when they take longer than prefetchSlow. At most twice the prefetch
+	// is read ahead: 50 to 200 ms of work.
 	prefetchFast = 25 * time.Millisecond
 	prefetchSlow = 100 * time.Millisecond
 

@@ -7,13 +7,11 @@ import (
 )
 
 // This file keeps the order per key. The first entry of a key that is not settled holds
-// the key: from when the key becomes known, over all of its retries, until its outcome.
-// Later entries of the key wait behind it, in stream order, without a slot.
+// the key, over all of its retries; later ones wait behind it, in stream order, without a slot.
 //
-// Keys are computed by the user's function, which the ledger cannot call: the keyer, one
-// goroutine at a time, takes the entries that were read, in their order, and returns them
-// with their keys. Before them it claims those that consumers have released, also in order.
-// The key of any other candidate is known only once a slot has claimed it.
+// The keyer, one goroutine at a time, has the keys computed: of what consumers have released,
+// which it claims, and then of what was read, both in stream order. The key of any other
+// candidate is known only once a slot has claimed it.
 
 // starved is how long slots may find nothing to do, although entries wait behind others,
 // until more is read than the read-ahead limit allows. The key of a slow handler, or of one

@@ -3,20 +3,10 @@
 // makes no calls, and gets the time as an argument. Its methods return what has to
 // be done as Effects.
 //
-// An entry is in one state at a time:
-//
-//	Candidate  pending for a dead consumer, or released; a slot will claim it
-//	Queued     read ahead, or to be fetched again
-//	Running    in a slot
-//	Waiting    will be redelivered, or passed to OnBroken, when it is due
-//	Calling    in OnBroken, outside of the slots
-//	Acked      handled; its ack is not confirmed yet
-//	Releasing  being released
-//
-// All entries except candidates are ours: pending for this consumer, and renewed
-// until they leave the ledger. An entry that is no longer ours (lost), or no longer
-// in the stream (gone), leaves at once, or when its handler has ended if it is in
-// hand.
+// An entry is in one State at a time. All entries except candidates are ours: pending
+// for this consumer, and renewed until they leave the ledger. An entry that is no
+// longer ours (lost), or no longer in the stream (gone), leaves at once, or when its
+// handler has ended if it is in hand.
 package ledger
 
 import (
@@ -33,14 +23,14 @@ type State uint8
 
 // States of an entry.
 const (
-	None State = iota // not in the ledger
-	Candidate
-	Queued
-	Keying // its key is being computed
-	Running
-	Calling
-	Waiting
-	Acked
+	None      State = iota // not in the ledger
+	Candidate              // pending for a dead consumer, or released; a slot will claim it
+	Queued                 // read ahead, or to be fetched again
+	Keying                 // its key is being computed
+	Running                // in a slot
+	Calling                // in OnBroken, outside of the slots
+	Waiting                // will be redelivered, or passed to OnBroken, when it is due
+	Acked                  // handled; its ack is not confirmed yet
 	Releasing
 )
 

@@ -119,9 +119,8 @@ func (l *Ledger) callEnds(e *Entry) (at time.Time) {
 //     and a suspect. While fresh entries wait, the latter have at most half of the
 //     slots, since they may all be slow.
 //
-// Only one suspect runs at a time, until its ack has arrived, so that an innocent
-// suspect does not share its process with a guilty one. An entry that is not a
-// suspect has another delivery left, whatever runs beside it.
+// Only one suspect runs at a time, until its ack has arrived: an innocent one must not
+// share its process with a guilty one.
 func (l *Ledger) next(now time.Time) *Entry {
 	switch {
 	case l.paused, l.closed && !l.cfg.Serve:
@@ -251,10 +250,6 @@ func (l *Ledger) ordinary(now time.Time) bool {
 	return l.ripe(now) != nil || l.claim() != nil || l.suspects.len() > 0 && l.apart.suspect == nil || l.dueRetry(now) != nil
 }
 
-// A crash takes the whole process. So the entries that may cause one take turns over all its ledgers,
-// as far as these know of each other: Effects asks for the turn when there is a free slot, since handlers
-// may take long, and ends it after such an entry, or when it is of no use.
-
 // HaveTurn notes that it is our turn, until end is called. Others may stop waiting for its end; then the
 // turn remains good for one entry, which must not wait for ever.
 func (l *Ledger) HaveTurn(now time.Time, end context.CancelFunc) Effects {
@@ -271,7 +266,8 @@ func (l *Ledger) endTurn() {
 	}
 }
 
-// seeTurn ends a turn that is of no use now, or reports whether to ask for one.
+// seeTurn ends a turn that is of no use now, or reports whether to ask for one: when there is a free
+// slot, since handlers may take long.
 func (l *Ledger) seeTurn(now time.Time) (ask bool) {
 	a := &l.apart
 	useful := !l.closed && !l.paused && l.head == nil && (l.suspects.len() > 0 || l.lonely.len() > 0 && (!a.from.IsZero() || l.mayDrain(now)))
