@@ -54,10 +54,10 @@ func (s *Subscriber) settings() consume.Config {
 	return consume.Config{
 		Group: c.ConsumerGroup, Consumer: c.Consumer, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency,
 		MaxBatch: s.typed.maxSize, MaxWait: s.typed.maxWait, BatchSize: c.BatchSize, BlockTime: c.BlockTime,
-		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(), KeepDeadLetters: c.KeepDeadLetters,
-		ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval, CloseTimeout: c.CloseTimeout, ConsumerTimeout: c.ConsumerTimeout,
-		Suspect: suspect, Last: last, Keyed: c.OrderingKey != nil, TakeAgain: c.Retry.InitialInterval,
-		LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed, Log: s.logger,
+		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(),
+		KeepDeadLetters: c.KeepDeadLetters, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,
+		CloseTimeout: c.CloseTimeout, ConsumerTimeout: c.ConsumerTimeout, Suspect: suspect, Last: last, Keyed: c.OrderingKey != nil,
+		TakeAgain: c.Retry.InitialInterval, LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed, Log: s.logger,
 	}
 }
 
