@@ -308,18 +308,14 @@ func NewSubscriber(config SubscriberConfig, logger watermill.LoggerAdapter) (*Su
 		return nil, err
 	}
 	logger = cmp.Or[watermill.LoggerAdapter](logger, watermill.NopLogger{})
-	config = config.withDefaults()
-	client := redisx.Client{UniversalClient: config.Client}
-	return &Subscriber{
-		config: config,
+	s := &Subscriber{
+		config: config.withDefaults(),
 		logger: logger,
-		client: client,
-		shared: consume.NewShared(consume.SharedConfig{
-			Client: client, Group: config.ConsumerGroup, Consumer: config.Consumer, NoAck: config.NoAck,
-			BlockTime: config.BlockTime, BatchSize: config.BatchSize, ClaimInterval: config.ClaimInterval, Log: logger,
-		}),
-		subs: make(map[*subscription]struct{}),
-	}, nil
+		client: redisx.Client{UniversalClient: config.Client},
+		subs:   make(map[*subscription]struct{}),
+	}
+	s.shared = consume.NewShared(s.client, s.settings())
+	return s, nil
 }
 
 // String returns the Subscriber's name for Watermill's logs and metadata.

@@ -33,22 +33,32 @@ func newSubscription(ctx context.Context, s *Subscriber, topic string, handler f
 		cfg: s.config, topic: topic, retry: *s.config.Retry, typed: s.typed, log: s.logger,
 		output: make(chan *message.Message), handler: handler,
 	}
-	c := &sub.cfg
-	if c.ConsumerGroup != "" {
-		sub.deadLetters = c.DeadLetterTopic(topic)
+	group := s.config.ConsumerGroup
+	if group != "" {
+		sub.deadLetters = s.config.DeadLetterTopic(topic)
 	}
-	suspect, last := sub.retry.suspects()
+	cfg := s.settings()
+	cfg.Topic, cfg.DeadLetters = topic, sub.deadLetters
+	cfg.Fields = watermill.LogFields{"provider": "redis", "topic": topic, "consumer_group": group}
+	sub.Subscription = consume.New(ctx, s.shared, cfg, sub)
+	return sub
+}
+
+// settings returns what the subscriptions of all topics have in common.
+func (s *Subscriber) settings() consume.Config {
+	c := &s.config
+	suspect, last := c.Retry.suspects()
 	if suspect > 0 && s.typed.batch != nil { // the first deliveries after crashes find their cause by halving a batch
 		suspect += int64(bits.Len(uint(s.typed.maxSize - 1)))
 	}
-	sub.Subscription = consume.New(ctx, s.shared, consume.Config{
-		Topic: topic, Group: c.ConsumerGroup, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency, MaxBatch: s.typed.maxSize, MaxWait: s.typed.maxWait, BatchSize: c.BatchSize,
-		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(), KeepDeadLetters: c.KeepDeadLetters, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,
-		CloseTimeout: c.CloseTimeout, ConsumerTimeout: c.ConsumerTimeout, DeadLetters: sub.deadLetters, Suspect: suspect, Last: last,
-		Keyed: c.OrderingKey != nil, TakeAgain: sub.retry.InitialInterval, LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed,
-		Log: s.logger, Fields: watermill.LogFields{"provider": "redis", "topic": topic, "consumer_group": c.ConsumerGroup},
-	}, sub)
-	return sub
+	return consume.Config{
+		Group: c.ConsumerGroup, Consumer: c.Consumer, StartID: c.StartID, MaxConcurrency: c.MaxConcurrency,
+		MaxBatch: s.typed.maxSize, MaxWait: s.typed.maxWait, BatchSize: c.BatchSize, BlockTime: c.BlockTime,
+		WaitForRedis: c.WaitForRedis, NoAck: c.NoAck, DeleteAcked: c.DeleteAcked, Retention: c.retention(),
+		KeepDeadLetters: c.KeepDeadLetters, ClaimMinIdle: c.ClaimMinIdle, ClaimInterval: c.ClaimInterval,
+		CloseTimeout: c.CloseTimeout, ConsumerTimeout: c.ConsumerTimeout, Suspect: suspect, Last: last, Keyed: c.OrderingKey != nil,
+		TakeAgain: c.Retry.InitialInterval, LeaseLost: ErrLeaseLost, Closed: ErrSubscriberClosed, Log: s.logger,
+	}
 }
 
 // latest is the most recently opened subscription, if it is still open. The

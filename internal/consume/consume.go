@@ -61,11 +61,13 @@ type Work interface {
 // SubscriberConfig's, validated and with defaults.
 type Config struct {
 	Topic, Group    string
+	Consumer        string // prefix of the consumers' names
 	StartID         string
 	MaxConcurrency  int           // batches, if MaxBatch is set
 	MaxBatch        int           // entries that are handled together; 0: they are handled one by one
 	MaxWait         time.Duration // how long a batch waits until it is full
 	BatchSize       int
+	BlockTime       time.Duration
 	WaitForRedis    time.Duration
 	NoAck           bool
 	DeleteAcked     bool
@@ -88,11 +90,8 @@ type Config struct {
 	Fields watermill.LogFields // of every log line
 }
 
-// Subscription is one call of Subscribe: its goroutines and what they share. The
-// ledger knows the entries and what to do next. The poller adds entries to it, and
-// the finder offers it what dead consumers left; the slots take entries from it,
-// and the keeper maintains their leases. All goroutines have ended when Done is
-// closed.
+// Subscription is one call of Subscribe: its goroutines and what they share. All
+// goroutines have ended when Done is closed.
 type Subscription struct {
 	cfg    Config
 	work   Work
@@ -127,9 +126,9 @@ type life struct {
 	endCalls  context.CancelCauseFunc
 	cancelCtx context.CancelFunc
 
-	abandon chan struct{} // closed: CloseTimeout has passed
-	giveUp  func()        // closes abandon
-	done    chan struct{} // closed: everything has ended
+	abandon context.Context // ended: CloseTimeout has passed, or the client is closed
+	giveUp  func()          // ends abandon
+	done    chan struct{}   // closed: everything has ended
 }
 
 // New returns a subscription, to be opened and started. The contexts of its
@@ -138,18 +137,17 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 	s := &Subscription{
 		cfg: cfg, work: work, shared: shared,
 		stream: xstream.Stream{Client: shared.client, Via: shared.pipe, Key: cfg.Topic, Group: cfg.Group},
-		loops:  newLoops(), pause: newPause(),
-		life: life{
-			parent: ctx, base: context.WithoutCancel(ctx), abandon: make(chan struct{}), done: make(chan struct{}),
-		},
+		loops:  newLoops(), pause: newPause(), health: health{denied: make(map[string]bool)},
+		life: life{parent: ctx, base: context.WithoutCancel(ctx), done: make(chan struct{})},
 	}
 	l := &s.life
 	l.closing, l.close = context.WithCancelCause(ctx)
 	l.calling, l.endCalls = context.WithCancelCause(l.base)
 	l.ctx, l.cancelCtx = context.WithCancel(context.Background())
-	l.giveUp = sync.OnceFunc(func() {
+	abandon, end := context.WithCancel(context.Background())
+	l.abandon, l.giveUp = abandon, sync.OnceFunc(func() {
 		s.cancelHandlers()
-		close(l.abandon)
+		end()
 		time.AfterFunc(lastWords, l.cancelCtx)
 	})
 	if cfg.Group != "" {
@@ -169,7 +167,7 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
 		Timeout: cfg.ConsumerTimeout, Log: cfg.Log, Fields: s.cfg.Fields,
 	})
-	s.slots.running = make(map[*slot]struct{})
+	s.slots.running, s.slots.none = make(map[*slot]struct{}), make(chan struct{}, 1)
 	s.reader = newReader(s)
 	s.mode = modeOf(s)
 	return s
@@ -247,7 +245,7 @@ func (s *Subscription) checkRetention(ctx context.Context) error {
 func (s *Subscription) Start() {
 	go s.reader.run()
 	s.mode.start()
-	s.loops.start(s.tickLoop)
+	s.loops.running.Go(s.tickLoop)
 	s.startRetention()
 	context.AfterFunc(s.life.closing, s.drain)
 }
@@ -264,14 +262,7 @@ func (s *Subscription) IsClosing() bool {
 	return s.life.closing.Err() != nil || s.life.parent.Err() != nil
 }
 
-func (s *Subscription) isAbandoned() bool {
-	select {
-	case <-s.life.abandon:
-		return true
-	default:
-		return false
-	}
-}
+func (s *Subscription) isAbandoned() bool { return s.life.abandon.Err() != nil }
 
 // cancelHandlers cancels the contexts of the user's running functions.
 func (s *Subscription) cancelHandlers() {
@@ -297,7 +288,7 @@ func (s *Subscription) drain() {
 	// A slot may be requested but not yet running: it will find nothing.
 	s.mode.ended(s.ledger.End(time.Now()))
 	s.awaitSlots()
-	s.waitCalls()
+	s.await(func(wait func()) { go wait() }, s.slots.calls.Wait) // for OnBroken and OnDead
 	s.loops.end()
 	if n := s.ledger.EndAcks(); n > 0 {
 		s.cfg.Log.Error("Closed before all acks reached Redis; their messages will be handled again",
@@ -327,23 +318,13 @@ func (s *Subscription) leave() {
 	}
 }
 
-// waitCalls waits for OnBroken and OnDead, until CloseTimeout.
-func (s *Subscription) waitCalls() {
-	done := make(chan struct{})
-	go func() { s.slots.calls.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-s.life.abandon:
-	}
-}
-
 // Done is closed when the subscription has ended.
 func (s *Subscription) Done() <-chan struct{} { return s.life.done }
 
 // Closing is closed when the subscription takes no new entries. Abandon is closed
 // when CloseTimeout has passed, or the client is closed.
 func (s *Subscription) Closing() <-chan struct{} { return s.life.closing.Done() }
-func (s *Subscription) Abandon() <-chan struct{} { return s.life.abandon }
+func (s *Subscription) Abandon() <-chan struct{} { return s.life.abandon.Done() }
 
 // Base carries the values of Subscribe's context and is never canceled. Calling is
 // derived from it, for the user's functions outside of the slots; it is canceled a
@@ -353,9 +334,6 @@ func (s *Subscription) Calling() context.Context { return s.life.calling }
 
 // Consumer returns the consumer's name; empty for fan-out.
 func (s *Subscription) Consumer() string { return s.stream.Consumer }
-
-// Retries reports whether a failed entry is redelivered.
-func (s *Subscription) Retries() bool { return s.mode.retries() }
 
 // IsLost reports whether another consumer has the entry, or the entry is gone.
 func (s *Subscription) IsLost(t *Task) bool { return t.Lost() || t.Gone() }

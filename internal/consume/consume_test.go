@@ -60,7 +60,7 @@ func newSetup(t *testing.T, change func(*Config)) *setup {
 	testserver.RequireReal(t)
 	s := &setup{t: t, client: testserver.Client(t), work: &work{}, seen: make(chan delivery, 100)}
 	cfg := Config{
-		Topic: fmt.Sprint(t.Name(), "-", watermill.NewShortUUID()), Group: "group", StartID: "0", MaxConcurrency: 1, BatchSize: 10,
+		Topic: fmt.Sprint(t.Name(), "-", watermill.NewShortUUID()), Group: "group", StartID: "0", MaxConcurrency: 1, BatchSize: 10, BlockTime: time.Second,
 		ClaimMinIdle: time.Minute, ClaimInterval: 20 * time.Millisecond, CloseTimeout: 10 * time.Second, ConsumerTimeout: time.Minute,
 		TakeAgain: time.Millisecond, LeaseLost: errors.New("lease lost"), Closed: errClosed, Log: watermill.NopLogger{},
 	}
@@ -68,11 +68,7 @@ func newSetup(t *testing.T, change func(*Config)) *setup {
 		change(&cfg)
 	}
 	cfg.DeadLetters = cfg.Topic + ".dead"
-	shared := NewShared(SharedConfig{
-		Client: redisx.Client{UniversalClient: s.client}, Group: cfg.Group, NoAck: cfg.NoAck, BlockTime: time.Second,
-		BatchSize: cfg.BatchSize, ClaimInterval: cfg.ClaimInterval, Log: watermill.NopLogger{},
-	})
-	s.Subscription = New(t.Context(), shared, cfg, s.work)
+	s.Subscription = New(t.Context(), NewShared(redisx.Client{UniversalClient: s.client}, cfg), cfg, s.work)
 	return s
 }
 

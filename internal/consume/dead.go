@@ -13,10 +13,6 @@ import (
 // maxMovePause is the longest pause between attempts to move an entry.
 const maxMovePause = 30 * time.Second
 
-// KeepsDead reports whether dead entries are moved to a stream: they are in a group
-// that acks.
-func (s *Subscription) KeepsDead() bool { return s.mode.deadLetters() }
-
 // Recount sets the entry's delivery count in Redis, and returns its fields as
 // stored in the stream; nil if the entry is not ours.
 func (s *Subscription) Recount(t *Task, count int64) ([]string, error) {

@@ -26,16 +26,15 @@ const (
 )
 
 // tickLoop asks every second whether the group is paused and whether delayed messages wait,
-// until the subscription closes. It moves those that are due into the stream, and looks again
-// when the next one is. All subscriptions of the topic do this, without a leader: the script
-// moves each message once.
+// until the subscription closes, and moves those that are due into the stream. All subscriptions
+// of the topic do this, without a leader: the script moves each message once.
 func (s *Subscription) tickLoop() {
 	var ask time.Time // when to ask for a pause again
 	d := delayed{s: s}
 	repeat(s.life.closing.Done(), nil, 0, func() time.Duration {
 		wait := d.move() // first: a message may be due now
 		next := time.Now().Add(wait)
-		if s.mode.pausable() && !time.Now().Before(ask) {
+		if s.isPausable() && !time.Now().Before(ask) {
 			s.askPaused(s.life.ctx)
 			ask = s.shared.next(DelayedInterval)
 		}
@@ -46,7 +45,7 @@ func (s *Subscription) tickLoop() {
 // delayed is what a subscription knows of the topic's delayed messages.
 type delayed struct {
 	s      *Subscription
-	denied time.Time // until when not to ask for them; zero: they may be moved
+	denied time.Time // until when not to ask for them
 	known  bool      // that some wait: then they are moved without asking whether there are any
 }
 
@@ -69,19 +68,15 @@ func (d *delayed) move() time.Duration {
 		}
 	}
 	d.known = moved.Next >= 0
+	if s.mark(dutyDelayed, err) {
+		s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
+	}
 	switch {
 	case redisx.IsDenied(err):
-		if d.denied.IsZero() {
-			s.cfg.Log.Info("No permission to move delayed messages; other Subscribers of the topic must: "+err.Error(), s.cfg.Fields)
-		}
 		d.denied = time.Now().Add(takeover.Jitter(delayedDenied))
-		s.markHealthy(dutyDelayed)
-	case err != nil:
-		s.markFailed(dutyDelayed, err)
-	default:
-		s.markHealthy(dutyDelayed)
+	case err == nil:
 		LogLostDelayed(s.cfg.Log, s.cfg.Fields, moved)
-		d.denied, wait = time.Time{}, untilDue(moved, wait)
+		wait = untilDue(moved, wait)
 	}
 	return wait
 }

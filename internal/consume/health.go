@@ -34,6 +34,24 @@ type health struct {
 	mu      sync.Mutex
 	failing map[string]error
 	since   time.Time
+	denied  map[string]bool // by duty: the missing permission is logged already
+}
+
+// mark notes how a duty went that others may have to do: without the permission it has not
+// failed. It returns true if the missing permission is to be logged.
+func (s *Subscription) mark(duty string, err error) (isNew bool) {
+	denied := redisx.IsDenied(err)
+	if err != nil && !denied {
+		s.markFailed(duty, err)
+		return false
+	}
+	h := &s.health
+	h.mu.Lock()
+	isNew = denied && !h.denied[duty]
+	h.denied[duty] = denied
+	h.mu.Unlock()
+	s.markHealthy(duty)
+	return isNew
 }
 
 // markFailed notes that a duty failed. If the group is missing, it is recreated; if

@@ -28,8 +28,6 @@ func newLoops() loops {
 	return loops{ack: make(chan struct{}, 1), look: make(chan struct{}, 1), stop: make(chan struct{})}
 }
 
-func (l *loops) start(run func()) { l.running.Go(run) }
-
 // end waits for all loops.
 func (l *loops) end() {
 	close(l.stop)
@@ -111,9 +109,7 @@ func (s *Subscription) arm(at time.Time) {
 const ackLinger = 200 * time.Microsecond
 
 // ackLoop acks until stop is closed and all acks have arrived, or until
-// CloseTimeout. A batch consists of the acks that arrived while the previous batch
-// was in flight, and shortly after: a single ack is sent at once, and under load
-// one command carries many.
+// CloseTimeout. A single ack is sent at once; under load one command carries many.
 func (s *Subscription) ackLoop() {
 	pause := backoff{}
 	stop, linger := s.loops.stop, false
@@ -141,7 +137,7 @@ func (s *Subscription) ackLoop() {
 		s.apply(fx)
 		if err != nil {
 			s.markFailed(dutyAck, err)
-			if !pause.wait(s.life.abandon) {
+			if !pause.wait(s.life.abandon.Done()) {
 				return
 			}
 			continue

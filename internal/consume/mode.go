@@ -36,8 +36,6 @@ type mode interface {
 	offer(ctx context.Context) (withdraw, ended <-chan struct{})
 	// withdrawn ends the entry of a withdrawn message.
 	withdrawn(h *Task)
-	// pausable reports whether the subscription can be paused.
-	pausable() bool
 	// held is called with the entry of a message that must not be handed over, since the
 	// group is paused. It returns true if the message is to be offered after all, or false if
 	// the entry is somebody else's concern now.
@@ -45,13 +43,8 @@ type mode interface {
 	// handedOut is called once a message has been received.
 	handedOut(h *Task)
 
-	// retries reports whether a failed message is redelivered.
-	retries() bool
 	// postponed prepares an entry that waits for its next delivery.
 	postponed(h *Task)
-	// deadLetters reports whether dead entries are moved to a dead-letter stream.
-	deadLetters() bool
-
 	// release releases entries.
 	release(ctx context.Context, give []*ledger.Entry) error
 	// abandoned leaves an entry whose handler may still be running.
@@ -63,15 +56,40 @@ type mode interface {
 func modeOf(s *Subscription) mode {
 	switch {
 	case s.cfg.Group == "":
-		return fanOut{s, newPosition(s)}
+		return fanOut{base{s}, newPosition(s)}
 	case s.cfg.NoAck:
-		return unleased{grouped{s}}
+		return unleased{grouped{base{s}}}
 	}
-	return leased{grouped{s}}
+	return leased{grouped{base{s}}}
 }
 
+// Retries reports whether a failed entry is redelivered.
+func (s *Subscription) Retries() bool { return !s.cfg.NoAck }
+
+// KeepsDead reports whether dead entries are moved to a stream: they are in a group
+// that acks.
+func (s *Subscription) KeepsDead() bool { return s.ledger.Leased() }
+
+// isPausable reports whether there is a group to pause.
+func (s *Subscription) isPausable() bool { return s.cfg.Group != "" }
+
+// base is what modes do unless they have their own way.
+type base struct{ *Subscription }
+
+func (m base) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
+	return m.life.closing.Done(), ctx.Done()
+}
+
+func (base) late([]*ledger.Entry)                           {}
+func (base) ended(int)                                      {}
+func (base) reconnect(context.Context)                      {}
+func (base) handedOut(*Task)                                {}
+func (base) postponed(*Task)                                {}
+func (base) release(context.Context, []*ledger.Entry) error { return nil }
+func (base) abandoned(*Task)                                {}
+
 // grouped is the common part of both group modes.
-type grouped struct{ *Subscription }
+type grouped struct{ base }
 
 func (m grouped) open(ctx context.Context) error {
 	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.stream.Consumer, m.reader)
@@ -101,10 +119,13 @@ func (m grouped) open(ctx context.Context) error {
 
 func (m grouped) start() {
 	m.cfg.Log.Info("Subscribing to Redis stream", m.cfg.Fields)
-	m.loops.start(m.lookLoop)
+	m.loops.running.Go(m.lookLoop)
 }
 
-func (grouped) pausable() bool { return true }
+func (m grouped) read(entries []xstream.Entry) []xstream.Entry {
+	m.keeper.SawEntry(entries[len(entries)-1])
+	return entries
+}
 
 func (m grouped) reconnect(ctx context.Context) { m.askPaused(ctx) }
 
@@ -125,13 +146,8 @@ type leased struct{ grouped }
 
 func (m leased) start() {
 	m.grouped.start()
-	m.loops.start(m.renewLoop)
-	m.loops.start(m.ackLoop)
-}
-
-func (m grouped) read(entries []xstream.Entry) []xstream.Entry {
-	m.keeper.SawEntry(entries[len(entries)-1])
-	return entries
+	m.loops.running.Go(m.renewLoop)
+	m.loops.running.Go(m.ackLoop)
 }
 
 func (m leased) late(entries []*ledger.Entry) { m.Subscription.release(unread(entries)) }
@@ -144,12 +160,6 @@ func (m leased) reconnect(ctx context.Context) {
 	}
 	m.grouped.reconnect(ctx)
 	m.update()
-}
-
-func (leased) ended(int) {}
-
-func (m leased) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
-	return m.life.closing.Done(), ctx.Done()
 }
 
 func (m leased) withdrawn(h *Task) { m.GiveBack(h, h.Count()-1) }
@@ -165,10 +175,7 @@ func (m leased) held(h *Task, _ <-chan struct{}) bool {
 // handedOut drops the fields: they can be read again.
 func (m leased) handedOut(h *Task) { h.Fields = nil }
 
-func (leased) retries() bool     { return true }
 func (leased) postponed(h *Task) { h.Fields = nil }
-
-func (leased) deadLetters() bool { return true }
 
 func (m leased) release(ctx context.Context, give []*ledger.Entry) error {
 	return m.keeper.Release(ctx, give)
@@ -177,7 +184,7 @@ func (m leased) release(ctx context.Context, give []*ledger.Entry) error {
 // abandoned leaves the entry pending for this consumer until its lease expires.
 // This delivery does not count.
 func (m leased) abandoned(h *Task) {
-	if _, err := m.keeper.Recount(m.life.ctx, h.Entry, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
+	if _, err := m.Recount(h, m.releaseCount(h.Entry, h.Count()-1)); err != nil && !redisx.IsClosed(err) {
 		m.cfg.Log.Error("The abandoned delivery counts as a retry: its count could not be restored", err, m.Fields(h))
 	}
 }
@@ -196,7 +203,7 @@ func (m unleased) ended(n int) {
 
 // offer withdraws at CloseTimeout only: there is no lease to lose.
 func (m unleased) offer(context.Context) (withdraw, ended <-chan struct{}) {
-	return m.life.abandon, nil
+	return m.life.abandon.Done(), nil
 }
 
 func (m unleased) withdrawn(h *Task) { m.drop(h, "not received before CloseTimeout") }
@@ -218,16 +225,9 @@ func (m unleased) held(h *Task, resumed <-chan struct{}) bool {
 	}
 }
 
-func (unleased) handedOut(*Task)                                {}
-func (unleased) retries() bool                                  { return false }
-func (unleased) postponed(*Task)                                {}
-func (unleased) deadLetters() bool                              { return false }
-func (unleased) release(context.Context, []*ledger.Entry) error { return nil }
-func (unleased) abandoned(*Task)                                {}
-
 // fanOut is a subscription without a group. Redis stores only its read position.
 type fanOut struct {
-	*Subscription
+	base
 	position *position
 }
 
@@ -252,7 +252,7 @@ func (m fanOut) open(ctx context.Context) error {
 
 func (m fanOut) start() {
 	m.cfg.Log.Info("Subscribing without a consumer group: fan-out, every subscription gets every message", m.cfg.Fields)
-	m.loops.start(m.position.run)
+	m.loops.running.Go(m.position.run)
 }
 
 // read copies the entries' fields: entries are kept until they are acked, and the
@@ -265,24 +265,10 @@ func (m fanOut) read(entries []xstream.Entry) []xstream.Entry {
 	return entries
 }
 
-func (fanOut) pausable() bool                   { return false }
 func (fanOut) held(*Task, <-chan struct{}) bool { return true }
-func (fanOut) late([]*ledger.Entry)             {}
 func (m fanOut) ended(n int)                    { m.lost.Add(int64(n)) }
-func (fanOut) reconnect(context.Context)        {}
-
-func (m fanOut) offer(ctx context.Context) (withdraw, ended <-chan struct{}) {
-	return m.life.closing.Done(), ctx.Done()
-}
-
-func (m fanOut) withdrawn(h *Task) { m.ledger.Remove(time.Now(), h.Entry) }
-func (fanOut) handedOut(*Task)     {}
-func (fanOut) retries() bool       { return true }
+func (m fanOut) withdrawn(h *Task)              { m.ledger.Remove(time.Now(), h.Entry) }
+func (m fanOut) leave(context.Context)          { m.position.remove() }
 
 // postponed counts the next delivery, since Redis does not.
 func (fanOut) postponed(h *Task) { h.SetCount(h.Next, h.Next+1) }
-
-func (fanOut) deadLetters() bool                              { return false }
-func (fanOut) release(context.Context, []*ledger.Entry) error { return nil }
-func (fanOut) abandoned(*Task)                                {}
-func (m fanOut) leave(context.Context)                        { m.position.remove() }

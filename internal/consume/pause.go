@@ -19,11 +19,10 @@ import (
 
 // pause is whether the group is paused.
 type pause struct {
-	turn   chan struct{} // capacity 1: one goroutine at a time asks, and acts on the answer
-	denied bool          // the missing permission is logged already; guarded by turn
-	begun  time.Time     // when this subscription learned of the pause; guarded by turn
-	known  bool          // which of the released entries others have not taken is known; guarded by turn
-	state  atomic.Pointer[pauseState]
+	turn  chan struct{} // capacity 1: one goroutine at a time asks, and acts on the answer
+	begun time.Time     // when this subscription learned of the pause; guarded by turn
+	known bool          // which of the released entries others have not taken is known; guarded by turn
+	state atomic.Pointer[pauseState]
 }
 
 // pauseState is replaced, not changed.
@@ -59,18 +58,10 @@ func (s *Subscription) askPaused(ctx context.Context) {
 
 // obey acts on the answer. Without an answer, what was known remains.
 func (s *Subscription) obey(c xstream.Control, err error) {
-	switch {
-	case redisx.IsDenied(err):
-		if !s.pause.denied {
-			s.pause.denied = true
-			s.cfg.Log.Info("No permission to read whether the group is paused: Pause and Resume have no effect on this subscription: "+err.Error(), s.cfg.Fields)
-		}
-		s.markHealthy(dutyPause)
-	case err != nil:
-		s.markFailed(dutyPause, err)
-	default:
-		s.pause.denied = false
-		s.markHealthy(dutyPause)
+	if s.mark(dutyPause, err) {
+		s.cfg.Log.Info("No permission to read whether the group is paused: Pause and Resume have no effect on this subscription: "+err.Error(), s.cfg.Fields)
+	}
+	if err == nil {
 		s.pauseOrResume(c)
 	}
 	if s.pause.state.Load().isPaused() {

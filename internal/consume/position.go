@@ -144,13 +144,9 @@ func (p *position) look(ctx context.Context) {
 		s.cfg.Log.Error("The stream was deleted and recreated, or a failover lost its end; rereading it from where it changed",
 			errors.New("stream changed"), s.cfg.Fields.Add(watermill.LogFields{"start_id": again}))
 	}
-	if err := p.report(ctx, was.last.ID, info); err != nil {
-		p.unstored = true
-		s.markFailed(dutyPosition, err)
-		return
-	}
-	p.unstored = false
-	s.markHealthy(dutyPosition)
+	err = p.report(ctx, was.last.ID, info)
+	p.unstored = err != nil
+	s.mark(dutyPosition, err)
 }
 
 // looked notes what a look has found: the info, of a stream that had been read up to last

@@ -11,11 +11,9 @@ import (
 )
 
 const (
-	// The prefetch doubles while that many entries are consumed within
-	// prefetchFast, and halves when they take longer than prefetchSlow. The entries
-	// read ahead, at most twice the prefetch, are then 50 to 200 ms of work. More
-	// would keep entries from idle consumers; less would make a fast handler wait
-	// for the server.
+	// The prefetch doubles while that many entries are consumed within prefetchFast,
+	// and halves when they take longer than prefetchSlow. At most twice the prefetch
+	// is read ahead: 50 to 200 ms of work.
 	prefetchFast = 25 * time.Millisecond
 	prefetchSlow = 100 * time.Millisecond
 
@@ -70,16 +68,12 @@ func (r *reader) run() {
 // Room returns how many entries may be read now.
 func (r *reader) Room() int {
 	r.mu.Lock()
-	prefetch := r.prefetch
-	r.mu.Unlock()
-	if r.s.ledger.Room(prefetch) == 0 {
+	defer r.mu.Unlock()
+	if r.s.ledger.Room(r.prefetch) == 0 {
 		return 0
 	}
-	r.mu.Lock()
 	r.prefetch = min(r.adapted(), r.fits())
-	prefetch, fits := r.prefetch, r.fits()
-	r.mu.Unlock()
-	return min(r.s.ledger.Room(prefetch), r.s.cfg.BatchSize, fits)
+	return min(r.s.ledger.Room(r.prefetch), r.s.cfg.BatchSize, r.fits())
 }
 
 // Take adds a batch to the ledger.
@@ -168,7 +162,7 @@ func (r *reader) leave() {
 	r.seat.Leave()
 	select {
 	case <-r.done:
-	case <-r.s.life.abandon:
+	case <-r.s.life.abandon.Done():
 		r.seat.Abandon()
 		<-r.done
 	}

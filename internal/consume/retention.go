@@ -48,7 +48,6 @@ type trimmer struct {
 
 	length int64       // of the stream, after the last trimming
 	pinned xstream.Pin // what is logged already
-	denied bool        // the missing permission is logged already
 }
 
 func (s *Subscription) startRetention() {
@@ -57,13 +56,13 @@ func (s *Subscription) startRetention() {
 		if m, ok := s.mode.(fanOut); ok {
 			t.own = m.position.name
 		}
-		s.loops.start(t.run)
+		s.loops.running.Go(t.run)
 	}
 	if s.cfg.KeepDeadLetters > 0 {
 		t := &trimmer{Subscription: s, stream: s.stream, keep: xstream.Retention{KeepFor: s.cfg.KeepDeadLetters}, duty: dutyTrimDead}
 		t.stream.Key = s.cfg.DeadLetters
 		t.fields = s.cfg.Fields.Add(watermill.LogFields{"dead_letter_topic": t.stream.Key})
-		s.loops.start(t.run)
+		s.loops.running.Go(t.run)
 	}
 }
 
@@ -72,19 +71,14 @@ func (s *Subscription) startRetention() {
 func (t *trimmer) run() {
 	repeat(t.life.closing.Done(), nil, 0, func() time.Duration {
 		wait, err := t.trim()
+		if t.mark(t.duty, err) {
+			t.cfg.Log.Info("No permission to trim the stream; other Subscribers of the topic must: "+err.Error(), t.fields)
+		}
 		switch {
 		case redisx.IsDenied(err):
-			if !t.denied {
-				t.cfg.Log.Info("No permission to trim the stream; other Subscribers of the topic must: "+err.Error(), t.fields)
-			}
-			t.denied, wait = true, takeover.Jitter(retentionDenied)
-			t.markHealthy(t.duty)
+			wait = takeover.Jitter(retentionDenied)
 		case err != nil:
 			wait = takeover.Jitter(RetentionInterval)
-			t.markFailed(t.duty, err)
-		default:
-			t.denied = false
-			t.markHealthy(t.duty)
 		}
 		return max(wait, time.Millisecond)
 	})

@@ -39,21 +39,10 @@ type Shared struct {
 
 type nameKey struct{ topic, consumer string }
 
-// SharedConfig holds fields of SubscriberConfig.
-type SharedConfig struct {
-	Client        redisx.Client
-	Group         string
-	Consumer      string // prefix of the name
-	NoAck         bool
-	BlockTime     time.Duration
-	BatchSize     int
-	ClaimInterval time.Duration
-	Log           watermill.LoggerAdapter
-}
-
-// NewShared returns a Shared. It opens no connections.
-func NewShared(c SharedConfig) *Shared {
-	client, log := c.Client, c.Log
+// NewShared returns a Shared for subscriptions with that Config, whose fields for one topic it
+// does not use. It opens no connections.
+func NewShared(client redisx.Client, c Config) *Shared {
+	log := c.Log
 	s := &Shared{
 		client: client, pipe: pipeline.New(client, subscriberConns, true), consumer: consumerName(c.Consumer),
 		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + takeover.Jitter(c.ClaimInterval/10),

@@ -33,7 +33,7 @@ type slot struct {
 type slots struct {
 	mu      sync.Mutex
 	running map[*slot]struct{}
-	none    chan struct{} // closed when none runs; nil while nobody waits
+	none    chan struct{} // signals that none runs
 	calls   sync.WaitGroup
 }
 
@@ -222,9 +222,8 @@ func (ss *slots) end(sl *slot) {
 // forget must be called with the mutex locked.
 func (ss *slots) forget(sl *slot) {
 	delete(ss.running, sl)
-	if len(ss.running) == 0 && ss.none != nil {
-		close(ss.none)
-		ss.none = nil
+	if len(ss.running) == 0 {
+		poke(ss.none)
 	}
 }
 
@@ -235,22 +234,18 @@ const detachPause = 10 * time.Millisecond
 // awaitSlots waits until no slot runs. After CloseTimeout it detaches slots that
 // are in a user's function.
 func (s *Subscription) awaitSlots() {
-	abandon := s.life.abandon
+	abandon := s.life.abandon.Done()
 	var again <-chan time.Time
 	for {
 		s.slots.mu.Lock()
-		if len(s.slots.running) == 0 {
-			s.slots.mu.Unlock()
-			return
-		}
-		if s.slots.none == nil {
-			s.slots.none = make(chan struct{})
-		}
-		none := s.slots.none
+		n := len(s.slots.running)
 		s.slots.mu.Unlock()
-		select {
-		case <-none:
+		if n == 0 {
 			return
+		}
+		select {
+		case <-s.slots.none: // or none ran earlier
+			continue
 		case <-abandon:
 			abandon = nil
 		case <-again:

@@ -36,16 +36,18 @@ func (t *Task) Call(f func()) {
 func (s *Subscription) Go(f func()) { s.slots.calls.Go(f) }
 
 // Await is Go, and waits too. It returns false if CloseTimeout passes first.
-func (s *Subscription) Await(f func()) bool {
+func (s *Subscription) Await(f func()) bool { return s.await(s.Go, f) }
+
+func (s *Subscription) await(run func(func()), f func()) bool {
 	done := make(chan struct{})
-	s.Go(func() {
+	run(func() {
 		defer close(done)
 		f()
 	})
 	select {
 	case <-done:
 		return true
-	case <-s.life.abandon:
+	case <-s.life.abandon.Done():
 		return false
 	}
 }
@@ -191,8 +193,8 @@ func (s *Subscription) Again(t *Task, delay time.Duration) {
 // does not answer, such a crash does.)
 func (s *Subscription) Snooze(t *Task, delay time.Duration) {
 	count := t.Count()
-	if s.mode.deadLetters() && !s.IsClosing() {
-		_, _ = s.keeper.Recount(s.life.ctx, t.Entry, count-1)
+	if s.KeepsDead() && !s.IsClosing() {
+		_, _ = s.Recount(t, count-1)
 		s.ledger.Uncounted(t.Entry, count)
 	}
 	t.Next = count
@@ -337,7 +339,7 @@ const releaseTries = 5
 func (s *Subscription) try(command func() error) (err error) {
 	pause := backoff{}
 	for range releaseTries {
-		if err = command(); !unavailable(err) || !pause.wait(s.life.abandon) {
+		if err = command(); !unavailable(err) || !pause.wait(s.life.abandon.Done()) {
 			return err
 		}
 	}

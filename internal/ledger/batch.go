@@ -6,10 +6,8 @@ import (
 	"time"
 )
 
-// This file makes batches. Entries wait for theirs in their queues, without a slot: a batch
-// begins once there are enough fresh entries, or the first entry has waited long enough.
-// Then it takes due retries too. What was claimed from dead consumers waits for nothing, and
-// has batches of its own: see share.
+// This file makes batches. Entries wait for theirs in their queues, without a slot. What was
+// claimed from dead consumers waits for nothing, and has batches of its own: see share.
 
 // capacity is how many entries may run.
 func (l *Ledger) capacity() int { return l.cfg.Slots * max(1, l.cfg.Batch) }

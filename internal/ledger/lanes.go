@@ -7,13 +7,11 @@ import (
 )
 
 // This file keeps the order per key. The first entry of a key that is not settled holds
-// the key: from when the key becomes known, over all of its retries, until its outcome.
-// Later entries of the key wait behind it, in stream order, without a slot.
+// the key, over all of its retries; later ones wait behind it, in stream order, without a slot.
 //
-// Keys are computed by the user's function, which the ledger cannot call: the keyer, one
-// goroutine at a time, takes the entries that were read, in their order, and returns them
-// with their keys. Before them it claims those that consumers have released, also in order.
-// The key of any other candidate is known only once a slot has claimed it.
+// The keyer, one goroutine at a time, has the keys computed: of what consumers have released,
+// which it claims, and then of what was read, both in stream order. The key of any other
+// candidate is known only once a slot has claimed it.
 
 // starved is how long slots may find nothing to do, although entries wait behind others,
 // until more is read than the read-ahead limit allows. The key of a slow handler, or of one
@@ -42,7 +40,6 @@ type keys struct {
 	queue    queue     // read, and to be taken by the keyer
 	released queue     // candidates that were released, for the keyer
 	keyer    bool      // it runs
-	with     int       // entries that the keyer has
 	ahead    int       // entries behind others, with their fields
 	thin     int       // the same without their fields, which only take memory
 	taken    time.Time // when a slot last took an entry
@@ -59,9 +56,7 @@ func (l *Ledger) TakeUnkeyed(n int) (entries []*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for e := l.unkeyed(); e != nil && len(entries) < n && (!l.closed || l.cfg.Serve) && !l.paused; e = l.unkeyed() {
-		l.leave(e)
-		e.state = Keying
-		l.keys.with++
+		l.enter(e, Keying)
 		entries = append(entries, e)
 	}
 	l.keys.keyer = len(entries) > 0
@@ -99,7 +94,6 @@ func (l *Ledger) Keyed(now time.Time, entries []*Entry, keys []string) (late []*
 		case l.isLate():
 			late = append(late, e)
 		default:
-			l.leave(e)
 			l.line(e, keys[i], &l.fresh)
 		}
 	}
@@ -132,7 +126,6 @@ func (l *Ledger) Line(now time.Time, e *Entry, key string) (how Lined, fx Effect
 	}
 	from := cmp.Or(l.origin(e), &l.fresh)
 	l.settle(now, e, false)
-	l.leave(e)
 	l.line(e, key, from)
 	return Behind, l.effects(now)
 }
@@ -158,8 +151,7 @@ func (l *Ledger) hold(e *Entry, key string) {
 
 // line queues an entry, or has it wait behind another one of its key.
 func (l *Ledger) line(e *Entry, key string, to *queue) {
-	e.state = Queued
-	l.cfg.Bounds.ahead.Add(1)
+	l.enter(e, Queued)
 	ln := l.keys.lanes[key]
 	if key == "" || ln == nil {
 		l.hold(e, key)
@@ -249,7 +241,7 @@ func (l *Ledger) enough() bool { return 2*l.keys.ahead > l.window() }
 // not ask how many they are, since that depends on the read-ahead limit, which changes without
 // Effects.
 func (l *Ledger) idle() bool {
-	return l.keys.ahead > 0 && l.use.running < l.capacity() && l.keys.queue.len()+l.keys.with == 0 && l.fresh.len() < max(1, l.cfg.Batch)
+	return l.keys.ahead > 0 && l.use.in[Running] < l.capacity() && l.keys.queue.len()+l.use.in[Keying] == 0 && l.fresh.len() < max(1, l.cfg.Batch)
 }
 
 // crowded reports whether no more entries may wait behind others. Half of the bound is for
@@ -270,10 +262,10 @@ func (l *Ledger) claim() *Entry {
 }
 
 // waits is the ledger's part of Bounds.Waiting.
-func (l *Ledger) waits() int { return l.use.waiting + l.keys.thin }
+func (l *Ledger) waits() int { return l.use.in[Waiting] + l.keys.thin }
 
 // queued is how many entries were read and wait for a slot.
-func (l *Ledger) queued() int { return l.fresh.len() + l.keys.queue.len() + l.keys.with }
+func (l *Ledger) queued() int { return l.fresh.len() + l.keys.queue.len() + l.use.in[Keying] }
 
 // keyEffects returns what has to be done for keys.
 func (l *Ledger) keyEffects(now time.Time, fx *Effects) {

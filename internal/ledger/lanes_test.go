@@ -157,7 +157,7 @@ func TestClose_Keys(t *testing.T) {
 	require.NotNil(t, with[0].Fields, "the keyer may be reading them")
 	require.Empty(t, l.entries)
 	require.Zero(t, l.cfg.Bounds.Ahead())
-	require.Zero(t, l.keys.ahead+l.keys.thin+l.keys.with)
+	require.Zero(t, l.keys.ahead+l.keys.thin+l.use.in[Keying])
 }
 
 // A slot that finds nothing to do has more read, however few entries wait behind others.

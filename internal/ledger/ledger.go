@@ -3,24 +3,15 @@
 // makes no calls, and gets the time as an argument. Its methods return what has to
 // be done as Effects.
 //
-// An entry is in one state at a time:
-//
-//	Candidate  pending for a dead consumer, or released; a slot will claim it
-//	Queued     read ahead, or to be fetched again
-//	Running    in a slot
-//	Waiting    will be redelivered, or passed to OnBroken, when it is due
-//	Calling    in OnBroken, outside of the slots
-//	Acked      handled; its ack is not confirmed yet
-//	Releasing  being released
-//
-// All entries except candidates are ours: pending for this consumer, and renewed
-// until they leave the ledger. An entry that is no longer ours (lost), or no longer
-// in the stream (gone), leaves at once, or when its handler has ended if it is in
-// hand.
+// An entry is in one State at a time. All entries except candidates are ours: pending
+// for this consumer, and renewed until they leave the ledger. An entry that is no
+// longer ours (lost), or no longer in the stream (gone), leaves at once, or when its
+// handler has ended if it is in hand.
 package ledger
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -32,14 +23,14 @@ type State uint8
 
 // States of an entry.
 const (
-	None State = iota // not in the ledger
-	Candidate
-	Queued
-	Keying // its key is being computed
-	Running
-	Calling
-	Waiting
-	Acked
+	None      State = iota // not in the ledger
+	Candidate              // pending for a dead consumer, or released; a slot will claim it
+	Queued                 // read ahead, or to be fetched again
+	Keying                 // its key is being computed
+	Running                // in a slot
+	Calling                // in OnBroken, outside of the slots
+	Waiting                // will be redelivered, or passed to OnBroken, when it is due
+	Acked                  // handled; its ack is not confirmed yet
 	Releasing
 )
 
@@ -204,13 +195,11 @@ type apart struct {
 
 // usage counts what is limited.
 type usage struct {
-	slots   int // started and not ended
-	callers int
-	calls   int // of OnBroken, under way
-	running int
-	past    int // retries and candidates, and what they leave unused of their slots
-	waiting int
-	dead    int // waiting to be moved; included in waiting
+	slots   int                // started and not ended
+	callers int                // of OnBroken
+	in      [Releasing + 1]int // entries in each state, except None
+	past    int                // retries and candidates, and what they leave unused of their slots
+	dead    int                // waiting to be moved; included in those waiting
 }
 
 // New returns an empty Ledger.
@@ -268,7 +257,8 @@ func (l *Ledger) Offer(now time.Time, candidates []*Entry, more bool) Effects {
 
 // candidate has an entry wait to be claimed.
 func (l *Ledger) candidate(e *Entry) {
-	e.state, e.most = Candidate, l.share(e)
+	l.enter(e, Candidate)
+	e.most = l.share(e)
 	switch {
 	case l.cfg.Keyed && e.Released:
 		l.keys.released.push(e)
@@ -322,11 +312,9 @@ func (l *Ledger) Acked(now time.Time, entries ...*Entry) (fx Effects) {
 			l.remove(now, e)
 			continue
 		}
-		l.leave(e)
+		l.enter(e, Acked) // even if it is lost: the work is done
 		l.free(e)
-		e.state = Acked // even if it is lost: the work is done
 		l.acks = append(l.acks, e)
-		l.cfg.Bounds.Unacked.used.Add(1)
 	}
 	fx = l.effects(now)
 	fx.Ack = kept
@@ -360,13 +348,8 @@ func (l *Ledger) Retry(now time.Time, e *Entry, due time.Time) (dropped *Entry, 
 	if from != &l.recalls || e.state != Running { // the call of OnBroken, too, may crash the process
 		l.settle(now, e, true)
 	}
-	l.leave(e)
-	e.state, e.due = Waiting, due
-	l.use.waiting++
-	l.cfg.Bounds.Waiting.used.Add(1)
-	if e.Death != nil {
-		l.use.dead++
-	}
+	l.enter(e, Waiting)
+	e.due = due
 	aside := e.Death != nil || e.Stuck || from == &l.recalls
 	if aside {
 		l.free(e)
@@ -402,9 +385,8 @@ func (l *Ledger) Releasing(now time.Time, entries ...*Entry) {
 	for _, e := range entries {
 		e.Detach()
 		l.settle(now, e, true)
-		l.leave(e)
+		l.enter(e, Releasing)
 		l.free(e)
-		e.state = Releasing
 	}
 }
 
@@ -425,7 +407,7 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	l.over = true
 	for _, e := range l.strays {
 		if e.state == Queued && !l.cfg.Serve {
-			l.leave(e)
+			l.enter(e, None)
 		}
 	}
 	for _, e := range l.entries {
@@ -440,8 +422,7 @@ func (l *Ledger) Close(now time.Time) (queued, retries []*Entry) {
 	}
 	for _, e := range slices.Concat(queued, retries) {
 		if e.move != MaybeMoved { // the last attempt to move it may find the group remade
-			l.leave(e)
-			e.state = Releasing
+			l.enter(e, Releasing)
 		}
 	}
 	return queued, retries
@@ -455,25 +436,18 @@ func (l *Ledger) End(now time.Time) (left int) {
 	l.stop()
 	serve := l.cfg.Serve
 	l.over, l.cfg.Serve = true, false
-	for _, q := range []*queue{&l.keys.queue, &l.fresh} {
-		for e := q.peek(); e != nil; e = q.peek() {
-			l.remove(now, e) // the next one of its key follows
-			left++
-		}
-	}
-	for _, ln := range l.keys.lanes { // held by an entry whose function does not return
-		for len(ln.behind) > 0 {
-			l.remove(now, ln.behind[0])
-			left++
-		}
-	}
-	for _, e := range l.entries {
-		if serve && e.state == Keying { // the same
+	for _, e := range l.all() {
+		if e.state == Queued || serve && e.state == Keying { // its function does not return
 			l.remove(now, e)
 			left++
 		}
 	}
 	return left
+}
+
+// all returns all entries, which may then be removed.
+func (l *Ledger) all() []*Entry {
+	return slices.AppendSeq(slices.Clone(l.strays), maps.Values(l.entries))
 }
 
 // Stop stops taking new entries; Close takes back the remaining ones.
@@ -506,13 +480,12 @@ func (l *Ledger) insert(now, sent time.Time, e *Entry) {
 }
 
 func (l *Ledger) enqueue(e *Entry) {
-	e.state = Queued
+	l.enter(e, Queued)
 	if l.cfg.Keyed {
 		l.keys.queue.push(e)
 	} else {
 		l.fresh.push(e)
 	}
-	l.cfg.Bounds.ahead.Add(1)
 }
 
 // touch notes that the entry is ours, by a command sent at that time.
@@ -520,40 +493,38 @@ func (l *Ledger) touch(sent time.Time, e *Entry) {
 	e.renewed, e.sure = sent, l.clock
 }
 
-// leave removes an entry from its state.
-func (l *Ledger) leave(e *Entry) {
-	if e.in != nil {
+// enter moves an entry to a state, and out of the place where it was.
+func (l *Ledger) enter(e *Entry, s State) {
+	switch {
+	case e.in != nil:
 		e.in.drop(e)
+	case e.behind != nil:
+		l.stepOut(e)
+	case e == l.head:
+		l.head = nil
+	case e.state == Running && e.past:
+		l.use.past -= 1 + e.spare
+		e.spare = 0
 	}
+	l.count(e, -1)
+	e.state = s
+	l.count(e, 1)
+}
+
+// count counts an entry in its state.
+func (l *Ledger) count(e *Entry, n int) {
+	l.use.in[e.state] += n
 	switch e.state {
 	case Queued:
-		l.cfg.Bounds.ahead.Add(-1)
-		if e.behind != nil {
-			l.stepOut(e)
-		}
-	case Keying:
-		l.keys.with--
-	case Calling:
-		l.use.calls--
-	case Running:
-		l.use.running--
-		if e.past {
-			l.use.past -= 1 + e.spare
-			e.spare = 0
-		}
+		l.cfg.Bounds.ahead.Add(int64(n))
 	case Waiting:
-		l.use.waiting--
-		l.cfg.Bounds.Waiting.used.Add(-1)
+		l.cfg.Bounds.Waiting.Use(n)
 		if e.Death != nil {
-			l.use.dead--
-		}
-		if e == l.head {
-			l.head = nil
+			l.use.dead += n
 		}
 	case Acked:
-		l.cfg.Bounds.Unacked.used.Add(-1)
+		l.cfg.Bounds.Unacked.Use(n)
 	}
-	e.state = None
 }
 
 // settle lets other entries run after one that ran alone or as a suspect. If it could not run, the
@@ -577,7 +548,7 @@ func (l *Ledger) settle(now time.Time, e *Entry, ran bool) {
 
 func (l *Ledger) remove(now time.Time, e *Entry) {
 	l.settle(now, e, e.Owner == "" || e.handled)
-	l.leave(e)
+	l.enter(e, None)
 	l.free(e)
 	if !l.over { // otherwise the keyer may be reading them
 		e.Fields, e.Prepared, e.Death = nil, nil, nil // other entries of the same read may stay for a long time

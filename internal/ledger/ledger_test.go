@@ -56,7 +56,7 @@ func take(l *Ledger, now time.Time) (id string, e *Entry) {
 	if l.Effects(now); l.apart.asked {
 		l.HaveTurn(now, func() {})
 	}
-	l.use.slots = l.use.running + 1 // this slot, whatever the effects have requested
+	l.use.slots = l.use.in[Running] + 1 // this slot, whatever the effects have requested
 	taken, _ := l.Take(now, nil)
 	if len(taken) == 0 {
 		return "", nil
@@ -71,7 +71,7 @@ func broken(l *Ledger, now time.Time, e *Entry) (dropped *Entry, ok bool) {
 }
 
 func takeAll(l *Ledger, now time.Time) (ids []string) {
-	for l.use.running < l.cfg.Slots {
+	for l.use.in[Running] < l.cfg.Slots {
 		id, e := take(l, now)
 		if e == nil {
 			break
@@ -264,7 +264,7 @@ func TestTake_PastIsSlow(t *testing.T) {
 		}
 	}
 	require.Equal(t, 2, l.use.past)
-	require.Equal(t, 2, l.use.running)
+	require.Equal(t, 2, l.use.in[Running])
 }
 
 // A slot takes a retry that became due before its timer fired; the new entry for
@@ -1100,11 +1100,11 @@ func check(t *testing.T, l *Ledger) {
 			dead++
 		}
 	}
-	require.Equal(t, counts[Keying], l.keys.with)
-	require.Equal(t, counts[Running], l.use.running)
-	require.LessOrEqual(t, l.use.running, l.capacity())
+	for state := Candidate; state <= Releasing; state++ {
+		require.Equal(t, counts[state], l.use.in[state], "entries in state %d", state)
+	}
+	require.LessOrEqual(t, l.use.in[Running], l.capacity())
 	require.Equal(t, past, l.use.past)
-	require.Equal(t, counts[Waiting], l.use.waiting)
 	require.Equal(t, dead, l.use.dead)
 	require.Equal(t, counts[Queued], l.cfg.Bounds.Ahead())
 	require.EqualValues(t, counts[Waiting]+slim, l.cfg.Bounds.Waiting.used.Load())
@@ -1113,7 +1113,7 @@ func check(t *testing.T, l *Ledger) {
 		require.Equal(t, counts[Acked], acks)
 	}
 	if l.apart.alone != nil {
-		require.LessOrEqual(t, l.use.running, 1, "something runs beside the one that must be alone")
+		require.LessOrEqual(t, l.use.in[Running], 1, "something runs beside the one that must be alone")
 	}
 	require.LessOrEqual(t, l.use.slots, l.cfg.Slots)
 }
@@ -1393,7 +1393,7 @@ func BenchmarkLedger(b *testing.B) {
 				now := time.Now()
 				l.Add(now, now, pointers)
 				for range pointers {
-					l.use.slots = l.use.running + 1
+					l.use.slots = l.use.in[Running] + 1
 					taken, _ = l.Take(time.Now(), taken[:0])
 					l.Acked(time.Now(), taken...)
 				}

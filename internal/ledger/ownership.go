@@ -206,7 +206,7 @@ func (l *Ledger) PutBack(now time.Time, entries ...*Entry) {
 func (l *Ledger) IsIdle() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.use.running == 0 && l.use.waiting == 0
+	return l.use.in[Running] == 0 && l.use.in[Waiting] == 0
 }
 
 // Lose ends the lease of an entry that another consumer has or may have.
@@ -245,10 +245,7 @@ func (l *Ledger) Gone(now time.Time, entries ...*Entry) (n int) {
 func (l *Ledger) CancelAll(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, e := range l.entries {
-		e.end(cause)
-	}
-	for _, e := range l.strays {
+	for _, e := range l.all() {
 		e.end(cause)
 	}
 }
@@ -262,7 +259,7 @@ func (l *Ledger) Counts() (ours, wait int) {
 			ours++
 		}
 	}
-	return ours, l.use.waiting
+	return ours, l.use.in[Waiting]
 }
 
 // Acks returns at most n entries to ack next. They remain until Confirmed.

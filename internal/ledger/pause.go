@@ -64,9 +64,7 @@ func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
 		to = cmp.Or(l.origin(e), to)
 	}
 	l.settle(now, e, true)
-	l.leave(e)
-	e.state = Queued
-	l.cfg.Bounds.ahead.Add(1)
+	l.enter(e, Queued)
 	to.push(e)
 	l.sort(to.entries)
 	return true
@@ -79,7 +77,7 @@ func (l *Ledger) HoldBack(now time.Time, e *Entry) bool {
 func (l *Ledger) Withdraw() (queued []*Entry) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.paused || l.over || !l.cfg.Leased || l.keys.with > 0 {
+	if !l.paused || l.over || !l.cfg.Leased || l.use.in[Keying] > 0 {
 		return nil
 	}
 	for _, e := range l.entries {
@@ -89,8 +87,8 @@ func (l *Ledger) Withdraw() (queued []*Entry) {
 	}
 	l.sort(queued)
 	for _, e := range queued {
-		l.leave(e)
-		e.state, e.unsure = Releasing, false
+		l.enter(e, Releasing)
+		e.unsure = false
 	}
 	for _, e := range queued {
 		l.free(e)
@@ -156,7 +154,6 @@ func (l *Ledger) Reclaim() {
 	defer l.mu.Unlock()
 	for _, e := range l.entries {
 		if e.state == Candidate && e.Withdrawn {
-			l.leave(e)
 			l.own(e)
 			l.enqueue(e)
 		}

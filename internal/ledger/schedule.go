@@ -62,9 +62,8 @@ func (l *Ledger) take(e *Entry) {
 	if e.again = nil; e.state != Waiting && e.Owner == "" && e.Fields == nil && e.in != &l.fresh { // an orphan, or it had waited for its key
 		e.again = e.in
 	}
-	l.leave(e)
-	e.state, e.past, e.round, e.putBack = Running, past, l.turn, time.Time{}
-	l.use.running++
+	l.enter(e, Running)
+	e.past, e.round, e.putBack = past, l.turn, time.Time{}
 	if past {
 		l.use.past++
 	}
@@ -80,9 +79,8 @@ func (l *Ledger) TakeBroken(now time.Time) (*Entry, Effects) {
 		l.use.callers--
 		return nil, l.effects(now)
 	}
-	l.leave(e)
-	e.state, l.apart.called = Calling, now
-	l.use.calls++
+	l.enter(e, Calling)
+	l.apart.called = now
 	return e, l.effects(now)
 }
 
@@ -121,9 +119,8 @@ func (l *Ledger) callEnds(e *Entry) (at time.Time) {
 //     and a suspect. While fresh entries wait, the latter have at most half of the
 //     slots, since they may all be slow.
 //
-// Only one suspect runs at a time, until its ack has arrived, so that an innocent
-// suspect does not share its process with a guilty one. An entry that is not a
-// suspect has another delivery left, whatever runs beside it.
+// Only one suspect runs at a time, until its ack has arrived: an innocent one must not
+// share its process with a guilty one.
 func (l *Ledger) next(now time.Time) *Entry {
 	switch {
 	case l.paused, l.closed && !l.cfg.Serve:
@@ -160,9 +157,7 @@ func (l *Ledger) next(now time.Time) *Entry {
 func (l *Ledger) readmit(now time.Time) {
 	for _, q := range []*queue{&l.retries, &l.singles} {
 		for e := q.first(now); e != nil && e.again != nil; e = q.first(now) {
-			l.leave(e)
-			e.state = Queued
-			l.cfg.Bounds.ahead.Add(1)
+			l.enter(e, Queued)
 			e.again.push(e)
 		}
 	}
@@ -247,17 +242,13 @@ func (l *Ledger) origin(e *Entry) *queue {
 
 // busy reports whether something is running beside which no entry may run alone. Calls of OnBroken may hang.
 func (l *Ledger) busy(now time.Time) bool {
-	return l.use.running > 0 || l.apart.suspect != nil || l.use.calls > 0 && now.Before(l.apart.called.Add(l.cfg.Patience))
+	return l.use.in[Running] > 0 || l.apart.suspect != nil || l.use.in[Calling] > 0 && now.Before(l.apart.called.Add(l.cfg.Patience))
 }
 
 // ordinary reports whether there is an entry to take that need not run alone.
 func (l *Ledger) ordinary(now time.Time) bool {
 	return l.ripe(now) != nil || l.claim() != nil || l.suspects.len() > 0 && l.apart.suspect == nil || l.dueRetry(now) != nil
 }
-
-// A crash takes the whole process. So the entries that may cause one take turns over all its ledgers,
-// as far as these know of each other: Effects asks for the turn when there is a free slot, since handlers
-// may take long, and ends it after such an entry, or when it is of no use.
 
 // HaveTurn notes that it is our turn, until end is called. Others may stop waiting for its end; then the
 // turn remains good for one entry, which must not wait for ever.
@@ -275,7 +266,8 @@ func (l *Ledger) endTurn() {
 	}
 }
 
-// seeTurn ends a turn that is of no use now, or reports whether to ask for one.
+// seeTurn ends a turn that is of no use now, or reports whether to ask for one: when there is a free
+// slot, since handlers may take long.
 func (l *Ledger) seeTurn(now time.Time) (ask bool) {
 	a := &l.apart
 	useful := !l.closed && !l.paused && l.head == nil && (l.suspects.len() > 0 || l.lonely.len() > 0 && (!a.from.IsZero() || l.mayDrain(now)))
@@ -284,7 +276,7 @@ func (l *Ledger) seeTurn(now time.Time) (ask bool) {
 	case !useful:
 		l.endTurn()
 	default:
-		ask = a.turn == nil && !a.asked && l.use.running < l.capacity()
+		ask = a.turn == nil && !a.asked && l.use.in[Running] < l.capacity()
 		a.asked = a.asked || ask
 	}
 	return ask
@@ -356,7 +348,7 @@ func (l *Ledger) nextTime(now time.Time) (at time.Time) {
 		if !l.apart.from.IsZero() {
 			first(l.apart.from.Add(l.apart.patience))
 		}
-		if l.use.calls > 0 {
+		if l.use.in[Calling] > 0 {
 			first(l.apart.called.Add(l.cfg.Patience))
 		}
 	}
@@ -380,7 +372,7 @@ func (l *Ledger) room() int {
 	if b.ahead.Load() >= maxAhead {
 		ahead = 0
 	}
-	free := max(0, l.capacity()-l.use.running)
+	free := max(0, l.capacity()-l.use.in[Running])
 	if l.head != nil {
 		free = 0
 	} else if !l.inOrder() { // what is read has half of the slots: see next
@@ -397,7 +389,7 @@ func (l *Ledger) room() int {
 		return 0
 	case b.full(&b.Unacked, len(l.acks)):
 		return 0
-	case !l.cfg.Leased && b.full(&b.Waiting, l.waits()), 2*l.use.dead >= b.Most(&b.Waiting, l.use.waiting):
+	case !l.cfg.Leased && b.full(&b.Waiting, l.waits()), 2*l.use.dead >= b.Most(&b.Waiting, l.use.in[Waiting]):
 		return 0 // these entries stay in memory in any case
 	}
 	n := free + ahead
