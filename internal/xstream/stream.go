@@ -280,19 +280,20 @@ func (s *Stream) Info(ctx context.Context) (Info, error) {
 	if err != nil {
 		return info, err
 	}
-	last, ok := lookup(v, "last-generated-id").(string)
+	t := table(v)
+	last, ok := t["last-generated-id"].(string)
 	if !ok {
 		return info, fmt.Errorf("goxstreams: XINFO STREAM %s: no last-generated-id", s.Key)
 	}
 	info.Last = last
-	if first, ok := lookup(v, "first-entry").([]any); ok && len(first) == 2 {
+	if first, ok := t["first-entry"].([]any); ok && len(first) == 2 {
 		info.First, _ = first[0].(string)
 		info.FirstPrint, _ = first[1].(string)
 	}
-	if id, ok := lookup(v, "max-deleted-entry-id").(string); ok {
+	if id, ok := t["max-deleted-entry-id"].(string); ok {
 		info.MaxDeleted = id
 	}
-	added, ok := lookup(v, "entries-added").(int64)
+	added, ok := t["entries-added"].(int64)
 	if info.Added = added; !ok {
 		info.Added = -1
 	}
@@ -326,21 +327,6 @@ func (s *Stream) Has(ctx context.Context, m Mark) (bool, error) {
 	}
 	e, err := s.Entry(ctx, m.ID)
 	return e != nil && (m.Print == 0 || e.Mark() == m), err
-}
-
-// lookup finds a name in a reply that is a map (RESP3) or a flat list (RESP2).
-func lookup(v any, name string) any {
-	switch v := v.(type) {
-	case map[any]any:
-		return v[name]
-	case []any:
-		for i := 0; i+1 < len(v); i += 2 {
-			if v[i] == name {
-				return v[i+1]
-			}
-		}
-	}
-	return nil
 }
 
 // Version returns the server's name and version, for messages only: Valkey also
