@@ -61,17 +61,14 @@ func New(cfg Config) *Keeper {
 func (k *Keeper) SetDeletes(d xstream.Delete) { k.cfg.Deletes = d }
 
 // Ack acks the next entries that the ledger has for it, in the configured way.
-func (k *Keeper) Ack(ctx context.Context) (n int, fx ledger.Effects, err error) {
+func (k *Keeper) Ack(ctx context.Context) (ledger.Effects, error) {
 	entries := k.cfg.Ledger.Acks(MaxAck)
-	if len(entries) == 0 {
-		return 0, fx, nil
-	}
 	if ids := k.cfg.Ledger.ToAck(entries, make([]any, 0, len(entries))); len(ids) > 0 {
 		if err := k.ack(ctx, ids); err != nil {
-			return 0, fx, err
+			return ledger.Effects{}, err
 		}
 	}
-	return len(entries), k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
+	return k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
 }
 
 func (k *Keeper) ack(ctx context.Context, ids []any) error {
@@ -137,20 +134,15 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 		}
 	}
 	switch {
-	case err != nil && (!redisx.IsReply(err) || unsure):
-		return "", err
-	case err != nil:
-		k.cfg.Ledger.Moving(e, ledger.NotMoved)
-		return "", err
-	case how == xstream.Moved:
+	case err == nil && (how == xstream.Mine || how == xstream.Moved):
 		k.cfg.Ledger.Moving(e, ledger.Moved)
-		return "", nil
-	case how != xstream.Mine:
+	case err == nil:
 		k.cfg.Ledger.Moving(e, ledger.NotMoved)
-		return "", k.refused(ctx, e, how)
+		err = k.refused(ctx, e, how)
+	case redisx.IsReply(err) && !unsure:
+		k.cfg.Ledger.Moving(e, ledger.NotMoved)
 	}
-	k.cfg.Ledger.Moving(e, ledger.Moved)
-	return id, nil
+	return id, err
 }
 
 // refused handles the standing of an entry that a command did not find as expected.
