@@ -160,14 +160,14 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 		Slots: cfg.MaxConcurrency, Batch: cfg.MaxBatch, Wait: cfg.MaxWait, Keyed: cfg.Keyed, Compare: xstream.CompareIDs, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
 		Patience: cfg.patience(), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
 	})
-	s.keeper = lease.New(lease.Config{
+	leases := lease.Config{
 		Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever,
 		Trims: cfg.Retention != nil, Log: cfg.Log, Fields: s.cfg.Fields,
-	})
+	}
+	s.keeper = lease.New(leases)
 	s.finder = takeover.New(takeover.Config{
-		Stream: &s.stream, Ledger: s.ledger, Keeper: s.keeper, Bounds: shared.Bounds,
-		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
-		Timeout: cfg.ConsumerTimeout, Log: cfg.Log, Fields: s.cfg.Fields,
+		Config: leases, Keeper: s.keeper, Bounds: shared.Bounds,
+		Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
 	})
 	s.slots.running = make(map[*slot]struct{})
 	s.reader = newReader(s)

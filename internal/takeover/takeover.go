@@ -16,8 +16,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/ThreeDotsLabs/watermill"
-
 	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
@@ -60,16 +58,11 @@ const RenewalsPerLease = 3
 
 // Config configures a Finder.
 type Config struct {
-	Stream   *xstream.Stream
-	Ledger   *ledger.Ledger
-	Keeper   *lease.Keeper
-	Bounds   *ledger.Bounds
-	MinIdle  time.Duration // after which a consumer that does not renew counts as dead
-	Interval time.Duration // between two looks
-	Page     int           // maximum of released entries offered at a time
-	Timeout  time.Duration // after which an idle consumer with nothing pending is removed
-	Log      watermill.LoggerAdapter
-	Fields   watermill.LogFields
+	lease.Config // as of the Keeper
+	Keeper       *lease.Keeper
+	Bounds       *ledger.Bounds
+	Interval     time.Duration // between two looks
+	Page         int           // maximum of released entries offered at a time
 }
 
 // Finder finds abandoned entries.
