@@ -192,8 +192,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	}
 	entries := k.toRestore(!anew) // in a stream that began anew the ID of what may have been moved may be another entry's
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
-	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle,
-		k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
+	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle, k.cfg.Trims)
 	if err != nil {
 		return err
 	}
@@ -240,7 +239,7 @@ func (k *Keeper) toRestore(anew bool) []*ledger.Entry {
 
 func (k *Keeper) ackHandled(ctx context.Context, restored []*ledger.Entry) error {
 	for ids := range slices.Chunk(k.cfg.Ledger.ToAck(restored, nil), MaxAck) {
-		if err := k.ack(ctx, ids); err != nil {
+		if err := k.cfg.Stream.Ack(ctx, k.cfg.Deletes, ids...); err != nil {
 			return err
 		}
 	}

@@ -31,10 +31,10 @@ const MaxAck = 1000
 type Config struct {
 	Stream  *xstream.Stream
 	Ledger  *ledger.Ledger
-	MinIdle time.Duration  // idle time after which others may claim an entry that was not renewed
-	Timeout time.Duration  // idle time after which others may remove a consumer; 0: never
-	Deletes xstream.Delete // what happens to acked entries
-	Trims   bool           // the subscription trims the stream: acked entries leave it
+	MinIdle time.Duration // idle time after which others may claim an entry that was not renewed
+	Timeout time.Duration // idle time after which others may remove a consumer; 0: never
+	Deletes bool          // acked entries are deleted
+	Trims   bool          // the subscription trims the stream: acked entries leave it; also if it deletes them
 	Log     watermill.LoggerAdapter
 	Fields  watermill.LogFields
 }
@@ -57,25 +57,15 @@ func New(cfg Config) *Keeper {
 	return &Keeper{cfg: cfg, round: make(chan struct{}, 1)}
 }
 
-// SetDeletes is called once the server's features are known.
-func (k *Keeper) SetDeletes(d xstream.Delete) { k.cfg.Deletes = d }
-
 // Ack acks the next entries that the ledger has for it, in the configured way.
 func (k *Keeper) Ack(ctx context.Context) (ledger.Effects, error) {
 	entries := k.cfg.Ledger.Acks(MaxAck)
 	if ids := k.cfg.Ledger.ToAck(entries, make([]any, 0, len(entries))); len(ids) > 0 {
-		if err := k.ack(ctx, ids); err != nil {
+		if err := k.cfg.Stream.Ack(ctx, k.cfg.Deletes, ids...); err != nil {
 			return ledger.Effects{}, err
 		}
 	}
 	return k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
-}
-
-func (k *Keeper) ack(ctx context.Context, ids []any) error {
-	if k.cfg.Deletes == xstream.DeleteNever {
-		return k.cfg.Stream.Ack(ctx, ids...)
-	}
-	return k.cfg.Stream.AckAndDelete(ctx, k.cfg.Deletes, ids...)
 }
 
 // Take delivers an entry once more: it claims a candidate, or counts a retry. It

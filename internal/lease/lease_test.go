@@ -43,7 +43,7 @@ func newHolder(t *testing.T, minIdle time.Duration) *holder {
 	require.NoError(t, err)
 	l := ledger.New(ledger.Config{Slots: 1000, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost, Compare: xstream.CompareIDs})
 	return &holder{
-		Keeper: New(Config{Stream: &stream, Ledger: l, MinIdle: minIdle, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}}),
+		Keeper: New(Config{Stream: &stream, Ledger: l, MinIdle: minIdle, Log: watermill.NopLogger{}}),
 		t:      t, client: client, stream: &stream, ledger: l,
 	}
 }
@@ -341,7 +341,7 @@ func TestTake_AckedOrphan(t *testing.T) {
 	h.publish("1-1", "2-1", "3-1")
 	h.read() // by another consumer, as far as the second ledger knows
 	other := ledger.New(ledger.Config{Slots: 10, Leased: true, Bounds: ledger.NewBounds(), Lost: errLost, Compare: xstream.CompareIDs})
-	k := New(Config{Stream: h.stream, Ledger: other, MinIdle: time.Minute, Deletes: xstream.DeleteNever, Log: watermill.NopLogger{}})
+	k := New(Config{Stream: h.stream, Ledger: other, MinIdle: time.Minute, Log: watermill.NopLogger{}})
 	var orphans []*ledger.Entry
 	for _, id := range []string{"1-1", "2-1", "3-1"} {
 		orphans = append(orphans, (&ledger.Entry{ID: id}).SetCount(1, 1))
@@ -706,7 +706,7 @@ func TestMove_ByAnother(t *testing.T) {
 					Stream: h.stream.Key, Group: "group", Consumer: test.by, Messages: []string{"1-1"},
 				}).Err())
 			}
-			moved, how, err := mover.DeadLetter(t.Context(), letters, "1-1", xstream.DeleteNever, nil, letter(test.by))
+			moved, how, err := mover.DeadLetter(t.Context(), letters, "1-1", false, nil, letter(test.by))
 			require.NoError(t, err)
 			require.Equal(t, xstream.Mine, how)
 			id, err := h.Move(t.Context(), e, letters, test.unsure, []string{"entry:1-1", "consumer:holder"}, letter("holder"))

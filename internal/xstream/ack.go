@@ -5,22 +5,14 @@ import (
 	"maps"
 )
 
-// Ack acks the entries. The IDs are strings or pointers to strings. It may run
-// twice.
-func (s *Stream) Ack(ctx context.Context, ids ...any) error {
-	_, err := s.once(ctx, append([]any{"xack", s.Key, s.Group}, ids...)...)
-	return err
-}
-
-// Delete says how an acked entry is deleted from its stream.
-type Delete string
-
-// Ways to delete acked entries.
-const (
-	DeleteNever    Delete = "xack"
-	DeleteByServer Delete = "xackdel" // Redis 8.2: once every group has acked it
-	DeleteByScript Delete = "xdel"    // while the stream has only one group
-)
+// byServerFunction returns whether the server itself deletes what every group has acked:
+// with XACKDEL, since Redis 8.2, if that is permitted. Elsewhere a script deletes, while the
+// stream has only one group. (acl_check_cmd raises an error for an unknown command.)
+const byServerFunction = `
+local function byServer(group)
+  local known, permitted = pcall(redis.acl_check_cmd, 'XACKDEL', KEYS[1], group, 'ACKED', 'IDS', 1, '0-1')
+  return known and permitted
+end`
 
 // lessFunction compares IDs, as text, since Lua's numbers are too small for them.
 const lessFunction = `
@@ -137,8 +129,9 @@ const vanishedFor = 60_000
 // missing stream is not an error, as for XACK. It begins with a write that does nothing,
 // after which a server that is out of memory does not refuse what is stored beside the
 // stream: a fan-out's last minute, and when a group vanished.
-const ackDeleteScript = `-- ack` + deniedFunction + fanOutsFunction + heldFunction + `
-local group, by, vanished = ARGV[1], ARGV[2], tonumber(ARGV[3])
+const ackDeleteScript = `-- ack` + deniedFunction + byServerFunction + fanOutsFunction + heldFunction + `
+local group, vanished = ARGV[1], tonumber(ARGV[2])
+local xackdel = byServer(group)
 redis.call('XACK', KEYS[1], group, '0-0')
 local groups = denied('XINFO', 'GROUPS', KEYS[1])
 if not groups then
@@ -147,47 +140,42 @@ if not groups then
     if string.find(groups.err, 'no such key') then return 0 end
     return groups
   end
-elseif by == 'xdel' then
+elseif not xackdel then
   return groups
 else
   groups = nil
 end
-if groups and (by == 'xdel' and #groups > 1 or #held(KEYS[3], groups, clock(), vanished) > 0) then
-  return redis.call('XACK', KEYS[1], group, unpack(ARGV, 4))
+if groups and (not xackdel and #groups > 1 or #held(KEYS[3], groups, clock(), vanished) > 0) then
+  return redis.call('XACK', KEYS[1], group, unpack(ARGV, 3))
 end
-if by == 'xdel' then
+if not xackdel then
   local missing = denied('XDEL', KEYS[1], '0-1')
   if missing then return missing end
 end
 local least = fanOuts()
 local keep, rest = {}, {}
-for i = 4, #ARGV do
+for i = 3, #ARGV do
   local list = (least and less(least, ARGV[i])) and keep or rest
   list[#list + 1] = ARGV[i]
 end
-if by == 'xackdel' and #rest > 0 then
-  redis.call('XACKDEL', KEYS[1], group, 'ACKED', 'IDS', #rest, unpack(rest))
-elseif by == 'xdel' then
+if not xackdel then
   for _, id in ipairs(rest) do
     if redis.call('XACK', KEYS[1], group, id) == 1 then redis.call('XDEL', KEYS[1], id) end
   end
+elseif #rest > 0 then
+  redis.call('XACKDEL', KEYS[1], group, 'ACKED', 'IDS', #rest, unpack(rest))
 end
 if #keep > 0 then redis.call('XACK', KEYS[1], group, unpack(keep)) end
 return 0`
 
-// AckAndDelete acks the entries and deletes those that nobody needs any more.
-func (s *Stream) AckAndDelete(ctx context.Context, by Delete, ids ...any) error {
-	args := []any{"eval", ackDeleteScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), s.Group, string(by), vanishedFor}
+// Ack acks the entries, and if it deletes, it deletes those that nobody needs any more. The IDs
+// are strings or pointers to strings. It may run twice.
+func (s *Stream) Ack(ctx context.Context, deletes bool, ids ...any) error {
+	args := []any{"xack", s.Key, s.Group}
+	if deletes {
+		args = []any{"eval", ackDeleteScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), s.Group, vanishedFor}
+	}
 	_, err := s.once(ctx, append(args, ids...)...)
-	return err
-}
-
-// HasAckAndDelete checks whether the server has XACKDEL, with an ID that no stream
-// has, so that nothing happens. If it has not, or does not permit it,
-// redisx.IsDenied is true for the error. (It asks the node, since a Cluster client
-// writes to stderr about unknown commands.)
-func (s *Stream) HasAckAndDelete(ctx context.Context) error {
-	_, err := s.ask(ctx, "xackdel", s.Key, s.Group, "acked", "ids", 1, "0-1")
 	return err
 }
 

@@ -28,7 +28,10 @@ type topicState struct {
 func newTopic(t *testing.T) topicState {
 	t.Helper()
 	testserver.RequireReal(t)
-	client := testserver.Client(t)
+	return newTopicOf(t, testserver.Client(t))
+}
+
+func newTopicOf(t *testing.T, client *redis.Client) topicState {
 	return topicState{t, client, New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "")}
 }
 
@@ -430,58 +433,53 @@ func TestTrim_VanishedAgain(t *testing.T) {
 // for a while, by whatever way. A group that nobody had seen, and one without Retention,
 // leave no trace.
 func TestHold(t *testing.T) {
-	for _, by := range []Delete{DeleteByServer, DeleteByScript} {
-		t.Run(string(by), func(t *testing.T) {
-			p := newTopic(t)
-			ctx, lost := t.Context(), p.s
-			lost.Group = "lost"
-			mine := p.s
-			mine.Group, mine.Consumer = "stays", "consumer"
-			if by == DeleteByServer && mine.HasAckAndDelete(ctx) != nil {
-				t.Skip("the server has no XACKDEL")
+	eachWay(t, func(t *testing.T, client *redis.Client, byServer bool) {
+		p := newTopicOf(t, client)
+		ctx, lost := t.Context(), p.s
+		lost.Group = "lost"
+		mine := p.s
+		mine.Group, mine.Consumer = "stays", "consumer"
+		require.NoError(t, lost.hold(ctx, time.Hour, false))
+		require.Zero(t, p.client.Exists(ctx, RetentionKey(p.s.Key)).Val())
+		p.group("stays")
+		p.group("lost")
+		for i := range 10 {
+			p.add(fmt.Sprintf("%d-1", i+1), "x")
+		}
+		ids := p.read("stays", "consumer", 100)
+		require.Len(t, p.read("lost", "consumer", 100), 10)
+		require.Zero(t, p.all(Retention{}).Trimmed)
+		ack := func(ids ...string) {
+			args := make([]any, len(ids))
+			for i, id := range ids {
+				args[i] = id
 			}
-			require.NoError(t, lost.hold(ctx, time.Hour, false))
-			require.Zero(t, p.client.Exists(ctx, RetentionKey(p.s.Key)).Val())
-			p.group("stays")
-			p.group("lost")
-			for i := range 10 {
-				p.add(fmt.Sprintf("%d-1", i+1), "x")
-			}
-			ids := p.read("stays", "consumer", 100)
-			require.Len(t, p.read("lost", "consumer", 100), 10)
-			require.Zero(t, p.all(Retention{}).Trimmed)
-			ack := func(ids ...string) {
-				args := make([]any, len(ids))
-				for i, id := range ids {
-					args[i] = id
-				}
-				require.NoError(t, mine.AckAndDelete(ctx, by, args...))
-			}
+			require.NoError(t, mine.Ack(ctx, true, args...))
+		}
 
-			// Missing, before anybody has trimmed.
-			require.NoError(t, p.client.XGroupDestroy(ctx, p.s.Key, "lost").Err())
-			ack(ids[0], ids[1])
-			_, _, err := mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[2], by, nil, []string{"a", "b"})
-			require.NoError(t, err)
-			require.Equal(t, ids, p.ids())
-			// Recreated, with nothing pending.
-			require.NoError(t, lost.hold(ctx, time.Hour, false))
-			require.NoError(t, p.client.XGroupCreate(ctx, p.s.Key, "lost", ids[9]).Err())
-			ack(ids[3:8]...)
-			_, _, err = mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[8], by, nil, []string{"a", "b"})
-			require.NoError(t, err)
-			require.Zero(t, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
-			require.Equal(t, ids, p.ids())
+		// Missing, before anybody has trimmed.
+		require.NoError(t, p.client.XGroupDestroy(ctx, p.s.Key, "lost").Err())
+		ack(ids[0], ids[1])
+		_, _, err := mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[2], true, nil, []string{"a", "b"})
+		require.NoError(t, err)
+		require.Equal(t, ids, p.ids())
+		// Recreated, with nothing pending.
+		require.NoError(t, lost.hold(ctx, time.Hour, false))
+		require.NoError(t, p.client.XGroupCreate(ctx, p.s.Key, "lost", ids[9]).Err())
+		ack(ids[3:8]...)
+		_, _, err = mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[8], true, nil, []string{"a", "b"})
+		require.NoError(t, err)
+		require.Zero(t, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
+		require.Equal(t, ids, p.ids())
 
-			long := fmt.Sprintf("hold %d %d", time.Now().Add(-2*time.Hour).UnixMilli(), time.Hour.Milliseconds())
-			require.NoError(t, p.client.HSet(ctx, RetentionKey(p.s.Key), "group lost", long).Err())
-			require.EqualValues(t, 9, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
-			ack(ids[9])
-			if by == DeleteByServer {
-				require.Empty(t, p.ids())
-			}
-		})
-	}
+		long := fmt.Sprintf("hold %d %d", time.Now().Add(-2*time.Hour).UnixMilli(), time.Hour.Milliseconds())
+		require.NoError(t, p.client.HSet(ctx, RetentionKey(p.s.Key), "group lost", long).Err())
+		require.EqualValues(t, 9, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
+		ack(ids[9])
+		if byServer {
+			require.Empty(t, p.ids())
+		}
+	})
 }
 
 // A group that is created at "0" while the stream is being trimmed gets everything that
