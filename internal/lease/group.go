@@ -255,14 +255,7 @@ func (k *Keeper) restore(ctx context.Context) error {
 			return err
 		}
 		others := make(map[*ledger.Entry]xstream.Standing)
-		var restored []*ledger.Entry
-		for _, e := range chunk {
-			if how := standings[e.ID]; how != "" {
-				others[e] = how
-			} else {
-				restored = append(restored, e)
-			}
-		}
+		restored := split(chunk, standings, others)
 		k.cfg.Ledger.Restored(sent, restored...)
 		if len(restored) > 0 {
 			k.wasActive(sent)

@@ -220,14 +220,7 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 		if err != nil {
 			return err // the rest would wait for the same answer
 		}
-		var ours []*ledger.Entry
-		for _, e := range entries {
-			if how := standings[e.ID]; how == "" {
-				ours = append(ours, e)
-			} else {
-				others[e] = how
-			}
-		}
+		ours := split(entries, standings, others)
 		if renewed = append(renewed, ours...); len(ours) > 0 {
 			last = sent
 		}
@@ -245,6 +238,19 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	}
 	k.stand(others)
 	return nil
+}
+
+// split returns the entries that have no standing: they are ours. It adds the standings of the
+// rest to others.
+func split(entries []*ledger.Entry, standings map[string]xstream.Standing, others map[*ledger.Entry]xstream.Standing) (ours []*ledger.Entry) {
+	for _, e := range entries {
+		if how := standings[e.ID]; how == "" {
+			ours = append(ours, e)
+		} else {
+			others[e] = how
+		}
+	}
+	return ours
 }
 
 func idsOf(entries []*ledger.Entry) []string {
