@@ -77,8 +77,7 @@ type Finder struct {
 	noConsumers         bool   // XINFO CONSUMERS is denied
 
 	good   time.Time // the last look without errors; at first, when the subscription was opened
-	failed bool      // a look has failed, or come late, since writes were last answered
-	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last write failed
+	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last look failed, or came late
 
 	nextJanitor time.Time
 	noJanitor   bool      // its script is denied
@@ -105,20 +104,20 @@ func (s idleEntry) idleBy(now time.Time) time.Duration {
 // New returns a Finder.
 func New(cfg Config) *Finder {
 	now := time.Now()
-	return &Finder{cfg: cfg, seen: make(map[string]idleEntry), good: now, nextJanitor: now.Add(Jitter(cfg.Timeout / 2))}
+	return &Finder{cfg: cfg, seen: make(map[string]idleEntry), good: now, steady: now, nextJanitor: now.Add(Jitter(cfg.Timeout / 2))}
 }
 
 // Look looks once, and offers what it finds to the ledger.
 func (f *Finder) Look(ctx context.Context) (ledger.Effects, error) {
 	now := time.Now()
 	if now.Sub(f.good) >= max(f.third(), 2*f.cfg.Interval) {
-		f.steady, f.failed = time.Time{}, true // this process may have been stopped together with the server
+		f.steady = time.Time{} // this process may have been stopped together with the server
 	}
 	f.trimmed = 0
 	candidates, more, err := f.look(ctx)
 	f.cfg.Keeper.CountLost(f.trimmed, nil)
 	if err != nil {
-		f.steady, f.failed = time.Time{}, true
+		f.steady = time.Time{}
 	} else {
 		f.good = time.Now()
 	}
@@ -170,14 +169,13 @@ func (f *Finder) probe(ctx context.Context) error {
 	}
 	now := time.Now()
 	if now.Sub(sent) >= f.third() {
-		f.steady, f.failed = time.Time{}, true // it was delayed
+		f.steady = time.Time{} // it was delayed
 	}
 	if f.steady.IsZero() {
 		f.steady = now
-		if f.failed && now.Sub(f.good) >= f.third() {
+		if now.Sub(f.good) >= f.third() {
 			f.steady = now.Add(reconnectTime)
 		}
-		f.failed = false
 	}
 	return nil
 }
