@@ -89,12 +89,10 @@ func (k *Keeper) Probe(ctx context.Context) error {
 	return err
 }
 
-// consumerIsNew reports whether the group does not know the consumer, or has never
-// seen it take an entry. Then the group was recreated, or the consumer was removed.
-// With byClocks, it also counts if the server saw the consumer active only more
-// than a second before it was last active as far as is known here. That alone
-// proves nothing, since a lost or late answer looks the same. In a group that was repaired
-// in part it is known by other entries.
+// consumerIsNew reports whether the group does not know the consumer, or has never seen it
+// take an entry; with byClocks, also whether it saw the consumer active only more than a second
+// before it last was. That alone proves nothing, since a lost or late answer looks the same.
+// In a group that was repaired in part it is known by other entries.
 func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error) {
 	known := k.progressNow()
 	consumers, err := k.cfg.Stream.Consumers(ctx)
@@ -269,13 +267,11 @@ func (k *Keeper) restore(ctx context.Context) error {
 	return nil
 }
 
-// CheckReleased looks after entries that a pause has released: nobody takes them until it
-// ends, so if they are not pending any more, the group was lost, and recreated by somebody
-// who did not know of them. Then they are restored. During a pause that everybody obeys, all
-// entries that are passed must be missing for that. While others may take some, or if it is a
-// single one, which may have been acked by hand, the group must also have forgotten this
-// consumer, and not for having been idle if others may take some. Entries that others have are
-// dropped.
+// CheckReleased looks after entries that a pause has released: nobody takes them until it ends,
+// so if all of them are not pending any more, somebody who did not know of them recreated the
+// group, and they are restored. If it is a single one, which may have been acked by hand, or while
+// others may take some, the group must also have forgotten this consumer, in the latter case not
+// for having been idle. Entries that others have are dropped.
 func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, others bool) error {
 	if err := k.begin(ctx); err != nil {
 		return err

@@ -261,19 +261,10 @@ func idsOf(entries []*ledger.Entry) []string {
 	return ids
 }
 
-// isRemade reports whether entries are no longer pending because the group was
-// recreated or the consumer removed, and not because other consumers took or acked
-// them.
-//
-// While leases are valid, several entries go missing at once for no other reason. A
-// single one counts as such while a handler has it, since restoring it costs
-// nothing then. It also counts if something was read since, which may be from the
-// new group: two deliveries are better than none, but a third is not, since
-// somebody may be acking the entry by hand. Otherwise the server's record of the
-// consumer decides. If leases may have expired, other consumers were allowed to
-// take and settle the entries: then the group was recreated only if it never knew
-// the consumer. After Timeout not even that proves it, since the other consumers
-// remove the names of absent ones.
+// isRemade reports whether entries are no longer pending because the group was recreated or
+// the consumer removed, and not because other consumers took or acked them: ARCHITECTURE.md has
+// the rules. Restoring one that a handler has costs nothing. Another single one is restored if
+// something was read since, but not a second time: somebody may be acking it by hand.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
 	var missing []*ledger.Entry
 	now, expired, forgotten, sure := time.Now(), false, false, false

@@ -2,12 +2,9 @@
 // are pending for other consumers, and that nobody renews. It starts no goroutines,
 // and knows nothing about handlers.
 //
-// Redis counts idle time even while it is frozen, down, or refusing writes, when no
-// consumer can renew: after an outage all pending entries look abandoned. So an
-// entry is claimed only after it was found idle twice. In between, the server must
-// have answered writes of ours for long enough that a living consumer would have
-// renewed. The claim requires the state that was found: the owner, the count, and
-// an idle time that has only grown.
+// Redis counts idle time also while no consumer can renew. So an entry is claimed only after
+// it was found idle twice, and writes of ours were answered in between for long enough that a
+// living consumer would have renewed; and only in the state that was found.
 package takeover
 
 import (
@@ -28,9 +25,8 @@ const (
 
 	// A sweep that took the time t is not repeated before sweepRest * t * the
 	// number of consumers, which all sweep: so sweeps cost the server at most a
-	// twentieth of its time, however long the list of pending entries is. If that
-	// pause is longer than a third of MinIdle, the entries of idle consumers are
-	// looked at in between, to find those of dead ones in time.
+	// twentieth of its time. If that pause is longer than a third of MinIdle, the
+	// entries of idle consumers are looked at in between.
 	sweepRest = 20
 
 	// sweepCost is the server's time per pending entry (Redis 7.0; later versions

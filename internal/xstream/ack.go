@@ -56,12 +56,11 @@ local function fanOuts()
 end`
 
 // heldFunction returns the holds: what must stay for now though every group has acked it,
-// since one of the groups that should have had a say has vanished, or was recreated and has
-// not got all of its pending entries back. Each is a position as in floorFunction, with the
-// time until when it holds: the group's last known floor, or the beginning, if a Subscriber
-// of an older version has seen it. It also returns which groups are known already, as "held" or
-// "seen", and their known floors. key is RetentionKey, now the server's time, and a hold
-// lasts for vanished (both in milliseconds). With look it stores nothing.
+// since one has vanished, or was recreated and has not got all of its pending entries back.
+// Each is a position as in floorFunction, with the time until when it holds: the group's last
+// known floor, or the beginning, if a Subscriber of an older version has seen it. It also
+// returns which groups are known already, as "held" or "seen", and their known floors. key is
+// RetentionKey; now and vanished, how long a hold lasts, are milliseconds. With look it stores nothing.
 const heldFunction = clockFunction + `
 local function held(key, groups, now, vanished, look)
   local present, known, floors, holds, named = {}, {}, {}, {}, {}
@@ -122,13 +121,11 @@ end`
 // that was destroyed on purpose costs a minute.
 const vanishedFor = 60_000
 
-// ackDeleteScript acks entries and deletes those that nobody needs any more. It
-// deletes only entries that XACK has acked: an entry whose lease was lost stays for
-// its new consumer. What a fan-out has not read, what another group may need where
-// the server cannot tell, and what a vanished group may need, is left to retentionScript. A
-// missing stream is not an error, as for XACK. It begins with a write that does nothing,
-// after which a server that is out of memory does not refuse what is stored beside the
-// stream: a fan-out's last minute, and when a group vanished.
+// ackDeleteScript acks entries and deletes those that nobody needs any more, and that XACK has
+// acked: an entry whose lease was lost stays for its new consumer. What a fan-out has not read,
+// what another group may need where the server cannot tell, and what a vanished group may need,
+// is left to retentionScript. A missing stream is not an error, as for XACK. It begins with a
+// write that does nothing: see evenIfFull.
 const ackDeleteScript = `-- ack` + deniedFunction + byServerFunction + fanOutsFunction + heldFunction + `
 local group, vanished = ARGV[1], tonumber(ARGV[2])
 local xackdel = byServer(group)
