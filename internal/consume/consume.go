@@ -158,14 +158,14 @@ func New(ctx context.Context, shared *Shared, cfg Config, work Work) *Subscripti
 		Slots: cfg.MaxConcurrency, Batch: cfg.MaxBatch, Wait: cfg.MaxWait, Keyed: cfg.Keyed, Compare: xstream.CompareIDs, Leased: cfg.Group != "" && !cfg.NoAck, Serve: cfg.NoAck, Suspect: cfg.Suspect, Last: cfg.Last,
 		Patience: cfg.patience(), Callers: maxCallers, Bounds: shared.Bounds, Lost: cfg.LeaseLost,
 	})
-	s.keeper = lease.New(lease.Config{
-		Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: xstream.DeleteNever,
+	leases := lease.Config{
+		Stream: &s.stream, Ledger: s.ledger, MinIdle: cfg.ClaimMinIdle, Timeout: cfg.ConsumerTimeout, Deletes: cfg.DeleteAcked,
 		Trims: cfg.Retention != nil, Log: cfg.Log, Fields: s.cfg.Fields,
-	})
+	}
+	s.keeper = lease.New(leases)
 	s.finder = takeover.New(takeover.Config{
-		Stream: &s.stream, Ledger: s.ledger, Keeper: s.keeper, Bounds: shared.Bounds,
-		MinIdle: cfg.ClaimMinIdle, Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
-		Timeout: cfg.ConsumerTimeout, Log: cfg.Log, Fields: s.cfg.Fields,
+		Config: leases, Keeper: s.keeper, Bounds: shared.Bounds,
+		Interval: cfg.ClaimInterval, Page: max(cfg.BatchSize, cfg.MaxConcurrency*max(1, cfg.MaxBatch)),
 	})
 	s.slots.running, s.slots.none = make(map[*slot]struct{}), make(chan struct{}, 1)
 	s.reader = newReader(s)
@@ -217,26 +217,13 @@ func (s *Subscription) checkDeadLetters(ctx context.Context) error {
 	return err
 }
 
-// checkRetention chooses how acked entries are deleted: by the server where it can, or
-// by a script, which can where there is one group. The rest is trimmed.
+// checkRetention rejects a topic that is in another slot than what is stored beside it.
 func (s *Subscription) checkRetention(ctx context.Context) error {
 	if s.cfg.Retention == nil {
 		return nil
 	}
 	if err := s.stream.OneSlot(ctx); err != nil {
 		return fmt.Errorf("SubscriberConfig.Retention and DeleteAcked: what is stored beside the topic, %q: %w", xstream.RetentionKey(s.cfg.Topic), err)
-	}
-	if !s.cfg.DeleteAcked {
-		return nil
-	}
-	err := s.stream.HasAckAndDelete(ctx)
-	switch {
-	case err == nil:
-		s.keeper.SetDeletes(xstream.DeleteByServer)
-	case redisx.IsDenied(err):
-		s.keeper.SetDeletes(xstream.DeleteByScript)
-	default:
-		return err
 	}
 	return nil
 }

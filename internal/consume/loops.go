@@ -133,7 +133,7 @@ func (s *Subscription) ackLoop() {
 			}
 			continue
 		}
-		_, fx, err := s.keeper.Ack(s.life.ctx)
+		fx, err := s.keeper.Ack(s.life.ctx)
 		s.apply(fx)
 		if err != nil {
 			s.markFailed(dutyAck, err)

@@ -223,17 +223,20 @@ func (was seen) differs(now xstream.Info) bool {
 		return true
 	case now.First == "0-0" || was.First == "0-0":
 		return false
-	case now.First == was.First:
-		return was.FirstPrint != "" && now.FirstPrint != was.FirstPrint
 	}
-	return xstream.CompareIDs(now.First, was.First) < 0
+	return xstream.CompareIDs(now.First, was.First) < 0 || was.otherFirst(now)
+}
+
+// otherFirst reports whether the first entry's ID is another entry's now. A digest may be unknown.
+func (was seen) otherFirst(now xstream.Info) bool {
+	return now.First == was.First && was.FirstPrint != "" && now.FirstPrint != "" && now.FirstPrint != was.FirstPrint
 }
 
 // survivor returns the entry after which to reread the stream: the latest one that
 // was read and still exists, if a failover has lost the end of the stream; "0-0" if
 // the stream was deleted and recreated.
 func (p *position) survivor(ctx context.Context, was seen, now xstream.Info) (string, error) {
-	if now.First == was.First && was.FirstPrint != "" && now.FirstPrint != was.FirstPrint {
+	if was.otherFirst(now) {
 		return "0-0", nil
 	}
 	for _, m := range was.marks {

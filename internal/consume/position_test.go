@@ -33,6 +33,8 @@ func TestPosition_Differs(t *testing.T) {
 		{"The end was lost, and the server does not count", "0", full, []string{"10-0"}, xstream.Info{Last: "9-0", First: "2-0", FirstPrint: "two", Added: -1}, true},
 		{"The end was lost, others were added", "0", full, []string{"10-0", "11-0"}, xstream.Info{Last: "12-0", First: "2-0", FirstPrint: "two", Added: 6}, true},
 		{"Another first entry", "0", full, nil, xstream.Info{Last: "9-0", First: "2-0", FirstPrint: "other", Added: 5}, true},
+		{"EVAL was denied before", "0", xstream.Info{Last: "9-0", First: "2-0", Added: 5}, nil, full, false},
+		{"EVAL is denied now", "0", full, nil, xstream.Info{Last: "9-0", First: "2-0", Added: 5}, false},
 		{"An earlier first entry", "0", full, nil, xstream.Info{Last: "9-0", First: "1-0", Added: 5}, true},
 		{"Fewer entries were added", "0", full, nil, xstream.Info{Last: "9-0", First: "2-0", FirstPrint: "two", Added: 4}, true},
 		{"The server does not count", "0", full, nil, xstream.Info{Last: "9-0", First: "2-0", FirstPrint: "two", Added: -1}, false},

@@ -89,12 +89,10 @@ func (k *Keeper) Probe(ctx context.Context) error {
 	return err
 }
 
-// consumerIsNew reports whether the group does not know the consumer, or has never
-// seen it take an entry. Then the group was recreated, or the consumer was removed.
-// With byClocks, it also counts if the server saw the consumer active only more
-// than a second before it was last active as far as is known here. That alone
-// proves nothing, since a lost or late answer looks the same. In a group that was repaired
-// in part it is known by other entries.
+// consumerIsNew reports whether the group does not know the consumer, or has never seen it
+// take an entry; with byClocks, also whether it saw the consumer active only more than a second
+// before it last was. That alone proves nothing, since a lost or late answer looks the same.
+// In a group that was repaired in part it is known by other entries.
 func (k *Keeper) consumerIsNew(ctx context.Context, byClocks bool) (bool, error) {
 	known := k.progressNow()
 	consumers, err := k.cfg.Stream.Consumers(ctx)
@@ -192,8 +190,7 @@ func (k *Keeper) Regroup(ctx context.Context) error {
 	}
 	entries := k.toRestore(!anew) // in a stream that began anew the ID of what may have been moved may be another entry's
 	// What was acked stays until all consumers have renewed, and so have restored what they had.
-	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle,
-		k.cfg.Trims || k.cfg.Deletes != xstream.DeleteNever)
+	made, err := k.cfg.Stream.CreateGroupAt(ctx, start, info, counted(entries, k.cfg.Ledger.RestoreCount), k.cfg.MinIdle, k.cfg.Trims)
 	if err != nil {
 		return err
 	}
@@ -240,7 +237,7 @@ func (k *Keeper) toRestore(anew bool) []*ledger.Entry {
 
 func (k *Keeper) ackHandled(ctx context.Context, restored []*ledger.Entry) error {
 	for ids := range slices.Chunk(k.cfg.Ledger.ToAck(restored, nil), MaxAck) {
-		if err := k.ack(ctx, ids); err != nil {
+		if err := k.cfg.Stream.Ack(ctx, k.cfg.Deletes, ids...); err != nil {
 			return err
 		}
 	}
@@ -256,14 +253,7 @@ func (k *Keeper) restore(ctx context.Context) error {
 			return err
 		}
 		others := make(map[*ledger.Entry]xstream.Standing)
-		var restored []*ledger.Entry
-		for _, e := range chunk {
-			if how := standings[e.ID]; how != "" {
-				others[e] = how
-			} else {
-				restored = append(restored, e)
-			}
-		}
+		restored := split(chunk, standings, others)
 		k.cfg.Ledger.Restored(sent, restored...)
 		if len(restored) > 0 {
 			k.wasActive(sent)
@@ -277,13 +267,11 @@ func (k *Keeper) restore(ctx context.Context) error {
 	return nil
 }
 
-// CheckReleased looks after entries that a pause has released: nobody takes them until it
-// ends, so if they are not pending any more, the group was lost, and recreated by somebody
-// who did not know of them. Then they are restored. During a pause that everybody obeys, all
-// entries that are passed must be missing for that. While others may take some, or if it is a
-// single one, which may have been acked by hand, the group must also have forgotten this
-// consumer, and not for having been idle if others may take some. Entries that others have are
-// dropped.
+// CheckReleased looks after entries that a pause has released: nobody takes them until it ends,
+// so if all of them are not pending any more, somebody who did not know of them recreated the
+// group, and they are restored. If it is a single one, which may have been acked by hand, or while
+// others may take some, the group must also have forgotten this consumer, in the latter case not
+// for having been idle. Entries that others have are dropped.
 func (k *Keeper) CheckReleased(ctx context.Context, entries []*ledger.Entry, others bool) error {
 	if err := k.begin(ctx); err != nil {
 		return err

@@ -31,10 +31,10 @@ const MaxAck = 1000
 type Config struct {
 	Stream  *xstream.Stream
 	Ledger  *ledger.Ledger
-	MinIdle time.Duration  // idle time after which others may claim an entry that was not renewed
-	Timeout time.Duration  // idle time after which others may remove a consumer; 0: never
-	Deletes xstream.Delete // what happens to acked entries
-	Trims   bool           // the subscription trims the stream: acked entries leave it
+	MinIdle time.Duration // idle time after which others may claim an entry that was not renewed
+	Timeout time.Duration // idle time after which others may remove a consumer; 0: never
+	Deletes bool          // acked entries are deleted
+	Trims   bool          // the subscription trims the stream: acked entries leave it; also if it deletes them
 	Log     watermill.LoggerAdapter
 	Fields  watermill.LogFields
 }
@@ -57,28 +57,15 @@ func New(cfg Config) *Keeper {
 	return &Keeper{cfg: cfg, round: make(chan struct{}, 1)}
 }
 
-// SetDeletes is called once the server's features are known.
-func (k *Keeper) SetDeletes(d xstream.Delete) { k.cfg.Deletes = d }
-
 // Ack acks the next entries that the ledger has for it, in the configured way.
-func (k *Keeper) Ack(ctx context.Context) (n int, fx ledger.Effects, err error) {
+func (k *Keeper) Ack(ctx context.Context) (ledger.Effects, error) {
 	entries := k.cfg.Ledger.Acks(MaxAck)
-	if len(entries) == 0 {
-		return 0, fx, nil
-	}
 	if ids := k.cfg.Ledger.ToAck(entries, make([]any, 0, len(entries))); len(ids) > 0 {
-		if err := k.ack(ctx, ids); err != nil {
-			return 0, fx, err
+		if err := k.cfg.Stream.Ack(ctx, k.cfg.Deletes, ids...); err != nil {
+			return ledger.Effects{}, err
 		}
 	}
-	return len(entries), k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
-}
-
-func (k *Keeper) ack(ctx context.Context, ids []any) error {
-	if k.cfg.Deletes == xstream.DeleteNever {
-		return k.cfg.Stream.Ack(ctx, ids...)
-	}
-	return k.cfg.Stream.AckAndDelete(ctx, k.cfg.Deletes, ids...)
+	return k.cfg.Ledger.Confirmed(time.Now(), len(entries)), nil
 }
 
 // Take delivers an entry once more: it claims a candidate, or counts a retry. It
@@ -137,20 +124,15 @@ func (k *Keeper) Move(ctx context.Context, e *ledger.Entry, topic string, unsure
 		}
 	}
 	switch {
-	case err != nil && (!redisx.IsReply(err) || unsure):
-		return "", err
-	case err != nil:
-		k.cfg.Ledger.Moving(e, ledger.NotMoved)
-		return "", err
-	case how == xstream.Moved:
+	case err == nil && (how == xstream.Mine || how == xstream.Moved):
 		k.cfg.Ledger.Moving(e, ledger.Moved)
-		return "", nil
-	case how != xstream.Mine:
+	case err == nil:
 		k.cfg.Ledger.Moving(e, ledger.NotMoved)
-		return "", k.refused(ctx, e, how)
+		err = k.refused(ctx, e, how)
+	case redisx.IsReply(err) && !unsure:
+		k.cfg.Ledger.Moving(e, ledger.NotMoved)
 	}
-	k.cfg.Ledger.Moving(e, ledger.Moved)
-	return id, nil
+	return id, err
 }
 
 // refused handles the standing of an entry that a command did not find as expected.
@@ -238,14 +220,7 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 		if err != nil {
 			return err // the rest would wait for the same answer
 		}
-		var ours []*ledger.Entry
-		for _, e := range entries {
-			if how := standings[e.ID]; how == "" {
-				ours = append(ours, e)
-			} else {
-				others[e] = how
-			}
-		}
+		ours := split(entries, standings, others)
 		if renewed = append(renewed, ours...); len(ours) > 0 {
 			last = sent
 		}
@@ -265,6 +240,19 @@ func (k *Keeper) Renew(ctx context.Context, age time.Duration) error {
 	return nil
 }
 
+// split returns the entries that have no standing: they are ours. It adds the standings of the
+// rest to others.
+func split(entries []*ledger.Entry, standings map[string]xstream.Standing, others map[*ledger.Entry]xstream.Standing) (ours []*ledger.Entry) {
+	for _, e := range entries {
+		if how := standings[e.ID]; how == "" {
+			ours = append(ours, e)
+		} else {
+			others[e] = how
+		}
+	}
+	return ours
+}
+
 func idsOf(entries []*ledger.Entry) []string {
 	ids := make([]string, len(entries))
 	for i, e := range entries {
@@ -273,19 +261,10 @@ func idsOf(entries []*ledger.Entry) []string {
 	return ids
 }
 
-// isRemade reports whether entries are no longer pending because the group was
-// recreated or the consumer removed, and not because other consumers took or acked
-// them.
-//
-// While leases are valid, several entries go missing at once for no other reason. A
-// single one counts as such while a handler has it, since restoring it costs
-// nothing then. It also counts if something was read since, which may be from the
-// new group: two deliveries are better than none, but a third is not, since
-// somebody may be acking the entry by hand. Otherwise the server's record of the
-// consumer decides. If leases may have expired, other consumers were allowed to
-// take and settle the entries: then the group was recreated only if it never knew
-// the consumer. After Timeout not even that proves it, since the other consumers
-// remove the names of absent ones.
+// isRemade reports whether entries are no longer pending because the group was recreated or
+// the consumer removed, and not because other consumers took or acked them: ARCHITECTURE.md has
+// the rules. Restoring one that a handler has costs nothing. Another single one is restored if
+// something was read since, but not a second time: somebody may be acking it by hand.
 func (k *Keeper) isRemade(ctx context.Context, others map[*ledger.Entry]xstream.Standing, renewed []*ledger.Entry) (bool, error) {
 	var missing []*ledger.Entry
 	now, expired, forgotten, sure := time.Now(), false, false, false

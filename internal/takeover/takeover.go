@@ -2,12 +2,9 @@
 // are pending for other consumers, and that nobody renews. It starts no goroutines,
 // and knows nothing about handlers.
 //
-// Redis counts idle time even while it is frozen, down, or refusing writes, when no
-// consumer can renew: after an outage all pending entries look abandoned. So an
-// entry is claimed only after it was found idle twice. In between, the server must
-// have answered writes of ours for long enough that a living consumer would have
-// renewed. The claim requires the state that was found: the owner, the count, and
-// an idle time that has only grown.
+// Redis counts idle time also while no consumer can renew. So an entry is claimed only after
+// it was found idle twice, and writes of ours were answered in between for long enough that a
+// living consumer would have renewed; and only in the state that was found.
 package takeover
 
 import (
@@ -15,8 +12,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"time"
-
-	"github.com/ThreeDotsLabs/watermill"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/lease"
 	"github.com/goxstreams/watermill-goxstreams/internal/ledger"
@@ -30,9 +25,8 @@ const (
 
 	// A sweep that took the time t is not repeated before sweepRest * t * the
 	// number of consumers, which all sweep: so sweeps cost the server at most a
-	// twentieth of its time, however long the list of pending entries is. If that
-	// pause is longer than a third of MinIdle, the entries of idle consumers are
-	// looked at in between, to find those of dead ones in time.
+	// twentieth of its time. If that pause is longer than a third of MinIdle, the
+	// entries of idle consumers are looked at in between.
 	sweepRest = 20
 
 	// sweepCost is the server's time per pending entry (Redis 7.0; later versions
@@ -60,16 +54,11 @@ const RenewalsPerLease = 3
 
 // Config configures a Finder.
 type Config struct {
-	Stream   *xstream.Stream
-	Ledger   *ledger.Ledger
-	Keeper   *lease.Keeper
-	Bounds   *ledger.Bounds
-	MinIdle  time.Duration // after which a consumer that does not renew counts as dead
-	Interval time.Duration // between two looks
-	Page     int           // maximum of released entries offered at a time
-	Timeout  time.Duration // after which an idle consumer with nothing pending is removed
-	Log      watermill.LoggerAdapter
-	Fields   watermill.LogFields
+	lease.Config // as of the Keeper
+	Keeper       *lease.Keeper
+	Bounds       *ledger.Bounds
+	Interval     time.Duration // between two looks
+	Page         int           // maximum of released entries offered at a time
 }
 
 // Finder finds abandoned entries.
@@ -84,8 +73,7 @@ type Finder struct {
 	noConsumers         bool   // XINFO CONSUMERS is denied
 
 	good   time.Time // the last look without errors; at first, when the subscription was opened
-	failed bool      // a look has failed, or come late, since writes were last answered
-	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last write failed
+	steady time.Time // since then writes have been answered, so a living consumer could renew; zero: the last look failed, or came late
 
 	nextJanitor time.Time
 	noJanitor   bool      // its script is denied
@@ -112,20 +100,20 @@ func (s idleEntry) idleBy(now time.Time) time.Duration {
 // New returns a Finder.
 func New(cfg Config) *Finder {
 	now := time.Now()
-	return &Finder{cfg: cfg, seen: make(map[string]idleEntry), good: now, nextJanitor: now.Add(Jitter(cfg.Timeout / 2))}
+	return &Finder{cfg: cfg, seen: make(map[string]idleEntry), good: now, steady: now, nextJanitor: now.Add(Jitter(cfg.Timeout / 2))}
 }
 
 // Look looks once, and offers what it finds to the ledger.
 func (f *Finder) Look(ctx context.Context) (ledger.Effects, error) {
 	now := time.Now()
 	if now.Sub(f.good) >= max(f.third(), 2*f.cfg.Interval) {
-		f.steady, f.failed = time.Time{}, true // this process may have been stopped together with the server
+		f.steady = time.Time{} // this process may have been stopped together with the server
 	}
 	f.trimmed = 0
 	candidates, more, err := f.look(ctx)
 	f.cfg.Keeper.CountLost(f.trimmed, nil)
 	if err != nil {
-		f.steady, f.failed = time.Time{}, true
+		f.steady = time.Time{}
 	} else {
 		f.good = time.Now()
 	}
@@ -177,14 +165,13 @@ func (f *Finder) probe(ctx context.Context) error {
 	}
 	now := time.Now()
 	if now.Sub(sent) >= f.third() {
-		f.steady, f.failed = time.Time{}, true // it was delayed
+		f.steady = time.Time{} // it was delayed
 	}
 	if f.steady.IsZero() {
 		f.steady = now
-		if f.failed && now.Sub(f.good) >= f.third() {
+		if now.Sub(f.good) >= f.third() {
 			f.steady = now.Add(reconnectTime)
 		}
-		f.failed = false
 	}
 	return nil
 }

@@ -5,22 +5,14 @@ import (
 	"maps"
 )
 
-// Ack acks the entries. The IDs are strings or pointers to strings. It may run
-// twice.
-func (s *Stream) Ack(ctx context.Context, ids ...any) error {
-	_, err := s.once(ctx, append([]any{"xack", s.Key, s.Group}, ids...)...)
-	return err
-}
-
-// Delete says how an acked entry is deleted from its stream.
-type Delete string
-
-// Ways to delete acked entries.
-const (
-	DeleteNever    Delete = "xack"
-	DeleteByServer Delete = "xackdel" // Redis 8.2: once every group has acked it
-	DeleteByScript Delete = "xdel"    // while the stream has only one group
-)
+// byServerFunction returns whether the server itself deletes what every group has acked:
+// with XACKDEL, since Redis 8.2, if that is permitted. Elsewhere a script deletes, while the
+// stream has only one group. (acl_check_cmd raises an error for an unknown command.)
+const byServerFunction = `
+local function byServer(group)
+  local known, permitted = pcall(redis.acl_check_cmd, 'XACKDEL', KEYS[1], group, 'ACKED', 'IDS', 1, '0-1')
+  return known and permitted
+end`
 
 // lessFunction compares IDs, as text, since Lua's numbers are too small for them.
 const lessFunction = `
@@ -64,12 +56,11 @@ local function fanOuts()
 end`
 
 // heldFunction returns the holds: what must stay for now though every group has acked it,
-// since one of the groups that should have had a say has vanished, or was recreated and has
-// not got all of its pending entries back. Each is a position as in floorFunction, with the
-// time until when it holds: the group's last known floor, or the beginning, if a Subscriber
-// of an older version has seen it. It also returns which groups are known already, as "held" or
-// "seen", and their known floors. key is RetentionKey, now the server's time, and a hold
-// lasts for vanished (both in milliseconds). With look it stores nothing.
+// since one has vanished, or was recreated and has not got all of its pending entries back.
+// Each is a position as in floorFunction, with the time until when it holds: the group's last
+// known floor, or the beginning, if a Subscriber of an older version has seen it. It also
+// returns which groups are known already, as "held" or "seen", and their known floors. key is
+// RetentionKey; now and vanished, how long a hold lasts, are milliseconds. With look it stores nothing.
 const heldFunction = clockFunction + `
 local function held(key, groups, now, vanished, look)
   local present, known, floors, holds, named = {}, {}, {}, {}, {}
@@ -130,15 +121,14 @@ end`
 // that was destroyed on purpose costs a minute.
 const vanishedFor = 60_000
 
-// ackDeleteScript acks entries and deletes those that nobody needs any more. It
-// deletes only entries that XACK has acked: an entry whose lease was lost stays for
-// its new consumer. What a fan-out has not read, what another group may need where
-// the server cannot tell, and what a vanished group may need, is left to retentionScript. A
-// missing stream is not an error, as for XACK. It begins with a write that does nothing,
-// after which a server that is out of memory does not refuse what is stored beside the
-// stream: a fan-out's last minute, and when a group vanished.
-const ackDeleteScript = `-- ack` + deniedFunction + fanOutsFunction + heldFunction + `
-local group, by, vanished = ARGV[1], ARGV[2], tonumber(ARGV[3])
+// ackDeleteScript acks entries and deletes those that nobody needs any more, and that XACK has
+// acked: an entry whose lease was lost stays for its new consumer. What a fan-out has not read,
+// what another group may need where the server cannot tell, and what a vanished group may need,
+// is left to retentionScript. A missing stream is not an error, as for XACK. It begins with a
+// write that does nothing: see evenIfFull.
+const ackDeleteScript = `-- ack` + deniedFunction + byServerFunction + fanOutsFunction + heldFunction + `
+local group, vanished = ARGV[1], tonumber(ARGV[2])
+local xackdel = byServer(group)
 redis.call('XACK', KEYS[1], group, '0-0')
 local groups = denied('XINFO', 'GROUPS', KEYS[1])
 if not groups then
@@ -147,47 +137,42 @@ if not groups then
     if string.find(groups.err, 'no such key') then return 0 end
     return groups
   end
-elseif by == 'xdel' then
+elseif not xackdel then
   return groups
 else
   groups = nil
 end
-if groups and (by == 'xdel' and #groups > 1 or #held(KEYS[3], groups, clock(), vanished) > 0) then
-  return redis.call('XACK', KEYS[1], group, unpack(ARGV, 4))
+if groups and (not xackdel and #groups > 1 or #held(KEYS[3], groups, clock(), vanished) > 0) then
+  return redis.call('XACK', KEYS[1], group, unpack(ARGV, 3))
 end
-if by == 'xdel' then
+if not xackdel then
   local missing = denied('XDEL', KEYS[1], '0-1')
   if missing then return missing end
 end
 local least = fanOuts()
 local keep, rest = {}, {}
-for i = 4, #ARGV do
+for i = 3, #ARGV do
   local list = (least and less(least, ARGV[i])) and keep or rest
   list[#list + 1] = ARGV[i]
 end
-if by == 'xackdel' and #rest > 0 then
-  redis.call('XACKDEL', KEYS[1], group, 'ACKED', 'IDS', #rest, unpack(rest))
-elseif by == 'xdel' then
+if not xackdel then
   for _, id in ipairs(rest) do
     if redis.call('XACK', KEYS[1], group, id) == 1 then redis.call('XDEL', KEYS[1], id) end
   end
+elseif #rest > 0 then
+  redis.call('XACKDEL', KEYS[1], group, 'ACKED', 'IDS', #rest, unpack(rest))
 end
 if #keep > 0 then redis.call('XACK', KEYS[1], group, unpack(keep)) end
 return 0`
 
-// AckAndDelete acks the entries and deletes those that nobody needs any more.
-func (s *Stream) AckAndDelete(ctx context.Context, by Delete, ids ...any) error {
-	args := []any{"eval", ackDeleteScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), s.Group, string(by), vanishedFor}
+// Ack acks the entries, and if it deletes, it deletes those that nobody needs any more. The IDs
+// are strings or pointers to strings. It may run twice.
+func (s *Stream) Ack(ctx context.Context, deletes bool, ids ...any) error {
+	args := []any{"xack", s.Key, s.Group}
+	if deletes {
+		args = []any{"eval", ackDeleteScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), s.Group, vanishedFor}
+	}
 	_, err := s.once(ctx, append(args, ids...)...)
-	return err
-}
-
-// HasAckAndDelete checks whether the server has XACKDEL, with an ID that no stream
-// has, so that nothing happens. If it has not, or does not permit it,
-// redisx.IsDenied is true for the error. (It asks the node, since a Cluster client
-// writes to stderr about unknown commands.)
-func (s *Stream) HasAckAndDelete(ctx context.Context) error {
-	_, err := s.ask(ctx, "xackdel", s.Key, s.Group, "acked", "ids", 1, "0-1")
 	return err
 }
 

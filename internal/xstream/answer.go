@@ -1,6 +1,7 @@
 package xstream
 
 import (
+	"fmt"
 	"strconv"
 	"time"
 )
@@ -81,4 +82,17 @@ func entriesOf(v any, err error) ([]Entry, error) {
 		entries = append(entries, rows.entry())
 	}
 	return entries, rows.failed()
+}
+
+// table returns a reply that is a map (RESP3), or a flat list of names and values (RESP2).
+func table(v any) map[string]any {
+	t := make(map[string]any)
+	fields, _ := v.(map[any]any)
+	for name, value := range fields {
+		t[fmt.Sprint(name)] = value
+	}
+	for row := read(v, nil); row.more(); {
+		t[row.text()] = next[any](row)
+	}
+	return t
 }

@@ -78,32 +78,31 @@ end`
 // dead letter, since the entry may also be no longer pending because the consumer
 // or the group was removed or recreated. It checks the permissions for the commands
 // after XADD in advance.
-const deadLetterScript = `-- dead-letter` + deniedFunction + standingFunction + joinFunction + letterFunction + heldFunction + `
-local id, me, by, marks = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local moved, by_whom = letter(7, 6 + marks)
+const deadLetterScript = `-- dead-letter` + deniedFunction + byServerFunction + standingFunction + joinFunction + letterFunction + heldFunction + `
+local id, me, marks, vanished = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local deletes = #KEYS > 2
+local xackdel = deletes and byServer(ARGV[1])
+local moved, by_whom = letter(6, 5 + marks)
 if moved then
   redis.call('XACK', KEYS[1], ARGV[1], id) -- it may have been put back
   return {by_whom, moved}
 end
 local how = standing(id, me)
 if how ~= 'mine' then return {how} end
-local missing
-if by == 'xackdel' then
-  missing = denied('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, id)
-else
-  missing = denied('XACK', KEYS[1], ARGV[1], id)
+if not xackdel then
+  local missing = denied('XACK', KEYS[1], ARGV[1], id)
+  if deletes then missing = missing or denied('XDEL', KEYS[1], id) or denied('XINFO', 'GROUPS', KEYS[1]) end
+  if missing then return missing end
 end
-if by == 'xdel' then missing = missing or denied('XDEL', KEYS[1], id) or denied('XINFO', 'GROUPS', KEYS[1]) end
-if missing then return missing end
-local keep = by == 'xack' or #redis.call('HGETALL', KEYS[3]) > 0 -- a fan-out may need it still
+local keep = not deletes or #redis.call('HGETALL', KEYS[3]) > 0 -- a fan-out may need it still
 if not keep and not denied('XINFO', 'GROUPS', KEYS[1]) then
   local groups = redis.call('XINFO', 'GROUPS', KEYS[1])
-  keep = by == 'xdel' and #groups > 1 or #held(KEYS[4], groups, clock(), tonumber(ARGV[6])) > 0
+  keep = not xackdel and #groups > 1 or #held(KEYS[4], groups, clock(), vanished) > 0
 end
-moved = redis.call('XADD', KEYS[2], '*', join(8 + marks, ARGV[7 + marks]))
+moved = redis.call('XADD', KEYS[2], '*', join(7 + marks, ARGV[6 + marks]))
 if keep then
   redis.call('XACK', KEYS[1], ARGV[1], id) -- what must not stay: see retentionScript
-elseif by == 'xackdel' then
+elseif xackdel then
   redis.call('XACKDEL', KEYS[1], ARGV[1], 'ACKED', 'IDS', 1, id)
 else
   redis.call('XACK', KEYS[1], ARGV[1], id)
@@ -115,12 +114,12 @@ return {how, moved}`
 // if the entry is no longer pending for the consumer. The marks are parts of the
 // letter's metadata, by which to find a letter that an earlier call without an
 // answer has added.
-func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, by Delete, marks, fields []string) (string, Standing, error) {
-	args := []any{"eval", deadLetterScript, 4, s.Key, deadLetters, PositionsKey(s.Key), RetentionKey(s.Key)}
-	if by == DeleteNever {
-		args = []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // two keys less that need permission
+func (s *Stream) DeadLetter(ctx context.Context, deadLetters, id string, deletes bool, marks, fields []string) (string, Standing, error) {
+	args := []any{"eval", deadLetterScript, 2, s.Key, deadLetters} // two keys less that need permission
+	if deletes {
+		args = []any{"eval", deadLetterScript, 4, s.Key, deadLetters, PositionsKey(s.Key), RetentionKey(s.Key)}
 	}
-	args = appendAll(append(args, s.Group, id, s.Consumer, string(by), len(marks), vanishedFor), marks)
+	args = appendAll(append(args, s.Group, id, s.Consumer, len(marks), vanishedFor), marks)
 	reply := read(s.once(ctx, cut(args, fields)...))
 	how := Standing(reply.text())
 	if how != Mine {

@@ -8,10 +8,8 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// This file handles ownership of pending entries. XCLAIM has no condition "if it is
-// still mine", so each of these commands is a script: it checks the owner and acts
-// in the same step, whatever the clocks say. Each may run twice, since an answer
-// can be lost.
+// XCLAIM has no condition "if it is still mine", so each command here is a script that checks
+// the owner and acts in one step. Each may run twice, since an answer can be lost.
 
 // Standing is the state in which a script found a pending entry of the caller's.
 type Standing string

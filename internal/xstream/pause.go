@@ -2,7 +2,6 @@ package xstream
 
 import (
 	"context"
-	"fmt"
 	"strconv"
 	"strings"
 	"time"
@@ -80,20 +79,10 @@ func (s *Stream) Paused(ctx context.Context) (map[string]time.Time, error) {
 		return nil, err
 	}
 	paused := make(map[string]time.Time)
-	add := func(field, value any) {
-		name, ok := strings.CutPrefix(fmt.Sprint(field), pausedField)
+	for field, value := range table(v) {
+		name, ok := strings.CutPrefix(field, pausedField)
 		if c := parseControl(value); ok && !c.Since.IsZero() {
 			paused[name] = c.Since
-		}
-	}
-	switch v := v.(type) {
-	case map[any]any:
-		for field, value := range v {
-			add(field, value)
-		}
-	case []any:
-		for i := 0; i+1 < len(v); i += 2 {
-			add(v[i], v[i+1])
 		}
 	}
 	return paused, nil

@@ -100,14 +100,15 @@ func (s *Stream) GroupInfo(ctx context.Context) (GroupInfo, error) {
 		return GroupInfo{}, err
 	}
 	groups, _ := v.([]any)
-	for _, g := range groups {
-		if lookup(g, "name") != s.Group {
+	for _, row := range groups {
+		g := table(row)
+		if g["name"] != s.Group {
 			continue
 		}
 		var info GroupInfo
-		info.LastDelivered, _ = lookup(g, "last-delivered-id").(string)
-		info.Consumers, _ = lookup(g, "consumers").(int64)
-		lag, known := lookup(g, "lag").(int64)
+		info.LastDelivered, _ = g["last-delivered-id"].(string)
+		info.Consumers, _ = g["consumers"].(int64)
+		lag, known := g["lag"].(int64)
 		if info.Lag = lag; !known {
 			info.Lag = -1
 		}
@@ -141,13 +142,13 @@ func (s *Stream) Consumers(ctx context.Context) ([]ConsumerInfo, error) {
 	rows := read(s.ask(ctx, "xinfo", "consumers", s.Key, s.Group))
 	var all []ConsumerInfo
 	for rows.more() {
-		row, c := next[any](rows), ConsumerInfo{}
-		c.Name, _ = lookup(row, "name").(string)
-		c.Pending, _ = lookup(row, "pending").(int64)
-		idle, _ := lookup(row, "idle").(int64)
+		row, c := table(next[any](rows)), ConsumerInfo{}
+		c.Name, _ = row["name"].(string)
+		c.Pending, _ = row["pending"].(int64)
+		idle, _ := row["idle"].(int64)
 		c.Idle = time.Duration(idle) * time.Millisecond
 		c.Inactive = c.Idle
-		if inactive, ok := lookup(row, "inactive").(int64); ok {
+		if inactive, ok := row["inactive"].(int64); ok {
 			c.Inactive = max(-1, time.Duration(inactive)*time.Millisecond)
 		}
 		all = append(all, c)

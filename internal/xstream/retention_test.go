@@ -28,7 +28,10 @@ type topicState struct {
 func newTopic(t *testing.T) topicState {
 	t.Helper()
 	testserver.RequireReal(t)
-	client := testserver.Client(t)
+	return newTopicOf(t, testserver.Client(t))
+}
+
+func newTopicOf(t *testing.T, client *redis.Client) topicState {
 	return topicState{t, client, New(redisx.Client{UniversalClient: client}, fmt.Sprint(t.Name(), "-", time.Now().UnixNano()), "")}
 }
 
@@ -92,7 +95,7 @@ func (p topicState) all(r Retention) (sum Trimming) {
 	p.t.Helper()
 	sum.Cut = make(map[string]int64)
 	for more := true; more; {
-		got, err := p.s.Trim(p.t.Context(), r, "", 0)
+		got, err := p.s.Trim(p.t.Context(), r, "", "", 0)
 		require.NoError(p.t, err)
 		require.True(p.t, got.Ran)
 		sum.Trimmed += got.Trimmed
@@ -293,12 +296,12 @@ func TestTrim_Interval(t *testing.T) {
 	for i := range 10 {
 		p.add(fmt.Sprintf("%d-1", i+1), "x")
 	}
-	first, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
+	first, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", "", time.Hour)
 	require.NoError(t, err)
 	require.True(t, first.Ran)
 	require.Equal(t, 5*time.Hour, first.Wait, "nothing was trimmed: there is no hurry")
 	for range 2 {
-		next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
+		next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", "", time.Hour)
 		require.NoError(t, err)
 		require.False(t, next.Ran)
 		require.LessOrEqual(t, next.Wait, 5*time.Hour)
@@ -313,7 +316,7 @@ func TestTrim_Interval(t *testing.T) {
 		}
 	}
 	require.Equal(t, 1, set)
-	next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
+	next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", "", time.Hour)
 	require.NoError(t, err)
 	require.True(t, next.Ran)
 }
@@ -367,7 +370,7 @@ func TestTrim_OwnLost(t *testing.T) {
 				p.add(fmt.Sprintf("%d-1", i+1), "x")
 			}
 			trim := func(r Retention) int64 {
-				got, err := p.s.Trim(ctx, r, own, 0)
+				got, err := p.s.Trim(ctx, r, own, "", 0)
 				require.NoError(t, err)
 				return got.Trimmed
 			}
@@ -430,58 +433,53 @@ func TestTrim_VanishedAgain(t *testing.T) {
 // for a while, by whatever way. A group that nobody had seen, and one without Retention,
 // leave no trace.
 func TestHold(t *testing.T) {
-	for _, by := range []Delete{DeleteByServer, DeleteByScript} {
-		t.Run(string(by), func(t *testing.T) {
-			p := newTopic(t)
-			ctx, lost := t.Context(), p.s
-			lost.Group = "lost"
-			mine := p.s
-			mine.Group, mine.Consumer = "stays", "consumer"
-			if by == DeleteByServer && mine.HasAckAndDelete(ctx) != nil {
-				t.Skip("the server has no XACKDEL")
+	eachWay(t, func(t *testing.T, client *redis.Client, byServer bool) {
+		p := newTopicOf(t, client)
+		ctx, lost := t.Context(), p.s
+		lost.Group = "lost"
+		mine := p.s
+		mine.Group, mine.Consumer = "stays", "consumer"
+		require.NoError(t, lost.hold(ctx, time.Hour, false))
+		require.Zero(t, p.client.Exists(ctx, RetentionKey(p.s.Key)).Val())
+		p.group("stays")
+		p.group("lost")
+		for i := range 10 {
+			p.add(fmt.Sprintf("%d-1", i+1), "x")
+		}
+		ids := p.read("stays", "consumer", 100)
+		require.Len(t, p.read("lost", "consumer", 100), 10)
+		require.Zero(t, p.all(Retention{}).Trimmed)
+		ack := func(ids ...string) {
+			args := make([]any, len(ids))
+			for i, id := range ids {
+				args[i] = id
 			}
-			require.NoError(t, lost.hold(ctx, time.Hour, false))
-			require.Zero(t, p.client.Exists(ctx, RetentionKey(p.s.Key)).Val())
-			p.group("stays")
-			p.group("lost")
-			for i := range 10 {
-				p.add(fmt.Sprintf("%d-1", i+1), "x")
-			}
-			ids := p.read("stays", "consumer", 100)
-			require.Len(t, p.read("lost", "consumer", 100), 10)
-			require.Zero(t, p.all(Retention{}).Trimmed)
-			ack := func(ids ...string) {
-				args := make([]any, len(ids))
-				for i, id := range ids {
-					args[i] = id
-				}
-				require.NoError(t, mine.AckAndDelete(ctx, by, args...))
-			}
+			require.NoError(t, mine.Ack(ctx, true, args...))
+		}
 
-			// Missing, before anybody has trimmed.
-			require.NoError(t, p.client.XGroupDestroy(ctx, p.s.Key, "lost").Err())
-			ack(ids[0], ids[1])
-			_, _, err := mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[2], by, nil, []string{"a", "b"})
-			require.NoError(t, err)
-			require.Equal(t, ids, p.ids())
-			// Recreated, with nothing pending.
-			require.NoError(t, lost.hold(ctx, time.Hour, false))
-			require.NoError(t, p.client.XGroupCreate(ctx, p.s.Key, "lost", ids[9]).Err())
-			ack(ids[3:8]...)
-			_, _, err = mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[8], by, nil, []string{"a", "b"})
-			require.NoError(t, err)
-			require.Zero(t, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
-			require.Equal(t, ids, p.ids())
+		// Missing, before anybody has trimmed.
+		require.NoError(t, p.client.XGroupDestroy(ctx, p.s.Key, "lost").Err())
+		ack(ids[0], ids[1])
+		_, _, err := mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[2], true, nil, []string{"a", "b"})
+		require.NoError(t, err)
+		require.Equal(t, ids, p.ids())
+		// Recreated, with nothing pending.
+		require.NoError(t, lost.hold(ctx, time.Hour, false))
+		require.NoError(t, p.client.XGroupCreate(ctx, p.s.Key, "lost", ids[9]).Err())
+		ack(ids[3:8]...)
+		_, _, err = mine.DeadLetter(ctx, Beside(p.s.Key, "dead"), ids[8], true, nil, []string{"a", "b"})
+		require.NoError(t, err)
+		require.Zero(t, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
+		require.Equal(t, ids, p.ids())
 
-			long := fmt.Sprintf("hold %d %d", time.Now().Add(-2*time.Hour).UnixMilli(), time.Hour.Milliseconds())
-			require.NoError(t, p.client.HSet(ctx, RetentionKey(p.s.Key), "group lost", long).Err())
-			require.EqualValues(t, 9, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
-			ack(ids[9])
-			if by == DeleteByServer {
-				require.Empty(t, p.ids())
-			}
-		})
-	}
+		long := fmt.Sprintf("hold %d %d", time.Now().Add(-2*time.Hour).UnixMilli(), time.Hour.Milliseconds())
+		require.NoError(t, p.client.HSet(ctx, RetentionKey(p.s.Key), "group lost", long).Err())
+		require.EqualValues(t, 9, p.all(Retention{KeepFor: time.Millisecond}).Trimmed)
+		ack(ids[9])
+		if byServer {
+			require.Empty(t, p.ids())
+		}
+	})
 }
 
 // A group that is created at "0" while the stream is being trimmed gets everything that
@@ -501,7 +499,7 @@ func TestTrim_GroupCreatedMeanwhile(t *testing.T) {
 	go func() {
 		r := p.s
 		for ctx.Err() == nil {
-			if _, err := r.Trim(ctx, Retention{KeepLast: 1}, "", 0); err != nil && ctx.Err() == nil {
+			if _, err := r.Trim(ctx, Retention{KeepLast: 1}, "", "", 0); err != nil && ctx.Err() == nil {
 				trimming <- err
 				return
 			}

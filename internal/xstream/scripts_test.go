@@ -1,6 +1,7 @@
 package xstream
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -170,7 +171,7 @@ func TestOwnership_NoGroup(t *testing.T) {
 	require.True(t, GroupLost(err), "%v", err)
 	_, err = s.Restore(t.Context(), []Counted{{ids[0], 1}})
 	require.True(t, GroupLost(err), "%v", err)
-	_, _, err = s.DeadLetter(t.Context(), s.Key+".dead", ids[0], DeleteNever, nil, []string{"a", "b"})
+	_, _, err = s.DeadLetter(t.Context(), s.Key+".dead", ids[0], false, nil, []string{"a", "b"})
 	require.True(t, GroupLost(err), "%v", err)
 	require.True(t, GroupLost(s.Probe(t.Context())))
 }
@@ -189,60 +190,79 @@ func TestAckTrimmed(t *testing.T) {
 	require.Equal(t, Summary{Count: 500, First: ids[1], Consumers: map[string]int64{"consumer": 500}}, sum)
 }
 
+// eachWay runs the test as a user for whom the server itself deletes what was acked, if it has
+// XACKDEL, and as one for whom a script does.
+func eachWay(t *testing.T, test func(t *testing.T, client *redis.Client, byServer bool)) {
+	t.Helper()
+	testserver.RequireReal(t)
+	client := testserver.Client(t)
+	_, err := redisx.Do(t.Context(), client, "xackdel", "none", "group", "acked", "ids", 1, "0-1")
+	if redisx.IsDenied(err) {
+		t.Run("XDEL", func(t *testing.T) { test(t, client, false) })
+		return
+	}
+	t.Run("XACKDEL", func(t *testing.T) { test(t, client, true) })
+	t.Run("XDEL", func(t *testing.T) {
+		name := fmt.Sprint("user-", time.Now().UnixNano())
+		require.NoError(t, client.ACLSetUser(t.Context(), name, "on", ">secret", "~*", "+@all", "-xackdel").Err())
+		defer client.ACLDelUser(context.Background(), name)
+		options := *client.Options()
+		options.Username, options.Password = name, "secret"
+		user := redis.NewClient(&options)
+		defer user.Close()
+		test(t, user, false)
+	})
+}
+
 // DeleteAcked keeps entries that a fan-out has not read; once it has, or is gone,
 // they are deleted too. Sequence numbers may exceed the exact range of Lua's
 // numbers.
 func TestPositions(t *testing.T) {
-	for _, by := range []Delete{DeleteByScript, DeleteByServer} {
-		t.Run(string(by), func(t *testing.T) {
-			client, s, ids := newStream(t, 4)
-			if by == DeleteByServer && redisx.IsDenied(s.HasAckAndDelete(t.Context())) {
-				t.Skip("this server has no XACKDEL")
+	eachWay(t, func(t *testing.T, client *redis.Client, _ bool) {
+		s, ids := newStreamOf(t, client, 4)
+		const large = "9007199254740993"
+		for _, seq := range []string{large, "9007199254740994"} {
+			ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: "5-" + seq, Values: []string{"a", "b"}}).Val())
+		}
+		read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: 10, Block: -1}
+		_, err := read.Do(t.Context(), client, new(Replies))
+		require.NoError(t, err)
+		all := make([]any, len(ids))
+		for i, id := range ids {
+			all[i] = id
+		}
+		left := func() []string {
+			var left []string
+			for _, m := range client.XRange(t.Context(), s.Key, "-", "+").Val() {
+				left = append(left, m.ID)
 			}
-			const large = "9007199254740993"
-			for _, seq := range []string{large, "9007199254740994"} {
-				ids = append(ids, client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, ID: "5-" + seq, Values: []string{"a", "b"}}).Val())
-			}
-			read := Read{Group: s.Group, Consumer: s.Consumer, From: []Cursor{{s.Key, ">"}}, Count: 10, Block: -1}
-			_, err := read.Do(t.Context(), client, new(Replies))
-			require.NoError(t, err)
-			all := make([]any, len(ids))
-			for i, id := range ids {
-				all[i] = id
-			}
-			left := func() []string {
-				var left []string
-				for _, m := range client.XRange(t.Context(), s.Key, "-", "+").Val() {
-					left = append(left, m.ID)
-				}
-				return left
-			}
-			require.NoError(t, s.SetPosition(t.Context(), "one", "2-1", Info{}, time.Minute))
-			require.NoError(t, s.SetPosition(t.Context(), "two", "5-"+large, Info{}, time.Minute))
-			require.NoError(t, s.AckAndDelete(t.Context(), by, all[1:]...)) // the first stays pending
-			require.Equal(t, []string{ids[0], ids[2], ids[3], ids[4], ids[5]}, left())
+			return left
+		}
+		require.NoError(t, s.SetPosition(t.Context(), "one", "2-1", Info{}, time.Minute))
+		require.NoError(t, s.SetPosition(t.Context(), "two", "5-"+large, Info{}, time.Minute))
+		require.NoError(t, s.Ack(t.Context(), true, all[1:]...)) // the first stays pending
+		require.Equal(t, []string{ids[0], ids[2], ids[3], ids[4], ids[5]}, left())
 
-			// One is gone, the other is before the last entry. The pending entry
-			// blocks everything after it.
-			require.NoError(t, s.RemovePosition(t.Context(), "one"))
-			trimmed, err := s.Trim(t.Context(), Retention{}, "", "", 0)
-			require.NoError(t, err)
-			require.Zero(t, trimmed.Trimmed)
-			require.Equal(t, Pin{Group: s.Group, Consumer: s.Consumer, ID: ids[0], Age: trimmed.Pin.Age}, trimmed.Pin)
-			require.Len(t, left(), 5)
-			require.NoError(t, s.AckAndDelete(t.Context(), by, all[0]))
-			trimmed, err = s.Trim(t.Context(), Retention{}, "", "", 0)
-			require.NoError(t, err)
-			require.False(t, trimmed.More)
-			require.Equal(t, Pin{Consumer: "two", ID: ids[5], Age: trimmed.Pin.Age}, trimmed.Pin, "a fan-out has not come to the last one")
-			require.Equal(t, []string{ids[5]}, left())
-			require.NoError(t, s.SetPosition(t.Context(), "two", ids[5], Info{}, time.Minute))
-			trimmed, err = s.Trim(t.Context(), Retention{}, "", "", 0)
-			require.NoError(t, err)
-			require.Equal(t, Pin{}, trimmed.Pin)
-			require.Empty(t, left())
-		})
-	}
+		// One is gone, the other is before the last entry. The pending entry
+		// blocks everything after it.
+		require.NoError(t, s.RemovePosition(t.Context(), "one"))
+		trimmed, err := s.Trim(t.Context(), Retention{}, "", "", 0)
+		require.NoError(t, err)
+		require.Zero(t, trimmed.Trimmed)
+		require.Equal(t, Pin{Group: s.Group, Consumer: s.Consumer, ID: ids[0], Age: trimmed.Pin.Age}, trimmed.Pin)
+		require.Len(t, left(), 5)
+		require.NoError(t, s.Ack(t.Context(), true, all[0]))
+		trimmed, err = s.Trim(t.Context(), Retention{}, "", "", 0)
+		require.NoError(t, err)
+		require.False(t, trimmed.More)
+		require.Equal(t, Pin{Consumer: "two", ID: ids[5], Age: trimmed.Pin.Age}, trimmed.Pin, "a fan-out has not come to the last one")
+		require.Equal(t, []string{ids[5]}, left())
+		require.NoError(t, s.SetPosition(t.Context(), "two", ids[5], Info{}, time.Minute))
+		trimmed, err = s.Trim(t.Context(), Retention{}, "", "", 0)
+		require.NoError(t, err)
+		require.Equal(t, Pin{}, trimmed.Pin)
+		require.Empty(t, left())
+	})
 }
 
 // A step of the server's clock lets all positions expire. They are kept for another
@@ -255,7 +275,7 @@ func TestTrim_ExpiredPosition(t *testing.T) {
 		setExpired(t, client, s, ids[0], time.Second, mark)
 	}
 	expired("")
-	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, all...))
+	require.NoError(t, s.Ack(t.Context(), true, all...))
 	require.EqualValues(t, 1, client.XLen(t.Context(), s.Key).Val(), "the fan-out has not read the second one")
 	_, err := s.Trim(t.Context(), Retention{}, "", "", 0)
 	require.NoError(t, err)
@@ -316,7 +336,7 @@ func TestPosition_StreamBeganAnew(t *testing.T) {
 			least := func(read int) {
 				t.Helper()
 				length := client.XLen(t.Context(), s.Key).Val()
-				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, "", 0)
+				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, "", "", 0)
 				require.NoError(t, err)
 				require.EqualValues(t, read, trimmed.Trimmed)
 				require.Equal(t, length, trimmed.Trimmed+trimmed.Length)
@@ -366,13 +386,13 @@ func TestPosition_RedisFull(t *testing.T) {
 	setFull(t, client, true)
 	require.NoError(t, s.SetPosition(t.Context(), "living", ids[0], Info{}, time.Hour))
 	require.NoError(t, s.SetPosition(t.Context(), "living", ids[1], Info{}, time.Hour))
-	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, ids[0], ids[1], ids[2]))
+	require.NoError(t, s.Ack(t.Context(), true, ids[0], ids[1], ids[2]))
 	require.EqualValues(t, 2, length(), "the fan-out has read two")
 
 	setFull(t, client, false)
 	setExpired(t, client, s, ids[1], time.Second, "")
 	setFull(t, client, true)
-	require.NoError(t, s.AckAndDelete(t.Context(), DeleteByScript, ids[3]))
+	require.NoError(t, s.Ack(t.Context(), true, ids[3]))
 	require.EqualValues(t, 2, length(), "a step of the clock loses a place")
 	require.Contains(t, client.HGet(t.Context(), PositionsKey(s.Key), "living").Val(), "!")
 
@@ -390,7 +410,7 @@ func TestPosition_RedisFull(t *testing.T) {
 		setExpired(t, client, s, ids[1], since, "")
 		added := client.XAdd(t.Context(), &redis.XAddArgs{Stream: s.Key, Values: []string{"a", "b"}}).Val()
 		readNew(t, client, s)
-		require.NoError(t, theirs.AckAndDelete(t.Context(), DeleteByScript, added))
+		require.NoError(t, theirs.Ack(t.Context(), true, added))
 		require.EqualValues(t, 3, length())
 		require.EqualValues(t, 1-i, client.Exists(t.Context(), PositionsKey(s.Key)).Val(), "expired for %s", since)
 	}
@@ -429,14 +449,14 @@ func TestDeadLetter_Pieces(t *testing.T) {
 	client, s, ids := newStream(t, 1)
 	fields := []string{"small", "x", "", strings.Repeat("a", maxPiece+1), "large", strings.Repeat("b", 3*maxPiece), "exact", strings.Repeat("c", maxPiece)}
 	dead := s.Key + ".dead"
-	id, how, err := s.DeadLetter(t.Context(), dead, ids[0], DeleteNever, nil, fields)
+	id, how, err := s.DeadLetter(t.Context(), dead, ids[0], false, nil, fields)
 	require.NoError(t, err)
 	require.Equal(t, Mine, how)
 	queue := New(s.Client, dead, "")
 	e, err := queue.Entry(t.Context(), id)
 	require.NoError(t, err)
 	require.True(t, assert.ObjectsAreEqual(fields, e.Fields))
-	again, how, err := s.DeadLetter(t.Context(), dead, ids[0], DeleteNever, nil, fields)
+	again, how, err := s.DeadLetter(t.Context(), dead, ids[0], false, nil, fields)
 	require.NoError(t, err)
 	require.Empty(t, again, "moved before")
 	require.Equal(t, Settled, how)
@@ -459,7 +479,7 @@ func TestDeadLetter_Marks(t *testing.T) {
 	marks := func(i int) []string { return []string{fmt.Sprint("<id ", ids[i], ">"), "<group g>"} }
 	var moved []string
 	for i := range 2 {
-		id, _, err := s.DeadLetter(t.Context(), dead, ids[i], DeleteNever, nil, letter(i))
+		id, _, err := s.DeadLetter(t.Context(), dead, ids[i], false, nil, letter(i))
 		require.NoError(t, err)
 		moved = append(moved, id)
 	}
@@ -471,14 +491,14 @@ func TestDeadLetter_Marks(t *testing.T) {
 	require.NoError(t, err)
 	for range 2 {
 		for i := range 2 {
-			id, how, err := s.DeadLetter(t.Context(), dead, ids[i], DeleteNever, marks(i), letter(i))
+			id, how, err := s.DeadLetter(t.Context(), dead, ids[i], false, marks(i), letter(i))
 			require.NoError(t, err)
 			require.Equal(t, Mine, how)
 			require.Equal(t, moved[i], id)
 		}
 	}
 	require.Nil(t, pendingRow(t, s, ids[0]), "it is not to come again")
-	_, how, err := s.DeadLetter(t.Context(), dead, ids[2], DeleteNever, marks(2), letter(2))
+	_, how, err := s.DeadLetter(t.Context(), dead, ids[2], false, marks(2), letter(2))
 	require.NoError(t, err)
 	require.Equal(t, Settled, how, "it was not moved, and is not ours")
 	require.EqualValues(t, 152, client.XLen(t.Context(), dead).Val())

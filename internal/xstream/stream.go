@@ -3,7 +3,6 @@ package xstream
 import (
 	"cmp"
 	"context"
-	"crypto/sha1" // as Redis's scripts have it; it protects nothing
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -243,15 +242,12 @@ func (s *Stream) Newest(ctx context.Context) (string, error) {
 type Info struct {
 	Last       string // the greatest ID that the stream ever had
 	First      string // ID of the first entry; "0-0" without entries
-	FirstPrint string // digest of the first entry
+	FirstPrint string // digest of the first entry; "" if EVAL is denied
 	MaxDeleted string // the greatest ID deleted by XDEL
 	Added      int64  // number of entries ever added; -1 if the server does not say
 }
 
-// printed is how many bytes of an entry its digest covers, as in printFunction.
-const printed = 4096
-
-// printFunction returns an entry's digest. Its Go twin is digest.
+// printFunction returns an entry's digest, of its first 4 KiB.
 const printFunction = `
 local function fingerprint(fields)
   return redis.sha1hex(string.sub(table.concat(fields, '\0'), 1, 4096))
@@ -284,41 +280,24 @@ func (s *Stream) Info(ctx context.Context) (Info, error) {
 	if err != nil {
 		return info, err
 	}
-	last, ok := lookup(v, "last-generated-id").(string)
+	t := table(v)
+	last, ok := t["last-generated-id"].(string)
 	if !ok {
 		return info, fmt.Errorf("goxstreams: XINFO STREAM %s: no last-generated-id", s.Key)
 	}
 	info.Last = last
-	if first, ok := lookup(v, "first-entry").([]any); ok && len(first) > 0 {
+	if first, ok := t["first-entry"].([]any); ok && len(first) == 2 {
 		info.First, _ = first[0].(string)
-		info.FirstPrint = digest(first[1])
+		info.FirstPrint, _ = first[1].(string)
 	}
-	if id, ok := lookup(v, "max-deleted-entry-id").(string); ok {
+	if id, ok := t["max-deleted-entry-id"].(string); ok {
 		info.MaxDeleted = id
 	}
-	added, ok := lookup(v, "entries-added").(int64)
+	added, ok := t["entries-added"].(int64)
 	if info.Added = added; !ok {
 		info.Added = -1
 	}
 	return info, nil
-}
-
-// digest returns the digest that infoScript has computed of an entry's fields, or
-// computes it.
-func digest(fields any) string {
-	if made, ok := fields.(string); ok {
-		return made
-	}
-	var all []byte
-	values, _ := fields.([]any)
-	for i, v := range values {
-		if i > 0 {
-			all = append(all, 0)
-		}
-		field, _ := v.(string)
-		all = append(all, field...)
-	}
-	return fmt.Sprintf("%x", sha1.Sum(all[:min(len(all), printed)]))
 }
 
 // Mark identifies an entry that was seen. Its ID alone does not: a stream that is
@@ -348,21 +327,6 @@ func (s *Stream) Has(ctx context.Context, m Mark) (bool, error) {
 	}
 	e, err := s.Entry(ctx, m.ID)
 	return e != nil && (m.Print == 0 || e.Mark() == m), err
-}
-
-// lookup finds a name in a reply that is a map (RESP3) or a flat list (RESP2).
-func lookup(v any, name string) any {
-	switch v := v.(type) {
-	case map[any]any:
-		return v[name]
-	case []any:
-		for i := 0; i+1 < len(v); i += 2 {
-			if v[i] == name {
-				return v[i+1]
-			}
-		}
-	}
-	return nil
 }
 
 // Version returns the server's name and version, for messages only: Valkey also

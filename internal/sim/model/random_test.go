@@ -430,7 +430,7 @@ func (r random) call(s xstream.Stream) {
 		id := fmt.Sprintf("%d-%d", 2*i+r.IntN(2), r.IntN(3))
 		ids, any, counted = append(ids, id), append(any, id), append(counted, xstream.Counted{ID: id, Count: r.Int64N(4)})
 	}
-	by := pick(r, xstream.DeleteNever, xstream.DeleteByScript, xstream.DeleteByServer)
+	deletes := r.IntN(3) > 0
 	switch r.IntN(16) {
 	case 0, 1:
 		_, _ = s.Renew(ctx, ids)
@@ -441,14 +441,14 @@ func (r random) call(s xstream.Stream) {
 	case 5:
 		_, _ = s.Restore(ctx, counted)
 	case 6, 7:
-		_ = s.AckAndDelete(ctx, by, any...)
+		_ = s.Ack(ctx, deletes, any...)
 	case 8, 9:
 		r.trimOf(ctx, s, ids[0])
 	case 10:
 		_, _ = s.AckTrimmed(ctx, ids)
 	case 11:
 		marks := pick(r, nil, []string{"<" + ids[0] + ">", "<m>"})
-		_, _, _ = s.DeadLetter(ctx, prefix+"dead", ids[0], by, marks, []string{"uuid", "u", "metadata", "<m><" + ids[0] + ">"})
+		_, _, _ = s.DeadLetter(ctx, prefix+"dead", ids[0], deletes, marks, []string{"uuid", "u", "metadata", "<m><" + ids[0] + ">"})
 	case 12:
 		dead := s
 		dead.Key = prefix + "dead"
