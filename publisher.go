@@ -213,7 +213,7 @@ func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
 		}
 	}
 	err = call.Send(p.client, p.pipe)
-	if xstream.MultiRefused(err) && node != nil {
+	if call.MultiRefused && node != nil {
 		p.multi.Delete(node.Options().Addr) // the next call checks again
 	}
 	return err
