@@ -92,7 +92,7 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 	client := redisx.Client{UniversalClient: config.Client}
 	_, quiet := logger.(watermill.NopLogger)
 	return &Publisher{
-		config: config, client: client, pipe: pipeline.New(client, 1, false), logger: logger, quiet: quiet,
+		config: config, client: client, pipe: pipeline.New(client, 1), logger: logger, quiet: quiet,
 		soon: soon{client: client, logger: logger},
 	}, nil
 }

@@ -55,7 +55,7 @@ type SharedConfig struct {
 func NewShared(c SharedConfig) *Shared {
 	client, log := c.Client, c.Log
 	s := &Shared{
-		client: client, pipe: pipeline.New(client, subscriberConns, true), consumer: consumerName(c.Consumer),
+		client: client, pipe: pipeline.New(client, subscriberConns), consumer: consumerName(c.Consumer),
 		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + takeover.Jitter(c.ClaimInterval/10),
 		names: make(map[nameKey]bool), Bounds: ledger.NewBounds(),
 	}

@@ -75,7 +75,7 @@ func newPoller(t *testing.T, group string) (*Poller, *redis.Client) {
 	client := testserver.Client(t)
 	c := redisx.Client{UniversalClient: client}
 	return New(Config{
-		Client: c, Pipeline: pipeline.New(c, 2, true), Group: group, Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
+		Client: c, Pipeline: pipeline.New(c, 2), Group: group, Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
 	}), client
 }
 
@@ -241,7 +241,7 @@ func TestPoller_OrphansOfSeveral(t *testing.T) {
 	testserver.RequireReal(t)
 	client := testserver.Client(t)
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
 	require.NoError(t, client.XGroupCreateMkStream(t.Context(), key, "group", "0").Err())
 	const n = 5
@@ -271,7 +271,7 @@ func TestSeat_Abandon(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	stream := xstream.New(c, "key", "group")
 	err := stream.CreateGroup(context.Background(), "0", time.Minute)
 	require.NoError(t, err)
@@ -300,7 +300,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
 	add := func(id string) {
 		t.Helper()
 		require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", ID: id, Values: []any{"a", "b"}}).Err())
@@ -391,7 +391,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	client := redis.NewClient(&options)
 	t.Cleanup(func() { _ = client.Close() }) // after the seats have left
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	var seats []*Seat
 	var members []*member
 	for i := range 1 + maxConns {
