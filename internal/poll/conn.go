@@ -430,10 +430,9 @@ func (c *conn) known(readings []xstream.Reading) bool {
 func (c *conn) command(parts []part) xstream.Read {
 	cfg := c.p.cfg
 	read := xstream.Read{Group: cfg.Group, Consumer: parts[0].seats[0].consumer, NoAck: cfg.NoAck, Block: c.block, From: make([]xstream.Cursor, len(parts))}
+	read.Count = max(1, cfg.Batch/len(parts))
 	for i, p := range parts {
-		if i == 0 || p.count < read.Count {
-			read.Count = p.count
-		}
+		read.Count = min(read.Count, p.count)
 		read.From[i] = xstream.Cursor{Key: p.topic.key, After: p.after}
 		// Do not block if a seat must learn at once whether reading works, or if
 		// this is only a part of what could be read now.
@@ -441,7 +440,6 @@ func (c *conn) command(parts []part) xstream.Read {
 			read.Block = -1
 		}
 	}
-	read.Count = max(1, min(read.Count, cfg.Batch/len(parts)))
 	return read
 }
 
@@ -520,14 +518,9 @@ func (c *conn) fail(err error) {
 		return
 	}
 	c.dismiss(c.parts, err)
-	c.dismissRest(c.parts[0], err)
-}
-
-// dismissRest ends Serve for the seats of other reads that the error is about, too: all on
-// the server, or those of the topic.
-func (c *conn) dismissRest(failed part, err error) {
+	// The error is also about the other reads on the server; an error reply, about those of the topic.
 	c.dismiss(slices.DeleteFunc(slices.Clone(c.rest), func(p part) bool {
-		return redisx.IsReply(err) && p.topic != failed.topic
+		return redisx.IsReply(err) && p.topic != c.parts[0].topic
 	}), err)
 }
 

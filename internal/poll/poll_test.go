@@ -126,9 +126,9 @@ func TestPoller_OneTopic(t *testing.T) {
 				if i == 0 {
 					members[i].room = 1 // it falls behind
 				}
-				seat := p.NewSeat(key, fmt.Sprint("consumer", i), members[i])
+				seat := p.NewSeat(key, fmt.Sprint("consumer", i), ">", members[i])
 				if group == "" {
-					seat = p.NewFanOut(key, "0-0", members[i])
+					seat = p.NewSeat(key, "", "0-0", members[i])
 				}
 				seats, leaves = append(seats, seat), append(leaves, serve(t, seat))
 			}
@@ -182,7 +182,7 @@ func TestPoller_ManyTopics(t *testing.T) {
 		err := stream.CreateGroup(t.Context(), "0", time.Minute)
 		require.NoError(t, err)
 		members[i] = &member{room: 2 * backlog}
-		serve(t, p.NewSeat(key, "consumer", members[i]))
+		serve(t, p.NewSeat(key, "consumer", ">", members[i]))
 	}
 	pipe := client.Pipeline()
 	for i := range backlog {
@@ -218,7 +218,7 @@ func TestPoller_Orphans(t *testing.T) {
 	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	m := &member{room: 10}
-	seat := p.NewSeat(key, "consumer", m)
+	seat := p.NewSeat(key, "consumer", ">", m)
 	serve(t, seat)
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
 	eventually(t, func() bool { return m.count() == 1 }, "nothing came")
@@ -255,7 +255,7 @@ func TestPoller_OrphansOfSeveral(t *testing.T) {
 		}).Err())
 		m := &member{room: 10}
 		members = append(members, m)
-		seats = append(seats, p.NewSeat(key, consumer, m))
+		seats = append(seats, p.NewSeat(key, consumer, ">", m))
 		seats[i].Unsure()
 	}
 	for _, seat := range seats {
@@ -276,7 +276,7 @@ func TestSeat_Abandon(t *testing.T) {
 	err := stream.CreateGroup(context.Background(), "0", time.Minute)
 	require.NoError(t, err)
 	m := &member{room: 10}
-	seat := p.NewSeat("key", "consumer", m)
+	seat := p.NewSeat("key", "consumer", ">", m)
 	done := make(chan error, 1)
 	go func() { done <- seat.Serve() }()
 	require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", Values: []any{"a", "b"}}).Err())
@@ -316,7 +316,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	for _, after := range []string{"5-0", "9-0", "7-0", "5-0"} {
 		m := &member{room: 10}
 		members = append(members, m)
-		seat := p.NewFanOut("key", after, m)
+		seat := p.NewSeat("key", "", after, m)
 		serve(t, seat)
 	}
 	require.NoError(t, client.XDel(context.Background(), "key", "9-0").Err())
@@ -352,7 +352,7 @@ func TestPoller_OrphansOfAnEarlierSeat(t *testing.T) {
 	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	gone, comes := &member{room: 1}, &member{room: 1}
-	seat := p.NewSeat(key, "consumer", gone)
+	seat := p.NewSeat(key, "consumer", ">", gone)
 	done := make(chan error, 1)
 	go func() { done <- seat.Serve() }()
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
@@ -371,7 +371,7 @@ func TestPoller_OrphansOfAnEarlierSeat(t *testing.T) {
 	p.mu.Unlock()
 	bconn.Close()
 	require.Error(t, <-done)
-	serve(t, p.NewSeat(key, "consumer", comes))
+	serve(t, p.NewSeat(key, "consumer", ">", comes))
 	eventually(t, func() bool { return slices.Equal(comes.found(), []string{"1-1"}) }, "it does not look")
 }
 
@@ -400,7 +400,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 		require.NoError(t, admin.XAdd(t.Context(), &redis.XAddArgs{Stream: key, Values: []any{"a", "b"}}).Err())
 		m := &member{room: 10}
 		members = append(members, m)
-		seats = append(seats, p.NewSeat(key, "consumer", m))
+		seats = append(seats, p.NewSeat(key, "consumer", ">", m))
 	}
 	done := make(chan error, 1)
 	go func() { done <- seats[0].Serve() }()
@@ -464,7 +464,7 @@ func TestConn_OneRead(t *testing.T) {
 				if topics[key] == nil {
 					topics[key] = &topic{key: key}
 				}
-				seat := p.NewSeat(key, name[1:], nil)
+				seat := p.NewSeat(key, name[1:], ">", nil)
 				seat.urgent = name == tt.urgent
 				parts = append(parts, part{topic: topics[key], seats: []*Seat{seat}, count: 1})
 			}
@@ -501,7 +501,7 @@ func TestPoller_ConsumersWithoutRoom(t *testing.T) {
 				m.room = 100
 				idle = append(idle, m)
 			}
-			serve(t, p.NewSeat(key, fmt.Sprint("consumer", j), m))
+			serve(t, p.NewSeat(key, fmt.Sprint("consumer", j), ">", m))
 		}
 	}
 	var waits time.Duration

@@ -152,16 +152,10 @@ func New(cfg Config) *Poller {
 	return p
 }
 
-// NewSeat returns a seat for a subscription of the topic. Each has a consumer of its own.
-func (p *Poller) NewSeat(key, consumer string, m Member) *Seat {
-	return &Seat{p: p, key: key, consumer: consumer, member: m, after: ">", disowned: make(map[string]bool), left: make(chan error, 1)}
-}
-
-// NewFanOut returns a seat for a fan-out, which reads the entries after the given ID.
-func (p *Poller) NewFanOut(key, after string, m Member) *Seat {
-	s := p.NewSeat(key, "", m)
-	s.after = after
-	return s
+// NewSeat returns a seat for a subscription of the topic. In a group each has a consumer of
+// its own, and reads after ">"; a fan-out has none, and reads the entries after an ID.
+func (p *Poller) NewSeat(key, consumer, after string, m Member) *Seat {
+	return &Seat{p: p, key: key, consumer: consumer, member: m, after: after, disowned: make(map[string]bool), left: make(chan error, 1)}
 }
 
 // Serve reads for the subscription until it leaves, and then returns nil, or until
@@ -324,12 +318,12 @@ func (t *topic) coolLocked() {
 // moved is called with the address to which new connections lead. Connections that
 // lead elsewhere are reopened: their old server may keep answering, so they would
 // never be replaced.
-func (p *Poller) moved(remote string) {
+func (p *Poller) moved(remote string) bool {
 	var old []*redisx.Conn
 	p.mu.Lock()
 	for _, g := range p.groups {
 		for _, c := range append(slices.Clone(g.conns), g.bulk) {
-			if c != nil && c.bconn != nil && p.route.Follow(c.bconn, remote) {
+			if c != nil && c.bconn != nil && !c.bconn.LeadsTo(remote) {
 				c.astray = true
 				old = append(old, c.bconn)
 			}
@@ -339,7 +333,5 @@ func (p *Poller) moved(remote string) {
 	for _, bconn := range old {
 		bconn.Close()
 	}
-	if len(old) > 0 {
-		p.route.Followed()
-	}
+	return len(old) > 0
 }

@@ -136,6 +136,12 @@ func (divert) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessP
 	return next
 } // there are no pipelines
 
+// LeadsTo reports whether the connection leads to the address, or is not dialed yet.
+func (l *Conn) LeadsTo(remote string) bool {
+	at := l.remote.Load()
+	return at == nil || *at == remote
+}
+
 // Close closes the connection: a read in flight ends with an error.
 func (l *Conn) Close() {
 	if l.own != nil {
