@@ -12,53 +12,51 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// AddPrefix returns the XADD arguments that all messages of a topic share. A
-// positive maxLen trims the stream to about that length; noMake does not create the
-// stream.
-func AddPrefix(key string, maxLen int64, noMake bool) []any {
-	args := []any{"xadd", key}
-	if noMake {
-		args = append(args, "nomkstream")
-	}
-	if maxLen > 0 {
-		args = append(args, "maxlen", "~", maxLen)
-	}
-	return args
-}
-
 // Publishing is one call of Publish: a single XADD, or several within MULTI and
 // EXEC.
 type Publishing struct {
-	ctx  context.Context
-	sent redisx.Sent // the ID of each XADD: "*"
-	adds []redisx.OnceStringCmd
+	ctx        context.Context
+	prefix     []any // of each XADD's arguments
+	producerID string
+	sent       redisx.Sent // the ID of each XADD: "*"
+	adds       []redisx.OnceStringCmd
 
 	MultiRefused bool // MULTI or EXEC was not permitted, whatever became of the messages
 }
 
-// NewPublishing returns a call of n messages. Only the context's values are used.
-func NewPublishing(ctx context.Context, n int) *Publishing {
-	return &Publishing{ctx: context.WithoutCancel(ctx), adds: make([]redisx.OnceStringCmd, 0, n)}
+// NewPublishing returns a call of n messages. A positive maxLen trims the stream to about
+// that length. With a producer ID the server stores each UUID once, and no stream is
+// created. Only the context's values are used.
+func NewPublishing(ctx context.Context, key string, maxLen int64, producerID string, n int) *Publishing {
+	prefix := []any{"xadd", key}
+	if producerID != "" {
+		prefix = append(prefix, "nomkstream")
+	}
+	if maxLen > 0 {
+		prefix = append(prefix, "maxlen", "~", maxLen)
+	}
+	return &Publishing{
+		ctx: context.WithoutCancel(ctx), prefix: prefix, producerID: producerID,
+		adds: make([]redisx.OnceStringCmd, 0, n),
+	}
 }
 
 // usualArgs is the number of arguments for an ID, the UUID to remember, and
 // DefaultMarshaler's fields.
 const usualArgs = 1 + 3 + 6
 
-// Begin returns the arguments of the next message up to its fields. With a producer
-// ID the server stores the UUID once.
-func (c *Publishing) Begin(prefix []any, producerID, uuid string) []any {
-	args := make([]any, len(prefix), len(prefix)+usualArgs)
-	copy(args, prefix)
-	if producerID != "" {
-		args = append(args, "idmp", producerID, uuid)
+// Add adds a message. Fields appends its fields to the arguments.
+func (c *Publishing) Add(uuid string, fields func(args []any) ([]any, error)) error {
+	args := append(make([]any, 0, len(c.prefix)+usualArgs), c.prefix...)
+	if c.producerID != "" {
+		args = append(args, "idmp", c.producerID, uuid)
 	}
-	return append(args, &c.sent)
-}
-
-// Add adds a message, given all of its arguments.
-func (c *Publishing) Add(args []any) {
+	args, err := fields(append(args, &c.sent))
+	if err != nil {
+		return err
+	}
 	c.adds = append(c.adds, redisx.OnceStringCmd{StringCmd: redis.NewStringCmd(context.Background(), args...)})
+	return nil
 }
 
 // Len returns the number of messages.
