@@ -4,9 +4,7 @@
 //
 // Each connection has one goroutine, the only one that reads on it, and a mailbox:
 // a seat that joins, leaves, or has room again pokes it, and it looks at all of its
-// topics again. If a read is blocking at that time, it is woken with CLIENT
-// UNBLOCK, repeatedly until the goroutine has noticed, since an UNBLOCK that
-// overtakes the read does nothing.
+// topics again. If a read is blocking at that time, it is woken.
 //
 // Up to maxConns topics have a connection each; further topics share these, with a
 // small COUNT. A topic with a backlog that would hold up the others is read by
