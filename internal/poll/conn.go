@@ -2,7 +2,6 @@ package poll
 
 import (
 	"context"
-	"maps"
 	"runtime"
 	"slices"
 	"time"
@@ -286,9 +285,9 @@ func (c *conn) disconnect() {
 	}
 }
 
-// orphans searches, for the members that have lost an answer, for entries that are pending
-// for their consumers but that they do not have. Nothing is read for them in the
-// meantime, since only this goroutine does that.
+// orphans lists, for the members that have lost an answer, the entries that are pending for
+// their consumers. Nothing is read for them in the meantime, since only this goroutine does
+// that.
 func (c *conn) orphans() error {
 	p := c.p
 	for _, part := range c.parts {
@@ -316,9 +315,7 @@ func (c *conn) orphans() error {
 			}
 			return err
 		}
-		if rows = s.unheld(rows); len(rows) > 0 {
-			s.member.Orphans(rows)
-		}
+		s.member.Orphans(rows)
 	}
 	return nil
 }
@@ -335,16 +332,6 @@ func (c *conn) wakeBroken() {
 	for _, bconn := range broken {
 		bconn.Wake(c.ctx)
 	}
-}
-
-// unheld returns the rows that the member does not have.
-func (s *Seat) unheld(rows []xstream.Pending) []xstream.Pending {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	maps.DeleteFunc(s.disowned, func(id string, _ bool) bool {
-		return !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id })
-	})
-	return slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.disowned[r.ID] })
 }
 
 // read reads the parts with one command, and distributes the entries.

@@ -57,8 +57,8 @@ type Member interface {
 	Room() int
 	// Take takes entries that were read for it.
 	Take(Batch)
-	// Orphans takes entries that are pending for its consumer but that it does not have:
-	// the answer to the command that read or claimed them was lost.
+	// Orphans is called after the answer to a command that reads or claims was lost, with all
+	// entries that are pending for its consumer: it takes those that it does not have.
 	Orphans([]xstream.Pending)
 	// Reading reports that reading works again, or that there is no need to read.
 	Reading()
@@ -129,13 +129,12 @@ type Seat struct {
 	after    string // fan-out: the last entry read; group: ">"
 
 	// Guarded by Poller.mu.
-	topic    *topic // nil: not joined
-	rewind   string // fan-out: continue after this entry instead
-	unsure   bool   // a command without an answer may have taken entries
-	disowned map[string]bool
-	leaving  bool
-	failed   bool // its next read must show at once whether reading works
-	left     chan error
+	topic   *topic // nil: not joined
+	rewind  string // fan-out: continue after this entry instead
+	unsure  bool   // a command without an answer may have taken entries
+	leaving bool
+	failed  bool // its next read must show at once whether reading works
+	left    chan error
 
 	// Owned by the connection's goroutine.
 	urgent bool // its turn comes first
@@ -153,7 +152,7 @@ func New(cfg Config) *Poller {
 // NewSeat returns a seat for a subscription of the topic. In a group each has a consumer of
 // its own, and reads after ">"; a fan-out has none, and reads the entries after an ID.
 func (p *Poller) NewSeat(key, consumer, after string, m Member) *Seat {
-	return &Seat{p: p, key: key, consumer: consumer, member: m, after: after, disowned: make(map[string]bool), left: make(chan error, 1)}
+	return &Seat{p: p, key: key, consumer: consumer, member: m, after: after, left: make(chan error, 1)}
 }
 
 // Serve reads for the subscription until it leaves, and then returns nil, or until
@@ -227,21 +226,6 @@ func (s *Seat) Abandon() {
 
 // Unsure requests a search for entries that a command without an answer has taken.
 func (s *Seat) Unsure() { s.change(func() { s.unsure = true }) }
-
-// Disown marks an entry that stays pending for the consumer although the member does
-// not have it: it is not an orphan.
-func (s *Seat) Disown(id string) {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	s.disowned[id] = true
-}
-
-// Disowned reports whether the entry was disowned.
-func (s *Seat) Disowned(id string) bool {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	return s.disowned[id]
-}
 
 // departLocked removes the seat from its topic, and ends Serve.
 func (s *Seat) departLocked(err error) {
