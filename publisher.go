@@ -92,7 +92,7 @@ func NewPublisher(config PublisherConfig, logger watermill.LoggerAdapter) (*Publ
 	client := redisx.Client{UniversalClient: config.Client}
 	_, quiet := logger.(watermill.NopLogger)
 	return &Publisher{
-		config: config, client: client, pipe: pipeline.New(client, 1, false), logger: logger, quiet: quiet,
+		config: config, client: client, pipe: pipeline.New(client, 1), logger: logger, quiet: quiet,
 		soon: soon{client: client, logger: logger},
 	}, nil
 }
@@ -165,14 +165,12 @@ func (p *Publisher) publish(topic string, messages []*message.Message) error {
 
 // marshal returns the XADD commands of one call.
 func (p *Publisher) marshal(topic string, messages []*message.Message) (*xstream.Publishing, error) {
-	call := xstream.NewPublishing(messages[0].Context(), len(messages))
-	prefix := xstream.AddPrefix(topic, p.maxLen(topic), p.config.Idempotence != nil) // see whilePrepared
+	call := xstream.NewPublishing(messages[0].Context(), topic, p.maxLen(topic), p.producerID(), len(messages))
 	for i, msg := range messages {
-		args, err := p.appendFields(call.Begin(prefix, p.producerID(), msg.UUID), topic, msg)
+		err := call.Add(msg.UUID, func(args []any) ([]any, error) { return p.appendFields(args, topic, msg) })
 		if err != nil {
 			return nil, atMessage(i, messages, err)
 		}
-		call.Add(args)
 	}
 	return call, nil
 }
@@ -213,7 +211,7 @@ func (p *Publisher) send(topic string, call *xstream.Publishing) (err error) {
 		}
 	}
 	err = call.Send(p.client, p.pipe)
-	if xstream.MultiRefused(err) && node != nil {
+	if call.MultiRefused && node != nil {
 		p.multi.Delete(node.Options().Addr) // the next call checks again
 	}
 	return err

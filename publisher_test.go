@@ -527,6 +527,29 @@ func TestPublish_MultiDeniedLater(t *testing.T) {
 	}
 }
 
+// The first call after MULTI was revoked stored its messages one by one, and so did all later
+// ones, since the Publisher did not check again after a success.
+func TestPublish_MultiDeniedForGood(t *testing.T) {
+	t.Parallel()
+	server := testserver.Private(t)
+	admin := server.Client()
+	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "on", ">secret", "~*", "+xadd", "+multi", "+exec").Err())
+	client := redis.NewClient(&redis.Options{Addr: server.Addr(), Username: "producer", Password: "secret"})
+	t.Cleanup(func() { require.NoError(t, client.Close()) })
+	pub := newPublisher(t, client)
+	topic := topic(t)
+	require.NoError(t, pub.Publish(topic, numbered(2)...))
+	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "-multi").Err())
+	require.NoError(t, pub.Publish(topic, numbered(2)...), "one by one")
+	for range 2 {
+		require.ErrorContains(t, pub.Publish(topic, numbered(2)...), "need permission for MULTI and EXEC")
+	}
+	require.Len(t, stored(t, admin, topic), 4)
+	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "+multi").Err())
+	require.NoError(t, pub.Publish(topic, numbered(2)...), "permitted again")
+	require.Len(t, stored(t, admin, topic), 6)
+}
+
 // Calls that arrive while a pipeline is in flight share the next one: each of them
 // is stored as one piece, in its order, and one that the server rejects does not
 // affect the others.

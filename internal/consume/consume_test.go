@@ -651,6 +651,33 @@ func TestKey_FetchedLate(t *testing.T) {
 	require.Equal(t, delivery{ids[1], 1}, s.next())
 }
 
+// What was given up stays pending for us, and is no orphan, until it is pending no longer.
+func TestReader_OrphansGivenUp(t *testing.T) {
+	s := newSetup(t, nil)
+	s.work.handle = func(t *Task) { s.seen <- delivery{t.ID, t.Count()}; s.Settle(t) }
+	ids := s.addFirst(3)
+	require.NoError(t, s.Open())
+	require.NoError(t, s.client.XReadGroup(t.Context(), &redis.XReadGroupArgs{
+		Group: "group", Consumer: s.stream.Consumer, Streams: []string{s.cfg.Topic, ">"}, Count: 3,
+	}).Err())
+	s.reader.disowned.Store(ids[0], nil)
+	pending := func(ids ...string) (rows []xstream.Pending) {
+		for _, id := range ids {
+			rows = append(rows, xstream.Pending{ID: id, Count: 1})
+		}
+		return rows
+	}
+	s.reader.Orphans(pending(ids[0], ids[1]))
+	s.reader.Orphans(pending(ids[0], ids[2]))
+	s.Start()
+	t.Cleanup(s.end)
+	require.Equal(t, delivery{ids[1], 1}, s.next())
+	require.Equal(t, delivery{ids[2], 1}, s.next())
+	s.reader.Orphans(pending())
+	s.reader.Orphans(pending(ids[0]))
+	require.Equal(t, delivery{ids[0], 1}, s.next())
+}
+
 // failing makes selected commands fail.
 type failing struct{ fails func(redis.Cmder) bool }
 

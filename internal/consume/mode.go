@@ -92,7 +92,7 @@ func (base) abandoned(*Task)                                {}
 type grouped struct{ base }
 
 func (m grouped) open(ctx context.Context) error {
-	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.stream.Consumer, m.reader)
+	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, m.stream.Consumer, ">", m.reader)
 	if err := m.stream.CheckRights(ctx); err != nil {
 		return err
 	}
@@ -246,7 +246,7 @@ func (m fanOut) open(ctx context.Context) error {
 	if after == "$" {
 		after = info.Last
 	}
-	m.reader.seat = m.shared.poller.NewFanOut(m.cfg.Topic, after, m.reader)
+	m.reader.seat = m.shared.poller.NewSeat(m.cfg.Topic, "", after, m.reader)
 	return m.position.begin(ctx, after, info)
 }
 

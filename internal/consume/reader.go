@@ -1,6 +1,7 @@
 package consume
 
 import (
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -32,6 +33,8 @@ type reader struct {
 	s    *Subscription
 	seat *poll.Seat
 	done chan struct{}
+
+	disowned sync.Map // the IDs of entries that stay pending for this consumer, but that it gave up
 
 	mu       sync.Mutex
 	prefetch int
@@ -122,13 +125,26 @@ func (r *reader) Reading() { r.s.markHealthy(dutyRead) }
 
 // Orphans takes entries that are pending for this consumer but unknown to it: the answer
 // to the command that read or claimed them was lost, so their delivery has reached nobody.
+// The rows are all that is pending.
 func (r *reader) Orphans(rows []xstream.Pending) {
 	s := r.s
+	r.disowned.Range(func(id, _ any) bool {
+		if !slices.ContainsFunc(rows, func(p xstream.Pending) bool { return p.ID == id }) {
+			r.disowned.Delete(id)
+		}
+		return true
+	})
+	rows = slices.DeleteFunc(rows, func(p xstream.Pending) bool { return r.isDisowned(p.ID) })
 	orphans := make([]*ledger.Entry, len(rows))
 	for i, p := range rows {
 		orphans[i] = (&ledger.Entry{ID: p.ID}).SetCount(max(p.Count, 1), max(p.Count, 1)) // 0: snoozed, or released
 	}
 	s.apply(s.ledger.Offer(time.Now(), orphans, false))
+}
+
+func (r *reader) isDisowned(id string) bool {
+	_, ok := r.disowned.Load(id)
+	return ok
 }
 
 // fits returns how many entries of the current size fit into one read.

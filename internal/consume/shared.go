@@ -44,7 +44,7 @@ type nameKey struct{ topic, consumer string }
 func NewShared(client redisx.Client, c Config) *Shared {
 	log := c.Log
 	s := &Shared{
-		client: client, pipe: pipeline.New(client, subscriberConns, true), consumer: consumerName(c.Consumer),
+		client: client, pipe: pipeline.New(client, subscriberConns), consumer: consumerName(c.Consumer),
 		epoch: time.Now(), tick: c.ClaimInterval - c.ClaimInterval/10 + takeover.Jitter(c.ClaimInterval/10),
 		names: make(map[nameKey]bool), Bounds: ledger.NewBounds(),
 	}

@@ -61,7 +61,7 @@ func (s *Subscription) acquire(t *Task) bool {
 	}
 	claim := t.Owner != ""
 	own := t.Owner == s.stream.Consumer
-	if own && !s.reader.seat.Disowned(t.ID) {
+	if own && !s.reader.isDisowned(t.ID) {
 		t.Next = t.Count() // the answer to the command that claimed it was lost: it has reached nobody
 	}
 	taken, err := s.keeper.Take(s.life.ctx, t.Entry)
@@ -249,7 +249,7 @@ func (s *Subscription) callBroken() {
 // gaveUp drops an entry because too many are waiting. It is redelivered when its
 // lease expires.
 func (s *Subscription) gaveUp(e *ledger.Entry) {
-	s.reader.seat.Disown(e.ID)
+	s.reader.disowned.Store(e.ID, nil)
 	s.overflow.Do(func() {
 		s.cfg.Log.Error("Too many messages wait for a retry", errors.New(
 			"those with the longest waits are redelivered when their leases expire, whenever they are due"), s.cfg.Fields)

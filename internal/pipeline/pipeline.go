@@ -35,16 +35,11 @@ const (
 
 // Pipeline sends commands over one connection, and over up to the given number of
 // connections while a pipeline takes long. Calls that arrive while a pipeline is in
-// flight wait, and share the next one. There is no added delay: a caller that finds
-// a free connection sends at once, and then passes the connection to the first
-// waiting call.
-//
-// (go-redis's own AutoPipeline is similar, but does not keep the commands of one
-// call together, which MULTI and EXEC need.)
+// flight wait, and share the next one: a caller that finds a free connection sends at
+// once, and then passes the connection to the first waiting call.
 type Pipeline struct {
 	client      redisx.Client
 	connections int // 0: each call is sent by itself
-	leave       bool
 
 	mu    sync.Mutex
 	busy  int       // connections in use
@@ -56,13 +51,14 @@ type Pipeline struct {
 // connection. With other clients a call would wait for the slowest node, so it is
 // sent by itself.
 //
-// With leave, a caller returns when its context ends, even if its commands are in
-// flight: they run in a goroutine of their own, which the client's timeouts end.
-func New(client redisx.Client, connections int, leave bool) *Pipeline {
+// A caller returns when its context ends, even if its commands are in flight: unless
+// that context cannot end, they run in a goroutine of their own, which the client's
+// timeouts end.
+func New(client redisx.Client, connections int) *Pipeline {
 	if client.Single() == nil {
 		connections = 0
 	}
-	return &Pipeline{client: client, connections: connections, leave: leave}
+	return &Pipeline{client: client, connections: connections}
 }
 
 // call is a group of commands that stay together.
@@ -84,10 +80,8 @@ func (l *Pipeline) Process(ctx context.Context, cmd redis.Cmder) error {
 // its own error. The error of Do itself means that they were not sent, or that ctx
 // has ended and they may still be in flight.
 func (l *Pipeline) Do(ctx context.Context, cmds ...redis.Cmder) error {
-	if l.leave {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	if l.connections == 0 || !small(cmds) {
 		return l.run(ctx, func(ctx context.Context) { l.send(ctx, []*call{{cmds: cmds}}) })
@@ -128,20 +122,25 @@ func (l *Pipeline) await(ctx context.Context, c *call) error {
 			return l.lead(ctx, c)
 		case <-slow:
 			l.mu.Lock()
-			if l.busy < l.connections && l.unqueueLocked(c) {
+			if l.busy < l.connections && l.withdrawLocked(c) {
 				l.busy++
 				return l.lead(ctx, c)
 			}
 			l.mu.Unlock()
 		case <-late.C:
-			l.mu.Lock()
-			waited := l.unqueueLocked(c)
-			l.mu.Unlock()
-			if waited { // otherwise its turn has come
+			if l.withdraw(c) { // otherwise its turn has come
 				return fmt.Errorf("earlier calls are still waiting for an answer: %w", redis.ErrPoolTimeout)
 			}
 		case <-ctx.Done():
-			l.abandon(c)
+			if !l.withdraw(c) {
+				select {
+				case lead := <-c.turn:
+					if lead {
+						l.pass()
+					}
+				default: // in flight
+				}
+			}
 			return ctx.Err()
 		}
 	}
@@ -153,21 +152,23 @@ func (l *Pipeline) lead(ctx context.Context, c *call) error {
 	if l.connections > 1 {
 		l.began = time.Now()
 	}
-	batch := []*call{c}
-	for n := len(c.cmds); len(l.queue) > 0 && n+len(l.queue[0].cmds) <= maxShared; {
-		next := l.shiftLocked()
-		n += len(next.cmds)
+	batch, n := []*call{c}, len(c.cmds)
+	for _, next := range l.queue {
+		if n += len(next.cmds); n > maxShared {
+			break
+		}
 		batch = append(batch, next)
 	}
+	l.queue = slices.Delete(l.queue, 0, len(batch)-1)
 	l.mu.Unlock()
 	return l.run(ctx, func(ctx context.Context) { l.flight(ctx, batch) })
 }
 
-// run runs a flight: with leave, in a goroutine, so that the caller can return. The
+// run runs a flight: in a goroutine, if ctx may end, so that the caller can return. The
 // flight then continues: it may carry other calls, and a Limiter would count its
 // cancellation as a server failure.
 func (l *Pipeline) run(ctx context.Context, flight func(context.Context)) error {
-	if !l.leave {
+	if ctx.Done() == nil {
 		flight(ctx)
 		return nil
 	}
@@ -241,45 +242,25 @@ func small(cmds []redis.Cmder) bool {
 func (l *Pipeline) pass() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if next := l.shiftLocked(); next != nil {
-		next.turn <- true
+	if len(l.queue) == 0 {
+		l.busy--
 		return
 	}
-	l.busy--
+	l.queue[0].turn <- true
+	l.queue = slices.Delete(l.queue, 0, 1)
 }
 
-// abandon withdraws a call whose caller has returned.
-func (l *Pipeline) abandon(c *call) {
+// withdraw removes a call from the queue, if it is still there.
+func (l *Pipeline) withdraw(c *call) bool {
 	l.mu.Lock()
-	waited := l.unqueueLocked(c)
-	l.mu.Unlock()
-	if waited {
-		return
-	}
-	select {
-	case lead := <-c.turn:
-		if lead {
-			l.pass()
-		}
-	default: // in flight
-	}
+	defer l.mu.Unlock()
+	return l.withdrawLocked(c)
 }
 
-// unqueueLocked removes a call from the queue, if it is still there.
-func (l *Pipeline) unqueueLocked(c *call) bool {
+func (l *Pipeline) withdrawLocked(c *call) bool {
 	i := slices.Index(l.queue, c)
 	if i >= 0 {
 		l.queue = slices.Delete(l.queue, i, i+1)
 	}
 	return i >= 0
-}
-
-func (l *Pipeline) shiftLocked() *call {
-	if len(l.queue) == 0 {
-		return nil
-	}
-	first := l.queue[0]
-	l.queue[0] = nil
-	l.queue = l.queue[1:]
-	return first
 }

@@ -92,7 +92,7 @@ func TestLine_Strands(t *testing.T) {
 		}
 		return next()
 	}})
-	l := New(redisx.Client{UniversalClient: client}, 2, false)
+	l := New(redisx.Client{UniversalClient: client}, 2)
 	ctx := context.Background()
 	hung := echo(ctx, l, "hang")
 	defer func() {
@@ -114,7 +114,7 @@ func TestLine_Strands(t *testing.T) {
 // shareFlight lets a call under ctx, and another one under its own context, wait
 // together while a first one is in flight: they are then sent as one pipeline, for
 // which led is called.
-func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func(other <-chan error)) (l *Pipeline, leader, other <-chan error) {
+func shareFlight(t *testing.T, ctx, others context.Context, led func(other <-chan error)) (l *Pipeline, leader, other <-chan error) {
 	t.Helper()
 	client := testserver.Client(t)
 	hold := make(chan struct{})
@@ -132,7 +132,7 @@ func shareFlight(t *testing.T, leave bool, ctx, others context.Context, led func
 			return next()
 		},
 	})
-	l = New(redisx.Client{UniversalClient: client}, 1, leave)
+	l = New(redisx.Client{UniversalClient: client}, 1)
 	queued := func(n int) func() bool {
 		return func() bool {
 			l.mu.Lock()
@@ -159,12 +159,12 @@ func TestLine_LeaderContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var led atomic.Bool
-	l, leader, other := shareFlight(t, true, ctx, context.Background(), func(<-chan error) {
+	l, leader, other := shareFlight(t, ctx, context.Background(), func(<-chan error) {
 		led.Store(true)
 		cancel()
 	})
 	lineDone(t, other, "other")
-	require.ErrorIs(t, <-leader, context.Canceled, "with leave a caller goes when its context ends")
+	require.ErrorIs(t, <-leader, context.Canceled, "a caller goes when its context ends")
 	require.True(t, led.Load(), "they were not sent together")
 	lineEventually(t, func() bool {
 		l.mu.Lock()
@@ -179,7 +179,7 @@ func TestLine_LeftUnderWay(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	left := make(chan error, 1)
-	l, leader, _ := shareFlight(t, false, context.Background(), ctx, func(other <-chan error) {
+	l, leader, _ := shareFlight(t, context.Background(), ctx, func(other <-chan error) {
 		cancel()
 		left <- <-other
 	})
@@ -201,7 +201,7 @@ func TestLine_Patience(t *testing.T) {
 		}
 		return next()
 	}})
-	l := New(redisx.Client{UniversalClient: client}, 1, false)
+	l := New(redisx.Client{UniversalClient: client}, 1)
 	hung := echo(context.Background(), l, "hang")
 	<-hanging
 	for range 2 { // the timer is set again
@@ -224,8 +224,8 @@ func (refusing) Process(context.Context, redis.Cmder) error { return redis.ErrCl
 
 // A command that a wrapped client refused seemed to have succeeded.
 func TestLine_WrappedClientRefuses(t *testing.T) {
-	l := New(redisx.Client{UniversalClient: refusing{testserver.Client(t)}}, 1, false)
+	l := New(redisx.Client{UniversalClient: refusing{testserver.Client(t)}}, 1)
 	lineFails := func(err error) { require.ErrorIs(t, err, redis.ErrClosed) }
 	lineFails(<-echo(t.Context(), l, "refused"))
-	lineFails(<-echo(t.Context(), New(redisx.Client{UniversalClient: refusing{testserver.Client(t)}}, 0, true), "refused"))
+	lineFails(<-echo(t.Context(), New(redisx.Client{UniversalClient: refusing{testserver.Client(t)}}, 0), "refused"))
 }

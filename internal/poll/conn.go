@@ -2,7 +2,6 @@ package poll
 
 import (
 	"context"
-	"maps"
 	"runtime"
 	"slices"
 	"time"
@@ -286,9 +285,9 @@ func (c *conn) disconnect() {
 	}
 }
 
-// orphans searches, for the members that have lost an answer, for entries that are pending
-// for their consumers but that they do not have. Nothing is read for them in the
-// meantime, since only this goroutine does that.
+// orphans lists, for the members that have lost an answer, the entries that are pending for
+// their consumers. Nothing is read for them in the meantime, since only this goroutine does
+// that.
 func (c *conn) orphans() error {
 	p := c.p
 	for _, part := range c.parts {
@@ -316,9 +315,7 @@ func (c *conn) orphans() error {
 			}
 			return err
 		}
-		if rows = s.unheld(rows); len(rows) > 0 {
-			s.member.Orphans(rows)
-		}
+		s.member.Orphans(rows)
 	}
 	return nil
 }
@@ -335,16 +332,6 @@ func (c *conn) wakeBroken() {
 	for _, bconn := range broken {
 		bconn.Wake(c.ctx)
 	}
-}
-
-// unheld returns the rows that the member does not have.
-func (s *Seat) unheld(rows []xstream.Pending) []xstream.Pending {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	maps.DeleteFunc(s.disowned, func(id string, _ bool) bool {
-		return !slices.ContainsFunc(rows, func(r xstream.Pending) bool { return r.ID == id })
-	})
-	return slices.DeleteFunc(rows, func(r xstream.Pending) bool { return s.disowned[r.ID] })
 }
 
 // read reads the parts with one command, and distributes the entries.
@@ -430,10 +417,9 @@ func (c *conn) known(readings []xstream.Reading) bool {
 func (c *conn) command(parts []part) xstream.Read {
 	cfg := c.p.cfg
 	read := xstream.Read{Group: cfg.Group, Consumer: parts[0].seats[0].consumer, NoAck: cfg.NoAck, Block: c.block, From: make([]xstream.Cursor, len(parts))}
+	read.Count = max(1, cfg.Batch/len(parts))
 	for i, p := range parts {
-		if i == 0 || p.count < read.Count {
-			read.Count = p.count
-		}
+		read.Count = min(read.Count, p.count)
 		read.From[i] = xstream.Cursor{Key: p.topic.key, After: p.after}
 		// Do not block if a seat must learn at once whether reading works, or if
 		// this is only a part of what could be read now.
@@ -441,7 +427,6 @@ func (c *conn) command(parts []part) xstream.Read {
 			read.Block = -1
 		}
 	}
-	read.Count = max(1, min(read.Count, cfg.Batch/len(parts)))
 	return read
 }
 
@@ -520,14 +505,9 @@ func (c *conn) fail(err error) {
 		return
 	}
 	c.dismiss(c.parts, err)
-	c.dismissRest(c.parts[0], err)
-}
-
-// dismissRest ends Serve for the seats of other reads that the error is about, too: all on
-// the server, or those of the topic.
-func (c *conn) dismissRest(failed part, err error) {
+	// The error is also about the other reads on the server; an error reply, about those of the topic.
 	c.dismiss(slices.DeleteFunc(slices.Clone(c.rest), func(p part) bool {
-		return redisx.IsReply(err) && p.topic != failed.topic
+		return redisx.IsReply(err) && p.topic != c.parts[0].topic
 	}), err)
 }
 

@@ -75,7 +75,7 @@ func newPoller(t *testing.T, group string) (*Poller, *redis.Client) {
 	client := testserver.Client(t)
 	c := redisx.Client{UniversalClient: client}
 	return New(Config{
-		Client: c, Pipeline: pipeline.New(c, 2, true), Group: group, Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
+		Client: c, Pipeline: pipeline.New(c, 2), Group: group, Block: 10 * time.Second, Batch: 100, Unwakable: func() {},
 	}), client
 }
 
@@ -126,9 +126,9 @@ func TestPoller_OneTopic(t *testing.T) {
 				if i == 0 {
 					members[i].room = 1 // it falls behind
 				}
-				seat := p.NewSeat(key, fmt.Sprint("consumer", i), members[i])
+				seat := p.NewSeat(key, fmt.Sprint("consumer", i), ">", members[i])
 				if group == "" {
-					seat = p.NewFanOut(key, "0-0", members[i])
+					seat = p.NewSeat(key, "", "0-0", members[i])
 				}
 				seats, leaves = append(seats, seat), append(leaves, serve(t, seat))
 			}
@@ -182,7 +182,7 @@ func TestPoller_ManyTopics(t *testing.T) {
 		err := stream.CreateGroup(t.Context(), "0", time.Minute)
 		require.NoError(t, err)
 		members[i] = &member{room: 2 * backlog}
-		serve(t, p.NewSeat(key, "consumer", members[i]))
+		serve(t, p.NewSeat(key, "consumer", ">", members[i]))
 	}
 	pipe := client.Pipeline()
 	for i := range backlog {
@@ -210,7 +210,7 @@ func TestPoller_ManyTopics(t *testing.T) {
 }
 
 // A read without an answer has taken entries: they are found before the next one,
-// except those that the member has, or has disowned.
+// except those that the member has.
 func TestPoller_Orphans(t *testing.T) {
 	p, client := newPoller(t, "group")
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
@@ -218,7 +218,7 @@ func TestPoller_Orphans(t *testing.T) {
 	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	m := &member{room: 10}
-	seat := p.NewSeat(key, "consumer", m)
+	seat := p.NewSeat(key, "consumer", ">", m)
 	serve(t, seat)
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
 	eventually(t, func() bool { return m.count() == 1 }, "nothing came")
@@ -230,9 +230,8 @@ func TestPoller_Orphans(t *testing.T) {
 		_, err := pipe.Exec(t.Context())
 		require.NoError(t, err)
 	}
-	seat.Disown("3-1")
 	seat.Unsure()
-	eventually(t, func() bool { return slices.Equal(m.found(), []string{"2-1"}) }, "not the orphan, or another one too")
+	eventually(t, func() bool { return slices.Equal(m.found(), []string{"2-1", "3-1"}) }, "not the orphans, or another one too")
 }
 
 // Several subscriptions of a topic have lost an answer: none waits until another one's read
@@ -241,7 +240,7 @@ func TestPoller_OrphansOfSeveral(t *testing.T) {
 	testserver.RequireReal(t)
 	client := testserver.Client(t)
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	key := fmt.Sprint(t.Name(), "-", time.Now().UnixNano())
 	require.NoError(t, client.XGroupCreateMkStream(t.Context(), key, "group", "0").Err())
 	const n = 5
@@ -255,7 +254,7 @@ func TestPoller_OrphansOfSeveral(t *testing.T) {
 		}).Err())
 		m := &member{room: 10}
 		members = append(members, m)
-		seats = append(seats, p.NewSeat(key, consumer, m))
+		seats = append(seats, p.NewSeat(key, consumer, ">", m))
 		seats[i].Unsure()
 	}
 	for _, seat := range seats {
@@ -271,12 +270,12 @@ func TestSeat_Abandon(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	stream := xstream.New(c, "key", "group")
 	err := stream.CreateGroup(context.Background(), "0", time.Minute)
 	require.NoError(t, err)
 	m := &member{room: 10}
-	seat := p.NewSeat("key", "consumer", m)
+	seat := p.NewSeat("key", "consumer", ">", m)
 	done := make(chan error, 1)
 	go func() { done <- seat.Serve() }()
 	require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", Values: []any{"a", "b"}}).Err())
@@ -300,7 +299,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	server := testserver.Private(t)
 	client := server.Client()
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Block: 10 * time.Second, Batch: 10, Unwakable: func() {}})
 	add := func(id string) {
 		t.Helper()
 		require.NoError(t, client.XAdd(context.Background(), &redis.XAddArgs{Stream: "key", ID: id, Values: []any{"a", "b"}}).Err())
@@ -316,7 +315,7 @@ func TestPoller_SeatsAtDifferentPlaces(t *testing.T) {
 	for _, after := range []string{"5-0", "9-0", "7-0", "5-0"} {
 		m := &member{room: 10}
 		members = append(members, m)
-		seat := p.NewFanOut("key", after, m)
+		seat := p.NewSeat("key", "", after, m)
 		serve(t, seat)
 	}
 	require.NoError(t, client.XDel(context.Background(), "key", "9-0").Err())
@@ -352,7 +351,7 @@ func TestPoller_OrphansOfAnEarlierSeat(t *testing.T) {
 	err := stream.CreateGroup(t.Context(), "0", time.Minute)
 	require.NoError(t, err)
 	gone, comes := &member{room: 1}, &member{room: 1}
-	seat := p.NewSeat(key, "consumer", gone)
+	seat := p.NewSeat(key, "consumer", ">", gone)
 	done := make(chan error, 1)
 	go func() { done <- seat.Serve() }()
 	require.NoError(t, client.XAdd(t.Context(), &redis.XAddArgs{Stream: key, ID: "1-1", Values: []any{"a", "b"}}).Err())
@@ -371,7 +370,7 @@ func TestPoller_OrphansOfAnEarlierSeat(t *testing.T) {
 	p.mu.Unlock()
 	bconn.Close()
 	require.Error(t, <-done)
-	serve(t, p.NewSeat(key, "consumer", comes))
+	serve(t, p.NewSeat(key, "consumer", ">", comes))
 	eventually(t, func() bool { return slices.Equal(comes.found(), []string{"1-1"}) }, "it does not look")
 }
 
@@ -391,7 +390,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	client := redis.NewClient(&options)
 	t.Cleanup(func() { _ = client.Close() }) // after the seats have left
 	c := redisx.Client{UniversalClient: client}
-	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2, true), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
+	p := New(Config{Client: c, Pipeline: pipeline.New(c, 2), Group: "group", Block: time.Minute, Batch: 10, Unwakable: func() {}})
 	var seats []*Seat
 	var members []*member
 	for i := range 1 + maxConns {
@@ -400,7 +399,7 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 		require.NoError(t, admin.XAdd(t.Context(), &redis.XAddArgs{Stream: key, Values: []any{"a", "b"}}).Err())
 		m := &member{room: 10}
 		members = append(members, m)
-		seats = append(seats, p.NewSeat(key, "consumer", m))
+		seats = append(seats, p.NewSeat(key, "consumer", ">", m))
 	}
 	done := make(chan error, 1)
 	go func() { done <- seats[0].Serve() }()
@@ -464,7 +463,7 @@ func TestConn_OneRead(t *testing.T) {
 				if topics[key] == nil {
 					topics[key] = &topic{key: key}
 				}
-				seat := p.NewSeat(key, name[1:], nil)
+				seat := p.NewSeat(key, name[1:], ">", nil)
 				seat.urgent = name == tt.urgent
 				parts = append(parts, part{topic: topics[key], seats: []*Seat{seat}, count: 1})
 			}
@@ -501,7 +500,7 @@ func TestPoller_ConsumersWithoutRoom(t *testing.T) {
 				m.room = 100
 				idle = append(idle, m)
 			}
-			serve(t, p.NewSeat(key, fmt.Sprint("consumer", j), m))
+			serve(t, p.NewSeat(key, fmt.Sprint("consumer", j), ">", m))
 		}
 	}
 	var waits time.Duration

@@ -4,9 +4,7 @@
 //
 // Each connection has one goroutine, the only one that reads on it, and a mailbox:
 // a seat that joins, leaves, or has room again pokes it, and it looks at all of its
-// topics again. If a read is blocking at that time, it is woken with CLIENT
-// UNBLOCK, repeatedly until the goroutine has noticed, since an UNBLOCK that
-// overtakes the read does nothing.
+// topics again. If a read is blocking at that time, it is woken.
 //
 // Up to maxConns topics have a connection each; further topics share these, with a
 // small COUNT. A topic with a backlog that would hold up the others is read by
@@ -59,8 +57,8 @@ type Member interface {
 	Room() int
 	// Take takes entries that were read for it.
 	Take(Batch)
-	// Orphans takes entries that are pending for its consumer but that it does not have:
-	// the answer to the command that read or claimed them was lost.
+	// Orphans is called after the answer to a command that reads or claims was lost, with all
+	// entries that are pending for its consumer: it takes those that it does not have.
 	Orphans([]xstream.Pending)
 	// Reading reports that reading works again, or that there is no need to read.
 	Reading()
@@ -131,13 +129,12 @@ type Seat struct {
 	after    string // fan-out: the last entry read; group: ">"
 
 	// Guarded by Poller.mu.
-	topic    *topic // nil: not joined
-	rewind   string // fan-out: continue after this entry instead
-	unsure   bool   // a command without an answer may have taken entries
-	disowned map[string]bool
-	leaving  bool
-	failed   bool // its next read must show at once whether reading works
-	left     chan error
+	topic   *topic // nil: not joined
+	rewind  string // fan-out: continue after this entry instead
+	unsure  bool   // a command without an answer may have taken entries
+	leaving bool
+	failed  bool // its next read must show at once whether reading works
+	left    chan error
 
 	// Owned by the connection's goroutine.
 	urgent bool // its turn comes first
@@ -152,16 +149,10 @@ func New(cfg Config) *Poller {
 	return p
 }
 
-// NewSeat returns a seat for a subscription of the topic. Each has a consumer of its own.
-func (p *Poller) NewSeat(key, consumer string, m Member) *Seat {
-	return &Seat{p: p, key: key, consumer: consumer, member: m, after: ">", disowned: make(map[string]bool), left: make(chan error, 1)}
-}
-
-// NewFanOut returns a seat for a fan-out, which reads the entries after the given ID.
-func (p *Poller) NewFanOut(key, after string, m Member) *Seat {
-	s := p.NewSeat(key, "", m)
-	s.after = after
-	return s
+// NewSeat returns a seat for a subscription of the topic. In a group each has a consumer of
+// its own, and reads after ">"; a fan-out has none, and reads the entries after an ID.
+func (p *Poller) NewSeat(key, consumer, after string, m Member) *Seat {
+	return &Seat{p: p, key: key, consumer: consumer, member: m, after: after, left: make(chan error, 1)}
 }
 
 // Serve reads for the subscription until it leaves, and then returns nil, or until
@@ -236,21 +227,6 @@ func (s *Seat) Abandon() {
 // Unsure requests a search for entries that a command without an answer has taken.
 func (s *Seat) Unsure() { s.change(func() { s.unsure = true }) }
 
-// Disown marks an entry that stays pending for the consumer although the member does
-// not have it: it is not an orphan.
-func (s *Seat) Disown(id string) {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	s.disowned[id] = true
-}
-
-// Disowned reports whether the entry was disowned.
-func (s *Seat) Disowned(id string) bool {
-	s.p.mu.Lock()
-	defer s.p.mu.Unlock()
-	return s.disowned[id]
-}
-
 // departLocked removes the seat from its topic, and ends Serve.
 func (s *Seat) departLocked(err error) {
 	t := s.topic
@@ -324,12 +300,12 @@ func (t *topic) coolLocked() {
 // moved is called with the address to which new connections lead. Connections that
 // lead elsewhere are reopened: their old server may keep answering, so they would
 // never be replaced.
-func (p *Poller) moved(remote string) {
+func (p *Poller) moved(remote string) bool {
 	var old []*redisx.Conn
 	p.mu.Lock()
 	for _, g := range p.groups {
 		for _, c := range append(slices.Clone(g.conns), g.bulk) {
-			if c != nil && c.bconn != nil && p.route.Follow(c.bconn, remote) {
+			if c != nil && c.bconn != nil && !c.bconn.LeadsTo(remote) {
 				c.astray = true
 				old = append(old, c.bconn)
 			}
@@ -339,7 +315,5 @@ func (p *Poller) moved(remote string) {
 	for _, bconn := range old {
 		bconn.Close()
 	}
-	if len(old) > 0 {
-		p.route.Followed()
-	}
+	return len(old) > 0
 }

@@ -14,9 +14,8 @@ import (
 // read, which ignores its context.
 //
 // It is separate from the client's pool, so that blocking reads do not starve other
-// users of the client, and uses the client's options. (A connection of the pool,
-// reserved by redis.Conn, would follow neither StreamingCredentialsProvider, for
-// which go-redis 9.23 dereferences nil, nor Sentinel's +switch-master.)
+// users of the client, and uses the client's options. (ARCHITECTURE.md says why it is
+// no redis.Conn.)
 type Conn struct {
 	Processor
 	node   *redis.Client // the node that it leads to; nil for a wrapped client
@@ -135,6 +134,12 @@ func (d divert) ProcessHook(redis.ProcessHook) redis.ProcessHook { return d.to.P
 func (divert) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return next
 } // there are no pipelines
+
+// LeadsTo reports whether the connection leads to the address, or is not dialed yet.
+func (l *Conn) LeadsTo(remote string) bool {
+	at := l.remote.Load()
+	return at == nil || *at == remote
+}
 
 // Close closes the connection: a read in flight ends with an error.
 func (l *Conn) Close() {

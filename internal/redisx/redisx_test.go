@@ -78,21 +78,52 @@ func TestNotReady(t *testing.T) {
 // Connections that lead elsewhere are reopened; but a name with several addresses
 // leads elsewhere each time.
 func TestRoute_Follow(t *testing.T) {
-	r := NewRoute(Client{}, time.Second, nil)
-	at := func(addr string) *Conn {
-		l := &Conn{}
-		l.remote.Store(&addr)
-		return l
+	node := redis.NewClient(&redis.Options{Dialer: func(context.Context, string, string) (net.Conn, error) {
+		_, other := net.Pipe()
+		return other, nil
+	}})
+	t.Cleanup(func() { require.NoError(t, node.Close()) })
+	l := &Conn{}
+	assert.True(t, l.LeadsTo("b:1"), "not connected yet")
+	at := "a:1"
+	l.remote.Store(&at)
+	assert.True(t, l.LeadsTo("a:1"))
+	assert.False(t, l.LeadsTo("b:1"))
+
+	asked := make(chan bool, 1)
+	moved := false
+	r := NewRoute(Client{node}, 0, func(string) bool { asked <- true; return moved })
+	// ask checks once, and returns whether connections that lead elsewhere would be reopened.
+	ask := func() bool {
+		r.asked = time.Time{}
+		r.Ask(t.Context())
+		for {
+			r.mu.Lock()
+			busy := r.busy
+			r.mu.Unlock()
+			if !busy {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		select {
+		case <-asked:
+			return true
+		default:
+			return false
+		}
 	}
-	assert.False(t, r.Follow(&Conn{}, "b:1"), "not connected yet")
-	assert.False(t, r.Follow(at("a:1"), "a:1"))
+	for range maxMoves + 1 {
+		assert.True(t, ask(), "none of these is a move")
+	}
+	moved = true
 	for range maxMoves {
-		assert.True(t, r.Follow(at("a:1"), "b:1"))
-		r.Followed()
+		assert.True(t, ask())
 	}
-	assert.False(t, r.Follow(at("b:1"), "a:1"), "again and again")
+	assert.False(t, ask(), "again and again")
 	r.moves[0] = time.Now().Add(-2 * time.Minute)
-	assert.True(t, r.Follow(at("b:1"), "a:1"))
+	assert.True(t, ask())
+	assert.False(t, ask(), "again and again")
 }
 
 // A dedicated connection neither uses the pool nor needs it.

@@ -2,6 +2,7 @@ package redisx
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 )
@@ -9,18 +10,17 @@ import (
 // Route detects connections that lead to the wrong server. For a Cluster or a Ring
 // it compares a connection with the client's own knowledge. For a single server
 // nobody reports that Sentinel has named another master, or that a DNS name has
-// moved, while the old server keeps answering. So Route dials a new connection now
-// and then, with the client's own Dialer, and closes it again: its address is the
-// answer.
+// moved, while the old server keeps answering: Route dials now and then, and compares
+// the addresses.
 type Route struct {
 	client Client
 	every  time.Duration
-	moved  func(remote string)
+	moved  func(remote string) bool
+	moves  []time.Time // of the last minute; owned by the check that is running
 
 	mu    sync.Mutex
 	asked time.Time
-	busy  bool
-	moves []time.Time
+	busy  bool // a check is running
 }
 
 const (
@@ -33,8 +33,8 @@ const (
 
 // NewRoute returns a Route. While Ask is called, it dials at the given interval,
 // and calls moved, in a goroutine of its own, with the address that new connections
-// lead to.
-func NewRoute(client Client, every time.Duration, moved func(remote string)) *Route {
+// lead to. It returns whether there were connections that lead elsewhere.
+func NewRoute(client Client, every time.Duration, moved func(remote string) bool) *Route {
 	return &Route{client: client, every: max(every, minProbe), moved: moved, asked: time.Now()}
 }
 
@@ -70,8 +70,8 @@ func (r *Route) Ask(ctx context.Context) {
 			remote = remoteOf(conn)
 			_ = conn.Close()
 		}
-		if remote != "" && ctx.Err() == nil {
-			r.moved(remote)
+		if remote != "" && ctx.Err() == nil && r.mayFollow() && r.moved(remote) {
+			r.moves = append(r.moves, time.Now())
 		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -79,24 +79,8 @@ func (r *Route) Ask(ctx context.Context) {
 	}()
 }
 
-// Follow reports whether the connection does not lead to the address and should be
-// reopened, which is limited to maxMoves.
-func (r *Route) Follow(l *Conn, remote string) bool {
-	if at := l.remote.Load(); at == nil || *at == remote {
-		return false
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := time.Now()
-	for len(r.moves) > 0 && now.Sub(r.moves[0]) > time.Minute {
-		r.moves = r.moves[1:]
-	}
+// mayFollow reports whether there were fewer than maxMoves in the last minute.
+func (r *Route) mayFollow() bool {
+	r.moves = slices.DeleteFunc(r.moves, func(at time.Time) bool { return time.Since(at) > time.Minute })
 	return len(r.moves) < maxMoves
-}
-
-// Followed notes that connections were reopened.
-func (r *Route) Followed() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.moves = append(r.moves, time.Now())
 }

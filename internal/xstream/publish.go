@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/redis/go-redis/v9"
 
@@ -11,53 +12,51 @@ import (
 	"github.com/goxstreams/watermill-goxstreams/internal/redisx"
 )
 
-// AddPrefix returns the XADD arguments that all messages of a topic share. A
-// positive maxLen trims the stream to about that length; noMake does not create the
-// stream.
-func AddPrefix(key string, maxLen int64, noMake bool) []any {
-	args := []any{"xadd", key}
-	if noMake {
-		args = append(args, "nomkstream")
-	}
-	if maxLen > 0 {
-		args = append(args, "maxlen", "~", maxLen)
-	}
-	return args
-}
-
 // Publishing is one call of Publish: a single XADD, or several within MULTI and
 // EXEC.
 type Publishing struct {
-	ctx   context.Context
-	sent  redisx.Sent // the ID of each XADD: "*"
-	adds  []redisx.OnceStringCmd
-	multi redisx.OnceCmd // only for several messages
-	exec  redisx.OnceCmd
+	ctx        context.Context
+	prefix     []any // of each XADD's arguments
+	producerID string
+	sent       redisx.Sent // the ID of each XADD: "*"
+	adds       []redisx.OnceStringCmd
+
+	MultiRefused bool // MULTI or EXEC was not permitted, whatever became of the messages
 }
 
-// NewPublishing returns a call of n messages. Only the context's values are used.
-func NewPublishing(ctx context.Context, n int) *Publishing {
-	return &Publishing{ctx: context.WithoutCancel(ctx), adds: make([]redisx.OnceStringCmd, 0, n)}
+// NewPublishing returns a call of n messages. A positive maxLen trims the stream to about
+// that length. With a producer ID the server stores each UUID once, and no stream is
+// created. Only the context's values are used.
+func NewPublishing(ctx context.Context, key string, maxLen int64, producerID string, n int) *Publishing {
+	prefix := []any{"xadd", key}
+	if producerID != "" {
+		prefix = append(prefix, "nomkstream")
+	}
+	if maxLen > 0 {
+		prefix = append(prefix, "maxlen", "~", maxLen)
+	}
+	return &Publishing{
+		ctx: context.WithoutCancel(ctx), prefix: prefix, producerID: producerID,
+		adds: make([]redisx.OnceStringCmd, 0, n),
+	}
 }
 
 // usualArgs is the number of arguments for an ID, the UUID to remember, and
 // DefaultMarshaler's fields.
 const usualArgs = 1 + 3 + 6
 
-// Begin returns the arguments of the next message up to its fields. With a producer
-// ID the server stores the UUID once.
-func (c *Publishing) Begin(prefix []any, producerID, uuid string) []any {
-	args := make([]any, len(prefix), len(prefix)+usualArgs)
-	copy(args, prefix)
-	if producerID != "" {
-		args = append(args, "idmp", producerID, uuid)
+// Add adds a message. Fields appends its fields to the arguments.
+func (c *Publishing) Add(uuid string, fields func(args []any) ([]any, error)) error {
+	args := append(make([]any, 0, len(c.prefix)+usualArgs), c.prefix...)
+	if c.producerID != "" {
+		args = append(args, "idmp", c.producerID, uuid)
 	}
-	return append(args, &c.sent)
-}
-
-// Add adds a message, given all of its arguments.
-func (c *Publishing) Add(args []any) {
+	args, err := fields(append(args, &c.sent))
+	if err != nil {
+		return err
+	}
 	c.adds = append(c.adds, redisx.OnceStringCmd{StringCmd: redis.NewStringCmd(context.Background(), args...)})
+	return nil
 }
 
 // Len returns the number of messages.
@@ -66,52 +65,42 @@ func (c *Publishing) Len() int { return len(c.adds) }
 // Context returns the context of the call's commands.
 func (c *Publishing) Context() context.Context { return c.ctx }
 
-// errNoMulti is the error that MultiRefused reports.
-var errNoMulti = errors.New("MULTI was refused")
-
-// MultiRefused reports whether a call failed because MULTI or EXEC is not
-// permitted.
-func MultiRefused(err error) bool { return errors.Is(err, errNoMulti) }
-
 // Send sends the call in one round trip: over the pipeline, together with concurrent calls,
 // or several messages for a client whose pipelines may use several connections by
 // themselves. It may be called again after redis.Nil: nothing is stored.
 func (c *Publishing) Send(client redisx.Client, pipe *pipeline.Pipeline) error {
 	c.sent.Asterisk()
+	c.MultiRefused = false
+	cmds := make([]redis.Cmder, 0, len(c.adds)+2)
 	for _, add := range c.adds {
 		add.SetErr(nil)
-	}
-	if len(c.adds) == 1 {
-		return c.single(pipe.Process(c.ctx, c.adds[0]))
-	}
-	if client.Single() == nil {
-		return c.sendTo(client)
-	}
-	c.multi, c.exec = redisx.NewOnce(c.ctx, "multi"), redisx.NewOnce(c.ctx, "exec")
-	cmds := make([]redis.Cmder, 0, len(c.adds)+2)
-	cmds = append(cmds, c.multi)
-	for _, add := range c.adds {
 		cmds = append(cmds, add)
 	}
-	if err := pipe.Do(c.ctx, append(cmds, c.exec)...); err != nil {
+	several := len(cmds) > 1
+	if several && client.Single() == nil {
+		return c.sendTo(client, cmds)
+	}
+	var multi, exec redisx.OnceCmd
+	if several {
+		multi, exec = redisx.NewOnce(c.ctx, "multi"), redisx.NewOnce(c.ctx, "exec")
+		cmds = append(slices.Insert(cmds, 0, redis.Cmder(multi)), exec)
+	}
+	if err := pipe.Do(c.ctx, cmds...); err != nil {
 		return c.sent.Outcome(err)
 	}
-	outcome, refused := c.executed, c.exec.Err()
-	if c.multi.Err() != nil {
-		outcome, refused = c.separately, c.multi.Err()
+	if several && multi.Err() == nil {
+		c.MultiRefused = redisx.IsDenied(exec.Err())
+		return c.executed(exec)
 	}
-	err := outcome()
-	if redisx.IsDenied(refused) {
-		err = mark(err)
+	// One message; or several that ran one by one, since the permission for MULTI was
+	// revoked after the Publisher had checked it.
+	c.MultiRefused = several && redisx.IsDenied(multi.Err())
+	for _, add := range c.adds {
+		if add.Err() == nil && add.Val() == "QUEUED" {
+			add.SetErr(errQueued)
+		}
 	}
-	return err
-}
-
-func mark(err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("%w: %w", errNoMulti, err)
+	return c.sent.Outcome(c.summary())
 }
 
 // errQueued means that a command was queued in a transaction that cannot be
@@ -119,18 +108,10 @@ func mark(err error) error {
 // nothing is stored.
 var errQueued = redisx.ReplyError("ERR queued in a transaction whose EXEC was denied")
 
-// single returns the outcome of a message that was sent by itself.
-func (c *Publishing) single(err error) error {
-	if err == nil && c.adds[0].Val() == "QUEUED" {
-		err = errQueued
-	}
-	return c.sent.Outcome(err)
-}
-
 // executed reads EXEC's reply, which contains the errors of the commands. The IDs
 // are not needed, but a missing one becomes redis.Nil, as for a single XADD.
-func (c *Publishing) executed() error {
-	replies, err := c.exec.Slice()
+func (c *Publishing) executed(exec redisx.OnceCmd) error {
+	replies, err := exec.Slice()
 	switch {
 	case errors.Is(err, redis.Nil): // somebody left a WATCH on the connection
 		return redis.TxFailedErr
@@ -146,36 +127,24 @@ func (c *Publishing) executed() error {
 	case len(replies) != len(c.adds):
 		return fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, errReply)
 	}
-	outcomes := make([]error, len(c.adds))
 	for i, reply := range replies {
-		if outcomes[i], _ = reply.(error); reply == nil {
-			outcomes[i] = redis.Nil
+		err, _ := reply.(error)
+		if reply == nil {
+			err = redis.Nil
 		}
+		c.adds[i].SetErr(err)
 	}
-	return summary(outcomes)
-}
-
-// separately reads the replies to several messages that ran one by one, since MULTI
-// was denied: the permission was revoked after the Publisher had checked it.
-func (c *Publishing) separately() error {
-	outcomes := make([]error, len(c.adds))
-	for i, add := range c.adds {
-		outcomes[i] = add.Err()
-		if add.Err() == nil && add.Val() == "QUEUED" {
-			outcomes[i] = errQueued
-		}
-	}
-	return c.sent.Outcome(summary(outcomes))
+	return c.summary()
 }
 
 // summary returns nil if all messages are stored, and the first error if none is.
 // If only some are stored, it returns ErrOutcomeUnknown: Redis's transactions do
 // not roll back.
-func summary(outcomes []error) error {
+func (c *Publishing) summary() error {
 	stored := 0
 	var first error
-	for _, err := range outcomes {
-		switch {
+	for _, add := range c.adds {
+		switch err := add.Err(); {
 		case err == nil:
 			stored++
 		case first == nil, redisx.IsReply(first) && !redisx.IsReply(err): // a broken connection says less about what happened
@@ -185,37 +154,27 @@ func summary(outcomes []error) error {
 	if first == nil || stored == 0 {
 		return first
 	}
-	return fmt.Errorf("%w: %d of %d messages are stored: %w", redisx.ErrOutcomeUnknown, stored, len(outcomes), first)
+	return fmt.Errorf("%w: %d of %d messages are stored: %w", redisx.ErrOutcomeUnknown, stored, len(c.adds), first)
 }
 
 // sendTo sends the call by itself: the client routes the transaction to the key's node.
-func (c *Publishing) sendTo(client redisx.Client) error {
-	_, err := client.TxPipelined(c.ctx, func(pipe redis.Pipeliner) error {
-		for _, add := range c.adds {
-			_ = pipe.Process(c.ctx, add)
-		}
-		return nil
-	})
+func (c *Publishing) sendTo(client redisx.Client, cmds []redis.Cmder) error {
+	_, err := client.TxPipelined(c.ctx, func(pipe redis.Pipeliner) error { return pipe.BatchProcess(c.ctx, cmds...) })
 	if redisx.ReplyHas(err, "'multi'") && redisx.IsDenied(err) {
 		// Then the messages run one by one, and go-redis does not report the
 		// outcome of each.
-		return mark(fmt.Errorf("%w: the messages ran one by one: %w", redisx.ErrOutcomeUnknown, redisx.Redacted(err)))
+		c.MultiRefused = true
+		return fmt.Errorf("%w: the messages ran one by one: %w", redisx.ErrOutcomeUnknown, redisx.Redacted(err))
 	}
-	if err == nil || !redisx.IsReply(err) {
-		return c.sent.Outcome(err)
+	if redisx.IsReply(err) {
+		if sum := c.summary(); sum != nil {
+			return sum
+		}
 	}
-	outcomes := make([]error, len(c.adds))
-	for i, add := range c.adds {
-		outcomes[i] = add.Err()
-	}
-	if sum := summary(outcomes); sum != nil {
-		return sum
-	}
-	return redisx.Redacted(err)
+	return c.sent.Outcome(err)
 }
 
-// AskMulti returns an error if the node does not permit MULTI: the remaining
-// commands of a pipeline would still run, but not atomically.
+// AskMulti returns an error if the node does not permit MULTI.
 func AskMulti(ctx context.Context, node *redis.Client) error {
 	multi, exec := redisx.NewOnce(ctx, "multi"), redisx.NewOnce(ctx, "exec")
 	redisx.ExecPipeline(ctx, node, []redis.Cmder{multi, exec})

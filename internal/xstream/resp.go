@@ -98,145 +98,136 @@ func (r *Replies) note(size int, readings []Reading) {
 	}
 }
 
-// unparsed returns the reply without a copy: it must not change later.
-func unparsed(reply []byte) resp { return resp(unsafe.String(unsafe.SliceData(reply), len(reply))) }
+// resp is the unparsed rest of a reply. After an error, all values are zero.
+type resp struct {
+	rest string
+	err  error // the first one
+}
 
-// resp is the unparsed rest of a reply.
-type resp string
+// unparsed returns the reply without a copy: it must not change later.
+func unparsed(reply []byte) *resp {
+	return &resp{rest: unsafe.String(unsafe.SliceData(reply), len(reply))}
+}
 
 var errReply = errors.New("goxstreams: unexpected reply")
 
-// head cuts the start of a value off: its type, and its length or text. A null
-// value has the length -1.
-func (r *resp) head() (kind byte, n int, text string, err error) {
-	end := strings.IndexByte(string(*r), '\r') // no line contains another one
-	if end < 1 || len(*r) < end+2 {
-		return 0, 0, "", fmt.Errorf("%w: it ends too early", errReply)
+func (r *resp) fail(format string, args ...any) {
+	if r.err == nil {
+		r.err = fmt.Errorf("%w: %s", errReply, fmt.Sprintf(format, args...))
 	}
-	kind, text = (*r)[0], string((*r)[1:end])
-	rest := (*r)[end+2:]
-	*r = rest
+}
+
+// head cuts the start of a value off: its type, and its length or text. A null
+// value has the length -1. If the value is an error, that is the parser's.
+func (r *resp) head() (kind byte, n int, text string) {
+	end := strings.IndexByte(r.rest, '\r') // no line contains another one
+	if r.err != nil || end < 1 || len(r.rest) < end+2 {
+		r.fail("it ends too early")
+		return 0, 0, ""
+	}
+	kind, text = r.rest[0], r.rest[1:end]
+	r.rest = r.rest[end+2:]
 	switch kind {
 	case '*', '%', '$', '=', '~':
+		var err error
 		if n, err = strconv.Atoi(text); err != nil || n < -1 {
-			return 0, 0, "", fmt.Errorf("%w: a length expected", errReply) // without the text, which may be part of a payload
-		}
-		if n > len(rest) { // each element takes at least one byte
-			return 0, 0, "", fmt.Errorf("%w: it ends too early", errReply)
+			r.fail("a length expected") // without the text, which may be part of a payload
+		} else if n > len(r.rest) { // each element takes at least one byte
+			r.fail("it ends too early")
 		}
 	case '_':
 		n = -1
+	case '-':
+		r.err = redisx.ReplyError(text)
 	}
-	return kind, n, text, nil
+	return kind, n, text
 }
 
 // list cuts the start of a list off, and returns its number of elements; for a map,
 // twice the number of its keys; 0 for null.
-func (r *resp) list() (int, error) {
-	kind, n, text, err := r.head()
+func (r *resp) list() int {
+	kind, n, _ := r.head()
 	switch {
-	case err != nil:
-		return 0, err
-	case n < 0:
-		return 0, nil
-	case kind == '*', kind == '~':
-		return n, nil
+	case r.err != nil, n < 0:
+		return 0
 	case kind == '%':
-		return 2 * n, nil
-	case kind == '-':
-		return 0, redisx.ReplyError(text)
+		return 2 * n
+	case kind != '*' && kind != '~':
+		r.fail("a list expected, have %q", kind)
 	}
-	return 0, fmt.Errorf("%w: a list expected, have %q", errReply, kind)
+	return n
 }
 
-// bulk cuts a string off. If the value is an error, it returns that as an error.
-func (r *resp) bulk() (string, error) {
-	kind, n, text, err := r.head()
-	switch {
-	case err != nil:
-		return "", err
-	case kind == '+':
-		return text, nil
-	case kind == '-':
-		return "", redisx.ReplyError(text)
-	case n < 0: // null, in RESP2 or RESP3
-		return "", nil
-	case kind != '$':
-		return "", fmt.Errorf("%w: a string expected, have %q", errReply, kind)
-	case len(*r) < n+2:
-		return "", fmt.Errorf("%w: it ends too early", errReply)
+// pair cuts the start of a list of two elements off.
+func (r *resp) pair(elements string) {
+	if r.list() != 2 {
+		r.fail("%s expected", elements)
 	}
-	s := string((*r)[:n])
-	*r = (*r)[n+2:]
-	return s, nil
+}
+
+// bulk cuts a string off.
+func (r *resp) bulk() string {
+	kind, n, text := r.head()
+	switch {
+	case r.err != nil, n < 0: // null, in RESP2 or RESP3
+		return ""
+	case kind == '+':
+		return text
+	case kind != '$':
+		r.fail("a string expected, have %q", kind)
+		return ""
+	case len(r.rest) < n+2:
+		r.fail("it ends too early")
+		return ""
+	}
+	s := r.rest[:n]
+	r.rest = r.rest[n+2:]
+	return s
 }
 
 // readings parses the reply to XREAD or XREADGROUP: [[stream, entries], ...], or a
-// map in RESP3. It returns an error reply as an error.
-func (r resp) readings() ([]Reading, error) {
-	inMap, whole := strings.HasPrefix(string(r), "%"), len(r)
-	n, err := r.list()
-	if err != nil || n == 0 {
-		return nil, err
-	}
+// map in RESP3.
+func (r *resp) readings() ([]Reading, error) {
+	inMap, whole := strings.HasPrefix(r.rest, "%"), len(r.rest)
+	n := r.list()
 	if inMap {
 		n /= 2
 	}
 	all := make([]Reading, n)
 	for i := range all {
 		if !inMap {
-			if pair, err := r.list(); err != nil || pair != 2 {
-				return nil, malformed(err, "a stream and its entries expected")
-			}
+			r.pair("a stream and its entries")
 		}
-		if all[i].Key, err = r.bulk(); err != nil {
-			return nil, err
-		}
-		if all[i].Entries, err = r.entries(whole); err != nil {
-			return nil, err
+		all[i] = Reading{r.bulk(), r.entries(whole)}
+		if r.err != nil {
+			return nil, r.err
 		}
 	}
-	return all, nil
+	return all, r.err
 }
 
 // entries cuts a list of entries off: [[id, [name, value, ...]], ...]. The size is the
 // reply's.
-func (r *resp) entries(size int) ([]Entry, error) {
-	n, err := r.list()
-	if err != nil {
-		return nil, err
-	}
+func (r *resp) entries(size int) []Entry {
+	n := r.list()
 	entries := make([]Entry, 0, n)
 	var fields []string // backing array for several entries
-	for i := range n {
-		if pair, err := r.list(); err != nil || pair != 2 {
-			return nil, malformed(err, "an entry's ID and fields expected")
-		}
-		id, err := r.bulk()
-		if err != nil {
-			return nil, err
-		}
-		k, err := r.list()
-		if err != nil {
-			return nil, err
-		}
+	for i := 0; i < n && r.err == nil; i++ {
+		r.pair("an entry's ID and fields")
+		id, k := r.bulk(), r.list()
 		if cap(fields)-len(fields) < k {
 			fields = make([]string, 0, min(k*(n-i), max(k, 1024)))
 		}
 		from := len(fields)
 		for range k {
-			s, err := r.bulk()
-			if err != nil {
-				return nil, err
-			}
-			fields = append(fields, s)
+			fields = append(fields, r.bulk())
 		}
 		entries = append(entries, Entry{id, fields[from:len(fields):len(fields)]})
 	}
 	if size < smallReply {
-		return own(entries, -1, size), nil
+		return own(entries, -1, size)
 	}
-	return own(entries, smallString, size), nil
+	return own(entries, smallString, size)
 }
 
 const (
@@ -272,11 +263,4 @@ func own(entries []Entry, small, reply int) []Entry {
 	rest := b.String()
 	each(func(s *string) { n := len(*s); *s, rest = rest[:n], rest[n:] })
 	return entries
-}
-
-func malformed(err error, expected string) error {
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("%w: %s", errReply, expected)
 }

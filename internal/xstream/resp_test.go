@@ -32,6 +32,8 @@ func wire(v any) string {
 
 type raw string
 
+func parsed(reply string) ([]Reading, error) { return (&resp{rest: reply}).readings() }
+
 func TestReadings(t *testing.T) {
 	one := []any{"1-0", []any{"name", "value", "name", "line\r\nbreak", "", "\x00\xff"}}
 	two := []any{"2-0", []any{"k", "v"}}
@@ -44,20 +46,20 @@ func TestReadings(t *testing.T) {
 		"RESP2": wire(streams),
 		"RESP3": "%2\r\n" + wire("a") + wire([]any{one, two}) + wire("b") + wire([]any{one}),
 	} {
-		got, err := resp(reply).readings()
+		got, err := parsed(reply)
 		require.NoError(t, err, name)
 		require.Equal(t, want, got, name)
 		for i := range reply {
-			_, err := resp(reply[:i]).readings()
+			_, err := parsed(reply[:i])
 			require.Error(t, err, "%s, cut at %d: %q", name, i, reply[:i])
 		}
 	}
 	for _, reply := range []string{"*-1\r\n", "_\r\n", "*0\r\n", "%0\r\n"} {
-		got, err := resp(reply).readings()
+		got, err := parsed(reply)
 		assert.NoError(t, err, reply)
 		assert.Empty(t, got, reply)
 	}
-	_, err := resp("-NOGROUP No such key 'k'\r\n").readings()
+	_, err := parsed("-NOGROUP No such key 'k'\r\n")
 	assert.True(t, GroupLost(err), err)
 	for _, reply := range []string{
 		"", "\r\n", ":1\r\n", "+OK\r\n", "*x\r\n", "*-2\r\n", "*1000000000\r\n", "$3\r\nabc\r\n",
@@ -66,7 +68,7 @@ func TestReadings(t *testing.T) {
 		wire([]any{[]any{"a", []any{[]any{raw(":1\r\n"), []any{}}}}}),
 		wire([]any{[]any{"a", []any{[]any{"1-0", []any{raw("$9999999999\r\n")}}}}}),
 	} {
-		_, err := resp(reply).readings()
+		_, err := parsed(reply)
 		assert.ErrorIs(t, err, errReply, "%q", reply)
 	}
 }
@@ -74,9 +76,9 @@ func TestReadings(t *testing.T) {
 // An entry that is kept must not keep the entries that were read with it in memory.
 func TestReadingsOwnTheirIDs(t *testing.T) {
 	reply := wire([]any{[]any{"a", []any{[]any{"1-0", []any{"k", strings.Repeat("x", 100)}}, []any{"2-0", []any{"k", "v"}}}}})
-	got, err := resp(reply).readings()
+	got, err := parsed(reply)
 	require.NoError(t, err)
-	allocs := testing.AllocsPerRun(10, func() { _, _ = resp(reply).readings() })
+	allocs := testing.AllocsPerRun(10, func() { _, _ = parsed(reply) })
 	assert.LessOrEqual(t, allocs, 4.0, "the readings, the entries, their fields, their IDs")
 	assert.Equal(t, "1-0", got[0].Entries[0].ID)
 	assert.Equal(t, "2-0", got[0].Entries[1].ID)
@@ -90,7 +92,7 @@ func TestReadingsOwnSmallStrings(t *testing.T) {
 			entries = append(entries, []any{fmt.Sprintf("%d-0", i+1), []any{"uuid", strings.Repeat("u", 36), "payload", strings.Repeat("x", payload)}})
 		}
 		reply := wire([]any{[]any{"a", entries}})
-		got, err := resp(reply).readings()
+		got, err := parsed(reply)
 		require.NoError(t, err)
 		require.Len(t, got[0].Entries, 400)
 		first, last := uintptr(unsafe.Pointer(unsafe.StringData(reply))), uintptr(len(reply))

@@ -55,7 +55,7 @@ func (s *Stream) askAt(ctx context.Context, key string, args ...any) (any, error
 	if err != nil {
 		return nil, err
 	}
-	v, err := redisx.Do(ctx, pipeline.New(client, 0, true), args...) // with leave: it returns when ctx ends
+	v, err := redisx.Do(ctx, pipeline.New(client, 0), args...) // which returns when ctx ends
 	if redisx.ReplyHas(err, "MOVED ", "ASK ") {
 		return redisx.Do(ctx, s.Via, append([]any{"eval", "return redis.call(unpack(ARGV))", 1, key}, args...)...)
 	}
