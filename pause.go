@@ -2,7 +2,6 @@ package goxstreams
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -39,7 +38,7 @@ func Pause(ctx context.Context, client redis.UniversalClient, topic, group strin
 	if err = s.HasGroup(ctx); err == nil {
 		err = s.Pause(ctx)
 	}
-	return pauseError("pause", s, err)
+	return wrap(err, "pause group %q on topic %q", group, topic)
 }
 
 // Resume ends a Pause. A subscription that can reach Redis continues within about a
@@ -56,7 +55,7 @@ func Resume(ctx context.Context, client redis.UniversalClient, topic, group stri
 	if err == nil && !known {
 		err = s.HasGroup(ctx)
 	}
-	return pauseError("resume", s, err)
+	return wrap(err, "resume group %q on topic %q", group, topic)
 }
 
 // Paused returns the groups of a topic that are paused, and since when, by the
@@ -68,10 +67,7 @@ func Paused(ctx context.Context, client redis.UniversalClient, topic string) (ma
 		return nil, err
 	}
 	paused, err := s.Paused(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("goxstreams: paused groups of %q: %w", topic, redisx.Redacted(err))
-	}
-	return paused, nil
+	return paused, wrap(err, "paused groups of %q", topic)
 }
 
 // pausable checks the arguments.
@@ -80,11 +76,4 @@ func pausable(caller string, client redis.UniversalClient, topic, group string) 
 	errs.arguments("client", client, "topic", topic)
 	errs.addIf(group == "", "group", "is empty; a fan-out, which has no group, cannot be paused")
 	return xstream.New(redisx.Client{UniversalClient: client}, topic, group), errs.err()
-}
-
-func pauseError(what string, s xstream.Stream, err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("goxstreams: %s group %q on topic %q: %w", what, s.Group, s.Key, redisx.Redacted(err))
 }
