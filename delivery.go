@@ -402,14 +402,7 @@ func (s *subscription) leave(h *consume.Task, d *deliveryContext) {
 		return
 	}
 	s.stats.acked.Add(1)
-	if s.cfg.OnOutcome != nil {
-		o, fields := Outcome{Delivery: s.delivery(h.ID, h.Count()), Kind: OutcomeAcked}, s.Fields(h)
-		s.Go(func() { // told is for slots
-			if err := guard(func() error { s.cfg.OnOutcome(o); return nil }); err != nil {
-				s.log.Error("OnOutcome panicked", err, fields)
-			}
-		})
-	}
+	s.Go(func() { s.told(h, OutcomeAcked, 0, nil, nil) })
 	s.Settle(h)
 }
 

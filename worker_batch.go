@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
-	"github.com/ThreeDotsLabs/watermill/message"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 )
@@ -245,13 +244,7 @@ func (s *subscription) settleBatch(ctx context.Context, batch []*batched, errs [
 		d.own.Store(&cancelable{Context: ctx})
 		d.handler.Store(&noRouter)
 		m.msg.SetContext(d)
-		var err error
-		m.h.Call(func() { // ShouldRetry is the user's
-			err = guard(func() error {
-				_, err := d.judged(func(*message.Message) ([]*message.Message, error) { return nil, errs[i] }, s.retry.judge)
-				return err
-			})
-		})
+		err := user(m.h, func() error { return s.retry.judge(d, usable(errs[i])) }) // ShouldRetry is the user's
 		if !errors.Is(err, context.Canceled) || !s.IsClosing() && ctx.Err() == nil {
 			s.log.Error("ProcessBatch failed", err, s.Fields(m.h).Add(watermill.LogFields{"handler_name": s.typed.name, "message_uuid": m.msg.UUID}))
 		}
