@@ -260,9 +260,6 @@ func newBareMessage(uuid, payload string) *message.Message {
 func (s *subscription) deliver(h *consume.Task, m decoded) {
 	msg := m.msg
 	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), body: m.body}
-	if s.handler != nil {
-		d.handler.Store(&noRouter)
-	}
 	d.cancel = d.Cancel
 	defer d.end()
 	msg.SetContext(d)
@@ -274,6 +271,7 @@ func (s *subscription) deliver(h *consume.Task, m decoded) {
 	s.stats.delivered.Add(1) // before the receiver can read Stats
 	var passed bool
 	if s.handler != nil {
+		d.handler.Store(&noRouter)
 		passed = s.Begin(h)
 	} else {
 		passed = consume.HandOver(d, s.Subscription, h, s.output, msg)
@@ -287,16 +285,15 @@ func (s *subscription) deliver(h *consume.Task, m decoded) {
 	}
 	if s.handler != nil {
 		h.Direct(func() { s.handler(msg) }, func() { s.leave(&consume.Task{Entry: h.Entry}, d) }, func() { s.settle(h, d) })
-		s.settle(h, d)
-		return
-	}
-	select {
-	case <-msg.Acked():
-	case <-msg.Nacked():
-	case <-s.Abandon():
-		if msg.Nack() { // unblock callers that wait for the outcome
-			s.Left(h)
-			return
+	} else {
+		select {
+		case <-msg.Acked():
+		case <-msg.Nacked():
+		case <-s.Abandon():
+			if msg.Nack() { // unblock callers that wait for the outcome
+				s.Left(h)
+				return
+			}
 		}
 	}
 	s.settle(h, d)
