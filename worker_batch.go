@@ -24,16 +24,15 @@ type BatchWorker[E any] interface {
 	// as by Worker.Process's: it is acked, or comes again in a later batch. If the number
 	// of errors is wrong, all messages have failed.
 	//
-	// After a panic nobody knows which message caused it. ProcessBatch is called again at
-	// once, with ever smaller parts of the batch, until a single message panics: after
-	// log2(n) calls for a batch of n. That message has failed; it is retried in batches of
-	// one. The others count as delivered once, but a message can be handled several times:
+	// After a panic, ProcessBatch is called again at once with ever smaller parts of the
+	// batch, until a single message panics. That message has failed; it is retried in
+	// batches of one. The others count as delivered once, but can be handled several times:
 	// ProcessBatch must be idempotent, or undo what it did before it panicked.
 	//
 	// A crash counts as a delivery of each message that was in a batch. The messages come
-	// again in batches that halve with each crash, so that one that crashes its process is
-	// soon alone, and others survive, whatever Retry.MaxRetries is: a message's last
-	// delivery has the process to itself.
+	// again in batches that halve with each crash, and a message's last delivery has the
+	// process to itself: one that crashes its process costs no other, whatever
+	// Retry.MaxRetries is.
 	//
 	// ctx carries no single message's lease. It ends a second before CloseTimeout, and when
 	// the leases of all messages are lost.
