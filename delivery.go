@@ -59,7 +59,7 @@ type deliveryContext struct {
 	sub             *subscription
 	msg             *message.Message           // the delivered message itself, not a copy
 	own             atomic.Pointer[cancelable] // nil: neither asked for nor canceled yet
-	cancel          context.CancelCauseFunc    // the method Cancel
+	cancel          context.CancelCauseFunc    // for a lost lease, and a shutdown
 	verdict         atomic.Pointer[verdict]
 	entered         atomic.Pointer[atomic.Bool] // of the innermost Retry that has the message: whether another one is further inside
 	body            any                         // a Consumer's decoded payload, for the first caller
@@ -95,10 +95,7 @@ func (d *deliveryContext) cancelable() *cancelable {
 	return d.own.Load()
 }
 
-// Cancel cancels the context, if it has not ended yet.
-func (d *deliveryContext) Cancel(cause error) { d.cancelable().cancel(cause) }
-
-// end is Cancel without a cause, for a delivery that is settled.
+// end cancels the context of a delivery that is settled, unless it has ended before.
 func (d *deliveryContext) end() {
 	if !d.own.CompareAndSwap(nil, hasEnded) {
 		d.own.Load().cancel(nil)
@@ -260,7 +257,7 @@ func newBareMessage(uuid, payload string) *message.Message {
 func (s *subscription) deliver(h *consume.Task, m decoded) {
 	msg := m.msg
 	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), body: m.body}
-	d.cancel = d.Cancel
+	d.cancel = func(cause error) { d.cancelable().cancel(cause) }
 	defer d.end()
 	msg.SetContext(d)
 	if !h.Attach(&d.cancel) {
