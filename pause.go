@@ -11,22 +11,19 @@ import (
 )
 
 // Pause pauses a consumer group on a topic: in all processes, including those that
-// subscribe later, until Resume is called. It is stored in Redis, so it outlives the
-// processes and the connection that asked for it. To pause a paused group changes
-// nothing.
+// subscribe later, until Resume is called. To pause a paused group changes nothing.
 //
 // A subscription that can reach Redis obeys within about a second. From then on it
 // reads nothing, takes over nothing, and begins no handler, including OnBroken:
 // retries that become due wait, with their counts and their leases. Running handlers
 // finish, and their messages are settled. What was read ahead is released, with its
 // delivery count as before. Messages that are published meanwhile wait in the stream,
-// and delayed messages move into it when they are due. With NoAck, nothing can be
-// released: what was read ahead waits in memory, and is lost if the subscription
-// closes before Resume.
+// and so do delayed ones from when they are due. With NoAck, what was read ahead waits
+// in memory, and is lost if the subscription closes before Resume.
 //
-// A pause is not an outage: SubscriptionStats.Err stays nil, and PausedSince says
-// since when. If Redis loses it (FLUSHALL, or a failover right after the call), the
-// subscriptions run on, and log that as an error.
+// A pause is not an outage: see SubscriptionStats.PausedSince. If Redis loses it
+// (FLUSHALL, or a failover right after the call), the subscriptions run on, and log
+// that as an error.
 //
 // The group must exist; a fan-out has none, and cannot be paused. The client stays the
 // caller's.
