@@ -234,7 +234,11 @@ func (s *subscription) moved(h *consume.Task, dead DeadMessage, topic, id string
 		"reason": dead.Reason, "kind": string(dead.Kind), "deliveries": strconv.FormatInt(dead.Deliveries, 10),
 	}))
 	if s.cfg.OnDead != nil {
-		s.callOnDead(h, dead)
+		s.Await(func() { // the message's slot waits, until CloseTimeout
+			if err := guard(func() error { s.cfg.OnDead(s.Calling(), dead); return nil }); err != nil {
+				s.log.Error("OnDead panicked", err, s.Fields(h))
+			}
+		})
 	}
 	s.told(h, OutcomeDead, 0, deathOf(h).cause(), &dead)
 	s.Drop(h)
@@ -247,7 +251,7 @@ const dyingCrashes = 3
 
 // process lets a Consumer's worker decide about its dead message, and reports
 // whether to move it. After an error the worker is called again. ProcessDead runs
-// in the message's slot, until CloseTimeout.
+// the message's slot waits, until CloseTimeout.
 func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 	d := deathOf(h)
 	if s.typed.dead == nil || dead.Message == nil || d.final || s.diedTooOften(h) {
@@ -306,16 +310,6 @@ func (s *subscription) countAsDead(h *consume.Task) bool {
 		return true
 	}
 	return s.recount(h, int64(max(s.retry.MaxRetries, 0))+3) != nil
-}
-
-// callOnDead calls OnDead and waits for it, in the message's slot, until
-// CloseTimeout.
-func (s *subscription) callOnDead(h *consume.Task, dead DeadMessage) {
-	s.Await(func() {
-		if err := guard(func() error { s.cfg.OnDead(s.Calling(), dead); return nil }); err != nil {
-			s.log.Error("OnDead panicked", err, s.Fields(h))
-		}
-	})
 }
 
 // moveFailed keeps the dead entry and schedules another attempt to move it.

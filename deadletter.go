@@ -48,14 +48,10 @@ type DeadLetter struct {
 	Topic func(topic string) string
 }
 
-// Middleware wraps a handler. The decision takes effect when the message is nacked.
-// IsDead is true for the error that the middleware returns; its text is unchanged.
-// If another middleware swallows that error, or has already acked the message
-// (InstantAck), the message is not dead-lettered. Permanent and Snooze work here
-// too, and a shutdown is not a failure: see Retry.Middleware.
-//
-// Messages of other Subscribers, and copies of this library's messages, pass
-// through unchanged.
+// Middleware wraps a handler. What Retry.Middleware says of nacks, Permanent, Snooze,
+// shutdowns and other Subscribers' messages is true here, too. IsDead is true for the
+// error that the middleware returns; its text is unchanged. If the message is acked in
+// spite of it (InstantAck), it is not dead-lettered.
 func (l DeadLetter) Middleware(h message.HandlerFunc) message.HandlerFunc {
 	others := bystander{name: "DeadLetter"}
 	return func(msg *message.Message) ([]*message.Message, error) {

@@ -221,11 +221,8 @@ func (q *DeadLetterQueue) each(ctx context.Context, ids []string, do func(contex
 }
 
 func (q *DeadLetterQueue) wrap(what string, err error) error {
-	if err == nil {
-		return nil
-	}
 	q.stream.Client.Refresh(err)
-	return fmt.Errorf("goxstreams: dead letters in %q: %s: %w", q.stream.Key, what, err)
+	return wrap(err, "dead letters in %q: %s", q.stream.Key, what)
 }
 
 // NotFoundError lists dead letters that do not exist: they were already replayed or

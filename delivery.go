@@ -59,7 +59,7 @@ type deliveryContext struct {
 	sub             *subscription
 	msg             *message.Message           // the delivered message itself, not a copy
 	own             atomic.Pointer[cancelable] // nil: neither asked for nor canceled yet
-	cancel          context.CancelCauseFunc    // the method Cancel
+	cancel          context.CancelCauseFunc    // for a lost lease, and a shutdown
 	verdict         atomic.Pointer[verdict]
 	entered         atomic.Pointer[atomic.Bool] // of the innermost Retry that has the message: whether another one is further inside
 	body            any                         // a Consumer's decoded payload, for the first caller
@@ -95,10 +95,7 @@ func (d *deliveryContext) cancelable() *cancelable {
 	return d.own.Load()
 }
 
-// Cancel cancels the context, if it has not ended yet.
-func (d *deliveryContext) Cancel(cause error) { d.cancelable().cancel(cause) }
-
-// end is Cancel without a cause, for a delivery that is settled.
+// end cancels the context of a delivery that is settled, unless it has ended before.
 func (d *deliveryContext) end() {
 	if !d.own.CompareAndSwap(nil, hasEnded) {
 		d.own.Load().cancel(nil)
@@ -260,10 +257,7 @@ func newBareMessage(uuid, payload string) *message.Message {
 func (s *subscription) deliver(h *consume.Task, m decoded) {
 	msg := m.msg
 	d := &deliveryContext{Context: s.Base(), sub: s, msg: msg, id: h.ID, count: h.Count(), body: m.body}
-	if s.handler != nil {
-		d.handler.Store(&noRouter)
-	}
-	d.cancel = d.Cancel
+	d.cancel = func(cause error) { d.cancelable().cancel(cause) }
 	defer d.end()
 	msg.SetContext(d)
 	if !h.Attach(&d.cancel) {
@@ -274,6 +268,7 @@ func (s *subscription) deliver(h *consume.Task, m decoded) {
 	s.stats.delivered.Add(1) // before the receiver can read Stats
 	var passed bool
 	if s.handler != nil {
+		d.handler.Store(&noRouter)
 		passed = s.Begin(h)
 	} else {
 		passed = consume.HandOver(d, s.Subscription, h, s.output, msg)
@@ -287,16 +282,15 @@ func (s *subscription) deliver(h *consume.Task, m decoded) {
 	}
 	if s.handler != nil {
 		h.Direct(func() { s.handler(msg) }, func() { s.leave(&consume.Task{Entry: h.Entry}, d) }, func() { s.settle(h, d) })
-		s.settle(h, d)
-		return
-	}
-	select {
-	case <-msg.Acked():
-	case <-msg.Nacked():
-	case <-s.Abandon():
-		if msg.Nack() { // unblock callers that wait for the outcome
-			s.Left(h)
-			return
+	} else {
+		select {
+		case <-msg.Acked():
+		case <-msg.Nacked():
+		case <-s.Abandon():
+			if msg.Nack() { // unblock callers that wait for the outcome
+				s.Left(h)
+				return
+			}
 		}
 	}
 	s.settle(h, d)
@@ -402,14 +396,7 @@ func (s *subscription) leave(h *consume.Task, d *deliveryContext) {
 		return
 	}
 	s.stats.acked.Add(1)
-	if s.cfg.OnOutcome != nil {
-		o, fields := Outcome{Delivery: s.delivery(h.ID, h.Count()), Kind: OutcomeAcked}, s.Fields(h)
-		s.Go(func() { // told is for slots
-			if err := guard(func() error { s.cfg.OnOutcome(o); return nil }); err != nil {
-				s.log.Error("OnOutcome panicked", err, fields)
-			}
-		})
-	}
+	s.Go(func() { s.told(h, OutcomeAcked, 0, nil, nil) })
 	s.Settle(h)
 }
 

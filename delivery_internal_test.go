@@ -33,8 +33,8 @@ func TestDeliveryContext(t *testing.T) {
 		cause error
 	}{
 		"settled":   {(*deliveryContext).end, context.Canceled},
-		"lost":      {func(d *deliveryContext) { d.Cancel(ErrLeaseLost) }, ErrLeaseLost},
-		"lost late": {func(d *deliveryContext) { d.end(); d.Cancel(ErrLeaseLost) }, context.Canceled},
+		"lost":      {func(d *deliveryContext) { d.cancelable().cancel(ErrLeaseLost) }, ErrLeaseLost},
+		"lost late": {func(d *deliveryContext) { d.end(); d.cancelable().cancel(ErrLeaseLost) }, context.Canceled},
 	} {
 		for _, asked := range []bool{true, false} {
 			t.Run(fmt.Sprint(how, " asked ", asked), func(t *testing.T) {
@@ -77,7 +77,7 @@ func TestDeliveryContext(t *testing.T) {
 			for range 4 {
 				all.Go(func() { <-d.Done() })
 			}
-			all.Go(func() { d.Cancel(ErrLeaseLost) })
+			all.Go(func() { d.cancelable().cancel(ErrLeaseLost) })
 			all.Go(d.end)
 			all.Wait()
 			require.ErrorIs(t, d.Err(), context.Canceled)

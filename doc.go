@@ -50,35 +50,16 @@
 // position, for a minute, so that Retention and DeleteAcked do not trim unread
 // entries.
 //
-// # The states of an entry
+// # The life of an entry
 //
-//	           read                  deliver               ack
-//	stream ------------> queued --------------> out -------------> acked
-//	   ^                    |                  |  | nack
-//	   |                    | close      close |  +-----> waiting --+
-//	   |                    v                  v  (for its delay)   |
-//	   |                 released <------------+<-------- close ----+
-//	   |                    |                             |
-//	   |   claim by any     |              due: claimed by this consumer,
-//	   +---- consumer ------+                   delivery count + 1 -> out
-//	       (or when its consumer is dead)
-//
-// An entry that is out or waiting can also move to the dead-letter stream: when its
-// retries are used up, when its handler's error says so, or when it cannot be
-// unmarshaled. In all states between stream and acked the entry is pending in
-// Redis. Its consumer renews its lease every third of ClaimMinIdle, except for
-// released entries, which have no lease.
-//
-// # Data flow
-//
-//	Publish:    Marshaler -> MULTI XADD.. EXEC -> result
-//	Consume:    poller (XREADGROUP) -> Unmarshaler -> output channel -> Ack | Nack
-//	Ack:        one XACK for all acks that arrived while the previous XACK was in flight
-//	Nack:       wait (only ID and due time) -> one script: if still ours, XCLAIM
-//	Take over:  XPENDING IDLE -> seen twice -> one script: if unchanged, XCLAIM
-//	Renew:      one script: if still ours, XCLAIM .. JUSTID
-//	Release:    one script: if still ours, XCLAIM .. to the consumer named "released"
-//	Dead:       one script: if still ours, XADD and XACK
+// A subscription reads entries ahead of its handlers, and delivers each. After a nack
+// an entry waits, without a handler, and is claimed again when it is due, by the same
+// consumer: its delivery count grows by one. It can also move to the dead-letter
+// stream: when its retries are used up, when its handler's error says so, or when it
+// cannot be unmarshaled. Until it is acked or moved it is pending in Redis, and its
+// consumer renews its lease every third of ClaimMinIdle. Other consumers claim the
+// entries whose lease has expired, and first those that a closed subscription has
+// released: these are pending for a consumer named "released".
 //
 // ARCHITECTURE.md describes the internals and which file does what.
 package goxstreams

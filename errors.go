@@ -52,6 +52,14 @@ var (
 	ErrUnsupported = xstream.ErrUnsupported
 )
 
+// wrap says in an error what failed. A nil err stays nil.
+func wrap(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("goxstreams: %s: %w", fmt.Sprintf(format, args...), redisx.Redacted(err))
+}
+
 // configErrors collects every mistake in a config, each with its field.
 type configErrors struct {
 	typeName string // the config type that the fields belong to

@@ -46,7 +46,7 @@ func unpackMetadata(packed string, metadata message.Metadata) error {
 	if packed == "" {
 		return nil
 	}
-	n, rest, err := cutCount(packed, fixMap, map16)
+	n, rest, err := mapForm.cut(packed)
 	if err != nil {
 		return fmt.Errorf("MessagePack map: %w", err)
 	}
@@ -82,7 +82,7 @@ func packFields(fields []string) string {
 // strings, and for bytes that follow the array.
 func UnpackFields(packed []byte) ([]string, error) {
 	s := string(packed)
-	n, rest, err := cutCount(s, fixArray, array16)
+	n, rest, err := arrayForm.cut(s)
 	if err != nil {
 		return nil, fmt.Errorf("goxstreams: unpack fields: MessagePack array: %w", err)
 	}
@@ -116,7 +116,8 @@ const (
 	nilValue                 = 0xc0
 	bin8, bin16, bin32       = 0xc4, 0xc5, 0xc6
 	str8, str16, str32       = 0xd9, 0xda, 0xdb
-	array16, map16           = 0xdc, 0xde
+	array16, array32         = 0xdc, 0xdd
+	map16, map32             = 0xde, 0xdf
 )
 
 // appendCount starts a map or an array of n elements.
@@ -149,60 +150,37 @@ func appendLen(b []byte, code16 byte, n int) []byte {
 
 var errTruncated = errors.New("truncated")
 
-// cutCount cuts the start of a map or an array off s. Nil is an empty one.
-func cutCount(s string, fix, code16 byte) (n uint32, rest string, err error) {
+// form is how values of one type begin: with fix and the length in the bits of mask, or with
+// one of the codes, and a length of as many bytes.
+type form struct {
+	name      string
+	fix, mask byte
+	codes     map[byte]int
+}
+
+// A string may also be written as binary.
+var (
+	mapForm    = form{"it", fixMap, 0x0f, map[byte]int{map16: 2, map32: 4}}
+	arrayForm  = form{"it", fixArray, 0x0f, map[byte]int{array16: 2, array32: 4}}
+	stringForm = form{"a string", fixStr, 0x1f, map[byte]int{str8: 1, bin8: 1, str16: 2, bin16: 2, str32: 4, bin32: 4}}
+)
+
+// cut cuts the start of a value off s. Nil is an empty one.
+func (f *form) cut(s string) (n uint32, rest string, err error) {
 	if s == "" {
 		return 0, s, errTruncated
 	}
-	switch code := s[0]; {
-	case code&0xf0 == fix:
-		return uint32(code & 0x0f), s[1:], nil
-	case code == nilValue:
+	code := s[0]
+	if code&^f.mask == f.fix {
+		return uint32(code & f.mask), s[1:], nil
+	}
+	if code == nilValue {
 		return 0, s[1:], nil
-	case code == code16:
-		return cutLen(s, 2)
-	case code == code16+1:
-		return cutLen(s, 4)
-	default:
-		return 0, s, fmt.Errorf("it cannot begin with byte 0x%02x", code)
 	}
-}
-
-// cutString cuts a string off s, in any form that a writer may have chosen: text,
-// binary, or nil for an empty one. After an error, rest starts at that string.
-func cutString(s string) (value, rest string, err error) {
-	n, rest, err := cutStringLen(s)
-	if err != nil {
-		return "", s, err
+	size, ok := f.codes[code]
+	if !ok {
+		return 0, s, fmt.Errorf("%s cannot begin with byte 0x%02x", f.name, code)
 	}
-	if uint64(n) > uint64(len(rest)) {
-		return "", s, errTruncated
-	}
-	return rest[:n], rest[n:], nil
-}
-
-func cutStringLen(s string) (n uint32, rest string, err error) {
-	if s == "" {
-		return 0, s, errTruncated
-	}
-	switch code := s[0]; {
-	case code&0xe0 == fixStr:
-		return uint32(code & 0x1f), s[1:], nil
-	case code == nilValue:
-		return 0, s[1:], nil
-	case code == str8, code == bin8:
-		return cutLen(s, 1)
-	case code == str16, code == bin16:
-		return cutLen(s, 2)
-	case code == str32, code == bin32:
-		return cutLen(s, 4)
-	default:
-		return 0, s, fmt.Errorf("a string cannot begin with byte 0x%02x", code)
-	}
-}
-
-// cutLen cuts a code byte and a length of size bytes off s.
-func cutLen(s string, size int) (n uint32, rest string, err error) {
 	if len(s) < 1+size {
 		return 0, s, errTruncated
 	}
@@ -210,4 +188,17 @@ func cutLen(s string, size int) (n uint32, rest string, err error) {
 		n = n<<8 | uint32(s[1+i])
 	}
 	return n, s[1+size:], nil
+}
+
+// cutString cuts a string off s, in any form that a writer may have chosen: text,
+// binary, or nil for an empty one. After an error, rest starts at that string.
+func cutString(s string) (value, rest string, err error) {
+	n, rest, err := stringForm.cut(s)
+	if err != nil {
+		return "", s, err
+	}
+	if uint64(n) > uint64(len(rest)) {
+		return "", s, errTruncated
+	}
+	return rest[:n], rest[n:], nil
 }

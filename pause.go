@@ -2,7 +2,6 @@ package goxstreams
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -12,22 +11,19 @@ import (
 )
 
 // Pause pauses a consumer group on a topic: in all processes, including those that
-// subscribe later, until Resume is called. It is stored in Redis, so it outlives the
-// processes and the connection that asked for it. To pause a paused group changes
-// nothing.
+// subscribe later, until Resume is called. To pause a paused group changes nothing.
 //
 // A subscription that can reach Redis obeys within about a second. From then on it
 // reads nothing, takes over nothing, and begins no handler, including OnBroken:
 // retries that become due wait, with their counts and their leases. Running handlers
 // finish, and their messages are settled. What was read ahead is released, with its
 // delivery count as before. Messages that are published meanwhile wait in the stream,
-// and delayed messages move into it when they are due. With NoAck, nothing can be
-// released: what was read ahead waits in memory, and is lost if the subscription
-// closes before Resume.
+// and so do delayed ones from when they are due. With NoAck, what was read ahead waits
+// in memory, and is lost if the subscription closes before Resume.
 //
-// A pause is not an outage: SubscriptionStats.Err stays nil, and PausedSince says
-// since when. If Redis loses it (FLUSHALL, or a failover right after the call), the
-// subscriptions run on, and log that as an error.
+// A pause is not an outage: see SubscriptionStats.PausedSince. If Redis loses it
+// (FLUSHALL, or a failover right after the call), the subscriptions run on, and log
+// that as an error.
 //
 // The group must exist; a fan-out has none, and cannot be paused. The client stays the
 // caller's.
@@ -39,7 +35,7 @@ func Pause(ctx context.Context, client redis.UniversalClient, topic, group strin
 	if err = s.HasGroup(ctx); err == nil {
 		err = s.Pause(ctx)
 	}
-	return pauseError("pause", s, err)
+	return wrap(err, "pause group %q on topic %q", group, topic)
 }
 
 // Resume ends a Pause. A subscription that can reach Redis continues within about a
@@ -56,7 +52,7 @@ func Resume(ctx context.Context, client redis.UniversalClient, topic, group stri
 	if err == nil && !known {
 		err = s.HasGroup(ctx)
 	}
-	return pauseError("resume", s, err)
+	return wrap(err, "resume group %q on topic %q", group, topic)
 }
 
 // Paused returns the groups of a topic that are paused, and since when, by the
@@ -68,10 +64,7 @@ func Paused(ctx context.Context, client redis.UniversalClient, topic string) (ma
 		return nil, err
 	}
 	paused, err := s.Paused(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("goxstreams: paused groups of %q: %w", topic, redisx.Redacted(err))
-	}
-	return paused, nil
+	return paused, wrap(err, "paused groups of %q", topic)
 }
 
 // pausable checks the arguments.
@@ -80,11 +73,4 @@ func pausable(caller string, client redis.UniversalClient, topic, group string) 
 	errs.arguments("client", client, "topic", topic)
 	errs.addIf(group == "", "group", "is empty; a fan-out, which has no group, cannot be paused")
 	return xstream.New(redisx.Client{UniversalClient: client}, topic, group), errs.err()
-}
-
-func pauseError(what string, s xstream.Stream, err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("goxstreams: %s group %q on topic %q: %w", what, s.Group, s.Key, redisx.Redacted(err))
 }

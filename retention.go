@@ -2,7 +2,6 @@ package goxstreams
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
@@ -173,10 +172,7 @@ func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic s
 			err = pause(ctx, rest)
 		}
 	}
-	if err != nil {
-		err = fmt.Errorf("goxstreams: trim %q: %w", topic, err)
-	}
-	return result, err
+	return result, wrap(err, "trim %q", topic)
 }
 
 func pause(ctx context.Context, d time.Duration) error {

@@ -132,8 +132,5 @@ func (s *Schedule) one(what, uuid string, err error) error {
 }
 
 func (s *Schedule) wrap(what string, err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("goxstreams: schedule of %q: %s: %w", s.stream.Key, what, redisx.Redacted(err))
+	return wrap(err, "schedule of %q: %s", s.stream.Key, what)
 }

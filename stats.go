@@ -3,7 +3,6 @@ package goxstreams
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync/atomic"
 	"time"
 
@@ -119,7 +118,7 @@ type TopicStats struct {
 func (s *Subscriber) TopicStats(ctx context.Context, topic string) (TopicStats, error) {
 	st, err := s.topicStats(ctx, topic)
 	if err != nil {
-		return TopicStats{}, fmt.Errorf("goxstreams: stats of %q: %w", topic, err)
+		return TopicStats{}, wrap(err, "stats of %q", topic)
 	}
 	return st, nil
 }

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -341,10 +340,7 @@ func (s *Subscriber) Subscribe(ctx context.Context, topic string) (<-chan *messa
 // the channel.
 func (s *Subscriber) subscribe(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
 	sub, err := s.start(ctx, topic, handler)
-	if err != nil {
-		return nil, fmt.Errorf("goxstreams: subscribe to %q: %w", topic, err)
-	}
-	return sub, nil
+	return sub, wrap(err, "subscribe to %q", topic)
 }
 
 func (s *Subscriber) start(ctx context.Context, topic string, handler func(*message.Message)) (*subscription, error) {
@@ -398,10 +394,7 @@ func (s *Subscriber) SubscribeInitialize(topic string) error {
 		return nil
 	}
 	st := xstream.New(s.client, topic, s.config.ConsumerGroup)
-	if err := st.CreateGroup(context.Background(), s.config.StartID, s.config.ClaimMinIdle); err != nil {
-		return fmt.Errorf("goxstreams: initialize %q: %w", topic, err)
-	}
-	return nil
+	return wrap(st.CreateGroup(context.Background(), s.config.StartID, s.config.ClaimMinIdle), "initialize %q", topic)
 }
 
 // Close closes all subscriptions, as the end of their contexts does, and returns

@@ -237,7 +237,6 @@ type Consumer[E any] struct {
 	config     ConsumerConfig
 	subscriber *Subscriber
 	handle     message.NoPublishHandlerFunc
-	logger     watermill.LoggerAdapter
 }
 
 // NewConsumer returns a Consumer. The error lists every mistake in the config. A
@@ -258,21 +257,18 @@ func newConsumer[E any](worker Worker[E], config ConsumerConfig, errs configErro
 	for i, m := range config.Middlewares {
 		errs.addIf(m == nil, fmt.Sprintf("Middlewares[%d]", i), "is nil")
 	}
-	if err := config.Subscriber.validate(); err != nil {
-		errs.errs = append(errs.errs, err)
-	}
+	errs.errs = append(errs.errs, config.Subscriber.validate())
 	if err := errs.err(); err != nil {
 		return nil, err
 	}
 	config.Name = cmp.Or(config.Name, config.Subscriber.ConsumerGroup+":"+config.Topic)
 	config.Codec = cmp.Or[Codec](config.Codec, jsonCodec{})
-	logger = cmp.Or[watermill.LoggerAdapter](logger, watermill.NopLogger{})
 	config.Subscriber.OnBroken = worker.ProcessBroken
 	subscriber, err := NewSubscriber(config.Subscriber, logger)
 	if err != nil {
 		return nil, err
 	}
-	c := &Consumer[E]{worker: worker, config: config, subscriber: subscriber, logger: logger}
+	c := &Consumer[E]{worker: worker, config: config, subscriber: subscriber}
 	subscriber.typed = typed{name: config.Name, alone: len(config.Middlewares) == 0, decode: c.decode, dead: c.processDead}
 	handler := subscriber.config.Retry.Middleware(c.process)
 	for _, m := range slices.Backward(config.Middlewares) {
@@ -308,7 +304,7 @@ func (c *Consumer[E]) Run(ctx context.Context) error {
 		case err == nil:
 			msg.Ack()
 		case !over || !errors.Is(err, context.Canceled):
-			c.logger.Error("Process failed", err, watermill.LogFields{"topic": c.config.Topic, "handler_name": c.config.Name, "message_uuid": msg.UUID})
+			c.subscriber.logger.Error("Process failed", err, watermill.LogFields{"topic": c.config.Topic, "handler_name": c.config.Name, "message_uuid": msg.UUID})
 		}
 	})
 	if err != nil {

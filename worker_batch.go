@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/ThreeDotsLabs/watermill"
-	"github.com/ThreeDotsLabs/watermill/message"
 
 	"github.com/goxstreams/watermill-goxstreams/internal/consume"
 )
@@ -25,16 +24,15 @@ type BatchWorker[E any] interface {
 	// as by Worker.Process's: it is acked, or comes again in a later batch. If the number
 	// of errors is wrong, all messages have failed.
 	//
-	// After a panic nobody knows which message caused it. ProcessBatch is called again at
-	// once, with ever smaller parts of the batch, until a single message panics: after
-	// log2(n) calls for a batch of n. That message has failed; it is retried in batches of
-	// one. The others count as delivered once, but a message can be handled several times:
+	// After a panic, ProcessBatch is called again at once with ever smaller parts of the
+	// batch, until a single message panics. That message has failed; it is retried in
+	// batches of one. The others count as delivered once, but can be handled several times:
 	// ProcessBatch must be idempotent, or undo what it did before it panicked.
 	//
 	// A crash counts as a delivery of each message that was in a batch. The messages come
-	// again in batches that halve with each crash, so that one that crashes its process is
-	// soon alone, and others survive, whatever Retry.MaxRetries is: a message's last
-	// delivery has the process to itself.
+	// again in batches that halve with each crash, and a message's last delivery has the
+	// process to itself: one that crashes its process costs no other, whatever
+	// Retry.MaxRetries is.
 	//
 	// ctx carries no single message's lease. It ends a second before CloseTimeout, and when
 	// the leases of all messages are lost.
@@ -245,13 +243,7 @@ func (s *subscription) settleBatch(ctx context.Context, batch []*batched, errs [
 		d.own.Store(&cancelable{Context: ctx})
 		d.handler.Store(&noRouter)
 		m.msg.SetContext(d)
-		var err error
-		m.h.Call(func() { // ShouldRetry is the user's
-			err = guard(func() error {
-				_, err := d.judged(func(*message.Message) ([]*message.Message, error) { return nil, errs[i] }, s.retry.judge)
-				return err
-			})
-		})
+		err := user(m.h, func() error { return s.retry.judge(d, usable(errs[i])) }) // ShouldRetry is the user's
 		if !errors.Is(err, context.Canceled) || !s.IsClosing() && ctx.Err() == nil {
 			s.log.Error("ProcessBatch failed", err, s.Fields(m.h).Add(watermill.LogFields{"handler_name": s.typed.name, "message_uuid": m.msg.UUID}))
 		}
