@@ -251,7 +251,7 @@ const dyingCrashes = 3
 
 // process lets a Consumer's worker decide about its dead message, and reports
 // whether to move it. After an error the worker is called again. ProcessDead runs
-// the message's slot waits, until CloseTimeout.
+// in the message's slot, until CloseTimeout.
 func (s *subscription) process(h *consume.Task, dead DeadMessage) (move bool) {
 	d := deathOf(h)
 	if s.typed.dead == nil || dead.Message == nil || d.final || s.diedTooOften(h) {

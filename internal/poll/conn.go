@@ -517,7 +517,7 @@ func (c *conn) dismiss(parts []part, err error) {
 	for _, part := range parts {
 		for _, s := range part.seats {
 			switch {
-			case s.topic == nil: // it has left
+			case s.topic == nil, s.topic.conn != c: // it has left, or is served by another connection since
 			case s.leaving:
 				s.departLocked(nil)
 			default:

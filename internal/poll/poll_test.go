@@ -3,6 +3,7 @@ package poll
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"strings"
@@ -423,6 +424,26 @@ func TestSeat_AbandonWhileConnecting(t *testing.T) {
 	pending, err := admin.XPending(t.Context(), seats[0].key, "group").Result()
 	require.NoError(t, err)
 	require.Zero(t, pending.Count)
+}
+
+// A connection that fails twice, since it reads its parts one by one after an error reply, gives up
+// what it serves; but not a seat that it gave up the first time, and that another one serves now.
+func TestConn_DismissesOnlyItsOwn(t *testing.T) {
+	p := New(Config{Group: "group", Unwakable: func() {}})
+	c, other := &conn{p: p}, &conn{p: p}
+	serving := func(key string, at *conn) part {
+		s := p.NewSeat(key, "consumer", ">", nil)
+		s.topic = &topic{key: key, conn: at, seats: []*Seat{s}}
+		p.topics[key], at.topics = s.topic, append(at.topics, s.topic)
+		return part{topic: s.topic, seats: []*Seat{s}}
+	}
+	own, elsewhere := serving("own", c), serving("elsewhere", other)
+	c.parts, c.rest = []part{own}, []part{elsewhere}
+	c.fail(io.ErrUnexpectedEOF)
+	require.ErrorIs(t, <-own.seats[0].left, io.ErrUnexpectedEOF)
+	require.Same(t, elsewhere.topic, elsewhere.seats[0].topic)
+	require.Equal(t, []*topic{elsewhere.topic}, other.topics)
+	require.Empty(t, elsewhere.seats[0].left)
 }
 
 // Which consumer a connection reads as next, and for how long that may block. A seat's name
