@@ -92,7 +92,7 @@ func (p topicState) all(r Retention) (sum Trimming) {
 	p.t.Helper()
 	sum.Cut = make(map[string]int64)
 	for more := true; more; {
-		got, err := p.s.Trim(p.t.Context(), r, "", 0)
+		got, err := p.s.Trim(p.t.Context(), r, "", "", 0)
 		require.NoError(p.t, err)
 		require.True(p.t, got.Ran)
 		sum.Trimmed += got.Trimmed
@@ -293,12 +293,12 @@ func TestTrim_Interval(t *testing.T) {
 	for i := range 10 {
 		p.add(fmt.Sprintf("%d-1", i+1), "x")
 	}
-	first, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
+	first, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", "", time.Hour)
 	require.NoError(t, err)
 	require.True(t, first.Ran)
 	require.Equal(t, 5*time.Hour, first.Wait, "nothing was trimmed: there is no hurry")
 	for range 2 {
-		next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
+		next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", "", time.Hour)
 		require.NoError(t, err)
 		require.False(t, next.Ran)
 		require.LessOrEqual(t, next.Wait, 5*time.Hour)
@@ -313,7 +313,7 @@ func TestTrim_Interval(t *testing.T) {
 		}
 	}
 	require.Equal(t, 1, set)
-	next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", time.Hour)
+	next, err := p.s.Trim(t.Context(), Retention{KeepLast: 3}, "", "", time.Hour)
 	require.NoError(t, err)
 	require.True(t, next.Ran)
 }
@@ -367,7 +367,7 @@ func TestTrim_OwnLost(t *testing.T) {
 				p.add(fmt.Sprintf("%d-1", i+1), "x")
 			}
 			trim := func(r Retention) int64 {
-				got, err := p.s.Trim(ctx, r, own, 0)
+				got, err := p.s.Trim(ctx, r, own, "", 0)
 				require.NoError(t, err)
 				return got.Trimmed
 			}
@@ -501,7 +501,7 @@ func TestTrim_GroupCreatedMeanwhile(t *testing.T) {
 	go func() {
 		r := p.s
 		for ctx.Err() == nil {
-			if _, err := r.Trim(ctx, Retention{KeepLast: 1}, "", 0); err != nil && ctx.Err() == nil {
+			if _, err := r.Trim(ctx, Retention{KeepLast: 1}, "", "", 0); err != nil && ctx.Err() == nil {
 				trimming <- err
 				return
 			}

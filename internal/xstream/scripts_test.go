@@ -316,7 +316,7 @@ func TestPosition_StreamBeganAnew(t *testing.T) {
 			least := func(read int) {
 				t.Helper()
 				length := client.XLen(t.Context(), s.Key).Val()
-				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, "", 0)
+				trimmed, err := s.Trim(t.Context(), Retention{KeepFor: time.Millisecond}, "", "", 0)
 				require.NoError(t, err)
 				require.EqualValues(t, read, trimmed.Trimmed)
 				require.Equal(t, length, trimmed.Trimmed+trimmed.Length)
