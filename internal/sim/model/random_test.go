@@ -484,7 +484,7 @@ func (r random) trimOf(ctx context.Context, s xstream.Stream, id string) {
 	}
 	switch r.IntN(8) {
 	case 0:
-		_, _, _ = s.Plan(ctx, keep, pick(r, "", id), r.Int64N(3))
+		_, _ = s.Plan(ctx, keep, pick(r, "", id), r.Int64N(3))
 	case 1:
 		_, _, _ = s.Floor(ctx)
 	default:
