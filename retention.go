@@ -108,7 +108,7 @@ type TrimResult struct {
 func (r *TrimResult) add(t xstream.Trimming) {
 	r.Trimmed += t.Trimmed
 	r.Length, r.Pin = t.Length, Pin(t.Pin)
-	r.HeldBy, r.HeldUntil = t.Held.By, t.Held.Until
+	r.HeldBy, r.HeldUntil = t.HeldBy, t.HeldUntil
 	for group, n := range t.Cut {
 		if r.CutOff == nil {
 			r.CutOff = make(map[string]int64)

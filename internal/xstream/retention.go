@@ -319,12 +319,6 @@ type Pin struct {
 	Age      time.Duration
 }
 
-// Held is a group that has vanished and may be recreated: what it had not acked stays.
-type Held struct {
-	By    string // the group; empty: nothing is held
-	Until time.Time
-}
-
 // Trimming is the result of one run.
 type Trimming struct {
 	Wait    time.Duration // until the next run
@@ -335,9 +329,12 @@ type Trimming struct {
 	Over    bool          // there is more to cut off
 	Cost    time.Duration // that the run took on the server, at most and about
 	Pin     Pin           // what stopped it
-	Held    Held          // or the vanished group that did
 	Cut     map[string]int64
 	Last    string // of a plan: the last entry that would go
+
+	// The vanished group that stopped it: it may be recreated, so what it had not acked stays.
+	HeldBy    string
+	HeldUntil time.Time
 }
 
 // holdScript has what the group needed kept for a while.
@@ -406,7 +403,10 @@ func (r Retention) trimming(v any, err error) (t Trimming, _ error) {
 	t.Ran = true
 	t.Trimmed, t.Length, t.More = reply.number(), reply.number(), reply.number() == 1
 	t.Over = r.HardMaxLen > 0 && t.Length > r.HardMaxLen
-	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
+	t.Pin, t.Cut = reply.pin(), reply.counts()
+	if held := reply.list(); held.more() {
+		t.HeldBy, t.HeldUntil = held.text(), time.UnixMilli(held.number())
+	}
 	t.Cost = time.Duration(maxTrimTime+groupTime*reply.number()) * time.Microsecond
 	t.Last = reply.text()
 	return t, reply.failed()
@@ -422,13 +422,6 @@ func (a *answer) pin() (p Pin) {
 		p.Age = time.Duration(uint64(now)-at) * time.Millisecond
 	}
 	return p
-}
-
-func (a *answer) held() (h Held) {
-	if cols := a.list(); cols.more() {
-		h = Held{cols.text(), time.UnixMilli(cols.number())}
-	}
-	return h
 }
 
 func (a *answer) counts() map[string]int64 {
