@@ -287,9 +287,9 @@ func WaitingAt(due time.Time, uuid string) Waiting {
 // errPacked is for a value that this library has not written.
 var errPacked = errors.New("what is stored of it cannot be read")
 
-// delayedPageScript returns the messages that follow a score and a UUID: the UUID, the
-// score and the packed fields of each. By its rank the UUID is found at once; where it is
-// gone, by the order of those with its score.
+// delayedPageScript returns the messages that follow a score and a UUID, or if their number is 0
+// only that of the UUID: the UUID, the score and the packed fields of each. By its rank the UUID is
+// found at once; where it is gone, by the order of those with its score.
 const delayedPageScript = `-- delayed page
 local function follows(a, b) -- by bytes, which Lua's operators do in the C locale only
   for i = 1, math.min(#a, #b) do
@@ -299,12 +299,13 @@ local function follows(a, b) -- by bytes, which Lua's operators do in the C loca
   return #a > #b
 end
 local score, uuid, n = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local from = 0
-if uuid ~= '' then
-  local rank = redis.call('ZRANK', KEYS[1], uuid)
-  if rank and redis.call('ZSCORE', KEYS[1], uuid) == score then
-    from = rank + 1
-  else
+local at = redis.call('ZSCORE', KEYS[1], uuid)
+local rows = at and {uuid, at} or {}
+if n > 0 then
+  local from = 0
+  if at == score then
+    from = redis.call('ZRANK', KEYS[1], uuid) + 1
+  elseif uuid ~= '' then
     from = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. score)
     local ties = redis.call('ZRANGEBYSCORE', KEYS[1], score, score)
     for _, tie in ipairs(ties) do
@@ -312,8 +313,8 @@ if uuid ~= '' then
       from = from + 1
     end
   end
+  rows = redis.call('ZRANGE', KEYS[1], from, from + n - 1, 'WITHSCORES')
 end
-local rows = redis.call('ZRANGE', KEYS[1], from, from + n - 1, 'WITHSCORES')
 if #rows == 0 then return {} end
 local uuids, page = {}, {}
 for i = 1, #rows, 2 do uuids[#uuids + 1] = rows[i] end
@@ -331,31 +332,24 @@ func (s *Stream) DelayedPage(ctx context.Context, after Waiting, n int) ([]Waiti
 	reply := read(s.ask(ctx, "eval", delayedPageScript, 2, DueKey(s.Key), DelayedKey(s.Key), after.score, after.UUID, n))
 	var page []Waiting
 	for reply.more() {
-		page = append(page, reply.waiting(reply.text()))
+		w := Waiting{UUID: reply.text(), score: reply.text()}
+		w.Due = reply.timeOf(w.score)
+		w.Fields, w.Err = unpackDelayed(reply.text())
+		page = append(page, w)
 	}
 	return page, reply.failed()
 }
 
-// delayedGetScript returns the score of a message and its packed fields.
-const delayedGetScript = `-- delayed get
-local score = redis.call('ZSCORE', KEYS[1], ARGV[1])
-if not score then return {} end
-return {score, redis.call('HMGET', KEYS[2], ARGV[1])[1] or ''}`
-
 // DelayedGet returns the message that waits under a UUID, or ErrMissing.
 func (s *Stream) DelayedGet(ctx context.Context, uuid string) (Waiting, error) {
-	reply := read(s.ask(ctx, "eval", delayedGetScript, 2, DueKey(s.Key), DelayedKey(s.Key), uuid))
-	if reply.failed() == nil && !reply.more() {
-		return Waiting{}, ErrMissing
+	page, err := s.DelayedPage(ctx, Waiting{UUID: uuid}, 0)
+	if err == nil && len(page) == 0 {
+		err = ErrMissing
 	}
-	return reply.waiting(uuid), reply.failed()
-}
-
-func (a *answer) waiting(uuid string) Waiting {
-	w := Waiting{UUID: uuid, score: a.text()}
-	w.Due = a.timeOf(w.score)
-	w.Fields, w.Err = unpackDelayed(a.text())
-	return w
+	if err != nil {
+		return Waiting{}, err
+	}
+	return page[0], nil
 }
 
 // unpackDelayed returns an entry's fields of what the hash has.
