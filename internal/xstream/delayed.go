@@ -97,21 +97,17 @@ return untilNext(now)`
 // Scheduling is a call of Publish in which messages are delayed.
 type Scheduling struct {
 	ctx  context.Context
+	sent redisx.Sent // the ID of each XADD: "*"
 	args []any
-	wait time.Duration
 }
-
-// sentAt is where in a Scheduling's arguments stands the one that knows whether it was sent.
-const sentAt = 6
 
 // NewScheduling returns a call. A positive maxLen trims the stream to about as many
 // entries whenever one is added; a producer ID has the server store each UUID once. The
 // context is there for its values.
 func NewScheduling(ctx context.Context, key string, maxLen int64, producerID string) *Scheduling {
-	return &Scheduling{
-		ctx:  context.WithoutCancel(ctx),
-		args: []any{"eval", scheduleScript, 3, key, DueKey(key), DelayedKey(key), nil, maxLen, producerID},
-	}
+	c := &Scheduling{ctx: context.WithoutCancel(ctx)}
+	c.args = []any{"eval", scheduleScript, 3, key, DueKey(key), DelayedKey(key), &c.sent, maxLen, producerID}
+	return c
 }
 
 // Due is when a message is due, as scheduleScript takes it; the zero value: at once.
@@ -147,25 +143,20 @@ func (c *Scheduling) Add(uuid string, due Due, fields func(args []any) ([]any, e
 func (c *Scheduling) Context() context.Context { return c.ctx }
 
 // Send sends the call, once. It may be sent again after redis.Nil, which says that the
-// stream to which a producer ID belongs is gone.
-func (c *Scheduling) Send(via redisx.Processor) error {
-	sent := redisx.NewSent("*")
-	c.args[sentAt] = sent
+// stream to which a producer ID belongs is gone. untilNext is how long it was, when the call was
+// stored, until the first of the topic's delayed messages is due; negative: none waits.
+func (c *Scheduling) Send(via redisx.Processor) (untilNext time.Duration, err error) {
+	c.sent.Asterisk()
 	cmd := redisx.NewOnce(c.ctx, c.args...)
 	if err := via.Process(c.ctx, cmd); err != nil {
-		return sent.Outcome(err)
+		return 0, c.sent.Outcome(err)
 	}
 	ms, ok := cmd.Val().(int64)
 	if !ok {
-		return fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, errReply)
+		return 0, fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, errReply)
 	}
-	c.wait = time.Duration(ms) * time.Millisecond
-	return nil
+	return time.Duration(ms) * time.Millisecond, nil
 }
-
-// UntilNext is how long it was, when the call was stored, until the first of the topic's
-// delayed messages is due; negative: none waits.
-func (c *Scheduling) UntilNext() time.Duration { return c.wait }
 
 // moveScript moves due messages into the stream. A value that cannot be unpacked is added
 // as it is, as a malformed entry, so that it is not lost. If XADD with IDMP fails, as on a
