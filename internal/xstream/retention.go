@@ -22,16 +22,16 @@ const KeepAll = -1
 
 // RetentionKey is the key of a hash beside the stream: "orders.retention{orders}". Its
 // fields are "next RETENTION", the time of the next trimming by it; "floor NAME", the first
-// entry that a group needed lately, in XRANGE's form; "group NAME", when a group was last seen, or "hold FROM FOR" if it is missing and what it needs is kept for a while, or "back
-// FROM FOR" if that is so because it was recreated; and "cut NAME", the number of entries
-// that HardMaxLen has cut off before the group acked them (with the empty name: before the
-// slowest fan-out had read them).
+// entry that a group needed lately, in XRANGE's form; "group NAME", when a group was last seen,
+// or "hold FROM FOR" if it is missing and what it needs is kept for a while, or "back FROM FOR" if
+// that is so because it was recreated; and "cut NAME", the number of entries that HardMaxLen has
+// cut off before the group acked them (with the empty name: before the slowest fan-out had read them).
 func RetentionKey(key string) string { return Beside(key, "retention") }
 
 // floorFunction returns the groups that count, and with lowest('0-1') the floor: what must
 // stay. All entries from floor.id on are needed, or if floor.after is set, those that follow
-// it. The floor is nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1] the number
-// of ignored groups, which follow it.
+// it. The floor is nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1]
+// the number of ignored groups, which follow it.
 //
 // The oldest pending entry of a group comes from XPENDING's list: the summary has all
 // consumers. After XGROUP SETID entries can be pending that will also be read again.
@@ -197,20 +197,19 @@ const (
 	groupTime   = 10   // microseconds that a group takes, about
 )
 
-// retentionScript trims a bounded number of entries. XTRIM with "~" and LIMIT trims whole
-// nodes, so that it costs little and stops at the limit. What remains of the first node is
-// listed and trimmed by its number.
+// retentionScript trims a bounded number of entries: whole nodes, and what remains of the first
+// one by its number.
 //
 // Of the consumers with the same Retention that ask within an interval one trims; the others
 // are told how long to wait, unless the stream exceeds HardMaxLen: then each cuts off, and does
 // only that. So does one whose own group, or position, is not there: then Redis may have lost
 // those of others, too, and what nobody has read yet would seem to concern nobody.
 //
-// A server that is out of memory refuses HSET, unless the script has written already. So it
-// begins with a write that does nothing: trimming is what such a server needs.
+// It begins with a write that does nothing, see evenIfFull: trimming is what a server that is out
+// of memory needs.
 //
-// Given where to continue, and how many entries come before that, it is a plan: it writes nothing, and
-// lists a page of what would go.
+// Given where to continue, and how many entries come before that, it is a plan: it writes nothing,
+// and lists a page of what would go.
 const retentionScript = `-- retention` + rightsFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
 local interval, few, time, most, vanished, spent = tonumber(ARGV[options + 3]), tonumber(ARGV[options + 4]),
   tonumber(ARGV[options + 5]), tonumber(ARGV[options + 6]), tonumber(ARGV[options + 7]), tonumber(ARGV[options + 8])
