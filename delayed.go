@@ -117,21 +117,23 @@ func (p *Publisher) schedule(topic string, messages []*message.Message, dues []x
 	}
 	p.calls.add(1)
 	defer p.calls.add(-1)
-	err = p.whilePrepared(call.Context(), topic, len(messages), func() error { return p.sendScheduling(call) })
-	if err == nil {
-		p.soon.in(topic, call.UntilNext())
-	}
-	return err
+	return p.whilePrepared(call.Context(), topic, len(messages), func() error {
+		untilNext, err := p.sendScheduling(call)
+		if err == nil {
+			p.soon.in(topic, untilNext)
+		}
+		return err
+	})
 }
 
 // sendScheduling sends the call, and repeats it while a Cluster refuses it because it moves
 // the topic's keys between two nodes, for at most half of the time that a call may take.
-func (p *Publisher) sendScheduling(call *xstream.Scheduling) error {
+func (p *Publisher) sendScheduling(call *xstream.Scheduling) (untilNext time.Duration, err error) {
 	end := time.Now().Add(p.client.CallTimeout() / 2)
 	for pause := 5 * time.Millisecond; ; pause *= 2 {
-		err := call.Send(p.pipe)
+		untilNext, err = call.Send(p.pipe)
 		if err == nil || !redisx.ReplyHas(err, "TRYAGAIN") || time.Now().Add(pause).After(end) {
-			return err
+			return untilNext, err
 		}
 		<-time.After(pause)
 	}

@@ -118,10 +118,9 @@ type recurrence struct {
 	p      *Publisher
 	stream xstream.Stream
 
-	began   time.Time // by the server's clock; zero: it was not asked yet
-	first   time.Time // the last occurrence when it began
-	settled bool      // it is known whether another process is at work
-	last    time.Time // the last occurrence that was published
+	began time.Time // by the server's clock; zero: it was not asked yet. What is before it was missed
+	first time.Time // the last occurrence when it began
+	last  time.Time // the last occurrence that was published
 
 	wrong bool // that Schedule is wrong is logged already
 	ahead bool // that the last occurrence lies in the future is logged already
@@ -157,10 +156,14 @@ func (r *recurrence) step(ctx context.Context) (time.Duration, error) {
 			return 0, err
 		}
 	}
-	if wait, err := r.settle(ctx); wait > 0 || err != nil {
-		return wait, err
+	next, missed := r.next()
+	// What seems missed may be another process's, which is late.
+	if sure := r.began.Add(recurSettle); missed && r.clock.Before(sure) {
+		if wait := sure.Sub(r.clock.Add(time.Since(r.asked))); wait > 0 {
+			return wait, nil
+		}
+		return 0, r.ask(ctx, time.Time{}, nil)
 	}
-	next := r.next()
 	if next.IsZero() {
 		return maxClockAge, nil
 	}
@@ -190,6 +193,9 @@ func (r *recurrence) ask(ctx context.Context, at time.Time, fields []any) error 
 	if r.began.IsZero() {
 		r.began, r.first = state.Now, state.Last
 	}
+	if r.last.After(r.first) { // some process is at work: from here on nothing is left out
+		r.began = r.first
+	}
 	ahead := r.last.Sub(r.clock) > recurSettle
 	if ahead && !r.ahead {
 		r.p.logger.Error("The last occurrence of a recurring message lies in the future; nothing is published before then",
@@ -203,40 +209,17 @@ func (r *recurrence) logFields() watermill.LogFields {
 	return watermill.LogFields{"topic": r.Topic, "recurring": r.Name}
 }
 
-// settle finds out whether occurrences that seem missed are those of another process, which
-// is late: then there is nothing to be left out. It returns how long to wait for that.
-func (r *recurrence) settle(ctx context.Context) (time.Duration, error) {
-	if r.settled {
-		return 0, nil
-	}
-	missed := r.after(r.first)
-	if missed.IsZero() || missed.After(r.began) {
-		r.settled = true
-		return 0, nil
-	}
-	if left := recurSettle - r.clock.Add(time.Since(r.asked)).Sub(r.began); left > 0 {
-		return left, nil
-	}
-	if err := r.ask(ctx, time.Time{}, nil); err != nil {
-		return 0, err
-	}
-	if r.settled = true; !r.last.Equal(r.first) {
-		r.began = r.first
-	}
-	return 0, nil
-}
-
-// next returns the occurrence to publish next; the zero time if there are no more.
-func (r *recurrence) next() time.Time {
-	next := r.after(r.last)
+// next returns the occurrence to publish next, or the zero time if there are no more, and whether
+// it was missed before this process started, and maybe others after it.
+func (r *recurrence) next() (next time.Time, missed bool) {
+	next = r.after(r.last)
 	if next.IsZero() || next.After(r.began) {
-		return next
+		return next, false
 	}
-	// It was missed before this process started, and maybe others after it.
 	if r.SkipMissed {
-		return r.after(r.began)
+		return r.after(r.began), true
 	}
-	return r.lastMissed(next)
+	return r.lastMissed(next), true
 }
 
 // after returns the first occurrence after a time in whole milliseconds; the zero time if

@@ -107,7 +107,7 @@ type TrimResult struct {
 func (r *TrimResult) add(t xstream.Trimming) {
 	r.Trimmed += t.Trimmed
 	r.Length, r.Pin = t.Length, Pin(t.Pin)
-	r.HeldBy, r.HeldUntil = t.Held.By, t.Held.Until
+	r.HeldBy, r.HeldUntil = t.HeldBy, t.HeldUntil
 	for group, n := range t.Cut {
 		if r.CutOff == nil {
 			r.CutOff = make(map[string]int64)
@@ -126,32 +126,19 @@ func (r *TrimResult) add(t xstream.Trimming) {
 // finds it missing, unless beyond HardMaxLen, so that its consumers can recreate it:
 // TrimResult.HeldBy is its name.
 func Trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
-	return eachPage(ctx, "Trim", c, topic, r, func(s *xstream.Stream, _ int64) (t xstream.Trimming, done bool, rest time.Duration, err error) {
-		t, err = s.Trim(ctx, r.internal(), "", "", 0)
-		rest = 100 * t.Cost
-		if t.Over {
-			rest = t.Cost // at most half of the server's time
-		}
-		return t, !t.More && !t.Over, rest, err
-	})
+	return trim(ctx, c, topic, r, "Trim", false)
 }
 
 // PlanTrim returns what Trim would do, and changes nothing. It reads what would be
 // trimmed, so it takes longer than Trim.
 func PlanTrim(ctx context.Context, c redis.UniversalClient, topic string, r Retention) (TrimResult, error) {
-	last := ""
-	result, err := eachPage(ctx, "PlanTrim", c, topic, r, func(s *xstream.Stream, trimmed int64) (t xstream.Trimming, done bool, rest time.Duration, err error) {
-		t, last, err = s.Plan(ctx, r.internal(), last, trimmed)
-		return t, t.Trimmed == 0, trimPause, err
-	})
-	result.Length -= result.Trimmed
-	return result, err
+	return trim(ctx, c, topic, r, "PlanTrim", true)
 }
 
 // trimPause is the pause between the steps of PlanTrim, of a millisecond each.
 const trimPause = consume.RetentionInterval / consume.MaxTrims
 
-func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic string, r Retention, step func(s *xstream.Stream, trimmed int64) (t xstream.Trimming, done bool, rest time.Duration, err error)) (result TrimResult, err error) {
+func trim(ctx context.Context, c redis.UniversalClient, topic string, r Retention, name string, plan bool) (result TrimResult, err error) {
 	errs := configErrors{typeName: name}
 	errs.arguments("c", c, "topic", topic)
 	errs.addIf(r.isZero(), "r", "keeps everything: set KeepLast, KeepFor or HardMaxLen")
@@ -161,14 +148,24 @@ func eachPage(ctx context.Context, name string, c redis.UniversalClient, topic s
 	}
 	stream := xstream.New(redisx.Client{UniversalClient: c}, topic, "")
 	err = stream.OneSlot(ctx)
-	for done := false; err == nil && !done; {
-		var t xstream.Trimming
+	var t xstream.Trimming
+	for more := true; more && err == nil; {
 		var rest time.Duration
-		if t, done, rest, err = step(&stream, result.Trimmed); err != nil {
+		if plan {
+			t, err = stream.Plan(ctx, r.internal(), t.Last, result.Trimmed)
+			more, rest = t.Trimmed > 0, trimPause
+		} else {
+			t, err = stream.Trim(ctx, r.internal(), "", "", 0)
+			more, rest = t.More || t.Over, 100*t.Cost
+			if t.Over {
+				rest = t.Cost // at most half of the server's time
+			}
+		}
+		if err != nil {
 			break
 		}
 		result.add(t)
-		if !done {
+		if more {
 			err = pause(ctx, rest)
 		}
 	}

@@ -34,21 +34,20 @@ const fanOutsFunction = lessFunction + beganAnewFunction + `
 local function fanOuts()
   local all, least, name = redis.call('HGETALL', KEYS[2]), nil, nil
   if #all == 0 then return nil end
-  local now, fields = redis.call('TIME'), {}
-  for i = 1, #all, 2 do fields[all[i]] = all[i + 1] end
+  local now = redis.call('TIME')
   for i = 1, #all, 2 do
-    local fan, isLife = all[i], string.find(all[i], '^life ')
-    local id, ends, mark = string.match(all[i + 1], '^(%d+-%d+) (%d+)(!?)$')
-    local gone = not isLife and (not id or tonumber(ends) < tonumber(now[1]))
+    local fan = all[i]
+    local id, ends, mark, life = string.match(all[i + 1], '^(%d+-%d+) (%d+)(!?) ?(.*)$')
+    local gone = not id or tonumber(ends) < tonumber(now[1])
     if gone and id and mark == '' then
       redis.pcall('HDEL', KEYS[2], '') -- see evenIfFull
-      local marked = redis.pcall('HSET', KEYS[2], fan, id .. ' ' .. string.format('%.0f', now[1] + 60) .. '!')
+      local marked = redis.pcall('HSET', KEYS[2], fan, id .. ' ' .. string.format('%.0f', now[1] + 60) .. '! ' .. life)
       gone = type(marked) == 'table' and marked.err ~= nil and tonumber(ends) < now[1] - 60
     end
     if gone then
-      redis.pcall('HDEL', KEYS[2], fan, 'life ' .. fan)
-    elseif not isLife then
-      if beganAnew(fields['life ' .. fan]) then id = '0-0' end
+      redis.pcall('HDEL', KEYS[2], fan)
+    else
+      if beganAnew(life) then id = '0-0' end
       if not least or less(id, least) then least, name = id, fan end
     end
   end

@@ -97,21 +97,17 @@ return untilNext(now)`
 // Scheduling is a call of Publish in which messages are delayed.
 type Scheduling struct {
 	ctx  context.Context
+	sent redisx.Sent // the ID of each XADD: "*"
 	args []any
-	wait time.Duration
 }
-
-// sentAt is where in a Scheduling's arguments stands the one that knows whether it was sent.
-const sentAt = 6
 
 // NewScheduling returns a call. A positive maxLen trims the stream to about as many
 // entries whenever one is added; a producer ID has the server store each UUID once. The
 // context is there for its values.
 func NewScheduling(ctx context.Context, key string, maxLen int64, producerID string) *Scheduling {
-	return &Scheduling{
-		ctx:  context.WithoutCancel(ctx),
-		args: []any{"eval", scheduleScript, 3, key, DueKey(key), DelayedKey(key), nil, maxLen, producerID},
-	}
+	c := &Scheduling{ctx: context.WithoutCancel(ctx)}
+	c.args = []any{"eval", scheduleScript, 3, key, DueKey(key), DelayedKey(key), &c.sent, maxLen, producerID}
+	return c
 }
 
 // Due is when a message is due, as scheduleScript takes it; the zero value: at once.
@@ -147,25 +143,20 @@ func (c *Scheduling) Add(uuid string, due Due, fields func(args []any) ([]any, e
 func (c *Scheduling) Context() context.Context { return c.ctx }
 
 // Send sends the call, once. It may be sent again after redis.Nil, which says that the
-// stream to which a producer ID belongs is gone.
-func (c *Scheduling) Send(via redisx.Processor) error {
-	sent := redisx.NewSent("*")
-	c.args[sentAt] = sent
+// stream to which a producer ID belongs is gone. untilNext is how long it was, when the call was
+// stored, until the first of the topic's delayed messages is due; negative: none waits.
+func (c *Scheduling) Send(via redisx.Processor) (untilNext time.Duration, err error) {
+	c.sent.Asterisk()
 	cmd := redisx.NewOnce(c.ctx, c.args...)
 	if err := via.Process(c.ctx, cmd); err != nil {
-		return sent.Outcome(err)
+		return 0, c.sent.Outcome(err)
 	}
 	ms, ok := cmd.Val().(int64)
 	if !ok {
-		return fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, errReply)
+		return 0, fmt.Errorf("%w: %w", redisx.ErrOutcomeUnknown, errReply)
 	}
-	c.wait = time.Duration(ms) * time.Millisecond
-	return nil
+	return time.Duration(ms) * time.Millisecond, nil
 }
-
-// UntilNext is how long it was, when the call was stored, until the first of the topic's
-// delayed messages is due; negative: none waits.
-func (c *Scheduling) UntilNext() time.Duration { return c.wait }
 
 // moveScript moves due messages into the stream. A value that cannot be unpacked is added
 // as it is, as a malformed entry, so that it is not lost. If XADD with IDMP fails, as on a
@@ -287,9 +278,9 @@ func WaitingAt(due time.Time, uuid string) Waiting {
 // errPacked is for a value that this library has not written.
 var errPacked = errors.New("what is stored of it cannot be read")
 
-// delayedPageScript returns the messages that follow a score and a UUID: the UUID, the
-// score and the packed fields of each. By its rank the UUID is found at once; where it is
-// gone, by the order of those with its score.
+// delayedPageScript returns the messages that follow a score and a UUID, or if their number is 0
+// only that of the UUID: the UUID, the score and the packed fields of each. By its rank the UUID is
+// found at once; where it is gone, by the order of those with its score.
 const delayedPageScript = `-- delayed page
 local function follows(a, b) -- by bytes, which Lua's operators do in the C locale only
   for i = 1, math.min(#a, #b) do
@@ -299,12 +290,13 @@ local function follows(a, b) -- by bytes, which Lua's operators do in the C loca
   return #a > #b
 end
 local score, uuid, n = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local from = 0
-if uuid ~= '' then
-  local rank = redis.call('ZRANK', KEYS[1], uuid)
-  if rank and redis.call('ZSCORE', KEYS[1], uuid) == score then
-    from = rank + 1
-  else
+local at = redis.call('ZSCORE', KEYS[1], uuid)
+local rows = at and {uuid, at} or {}
+if n > 0 then
+  local from = 0
+  if at == score then
+    from = redis.call('ZRANK', KEYS[1], uuid) + 1
+  elseif uuid ~= '' then
     from = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. score)
     local ties = redis.call('ZRANGEBYSCORE', KEYS[1], score, score)
     for _, tie in ipairs(ties) do
@@ -312,8 +304,8 @@ if uuid ~= '' then
       from = from + 1
     end
   end
+  rows = redis.call('ZRANGE', KEYS[1], from, from + n - 1, 'WITHSCORES')
 end
-local rows = redis.call('ZRANGE', KEYS[1], from, from + n - 1, 'WITHSCORES')
 if #rows == 0 then return {} end
 local uuids, page = {}, {}
 for i = 1, #rows, 2 do uuids[#uuids + 1] = rows[i] end
@@ -331,31 +323,24 @@ func (s *Stream) DelayedPage(ctx context.Context, after Waiting, n int) ([]Waiti
 	reply := read(s.ask(ctx, "eval", delayedPageScript, 2, DueKey(s.Key), DelayedKey(s.Key), after.score, after.UUID, n))
 	var page []Waiting
 	for reply.more() {
-		page = append(page, reply.waiting(reply.text()))
+		w := Waiting{UUID: reply.text(), score: reply.text()}
+		w.Due = reply.timeOf(w.score)
+		w.Fields, w.Err = unpackDelayed(reply.text())
+		page = append(page, w)
 	}
 	return page, reply.failed()
 }
 
-// delayedGetScript returns the score of a message and its packed fields.
-const delayedGetScript = `-- delayed get
-local score = redis.call('ZSCORE', KEYS[1], ARGV[1])
-if not score then return {} end
-return {score, redis.call('HMGET', KEYS[2], ARGV[1])[1] or ''}`
-
 // DelayedGet returns the message that waits under a UUID, or ErrMissing.
 func (s *Stream) DelayedGet(ctx context.Context, uuid string) (Waiting, error) {
-	reply := read(s.ask(ctx, "eval", delayedGetScript, 2, DueKey(s.Key), DelayedKey(s.Key), uuid))
-	if reply.failed() == nil && !reply.more() {
-		return Waiting{}, ErrMissing
+	page, err := s.DelayedPage(ctx, Waiting{UUID: uuid}, 0)
+	if err == nil && len(page) == 0 {
+		err = ErrMissing
 	}
-	return reply.waiting(uuid), reply.failed()
-}
-
-func (a *answer) waiting(uuid string) Waiting {
-	w := Waiting{UUID: uuid, score: a.text()}
-	w.Due = a.timeOf(w.score)
-	w.Fields, w.Err = unpackDelayed(a.text())
-	return w
+	if err != nil {
+		return Waiting{}, err
+	}
+	return page[0], nil
 }
 
 // unpackDelayed returns an entry's fields of what the hash has.

@@ -21,21 +21,18 @@ func Beside(key, what string) string {
 
 // A fan-out subscription is not a group, so the server does not know which entries
 // it has not read yet. It stores its position in a hash beside the stream: its name
-// -> the last entry that it no longer needs, and when that expires (the server's
-// clock, in seconds). The expiry removes subscriptions that died. The hash itself expires a
-// day later, so that no step of the clock removes it.
-//
-// A position says nothing about a stream that was deleted and recreated, where its ID may be
-// beyond entries that nobody has read. So a second field, "life NAME", says what the stream was
-// like: see Info.life. (It is a field of its own because earlier versions delete a position
-// that they cannot parse. They delete this field; then the position counts as it is.)
+// -> the last entry that it no longer needs; when that expires (the server's clock, in
+// seconds); and what the stream was like, see Info.life: a position says nothing about a stream
+// that was deleted and recreated, where its ID may be beyond entries that nobody has read. The
+// expiry removes subscriptions that died. The hash itself expires a day later, so that no step
+// of the clock removes it.
 
 // PositionsKey is the key of that hash: "orders.fanout{orders}" for "orders".
 func PositionsKey(key string) string { return Beside(key, "fanout") }
 
 const positionScript = `-- position` + evenIfFull + `
 local ends = redis.call('TIME')[1] + ARGV[3]
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. string.format('%.0f', ends), 'life ' .. ARGV[1], ARGV[4])
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. string.format('%.0f', ends) .. ' ' .. ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[3] + 86400)
 return 1`
 
@@ -48,7 +45,7 @@ func (s *Stream) SetPosition(ctx context.Context, name, id string, of Info, ttl 
 
 // RemovePosition removes the fan-out's position.
 func (s *Stream) RemovePosition(ctx context.Context, name string) error {
-	_, err := redisx.Do(ctx, s.Via, "hdel", PositionsKey(s.Key), name, "life "+name)
+	_, err := redisx.Do(ctx, s.Via, "hdel", PositionsKey(s.Key), name)
 	return err
 }
 
@@ -67,7 +64,7 @@ func (i Info) life() string {
 const beganAnewFunction = printFunction + `
 local stream
 local function beganAnew(life)
-  local added, last, first, digest = string.match(life or '', '^(%-?%d+) (%d+%-%d+) (%d+%-%d+) (%x*)$')
+  local added, last, first, digest = string.match(life, '^(%-?%d+) (%d+%-%d+) (%d+%-%d+) (%x*)$')
   if not added then return false end
   if not stream then
     stream = {}

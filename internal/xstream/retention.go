@@ -22,16 +22,16 @@ const KeepAll = -1
 
 // RetentionKey is the key of a hash beside the stream: "orders.retention{orders}". Its
 // fields are "next RETENTION", the time of the next trimming by it; "floor NAME", the first
-// entry that a group needed lately, in XRANGE's form; "group NAME", when a group was last seen, or "hold FROM FOR" if it is missing and what it needs is kept for a while, or "back
-// FROM FOR" if that is so because it was recreated; and "cut NAME", the number of entries
-// that HardMaxLen has cut off before the group acked them (with the empty name: before the
-// slowest fan-out had read them).
+// entry that a group needed lately, in XRANGE's form; "group NAME", when a group was last seen,
+// or "hold FROM FOR" if it is missing and what it needs is kept for a while, or "back FROM FOR" if
+// that is so because it was recreated; and "cut NAME", the number of entries that HardMaxLen has
+// cut off before the group acked them (with the empty name: before the slowest fan-out had read them).
 func RetentionKey(key string) string { return Beside(key, "retention") }
 
 // floorFunction returns the groups that count, and with lowest('0-1') the floor: what must
 // stay. All entries from floor.id on are needed, or if floor.after is set, those that follow
-// it. The floor is nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1] the number
-// of ignored groups, which follow it.
+// it. The floor is nil if nobody needs anything. KEYS[2] holds the positions of fan-outs, ARGV[1]
+// the number of ignored groups, which follow it.
 //
 // The oldest pending entry of a group comes from XPENDING's list: the summary has all
 // consumers. After XGROUP SETID entries can be pending that will also be read again.
@@ -193,25 +193,28 @@ end`
 const (
 	fewTrimmed  = 400  // entries, however large, that are trimmed without asking
 	maxTrimTime = 1000 // microseconds that one run may take, about
-	maxCut      = 500  // entries that HardMaxLen cuts off, fewer if very many are pending
+	maxCut      = 500  // entries that HardMaxLen cuts off, fewer if very many are pending; or that a plan lists
 	groupTime   = 10   // microseconds that a group takes, about
 )
 
-// retentionScript trims a bounded number of entries. XTRIM with "~" and LIMIT trims whole
-// nodes, so that it costs little and stops at the limit. What remains of the first node is
-// listed and trimmed by its number.
+// retentionScript trims a bounded number of entries: whole nodes, and what remains of the first
+// one by its number.
 //
 // Of the consumers with the same Retention that ask within an interval one trims; the others
 // are told how long to wait, unless the stream exceeds HardMaxLen: then each cuts off, and does
 // only that. So does one whose own group, or position, is not there: then Redis may have lost
 // those of others, too, and what nobody has read yet would seem to concern nobody.
 //
-// A server that is out of memory refuses HSET, unless the script has written already. So it
-// begins with a write that does nothing: trimming is what such a server needs.
+// It begins with a write that does nothing, see evenIfFull: trimming is what a server that is out
+// of memory needs.
+//
+// Given where to continue, and how many entries come before that, it is a plan: it writes nothing,
+// and lists a page of what would go.
 const retentionScript = `-- retention` + rightsFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
-local spent = tonumber(ARGV[options + 8])
-local interval, few, time, most, vanished = tonumber(ARGV[options + 3]), tonumber(ARGV[options + 4]),
-  tonumber(ARGV[options + 5]), tonumber(ARGV[options + 6]), tonumber(ARGV[options + 7])
+local interval, few, time, most, vanished, spent = tonumber(ARGV[options + 3]), tonumber(ARGV[options + 4]),
+  tonumber(ARGV[options + 5]), tonumber(ARGV[options + 6]), tonumber(ARGV[options + 7]), tonumber(ARGV[options + 8])
+local own, oldest, from, before = ARGV[options + 9], ARGV[options + 10], ARGV[options + 11], tonumber(ARGV[options + 12])
+local plan = from ~= ''
 local mine, rest = 'next ' .. table.concat(ARGV, ' ', 1, options + 2), 0
 if interval > 0 then
   rest = (tonumber(redis.call('HGET', KEYS[3], mine) or 0) or 0) - now
@@ -219,12 +222,13 @@ if interval > 0 then
   if rest > 0 and hard == 0 then return {rest} end
   if rest > 0 and redis.call('XLEN', KEYS[1]) <= hard then return {math.min(rest, interval)} end
 end
-missing = denied('XTRIM', KEYS[1], 'MINID', '0') or denied('HSET', KEYS[3], '', '') or denied('HINCRBY', KEYS[3], '', 1)
-if missing then return missing end
-redis.call('XTRIM', KEYS[1], 'MINID', '~', '0', 'LIMIT', 1) -- trims nothing, see below
+if not plan then
+  missing = denied('XTRIM', KEYS[1], 'MINID', '0') or denied('HSET', KEYS[3], '', '') or denied('HINCRBY', KEYS[3], '', 1)
+  if missing then return missing end
+  redis.call('XTRIM', KEYS[1], 'MINID', '~', '0', 'LIMIT', 1) -- trims nothing, see above
+end
 local groups, all, least, listed = groupsOf()
 local bound, excess, floor = nil, 0, nil
-local own = ARGV[options + 9]
 local there = own == '' or redis.call('HGET', KEYS[2], own)
 for _, g in ipairs(all) do there = there or g.name == own end
 if not there then
@@ -233,8 +237,8 @@ if not there then
 end
 if rest <= 0 then
   floor = lowest('0-1')
-  local holds, known, floors = held(KEYS[3], listed, now, vanished)
-  for _, p in ipairs(positions) do
+  local holds, known, floors = held(KEYS[3], listed, now, vanished, plan)
+  for _, p in ipairs(plan and {} or positions) do
     local name, was = p.last and p.group, floors[p.group]
     if name and not known[name] then redis.call('HSET', KEYS[3], 'group ' .. name, stamp(now)) end
     if name and (not known[name] or known[name] == 'seen' and (not was or lower(p, was))) then
@@ -242,16 +246,23 @@ if rest <= 0 then
     end
   end
   hold(holds)
-  local oldest = ARGV[options + 10]
   if oldest ~= '' and not ignored[own] then hold({{id = oldest, group = own, consumer = ''}}) end
-  floor = lowest('0-1')
+  floor = lowest(plan and from ~= '-' and string.sub(from, 2) or '0-1')
   bound, excess = boundOf(floor, groups)
+  excess = excess - before
 end
 
-local function trim(bound, n)
-  local trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound.id, 'LIMIT', n)
-  if trimmed >= n then return trimmed end
-  local rows = range('-', bound.after and bound.id or '(' .. bound.id, n - trimmed)
+local trimmed, n, more, ids, pinned, by, cut = 0, math.min(excess, plan and most or few), 0, {}, {}, {}, {}
+-- Trims, or lists, what the bound allows, up to a number of entries, and returns how many.
+local function trim(limit)
+  local to = bound.after and bound.id or '(' .. bound.id
+  if plan then
+    ids = page(from, to, limit)
+    return #ids
+  end
+  local trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound.id, 'LIMIT', limit)
+  if trimmed >= limit then return trimmed end
+  local rows = range('-', to, limit - trimmed)
   if #rows > 0 then redis.call('XTRIM', KEYS[1], 'MAXLEN', redis.call('XLEN', KEYS[1]) - #rows) end
   return trimmed + #rows
 end
@@ -262,42 +273,42 @@ local function quota()
   local nodes = (is['radix-tree-keys'] or is['length']) / math.max(1, is['length'])
   return math.floor(time / (0.05 + 2 * nodes))
 end
-local trimmed, more, pinned, by = 0, 0, {}, {}
-if bound and excess > 0 then
-  local n = math.min(excess, few)
-  trimmed = trim(bound, n)
-  if trimmed == n and excess > n then
+local function advance()
+  trimmed = trimmed + trim(n - trimmed)
+  if trimmed == n and n == few and excess > n then
     n = math.min(excess, n + quota())
-    trimmed = trimmed + trim(bound, n - trimmed)
-    if trimmed == n and excess > n then more = 1 end
+    trimmed = trimmed + trim(n - trimmed)
   end
-  if trimmed < n and bound == floor then
+  if trimmed == n and excess > n or #ids > 0 then more = 1 end -- a page of a plan may be short of n
+end
+if bound and excess > 0 then
+  advance()
+  if more == 0 and trimmed < n and bound == floor then
     local id, moved
     if not floor.held then floor, id, moved = settle(floor) end
     if moved then
       bound = boundOf(floor, groups)
-      if n == few then n = math.min(excess, n + quota()) end
-      trimmed = trimmed + trim(bound, n - trimmed)
-      if trimmed == n and excess > n then more = 1 end
+      advance()
     end
-    if trimmed < n and bound == floor then pinned, by = pin(floor, id), holder(floor) end
+    if more == 0 and trimmed < n and bound == floor then pinned, by = pin(floor, id), holder(floor) end
   end
 end
 
-local length = redis.call('XLEN', KEYS[1])
-local cut = {}
+local length = redis.call('XLEN', KEYS[1]) - before - #ids
 if hard > 0 and length > hard and more == 0 then
-  local ids = page('-', '+', bounded(math.min(length - hard, most), all))
+  ids = page(plan and from or '-', '+', bounded(math.min(length - hard, most), all))
   cut = unacked(ids, all, least)
-  for i = 1, #cut, 2 do redis.call('HINCRBY', KEYS[3], 'cut ' .. cut[i], cut[i + 1]) end
-  redis.call('XTRIM', KEYS[1], 'MAXLEN', length - #ids)
   trimmed, length = trimmed + #ids, length - #ids
+  if not plan then
+    for i = 1, #cut, 2 do redis.call('HINCRBY', KEYS[3], 'cut ' .. cut[i], cut[i + 1]) end
+    redis.call('XTRIM', KEYS[1], 'MAXLEN', length)
+  end
 end
 local wait = trimmed > 0 and interval or 5 * interval
 wait = math.max(wait, math.min(5 * interval, #all * spent / 10)) -- a hundredth of the time
 if interval > 0 and rest <= 0 then redis.call('HSET', KEYS[3], mine, stamp(now + wait)) end
 if hard > 0 then wait = math.min(wait, interval) end
-return {wait, trimmed, length, more, now, pinned, cut, by, #all}`
+return {wait, trimmed, length, more, now, pinned, cut, by, #all, ids[#ids] or ''}`
 
 // Pin is an entry that must stay, and whose absence would let others go.
 type Pin struct {
@@ -305,12 +316,6 @@ type Pin struct {
 	Consumer string // that has it; empty: it was not delivered yet. Of a fan-out, its name
 	ID       string // empty: nothing must stay
 	Age      time.Duration
-}
-
-// Held is a group that has vanished and may be recreated: what it had not acked stays.
-type Held struct {
-	By    string // the group; empty: nothing is held
-	Until time.Time
 }
 
 // Trimming is the result of one run.
@@ -323,8 +328,12 @@ type Trimming struct {
 	Over    bool          // there is more to cut off
 	Cost    time.Duration // that the run took on the server, at most and about
 	Pin     Pin           // what stopped it
-	Held    Held          // or the vanished group that did
 	Cut     map[string]int64
+	Last    string // of a plan: the last entry that would go
+
+	// The vanished group that stopped it: it may be recreated, so what it had not acked stays.
+	HeldBy    string
+	HeldUntil time.Time
 }
 
 // holdScript has what the group needed kept for a while.
@@ -361,26 +370,44 @@ func allowed(err error) error {
 	return err
 }
 
-func (s *Stream) retentionArgs(script string, r Retention) []any {
-	args := appendAll([]any{"eval", script, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), len(r.Ignore)}, r.Ignore)
-	return append(args, r.KeepLast, r.KeepFor.Milliseconds(), r.HardMaxLen)
-}
-
 // Trim trims a bounded number of entries, unless somebody else has done so within the
 // interval. 0 continues a run at once. own is the caller's group, or the name of its position,
 // which must be there; it may be empty. Nothing is trimmed from its oldest entry on, if it is not
 // empty: the group may have been recreated by others a moment ago, without what is pending for us.
-func (s *Stream) Trim(ctx context.Context, r Retention, own, oldest string, interval time.Duration) (t Trimming, err error) {
-	args := append(s.retentionArgs(retentionScript, r), interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own, oldest)
-	reply := read(s.once(ctx, args...))
+func (s *Stream) Trim(ctx context.Context, r Retention, own, oldest string, interval time.Duration) (Trimming, error) {
+	return r.trimming(s.once(ctx, s.retentionArgs(r, interval, own, oldest, "", 0)...))
+}
+
+// Plan tells what Trim would trim, page by page. It continues after the ID, before which
+// there are as many entries; it is done when none is trimmed.
+func (s *Stream) Plan(ctx context.Context, r Retention, after string, before int64) (Trimming, error) {
+	from := "-"
+	if after != "" {
+		from = "(" + after
+	}
+	return r.trimming(s.ask(ctx, s.retentionArgs(r, 0, "", "", from, before)...))
+}
+
+func (s *Stream) retentionArgs(r Retention, interval time.Duration, own, oldest, from string, before int64) []any {
+	args := appendAll([]any{"eval", retentionScript, 3, s.Key, PositionsKey(s.Key), RetentionKey(s.Key), len(r.Ignore)}, r.Ignore)
+	return append(args, r.KeepLast, r.KeepFor.Milliseconds(), r.HardMaxLen,
+		interval.Milliseconds(), fewTrimmed, maxTrimTime, maxCut, vanishedFor, groupTime, own, oldest, from, before)
+}
+
+func (r Retention) trimming(v any, err error) (t Trimming, _ error) {
+	reply := read(v, err)
 	if t.Wait = reply.millis(); !reply.more() {
 		return t, reply.failed()
 	}
 	t.Ran = true
 	t.Trimmed, t.Length, t.More = reply.number(), reply.number(), reply.number() == 1
 	t.Over = r.HardMaxLen > 0 && t.Length > r.HardMaxLen
-	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
+	t.Pin, t.Cut = reply.pin(), reply.counts()
+	if held := reply.list(); held.more() {
+		t.HeldBy, t.HeldUntil = held.text(), time.UnixMilli(held.number())
+	}
 	t.Cost = time.Duration(maxTrimTime+groupTime*reply.number()) * time.Microsecond
+	t.Last = reply.text()
 	return t, reply.failed()
 }
 
@@ -396,13 +423,6 @@ func (a *answer) pin() (p Pin) {
 	return p
 }
 
-func (a *answer) held() (h Held) {
-	if cols := a.list(); cols.more() {
-		h = Held{cols.text(), time.UnixMilli(cols.number())}
-	}
-	return h
-}
-
 func (a *answer) counts() map[string]int64 {
 	counts := make(map[string]int64)
 	for rows := a.list(); rows.more(); {
@@ -410,50 +430,6 @@ func (a *answer) counts() map[string]int64 {
 		counts[name] = rows.number()
 	}
 	return counts
-}
-
-// planScript does what retentionScript would, page by page, and trims nothing. The ID that
-// continues it is ARGV[options + 3]; ARGV[options + 4] counts the entries before it.
-const planScript = `-- plan` + rightsFunction + floorFunction + heldFunction + pageFunction + boundFunction + `
-local from, before, most = ARGV[options + 3], tonumber(ARGV[options + 4]), tonumber(ARGV[options + 5])
-local groups, all, least, listed = groupsOf()
-hold((held(KEYS[3], listed, now, tonumber(ARGV[options + 6]), true)))
-local floor = lowest(from == '-' and '0-1' or string.sub(from, 2))
-local bound, excess = boundOf(floor, groups)
-local ids, cut, pinned, by, length = {}, {}, {}, {}, redis.call('XLEN', KEYS[1])
-local function allowed() return page(from, bound.after and bound.id or '(' .. bound.id, math.min(most, excess - before)) end
-if bound and excess > before then
-  ids = allowed()
-  if #ids == 0 and bound == floor then
-    local id, moved
-    if not floor.held then floor, id, moved = settle(floor) end
-    if moved then
-      bound = boundOf(floor, groups)
-      ids = allowed()
-    end
-    if #ids == 0 and bound == floor then pinned, by = pin(floor, id), holder(floor) end
-  end
-end
-if #ids == 0 and hard > 0 and length - before > hard then
-  ids = page(from, '+', bounded(math.min(length - before - hard, most), all))
-  cut = unacked(ids, all, least)
-end
-return {#ids, ids[#ids] or '', length, now, pinned, cut, by}`
-
-// maxPlanned limits one run of planScript.
-const maxPlanned = 500
-
-// Plan counts what Trim would trim, page by page. It continues after the ID, before which
-// there are as many entries; it is done when it counts none.
-func (s *Stream) Plan(ctx context.Context, r Retention, after string, before int64) (t Trimming, last string, err error) {
-	from := "-"
-	if after != "" {
-		from = "(" + after
-	}
-	reply := read(s.ask(ctx, append(s.retentionArgs(planScript, r), from, before, maxPlanned, vanishedFor)...))
-	t.Trimmed, last, t.Length = reply.number(), reply.text(), reply.number()
-	t.Pin, t.Cut, t.Held = reply.pin(), reply.counts(), reply.held()
-	return t, last, reply.failed()
 }
 
 // floorScript returns what pins the floor, and what HardMaxLen has cut off of a group.

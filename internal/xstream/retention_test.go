@@ -240,12 +240,12 @@ func (p topicState) check(r Retention, names []string, positions map[string]stri
 
 	planned := Trimming{Cut: make(map[string]int64)}
 	for last := ""; ; {
-		got, after, err := p.s.Plan(p.t.Context(), r, last, planned.Trimmed)
+		got, err := p.s.Plan(p.t.Context(), r, last, planned.Trimmed)
 		require.NoError(p.t, err)
 		for group, n := range got.Cut {
 			planned.Cut[group] += n
 		}
-		planned.Trimmed, last = planned.Trimmed+got.Trimmed, after
+		planned.Trimmed, last = planned.Trimmed+got.Trimmed, got.Last
 		if got.Trimmed == 0 {
 			break
 		}

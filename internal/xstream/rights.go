@@ -37,8 +37,7 @@ local function clock(round)
 end
 local function stamp(ms) return string.format('%.0f', ms) end`
 
-// rightsScript returns an error that names the commands that are denied. The server checks the command
-// and its keys.
+// rightsScript returns an error that names the commands that are denied.
 const rightsScript = deniedFunction + `
 local missing = {}
 local function need(name, ...)

@@ -359,8 +359,9 @@ func TestSnapshotOfDelayed(t *testing.T) {
 		stream := xstream.New(redisx.Client{UniversalClient: client}, "s", "")
 		call := xstream.NewScheduling(ctx, "s", 0, "")
 		require.NoError(t, call.Add("u", xstream.DueIn(time.Second), func(args []any) ([]any, error) { return append(args, "f", "v"), nil }))
-		require.NoError(t, call.Send(client))
-		require.Equal(t, time.Second, call.UntilNext())
+		untilNext, err := call.Send(client)
+		require.NoError(t, err)
+		require.Equal(t, time.Second, untilNext)
 		waiting := s.Snapshot()
 
 		time.Sleep(time.Second)

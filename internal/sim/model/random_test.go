@@ -316,7 +316,7 @@ func (r random) callDelayed(s xstream.Stream, version string) {
 			at := pick(r, xstream.Due(""), xstream.DueIn(0), xstream.DueIn(time.Hour), xstream.DueAt(farAway), xstream.DueAt(due()))
 			_ = call.Add(uuid(), at, func(args []any) ([]any, error) { return append(args, "f", pick(r, "v", "w")), nil })
 		}
-		_ = call.Send(s.Via)
+		_, _ = call.Send(s.Via)
 	case 5, 6:
 		_, _ = s.Move(ctx)
 	case 7:
@@ -484,7 +484,7 @@ func (r random) trimOf(ctx context.Context, s xstream.Stream, id string) {
 	}
 	switch r.IntN(8) {
 	case 0:
-		_, _, _ = s.Plan(ctx, keep, pick(r, "", id), r.Int64N(3))
+		_, _ = s.Plan(ctx, keep, pick(r, "", id), r.Int64N(3))
 	case 1:
 		_, _, _ = s.Floor(ctx)
 	default:
