@@ -41,15 +41,18 @@ func pauseGroup(s *simulation, f Fault) func() {
 		said(rules.Paused)
 	}
 	return func() {
-		said(rules.Resuming)
-		for goxstreams.Resume(ctx, admin.client, f.Topic, group) != nil {
+		resume := func() error {
+			said(rules.Resuming) // each time: a later pause may have begun, if the server refuses writes
+			return goxstreams.Resume(ctx, admin.client, f.Topic, group)
+		}
+		for resume() != nil {
 			if again(); s.isPaused(f) == noPause { // the group may be lost, and the pause with it
 				break
 			}
 		}
 		for s.snapshots.Load() > 0 || s.isPaused(f) == inForce { // a failover may bring it back
 			again()
-			_ = goxstreams.Resume(ctx, admin.client, f.Topic, group)
+			_ = resume()
 		}
 		_ = admin.client.Close()
 		admin.lane.kill(true)
