@@ -406,6 +406,20 @@ func TestCheck(t *testing.T) {
 			}
 			r.handle("consumer-1", 1, 1, Acked)
 		}, RuleLimit},
+		{"a group that begins anew while an entry is read ahead reads it again", func(r *record) {
+			r.publish(Published, true, 1).add(Event{Kind: Delivered, Process: "consumer-1", Life: 1, Topic: testTopic, ID: testID(1), UUID: testUUID(1), Count: 1})
+			r.fault(Effect{Fault: "destroy group", Loses: Everything, Group: true}, 0).wait(2 * late)
+			for range testRetries + 3 {
+				r.handle("consumer-1", 1, 1, Acked)
+			}
+		}, ""},
+		{"a group that begins anew before an entry is read does not", func(r *record) {
+			r.fault(Effect{Fault: "destroy group", Loses: Everything, Group: true}, 0).wait(2 * late)
+			r.publish(Published, true, 1)
+			for range testRetries + 3 {
+				r.handle("consumer-1", 1, 1, Acked)
+			}
+		}, RuleLimit},
 		{"shutdowns are no runs", func(r *record) {
 			r.publish(Published, true, 1)
 			for range 2 * testRetries {
