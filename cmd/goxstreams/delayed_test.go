@@ -178,8 +178,8 @@ func TestDelayedShow(t *testing.T) {
 
 func TestDelayedCancel(t *testing.T) {
 	client, topic := testserver.Client(t), topic(t)
-	for _, uuid := range []string{"a", "b", "c", "d", "e"} {
-		ran(t, 0, "publish", topic, "x", "--uuid", uuid, "--in", "1h")
+	for i, uuid := range []string{"a", "b", "c", "d", "e"} {
+		ran(t, 0, "publish", topic, "x", "--uuid", uuid, "--in", fmt.Sprint(i+1, "h")) // each is due at another time
 	}
 	left := func(want ...string) {
 		t.Helper()
