@@ -90,11 +90,11 @@ func (t *trimmer) trim() (wait time.Duration, err error) {
 	cut := make(map[string]int64)
 	defer func() { t.logCut(cut) }()
 	interval, took := RetentionInterval, time.Duration(0)
+	oldest := ""
+	if t.own != "" {
+		oldest = t.ledger.Oldest()
+	}
 	for {
-		oldest := ""
-		if t.own != "" {
-			oldest = t.ledger.Oldest()
-		}
 		got, err := t.stream.Trim(t.life.ctx, t.keep, t.own, oldest, interval)
 		if err != nil {
 			return 0, err
