@@ -159,7 +159,12 @@ func (c *Publishing) summary() error {
 
 // sendTo sends the call by itself: the client routes the transaction to the key's node.
 func (c *Publishing) sendTo(client redisx.Client, cmds []redis.Cmder) error {
-	_, err := client.TxPipelined(c.ctx, func(pipe redis.Pipeliner) error { return pipe.BatchProcess(c.ctx, cmds...) })
+	_, err := client.TxPipelined(c.ctx, func(pipe redis.Pipeliner) error {
+		for _, cmd := range cmds {
+			_ = pipe.Process(c.ctx, cmd) // as a wrapped client's pipeline may have it
+		}
+		return nil
+	})
 	if redisx.ReplyHas(err, "'multi'") && redisx.IsDenied(err) {
 		// Then the messages run one by one, and go-redis does not report the
 		// outcome of each.

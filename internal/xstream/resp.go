@@ -120,8 +120,11 @@ func (r *resp) fail(format string, args ...any) {
 // head cuts the start of a value off: its type, and its length or text. A null
 // value has the length -1. If the value is an error, that is the parser's.
 func (r *resp) head() (kind byte, n int, text string) {
+	if r.err != nil {
+		return 0, 0, ""
+	}
 	end := strings.IndexByte(r.rest, '\r') // no line contains another one
-	if r.err != nil || end < 1 || len(r.rest) < end+2 {
+	if end < 1 || len(r.rest) < end+2 {
 		r.fail("it ends too early")
 		return 0, 0, ""
 	}
@@ -219,7 +222,7 @@ func (r *resp) entries(size int) []Entry {
 			fields = make([]string, 0, min(k*(n-i), max(k, 1024)))
 		}
 		from := len(fields)
-		for range k {
+		for j := 0; j < k && r.err == nil; j++ {
 			fields = append(fields, r.bulk())
 		}
 		entries = append(entries, Entry{id, fields[from:len(fields):len(fields)]})

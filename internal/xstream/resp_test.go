@@ -73,6 +73,17 @@ func TestReadings(t *testing.T) {
 	}
 }
 
+// After an error nothing more is looked at: a list that announces many elements would cost a search
+// of the rest of the reply for each.
+func TestReadings_EndAtTheFirstError(t *testing.T) {
+	r := &resp{rest: "*1\r\n*2\r\n$3\r\n1-0\r\n*1000\r\n:1\r\n" + strings.Repeat("x", 5000)}
+	entries := r.entries(0)
+	require.ErrorIs(t, r.err, errReply)
+	require.Len(t, entries, 1)
+	require.Len(t, entries[0].Fields, 1)
+	require.Len(t, r.rest, 5000)
+}
+
 // An entry that is kept must not keep the entries that were read with it in memory.
 func TestReadingsOwnTheirIDs(t *testing.T) {
 	reply := wire([]any{[]any{"a", []any{[]any{"1-0", []any{"k", strings.Repeat("x", 100)}}, []any{"2-0", []any{"k", "v"}}}}})

@@ -246,7 +246,9 @@ if rest <= 0 then
     end
   end
   hold(holds)
-  if oldest ~= '' and not ignored[own] then hold({{id = oldest, group = own, consumer = ''}}) end
+  if oldest ~= '' and not ignored[own] and #range(oldest, oldest, 1) > 0 then
+    hold({{id = oldest, group = own, consumer = ''}})
+  end
   floor = lowest(plan and from ~= '-' and string.sub(from, 2) or '0-1')
   bound, excess = boundOf(floor, groups)
   excess = excess - before
@@ -374,7 +376,6 @@ func allowed(err error) error {
 // interval. 0 continues a run at once. own is the caller's group, or the name of its position,
 // which must be there; it may be empty. Nothing is trimmed from its oldest entry on, if it is not
 // empty: the group may have been recreated by others a moment ago, without what is pending for us.
-// (If somebody has deleted that entry from the stream, nothing goes until its next renewal.)
 func (s *Stream) Trim(ctx context.Context, r Retention, own, oldest string, interval time.Duration) (Trimming, error) {
 	return r.trimming(s.once(ctx, s.retentionArgs(r, interval, own, oldest, "", 0)...))
 }

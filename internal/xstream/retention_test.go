@@ -393,6 +393,27 @@ func TestTrim_OwnLost(t *testing.T) {
 	}
 }
 
+// Nothing is trimmed from the caller's oldest entry on, though no group shows that it is needed,
+// unless somebody has deleted that entry: then it pins nothing.
+func TestTrim_Oldest(t *testing.T) {
+	for oldest, left := range map[string][]string{"3-0": {"3-0", "4-0"}, "2-0": nil, "": nil} {
+		t.Run(oldest, func(t *testing.T) {
+			p := newTopic(t)
+			for _, id := range []string{"1-0", "2-0", "3-0", "4-0"} {
+				p.add(id, "value")
+			}
+			require.NoError(t, p.client.XGroupCreate(t.Context(), p.s.Key, "group", "$").Err())
+			require.NoError(t, p.client.XDel(t.Context(), p.s.Key, "2-0").Err())
+			got, err := p.s.Trim(t.Context(), Retention{}, "group", oldest, 0)
+			require.NoError(t, err)
+			require.Equal(t, left, p.ids())
+			if left != nil {
+				require.Equal(t, oldest, got.Pin.ID)
+			}
+		})
+	}
+}
+
 // A group that vanishes a second time is held for as it was the first time, also if nobody
 // has looked since the first hold ended.
 func TestTrim_VanishedAgain(t *testing.T) {
