@@ -10,7 +10,7 @@ func FuzzReadings(f *testing.F) {
 	f.Add("-ERR no\r\n")
 	f.Add("*1\r\n*2\r\n$1\r\na\r\n*1\r\n*2\r\n$3\r\n1-0\r\n_\r\n")
 	f.Fuzz(func(t *testing.T, reply string) {
-		got, err := parsed(reply)
+		got, err := (&resp{rest: reply}).readings()
 		if err != nil {
 			return
 		}
