@@ -495,19 +495,25 @@ func TestPublish_DeniedStoresNothing(t *testing.T) {
 	}
 }
 
+// permittedMulti returns a Publisher that has checked that MULTI is permitted to its user, producer.
+func permittedMulti(t *testing.T) (pub *goxstreams.Publisher, admin *redis.Client, name string) {
+	t.Helper()
+	server := testserver.Private(t)
+	admin = server.Client()
+	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "on", ">secret", "~*", "+xadd", "+multi", "+exec").Err())
+	client := redis.NewClient(&redis.Options{Addr: server.Addr(), Username: "producer", Password: "secret"})
+	t.Cleanup(func() { require.NoError(t, client.Close()) })
+	pub, name = newPublisher(t, client), topic(t)
+	require.NoError(t, pub.Publish(name, numbered(2)...))
+	return pub, admin, name
+}
+
 // The permission for MULTI is revoked after the Publisher has checked it. The
 // messages then run one by one. Their replies show whether all were stored, which
 // is success; an error would mean that none was.
 func TestPublish_MultiDeniedLater(t *testing.T) {
 	t.Parallel()
-	server := testserver.Private(t)
-	admin := server.Client()
-	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "on", ">secret", "~*", "+xadd", "+multi", "+exec").Err())
-	client := redis.NewClient(&redis.Options{Addr: server.Addr(), Username: "producer", Password: "secret"})
-	t.Cleanup(func() { require.NoError(t, client.Close()) })
-	pub := newPublisher(t, client)
-	topic := topic(t)
-	require.NoError(t, pub.Publish(topic, numbered(2)...))
+	pub, admin, topic := permittedMulti(t)
 	for _, right := range []string{"multi", "exec"} {
 		require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "+multi", "+exec", "-"+right).Err())
 		for round := range 20 {
@@ -531,14 +537,7 @@ func TestPublish_MultiDeniedLater(t *testing.T) {
 // ones, since the Publisher did not check again after a success.
 func TestPublish_MultiDeniedForGood(t *testing.T) {
 	t.Parallel()
-	server := testserver.Private(t)
-	admin := server.Client()
-	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "on", ">secret", "~*", "+xadd", "+multi", "+exec").Err())
-	client := redis.NewClient(&redis.Options{Addr: server.Addr(), Username: "producer", Password: "secret"})
-	t.Cleanup(func() { require.NoError(t, client.Close()) })
-	pub := newPublisher(t, client)
-	topic := topic(t)
-	require.NoError(t, pub.Publish(topic, numbered(2)...))
+	pub, admin, topic := permittedMulti(t)
 	require.NoError(t, admin.ACLSetUser(t.Context(), "producer", "-multi").Err())
 	require.NoError(t, pub.Publish(topic, numbered(2)...), "one by one")
 	for range 2 {

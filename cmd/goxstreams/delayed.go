@@ -217,7 +217,7 @@ func (a *app) showDelayed(ctx context.Context, topic string, uuids []string, bod
 	return nil
 }
 
-// showOneDelayed shows a message, or why it is none.
+// showOneDelayed shows a message, or says why it is not delayed.
 func (a *app) showOneDelayed(listing *listing, row delayedRow, d goxstreams.DelayedMessage, body goxstreams.BodyMarshaler) error {
 	row.Fields = fieldPairs(d.Fields)
 	msg := d.Message

@@ -59,7 +59,7 @@ type streams struct {
 	asks     bool // in is a terminal: somebody can be asked
 	draws    bool // err is a terminal: a progress bar can be seen
 
-	size func() (width, height int) // of the terminal that out is; nil: it is none
+	size func() (width, height int) // of the terminal that out is; nil: out is not a terminal
 }
 
 // app is one run of the command.

@@ -328,7 +328,7 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// parsePrefix returns the process of a consumer's name; "" if it is none of ours.
+// parsePrefix returns the process of a consumer's name; "" for other names.
 func parsePrefix(consumer string) (process string, life int) {
 	name, rest, ok := strings.Cut(consumer, ".")
 	number, _, _ := strings.Cut(rest, "-")
